@@ -1,0 +1,89 @@
+"""The data that flows through the house: the only types every room shares. No torch here.
+
+    Problem + Context --> rollout --> Rollout --> Task.verify --> Verdict --> group --> advantages --> one step
+
+A *problem* carries its messages without the context; a *context* is a text (phi), placed in the system message; the two together,
+as tokens, are a *prompt*. Source of the method: arXiv 2605.12484, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Finish = Literal["stop", "length", "abort"]
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One item of a task. `id` is unique within the task and is the key of the advantage group."""
+
+    id: str
+    messages: Sequence[Message]  # chat messages without the context
+    answer: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One text of the population. Two contexts with the same text are the same context: the id is a hash of the text."""
+
+    id: str
+    text: str
+    parent: str | None = None  # id of the context it was edited from
+    born: int = 0  # cycle in which it was proposed
+
+    @classmethod
+    def of(cls, text: str, *, parent: str | None = None, born: int = 0) -> Context:
+        """Build a context, its id the first 12 hex digits of the SHA-256 of the text."""
+        return cls(id=hashlib.sha256(text.encode()).hexdigest()[:12], text=text, parent=parent, born=born)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a task says of one response.
+
+    reward: in [0, 1], or None where the response could not be judged (grader failed or timed out): then it counts as no sample,
+    never as 0. feedback: text for the reflection. metrics: named numbers for the logs.
+    """
+
+    reward: float | None
+    feedback: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response, token-in token-out: the sampled ids are never retokenised.
+
+    response_ids: int64 [T], the closing eos token included when finish == "stop".
+    logprobs: float32 [T], natural log, of each sampled token under the distribution actually sampled at `temperature`
+    (with truncation off, as in training, that is the policy's own log-prob at that temperature).
+    """
+
+    problem_id: str
+    context_id: str
+    sample: int
+    response_ids: NDArray[np.int64]
+    logprobs: NDArray[np.float32]
+    finish: Finish
+    policy_version: int
+    temperature: float
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A source of problems and their verifier. `verify` must be a pure function of its arguments: it runs in child processes."""
+
+    def problems(self, split: str) -> Sequence[Problem]: ...  # split: "train" or "validation"; a task may offer more
+
+    def verify(self, problem: Problem, response: str) -> Verdict: ...
+
+    # Optional: `gold(problem) -> str`, a response that must get reward 1. A task that has it is refused at start-up where it fails its
+    # own gold; one that has none is checked with str(problem.answer) only if problem.meta["check_gold"] asks for it.
