@@ -1,0 +1,214 @@
+"""The trained policy inside a DeepSpeed engine: one code path for ZeRO 0 to 3, CPU (gloo) and GPU (nccl), one process or many.
+
+Deviations from DeepSpeed's usual use, and why:
+- a step has as many micro-batches as its forest needs, so the accumulation boundary is set by hand and `gradient_accumulation_steps` is 1;
+- the loss carries ONE global denominator (see slow/step.py); DeepSpeed averages gradients over processes, so the loss is multiplied by
+  their number first;
+- the learning rate is set per step from the config (linear warm-up, then constant), so nothing but the step number decides it;
+- rollouts never run through a ZeRO-3 forward: there the weights are gathered in buckets into a plain replica after each step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fst_fast.config import Config
+from fst_fast.policy import head, ranks
+from fst_fast.policy.attention import load_model
+
+GATHER_BUCKET = 64 * 2**20  # elements of partitioned weights gathered at one time
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients are NaN or Inf; raised before the weights take them."""
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
+
+
+def load(config: Config) -> nn.Module:
+    """The model of `model.path` as a plain module on this process's device, in evaluation mode, its head able to run jobs."""
+    model = load_model(
+        config.model.path, dtype_of(config), attention=config.policy.attention, trust_remote_code=config.model.trust_remote_code
+    )
+    head.install(model)
+    return model.to(ranks.device()).eval()  # type: ignore[no-any-return]
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed settings that follow from ours. Batch sizes are nominal: micro-batches are counted by us."""
+    zero: dict[str, Any] = {"stage": config.policy.zero_stage}
+    if config.policy.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.slow.lr,
+                "betas": list(config.slow.betas),
+                "eps": 1e-8,
+                "weight_decay": config.slow.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "gradient_clipping": config.slow.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Policy:
+    """The trained model: forward/backward over micro-batches, the optimiser step, the rollouts' copy, checkpoints."""
+
+    def __init__(self, config: Config):
+        import deepspeed  # late: slow to load, and it reads the environment that ranks.init() completes
+
+        self._config = config
+        self._zero3 = config.policy.zero_stage == 3
+        settings = deepspeed_config(config)
+        # The replica is loaded before ZeRO-3 takes over from_pretrained: afterwards every model loaded would be partitioned.
+        self._replica = load(config) if self._zero3 else None
+        if self._zero3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            self._zero3_loading = HfDeepSpeedConfig(settings)  # must stay alive while from_pretrained runs
+        model = load_model(
+            config.model.path,
+            dtype_of(config),
+            attention=config.policy.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        self._zero3_loading = None
+        head.install(model)
+        if config.policy.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=settings,
+        )
+        self.module: nn.Module = self.engine.module
+        self._grad_norms: list[Tensor] = []
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._watch)
+
+    def _watch(self, grad: Tensor) -> None:
+        self._grad_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+
+    @property
+    def rollout_model(self) -> nn.Module:
+        """The plain model that samples: the trained one itself (ZeRO 0-2), or its gathered replica (ZeRO-3)."""
+        return self._replica if self._replica is not None else self.module
+
+    def lr(self, step: int) -> float:
+        """The learning rate of optimiser step `step` (from 0)."""
+        warmup = self._config.slow.warmup_steps
+        return self._config.slow.lr * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+    def forward_backward(self, micro_batches: Sequence[tuple[dict[str, Any], head.LossJob]]) -> float:
+        """Accumulate the gradients of every micro-batch; returns the summed loss of this process.
+
+        Every process must pass the same number of micro-batches. Raises NonFiniteError, on all processes, if any process saw a NaN or
+        Inf in its loss or gradients.
+        """
+        self.engine.train()
+        self._grad_norms.clear()
+        loss_sum = 0.0
+        for i, (inputs, job) in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            with head.running(self.module, job):
+                loss = self.engine(**inputs).logits
+            loss_sum += float(loss.detach())
+            self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
+        self.engine.eval()
+        norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
+        bad_grads = int((~torch.isfinite(norms)).sum())
+        bad_loss = int(not math.isfinite(loss_sum))
+        loss_bad, grads_bad = ranks.total([bad_loss, bad_grads])
+        if loss_bad or grads_bad:
+            raise NonFiniteError(f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients")
+        return loss_sum
+
+    def step(self, lr: float) -> float:
+        """One optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        plain = None
+        if self._config.policy.zero_stage == 0 and self._config.model.dtype == "float32":
+            # DeepSpeed keeps no norm on this path; the gradients are already averaged over the processes here.
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            plain = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
+        self.engine.step()
+        norm = plain if plain is not None else float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"the gradient norm is {norm}")
+        return norm
+
+    def hand_over(self) -> None:
+        """Give the rollouts the weights as they are now, and check that every process samples from the same ones."""
+        if self._replica is not None:
+            copies = dict(self._replica.named_parameters())
+            for bucket in _buckets(self.module):
+                self._gather(bucket, copies)
+        sums = ranks.all_gather(checksum(self.rollout_model))
+        if len(set(sums)) > 1:
+            raise RuntimeError(f"the processes hold different weights after the hand-over; checksums by rank: {sums}")
+
+    def _gather(self, bucket: list[tuple[str, nn.Parameter]], copies: dict[str, nn.Parameter]) -> None:
+        import deepspeed
+
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+            for name, parameter in bucket:
+                copies[name].copy_(parameter)
+                if not torch.equal(copies[name], parameter):
+                    raise RuntimeError(f"the rollouts' copy of {name} differs from the trained weight")
+
+    def save(self, folder: Path) -> None:
+        """Write the engine's state under `folder`; all processes call it."""
+        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, with the same number of processes and ZeRO stage."""
+        found, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        if found is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole weights on the CPU (rank 0 uses them); gathered through the replica under ZeRO-3."""
+        return {name: value.detach().cpu() for name, value in self.rollout_model.state_dict().items()}
+
+
+def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    bucket: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        bucket.append((name, parameter))
+        size += int(getattr(parameter, "ds_numel", parameter.numel()))
+        if size >= GATHER_BUCKET:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def checksum(model: nn.Module) -> float:
+    """Sum of all weights, each weighted by its tensor's place, in fp64: equal for equal weights, on one kind of device."""
+    parts = [p.sum(dtype=torch.float64) * (i + 1) for i, p in enumerate(model.parameters())]
+    return float(torch.stack(parts).sum())
+
+

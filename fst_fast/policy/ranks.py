@@ -1,0 +1,99 @@
+"""The processes of a run, as plain functions. One process needs no launcher; several come from `deepspeed` or `torchrun`.
+
+Objects that cross processes are small (rollouts, verdicts, texts); tensors of the model never go this way.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fst_fast.errors import UserError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number: from torch.distributed once it is up, from the launcher's environment before."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """The device of this process: its own GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init() -> None:
+    """Start torch.distributed (nccl with GPUs, gloo without); a lone process becomes a world of one."""
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.update(lone)
+    where = device()
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    import deepspeed  # imported late: it is slow to load and probes the machine
+
+    deepspeed.init_distributed(dist_backend="nccl" if where.type == "cuda" else "gloo", verbose=False)
+
+
+def all_gather(value: T) -> list[T]:
+    """Every process's `value`, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def from_rank_zero(value: T | None) -> T:
+    """Rank 0's `value` on every process. A UserError raised on rank 0 can be passed as the value: it is then raised everywhere."""
+    box: list[Any] = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]  # type: ignore[no-any-return]
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Elementwise sum over the processes, added in rank order (so it is the same number everywhere)."""
+    rows = all_gather([float(v) for v in values])
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def largest(value: int) -> int:
+    return max(all_gather(value))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mine(items: Sequence[T]) -> list[T]:
+    """The share of this process: items rank, rank + world, ... Undone by `interleave`."""
+    return list(items[rank() :: world_size()])
+
+
+def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Put the processes' shares (see `mine`) back into the original order."""
+    out: list[T] = []
+    for i in range(max((len(s) for s in shares), default=0)):
+        out.extend(s[i] for s in shares if i < len(s))
+    return out

@@ -1,0 +1,1 @@
+"""The slow phase: groups, advantages and one optimiser step over a forest of rollouts."""

@@ -1,0 +1,105 @@
+"""Advantage groups: all rollouts of a problem, across contexts, are ONE group (arXiv 2605.12484, Eq. 3).
+
+The group key is the problem id, never the prompt text: the same problem under K contexts is one group of G rollouts, G/K under each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fst_fast.contracts import Context, Problem, Rollout, Verdict
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A rollout, what its task said of it, and its text as the verifier read it."""
+
+    rollout: Rollout
+    verdict: Verdict
+    response: str
+
+
+def stream_seed(*parts: object) -> int:
+    """A 63-bit seed from the parts' text: the random stream of one sequence, whatever process or batch it runs in."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def plan_group(problem: Problem, population: Sequence[Context], group_size: int) -> list[tuple[Context, Problem, int]]:
+    """The G samples of one problem: (context, problem, sample), G/K under each of the K contexts.
+
+    A context that stands twice in the population (fewer distinct texts than K) gets further sample numbers, not the same ones again.
+    """
+    per_context = group_size // len(population)
+    seen: Counter[str] = Counter()
+    plan = []
+    for context in population:
+        for _ in range(per_context):
+            plan.append((context, problem, seen[context.id]))
+            seen[context.id] += 1
+    return plan
+
+
+def advantages(rewards: Sequence[float], eps: float) -> NDArray[np.float32] | None:
+    """(r - mean) / (std + eps) with the population std; None for a group without variance, which carries no gradient [ScaleRL]."""
+    r = np.asarray(rewards, dtype=np.float64)
+    if len(r) < 2 or np.all(r == r[0]):
+        return None
+    return ((r - r.mean()) / (r.std() + eps)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The judged rollouts of one problem and their advantages (None: dropped, no variance)."""
+
+    problem_id: str
+    sampled: list[Sampled]
+    advantages: NDArray[np.float32] | None
+
+
+def make_groups(sampled: Sequence[Sampled], eps: float) -> list[Group]:
+    """Group by problem id in order of first appearance. A rollout that could not be judged counts as no sample, never as 0."""
+    by_problem: dict[str, list[Sampled]] = defaultdict(list)
+    for s in sampled:
+        members = by_problem[s.rollout.problem_id]
+        if s.verdict.reward is not None:
+            members.append(s)
+    return [
+        Group(problem_id, members, advantages([_reward(m) for m in members], eps)) for problem_id, members in by_problem.items()
+    ]
+
+
+def _reward(sampled: Sampled) -> float:
+    assert sampled.verdict.reward is not None
+    return sampled.verdict.reward
+
+
+def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[float]], float]:
+    """Unnormalised weight of each token of each rollout of each kept group, and their sum over this process's groups.
+
+    problem: mean over the tokens of a problem, then over problems (the paper); token: mean over all tokens; sequence: mean over a
+    sequence's tokens, then over sequences. Dividing by the sum over all processes makes one global denominator.
+    """
+    weights: list[list[float]] = []
+    denominator = 0.0
+    for group in groups:
+        lengths = [len(m.rollout.response_ids) for m in group.sampled]
+        match aggregation:
+            case "problem":
+                weights.append([1.0 / sum(lengths)] * len(lengths))
+                denominator += 1.0
+            case "token":
+                weights.append([1.0] * len(lengths))
+                denominator += sum(lengths)
+            case "sequence":
+                weights.append([1.0 / n for n in lengths])
+                denominator += len(lengths)
+            case _:
+                raise ValueError(f"aggregation={aggregation!r}; allowed: problem, token, sequence")
+    return weights, denominator
