@@ -1,0 +1,50 @@
+# Two commands do everything: `make train` and `make test`. Each makes .venv, installs the exact versions of constraints.txt and reuses
+# what is there. RUN=folder and ARGS="--method rl --slow.lr=1e-3" go on to `fst train`; PYTEST_ARGS to pytest; PYTHON picks the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/mini
+CONFIG ?= configs/mini/star_graph.yaml
+ARGS ?=
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+
+.PHONY: train test install lint format types clean
+
+train: $(STAMP)
+	@$(PY) train.py $(CONFIG) --run-dir $(RUN) --resume $(ARGS)
+
+test: $(STAMP)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+install: $(STAMP)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(STAMP)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+types: $(STAMP)
+	@$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fst_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# deepspeed is compiled against nothing but asks for torch while it is being built: hence torch first, then deepspeed without isolation.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fst-fast needs Python 3.11 or newer; name one with PYTHON=..."; exit 1; }
+	@test -x $(PY) || { echo "[1/4] virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "[2/4] torch, setuptools, wheel"
+	@$(PIP) torch setuptools wheel numpy
+	@echo "[3/4] deepspeed"
+	@$(PIP) --no-build-isolation deepspeed
+	@echo "[4/4] fst-fast"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
