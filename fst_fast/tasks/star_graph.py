@@ -1,0 +1,244 @@
+"""Star graph: find the one arm that ends at the goal. The paper's planning task (arXiv 2605.12484, star-graph experiment).
+
+A start s has `arms` chains of equal length; one of them, the gold path of `path` nodes, ends at the goal g. All edges are shuffled
+and printed as `u,v u,v ...`. From the front every arm looks alike, so a walk that only looks one edge ahead is right once in `arms`
+times; walking back from the goal is unambiguous. Reward 1 iff the last \\boxed{} of the response holds the whole path, else 0; the
+feedback says where the submitted path went wrong.
+
+Two wordings of one generator: `paper` (25 arms, 20 nodes, ids below 500) for real models, `mini` for the vocabulary of the mini base
+model. Every problem is a function of (seed, split, index). The splits draw from different random streams, and a graph that was
+already drawn is drawn again, so no graph occurs twice, within a split or across.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import numpy as np
+
+from fst_fast.contracts import Problem, Verdict
+from fst_fast.errors import UserError
+
+MINI_IDS = 40
+"""The mini vocabulary has the numbers 0..39."""
+
+_STREAM = {"train": 0, "validation": 1}
+_BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_NODE = re.compile(r"[0-9]{1,9}")
+_MAX_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One star graph: `chains[0]` is the gold path, every chain starts with the start node; `edges` in the order printed."""
+
+    chains: tuple[tuple[int, ...], ...]
+    edges: tuple[tuple[int, int], ...]
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        return self.chains[0]
+
+
+def draw_graph(rng: np.random.Generator, *, arms: int, path: int, ids: int) -> Graph:
+    """Draw distinct nodes from 0..ids-1 for one start and `arms` chains of `path` nodes (start included); shuffle the edges."""
+    nodes = rng.permutation(ids)[: 1 + arms * (path - 1)].tolist()
+    start, rest = nodes[0], nodes[1:]
+    chains = tuple((start, *rest[a * (path - 1) : (a + 1) * (path - 1)]) for a in range(arms))
+    edges = [(u, v) for chain in chains for u, v in zip(chain, chain[1:], strict=False)]
+    return Graph(chains, tuple(edges[i] for i in rng.permutation(len(edges)).tolist()))
+
+
+def edge_list(graph: Graph) -> str:
+    return " ".join(f"{u},{v}" for u, v in graph.edges)
+
+
+def mini_question(graph: Graph) -> str:
+    """The user message of the mini form, in the mini vocabulary."""
+    return f"edges : {edge_list(graph)} . path from {graph.path[0]} to {graph.path[-1]} ?"
+
+
+def paper_question(graph: Graph) -> str:
+    start, goal = graph.path[0], graph.path[-1]
+    return (
+        "The pairs below are the directed edges of a graph; a pair u,v is an edge from node u to node v.\n\n"
+        f"{edge_list(graph)}\n\n"
+        f"Find the path from node {start} to node {goal}. Give every node on it in order, separated by commas, "
+        f"from {start} to {goal}, inside \\boxed{{}}."
+    )
+
+
+class StarGraph:
+    """Task `star_graph`. Raises UserError where the numbers do not allow a graph."""
+
+    def __init__(
+        self,
+        form: Literal["paper", "mini"] = "paper",
+        arms: int = 25,
+        path: int = 20,
+        ids: int = 500,
+        train: int = 2000,
+        validation: int = 256,
+        seed: int = 0,
+    ) -> None:
+        if form not in ("paper", "mini"):
+            raise UserError(f"star_graph: form={form!r} is not known; allowed are paper and mini")
+        least = {"arms": (arms, 2), "path": (path, 2), "train": (train, 1), "validation": (validation, 1), "seed": (seed, 0)}
+        for name, (value, low) in least.items():
+            if not isinstance(value, int) or value < low:
+                raise UserError(f"star_graph: {name}={value!r} must be a whole number of at least {low}")
+        needed = 1 + arms * (path - 1)
+        if not isinstance(ids, int) or ids < needed:
+            raise UserError(
+                f"star_graph: ids={ids!r} is too small for arms={arms}, path={path}, which need 1 + {arms} x {path - 1} "
+                f"= {needed} different nodes; set ids to at least {needed}"
+            )
+        if form == "mini" and ids > MINI_IDS:
+            raise UserError(
+                f"star_graph: ids={ids} with form=mini, but the mini vocabulary has the numbers below {MINI_IDS}; "
+                f"set ids to at most {MINI_IDS}, arms and path so that 1 + arms x (path - 1) fits"
+            )
+        self.form, self.arms, self.path, self.ids, self.seed = form, arms, path, ids, seed
+        self.sizes = {"validation": validation, "train": train}  # validation first: it never gives way to train
+        self._attempts: dict[str, list[int]] = {}
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """The problems of `train` or `validation`; each is made when it is asked for."""
+        if split not in self.sizes:
+            raise UserError(f"star_graph: there is no split {split!r}; allowed are train and validation")
+        if not self._attempts:
+            self._attempts = self._find_attempts()
+        return _Split(self, split)
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        return judge(
+            tuple(problem.answer),
+            {(int(u), int(v)) for u, v in problem.meta["edges"]},
+            response,
+        )
+
+    def gold(self, problem: Problem) -> str:
+        """A response that gets reward 1."""
+        return "\\boxed{" + ",".join(map(str, problem.answer)) + "}"
+
+    def problem(self, split: str, index: int) -> Problem:
+        graph = self._draw(split, index, self._attempts[split][index])
+        question = mini_question if self.form == "mini" else paper_question
+        return Problem(
+            id=f"star_graph/{split}/{index}",
+            messages=({"role": "user", "content": question(graph)},),
+            answer=list(graph.path),
+            meta={"edges": [list(edge) for edge in graph.edges], "start": graph.path[0], "goal": graph.path[-1]},
+        )
+
+    def _draw(self, split: str, index: int, attempt: int) -> Graph:
+        rng = np.random.default_rng([self.seed, _STREAM[split], index, attempt])
+        return draw_graph(rng, arms=self.arms, path=self.path, ids=self.ids)
+
+    def _find_attempts(self) -> dict[str, list[int]]:
+        """For every problem the first attempt whose graph is new. Almost always 0; graphs are not kept, only their hashes."""
+        seen: set[int] = set()
+        found: dict[str, list[int]] = {}
+        for split, size in self.sizes.items():
+            found[split] = []
+            for index in range(size):
+                for attempt in range(_MAX_DRAWS):
+                    graph = self._draw(split, index, attempt)
+                    key = hash((graph.path, tuple(sorted(graph.chains[1:]))))  # hashes of ints: the same in every process
+                    if key not in seen:
+                        break
+                else:
+                    raise UserError(
+                        f"star_graph: arms={self.arms}, path={self.path}, ids={self.ids} have too few different graphs for "
+                        f"{sum(self.sizes.values())} problems; raise ids or ask for fewer problems"
+                    )
+                seen.add(key)
+                found[split].append(attempt)
+        return found
+
+
+class _Split(Sequence[Problem]):
+    """A sequence that makes each problem when it is asked for: a paper problem's text is 4 kB, and most are asked for once."""
+
+    def __init__(self, task: StarGraph, split: str) -> None:
+        self._task, self._split = task, split
+
+    def __len__(self) -> int:
+        return self._task.sizes[self._split]
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"star_graph has {len(self)} {self._split} problems, there is no number {index}")
+        return self._task.problem(self._split, index % len(self))
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (self[i] for i in range(len(self)))
+
+
+def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> Verdict:
+    """Compare the last \\boxed{} with the gold path. Metrics: boxed, walk (a list of real edges from the start), goal (it ends there)."""
+
+    def wrong(feedback: str, *, walk: bool = False, reached: bool = False) -> Verdict:
+        return Verdict(0.0, feedback, {"boxed": float(boxed), "walk": float(walk), "goal": float(reached)})
+
+    start, goal = gold[0], gold[-1]
+    opened = response.rfind("\\boxed")
+    boxed = opened >= 0
+    if not boxed:
+        return wrong("there is no \\boxed{} in the response: the path must stand inside the box.")
+    match = _BOX.match(response, opened)
+    if match is None:
+        return wrong("the last \\boxed{ of the response is not closed.")
+    content = match[1].strip()
+    if not content:
+        return wrong("the box is empty: it must hold the nodes of the path.")
+    items = [item for part in content.split(",") for item in (part.split() or [""])]
+    strange = next((item for item in items if not _NODE.fullmatch(item)), None)
+    if strange is not None:
+        return wrong(f"the box must hold numbers separated by commas, but it holds {strange[:40]!r}.")
+    nodes = tuple(int(item) for item in items)
+    if nodes == gold:
+        return Verdict(1.0, "right.", {"boxed": 1.0, "walk": 1.0, "goal": 1.0})
+    if nodes == gold[::-1]:
+        return wrong(f"the path is reversed: it must go from the start {start} to the goal {goal}.")
+    if nodes == (goal,):
+        return wrong(f"the box holds the goal {goal} only: the whole path from {start} must stand there.")
+    if nodes[0] != start:
+        return wrong(f"the path begins at {nodes[0]}, which is not the start {start}.")
+    for a, b in zip(nodes, nodes[1:], strict=False):
+        if (a, b) in edges:
+            continue
+        between = _between(a, b, edges)
+        if between:
+            skipped = ", ".join(map(str, between))
+            return wrong(f"the edge {a},{b} does not exist: the path skips {skipped}, which lies between {a} and {b}.")
+        return wrong(f"the edge {a},{b} does not exist.")
+    # A walk over real edges from the start that is not the gold path: it stops too early or left on another arm.
+    end = nodes[-1]
+    if nodes == gold[: len(nodes)]:
+        return wrong(f"every edge is right, but the path stops at {end} before it reaches the goal {goal}.", walk=True)
+    return wrong(
+        f"every edge exists, but the path ends at {end}, which is not the goal {goal}: the wrong arm was taken at the first step, "
+        f"from {start} to {nodes[1]}.",
+        walk=True,
+    )
+
+
+def _between(a: int, b: int, edges: set[tuple[int, int]]) -> list[int]:
+    """The nodes strictly between a and b on the way from a to b; empty if b cannot be reached. Every node but the start has one parent."""
+    parent = {v: u for u, v in edges}
+    nodes: list[int] = []
+    at = parent.get(b)
+    while at is not None and at != a:
+        nodes.append(at)
+        at = parent.get(at)
+    return nodes[::-1] if at == a else []
