@@ -77,6 +77,15 @@ class Rollout:
     temperature: float
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A rollout, what its task said of it, and its text as the verifier read it."""
+
+    rollout: Rollout
+    verdict: Verdict
+    response: str
+
+
 @runtime_checkable
 class Task(Protocol):
     """A source of problems and their verifier. `verify` must be a pure function of its arguments: it runs in child processes."""

@@ -5,7 +5,6 @@ The group key is the problem id, never the prompt text: the same problem under K
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,22 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.contracts import Context, Problem, Rollout, Verdict
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A rollout, what its task said of it, and its text as the verifier read it."""
-
-    rollout: Rollout
-    verdict: Verdict
-    response: str
-
-
-def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' text: the random stream of one sequence, whatever process or batch it runs in."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+from fst_fast.contracts import Context, Problem, Sampled
 
 
 def plan_group(problem: Problem, population: Sequence[Context], group_size: int) -> list[tuple[Context, Problem, int]]:

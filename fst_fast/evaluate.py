@@ -1,0 +1,133 @@
+"""The four cells: weights (base | trained) x context (seed | evolved), mean@k and pass@k, and the exact KL to the base model.
+
+neither = base weights, seed context; context = base weights, evolved contexts; weights = trained weights, seed context; both = trained
+weights, evolved contexts. The evolved cells draw the context uniformly from the population, as the objective does (arXiv 2605.12484,
+Eq. 6): sample j of problem i is taken under context (i + j) mod K. All cells meet the same random numbers, so their differences are
+paired. Cells that are the same by construction (method=rl has no evolved contexts, method=gepa no trained weights) are sampled once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.forest import Leaf
+from fst_fast.policy import ranks
+from fst_fast.policy.scoring import kl_to_reference
+from fst_fast.rollout.engine import RolloutEngine
+from fst_fast.rollout.wave import Sampler
+
+CELLS = ("neither", "context", "weights", "both")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What an evaluation needs of the models: their rollout engines and the modules behind them."""
+
+    policy: RolloutEngine
+    base: RolloutEngine
+    policy_module: nn.Module
+    base_module: nn.Module
+
+
+def cell(sampled: Sequence[Sampled], k: int) -> dict[str, float | int]:
+    """mean@k with its standard error (over problems), pass@k, and the number of problems judged. Unjudged samples do not count."""
+    by_problem: dict[str, list[float]] = {}
+    for s in sampled:
+        if s.verdict.reward is not None:
+            by_problem.setdefault(s.rollout.problem_id, []).append(s.verdict.reward)
+    means = np.array([np.mean(r) for r in by_problem.values()])
+    if not len(means):
+        return {"mean": 0.0, "stderr": 0.0, "pass_at_k": 0.0, "n": 0, "k": k}
+    stderr = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
+    solved = [max(r) >= 1.0 for r in by_problem.values()]
+    return {"mean": float(means.mean()), "stderr": stderr, "pass_at_k": float(np.mean(solved)), "n": len(means), "k": k}
+
+
+def wave(problems: Sequence[Problem], contexts: Sequence[Context], k: int) -> list[tuple[Context, Problem, int]]:
+    """k samples of every problem, the contexts taking turns; ordered by context so that shared prefixes stay together."""
+    triples = [(contexts[(i + j) % len(contexts)], p, j) for i, p in enumerate(problems) for j in range(k)]
+    return sorted(triples, key=lambda t: t[0].id)
+
+
+def evaluate(
+    config: Config,
+    sampler: Sampler,
+    models: Models,
+    problems: Sequence[Problem],
+    *,
+    seed_context: Context,
+    population: Sequence[Context],
+    policy_version: int,
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Sample and judge the four cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}.
+
+    known: cells already measured on the same problems (the base model with the seed context never changes).
+    """
+    trained = config.method != "gepa" and policy_version > 0
+    evolved = any(c.id != seed_context.id for c in population)
+    k = config.eval.samples
+    channels: dict[str, Any] = dict(known or {})
+    same_as = {"neither": "neither"}
+    same_as["context"] = "context" if evolved else "neither"
+    same_as["weights"] = "weights" if trained else "neither"
+    same_as["both"] = {(True, True): "both", (True, False): "weights", (False, True): "context", (False, False): "neither"}[
+        (trained, evolved)
+    ]
+    for name in CELLS:
+        origin = same_as[name]
+        if origin not in channels:
+            sampled = sampler.spread(
+                models.policy if origin in ("weights", "both") else models.base,
+                wave(problems, [seed_context] if origin in ("neither", "weights") else list(population), k),
+                stream=(config.seed, "eval"),
+                policy_version=policy_version,
+                temperature=config.eval.temperature,
+                top_p=config.eval.top_p,
+                paired=True,
+            )
+            channels[origin] = cell(sampled, k)
+        channels[name] = channels[origin]
+    held_out = list(problems[: config.eval.kl_problems])
+    kl_seed = kl(config, sampler, models, held_out, [seed_context], policy_version) if trained else 0.0
+    kl_evolved = kl_seed
+    if trained and evolved:
+        kl_evolved = kl(config, sampler, models, held_out, list(population), policy_version)
+    return {"channels": {name: channels[name] for name in CELLS}, "k": k, "kl_seed": kl_seed, "kl_evolved": kl_evolved}
+
+
+def kl(
+    config: Config,
+    sampler: Sampler,
+    models: Models,
+    problems: Sequence[Problem],
+    contexts: Sequence[Context],
+    policy_version: int,
+) -> float:
+    """KL(train||base), exact over the vocabulary, mean over the tokens sampled from the trained policy, at training temperature.
+
+    Base and trained model both see the context.
+    """
+    plan = ranks.mine(wave(problems, contexts, 1))
+    sampled = sampler.local(
+        models.policy,
+        plan,
+        stream=(config.seed, "kl"),
+        policy_version=policy_version,
+        temperature=config.rollout.temperature,
+        paired=True,
+    )
+    leaves = [Leaf(sampler.prompts.ids(c, p), s.rollout.response_ids) for (c, p, _), s in zip(plan, sampled, strict=True)]
+    summed, count = 0.0, 0
+    if leaves:
+        summed, count = kl_to_reference(models.policy_module, models.base_module, leaves, config, sampler.prompts.pad_id)
+    summed, tokens = ranks.total([summed, count])
+    return summed / max(tokens, 1.0)

@@ -1,0 +1,90 @@
+"""Forward passes that only score: a forest (or padded batch) of rollouts through a model, log-probs and exact KL out.
+
+Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Also the one place where leaves become
+micro-batches, so that training and scoring cut a forest in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fst_fast.config import Config
+from fst_fast.forest import Leaf, split
+from fst_fast.policy import head, ranks
+from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
+
+
+@dataclass
+class MicroBatch:
+    """Some leaves, packed. `leaves` are their indices in the caller's list; the batch's own `leaf` counts within the micro-batch."""
+
+    leaves: list[int]
+    batch: PackedBatch
+    at: head.Labels
+
+
+def micro_batches(leaves: Sequence[Leaf], config: Config, pad_id: int) -> list[MicroBatch]:
+    """Cut by subtree under `slow.tokens_per_micro_batch` and pack (forest), or cut in order and pad (padded)."""
+    forest = config.policy.packing == "forest"
+    budget = config.slow.tokens_per_micro_batch
+    parts = split(leaves, budget) if forest else _padded_parts(leaves, budget)
+    out = []
+    for part in parts:
+        chosen = [leaves[i] for i in part]
+        batch = forest_batch(chosen, share="prompts", device=ranks.device()) if forest else padded_batch(
+            chosen, pad_id=pad_id, device=ranks.device()
+        )  # fmt: skip
+        out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels)))
+    return out
+
+
+def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
+    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding (one leaf at least)."""
+    lengths = [len(leaf.prompt_ids) + len(leaf.response_ids) for leaf in leaves]
+    parts: list[list[int]] = []
+    for i in sorted(range(len(leaves)), key=lambda i: lengths[i]):
+        if parts and (len(parts[-1]) + 1) * lengths[i] <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+@torch.no_grad()
+def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
+    """Hidden states of the labelled rows under `model`: [R, H]."""
+    with head.running(model, head.HiddenJob(micro.at)):
+        out: Tensor = model(**model_inputs(micro.batch)).logits
+    return out
+
+
+@torch.no_grad()
+def logprobs(model: nn.Module, micro: MicroBatch, *, temperature: float, chunk_rows: int) -> Tensor:
+    """Log-prob of every label under `model` at `temperature`: [M] fp32."""
+    with head.running(model, head.ScoreJob(micro.at, temperature, chunk_rows)):
+        out: Tensor = model(**model_inputs(micro.batch)).logits
+    return out
+
+
+@torch.no_grad()
+def kl_to_reference(
+    model: nn.Module, reference: nn.Module, leaves: Sequence[Leaf], config: Config, pad_id: int
+) -> tuple[float, int]:
+    """Exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`, and their number."""
+    ref_head = reference.get_output_embeddings()  # type: ignore[operator]
+    total, count = 0.0, 0
+    for micro in micro_batches(leaves, config, pad_id):
+        job = head.ScoreJob(
+            micro.at, config.rollout.temperature, config.slow.head_chunk_rows,
+            ref_hidden=hidden_rows(reference, micro), ref_weight=ref_head.weight, ref_bias=ref_head.bias,
+        )  # fmt: skip
+        with head.running(model, job):
+            model(**model_inputs(micro.batch))
+        assert job.out is not None and job.out.kl is not None
+        total += float(job.out.kl[micro.at.row_of].sum(dtype=torch.float64))
+        count += len(micro.at.labels)
+    return total, count

@@ -1,0 +1,80 @@
+"""One wave: (context, problem, sample) triples go in, judged rollouts come out in the same order.
+
+Every sequence has a random stream of its own, derived from what it is and not from where it runs, so a wave gives the same rollouts
+on one process or on many, whole or in parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.policy import ranks
+from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.prompt import PromptCache
+from fst_fast.tasks.verify import VerifierPool
+
+Triple = tuple[Context, Problem, int]
+
+
+def stream_seed(*parts: object) -> int:
+    """A 63-bit seed from the parts' text: the random stream of one sequence, whatever process or batch it runs in."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass
+class Sampler:
+    """Samples and verifies on this process; `spread` shares a wave over all of them."""
+
+    config: Config
+    tokenizer: Any
+    prompts: PromptCache
+    pool: VerifierPool
+    seconds: dict[str, float] = field(default_factory=lambda: {"rollout_s": 0.0, "verify_s": 0.0})
+
+    def local(
+        self,
+        engine: RolloutEngine,
+        wave: Sequence[Triple],
+        *,
+        stream: tuple[object, ...],
+        policy_version: int,
+        temperature: float,
+        top_p: float | None = None,
+        paired: bool = False,
+    ) -> list[Sampled]:
+        """Sample and judge `wave` here. `paired`: streams leave out the context, so that two contexts meet the same random numbers."""
+        started = time.perf_counter()
+        requests = [
+            Request(
+                problem_id=problem.id,
+                context_id=context.id,
+                sample=sample,
+                prompt_ids=self.prompts.ids(context, problem),
+                seed=stream_seed(*stream, "" if paired else context.id, problem.id, sample),
+            )
+            for context, problem, sample in wave
+        ]
+        rollouts = engine.generate(
+            requests,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            temperature=temperature,
+            top_p=None if top_p in (None, 1.0) else top_p,
+            policy_version=policy_version,
+        )
+        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        sampled_at = time.perf_counter()
+        verdicts = self.pool.verify([(problem, text) for (_, problem, _), text in zip(wave, texts, strict=True)])
+        self.seconds["rollout_s"] += sampled_at - started
+        self.seconds["verify_s"] += time.perf_counter() - sampled_at
+        return [Sampled(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
+
+    def spread(self, engine: RolloutEngine, wave: Sequence[Triple], **how: Any) -> list[Sampled]:
+        """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
+        return ranks.interleave(ranks.all_gather(self.local(engine, ranks.mine(wave), **how)))

@@ -1,0 +1,118 @@
+"""What a run is at a given step, besides the weights: everything that a resumed run needs, as JSON.
+
+Random numbers, minibatches and anchor sets derive from (seed, step, cycle), so no generator state is kept: the step number is the data
+cursor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.errors import UserError
+from fst_fast.fast.phase import FastState
+
+FORMAT = 1
+
+
+@dataclass
+class Counters:
+    """What the training has cost so far, over all processes; evaluation is not counted."""
+
+    rollouts: int = 0  # sampled, the fast phase's included
+    fast_rollouts: int = 0
+    reused_rollouts: int = 0  # fast-phase rollouts that RL groups claimed
+    tokens_computed: int = 0  # tokens through a forward pass: rollouts, reference scoring, training
+    tokens_unshared: int = 0  # the same work with no prefix shared
+
+
+@dataclass
+class State:
+    """step: optimiser steps done (method=gepa: position in the data stream); cycle: cycles begun."""
+
+    fast: FastState
+    population: list[Context]
+    step: int = 0
+    cycle: int = 0
+    counters: Counters = field(default_factory=Counters)
+    reusable: list[Sampled] = field(default_factory=list)  # this cycle's fast-phase rollouts, not yet claimed
+    base_cells: dict[str, Any] = field(default_factory=dict)  # number of problems -> the `neither` cell, which never changes
+
+    def save(self, path: Path) -> None:
+        """Write the whole state as one JSON file."""
+        tree = {
+            "format": FORMAT,
+            "step": self.step,
+            "cycle": self.cycle,
+            "counters": asdict(self.counters),
+            "population": [asdict(c) for c in self.population],
+            "fast": self.fast.to_json(),
+            "reusable": [sampled_to_json(s) for s in self.reusable],
+            "base_cells": self.base_cells,
+        }
+        path.write_text(json.dumps(tree))
+
+    @classmethod
+    def load(cls, path: Path) -> State:
+        """Read what `save` wrote. Raises UserError where another version of the program wrote it."""
+        tree = json.loads(path.read_text())
+        if tree.get("format") != FORMAT:
+            raise UserError(f"{path} has format {tree.get('format')!r}; this version reads {FORMAT}")
+        return cls(
+            fast=FastState.from_json(tree["fast"]),
+            population=[Context(**c) for c in tree["population"]],
+            step=tree["step"],
+            cycle=tree["cycle"],
+            counters=Counters(**tree["counters"]),
+            reusable=[sampled_from_json(s) for s in tree["reusable"]],
+            base_cells=tree["base_cells"],
+        )
+
+
+def sampled_to_json(sampled: Sampled) -> dict[str, Any]:
+    """A judged rollout as JSON; float32 log-probs survive the round trip exactly."""
+    rollout = dict(vars(sampled.rollout))
+    rollout["response_ids"] = sampled.rollout.response_ids.tolist()
+    rollout["logprobs"] = [float(x) for x in sampled.rollout.logprobs]
+    verdict = {**vars(sampled.verdict), "metrics": dict(sampled.verdict.metrics)}
+    return {"rollout": rollout, "verdict": verdict, "response": sampled.response}
+
+
+def sampled_from_json(tree: dict[str, Any]) -> Sampled:
+    """Undo `sampled_to_json`."""
+    rollout = dict(tree["rollout"])
+    rollout["response_ids"] = np.array(rollout["response_ids"], dtype=np.int64)
+    rollout["logprobs"] = np.array(rollout["logprobs"], dtype=np.float32)
+    return Sampled(Rollout(**rollout), Verdict(**tree["verdict"]), tree["response"])
+
+
+def minibatch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
+    """The problems of step `step`: a fresh permutation each epoch, whole batches only, so no problem stands twice in a batch."""
+    per_epoch = len(problems) // size
+    if per_epoch == 0:
+        raise UserError(
+            f"slow.problems_per_step={size} is more than the {len(problems)} problems of the training split; at most {len(problems)}"
+        )
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, 1, epoch]).permutation(len(problems))
+    return [problems[i] for i in order[place * size : (place + 1) * size]]
+
+
+def lookahead(problems: Sequence[Problem], step: int, steps: int, size: int, seed: int) -> list[Problem]:
+    """The union of the next `steps` minibatches, each problem once, in order."""
+    batches = (minibatch(problems, step + t, size, seed) for t in range(steps))
+    return list({p.id: p for batch in batches for p in batch}.values())
+
+
+def anchor_set(ahead: Sequence[Problem], size: int, cycle: int, seed: int) -> list[Problem]:
+    """`size` problems of the lookahead, drawn anew each cycle, in stream order."""
+    if len(ahead) <= size:
+        return list(ahead)
+    chosen = np.random.default_rng([seed, 2, cycle]).choice(len(ahead), size=size, replace=False)
+    return [ahead[i] for i in sorted(chosen)]
