@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PIP := $(PY) -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
 .PHONY: train test install lint format types clean
 
