@@ -1,0 +1,318 @@
+"""The command line: `fst train | eval | probe | report | export | base build | doctor`.
+
+Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
+are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fst_fast.errors import UserError
+
+CELLS = {
+    "neither": "base weights, seed context",
+    "context": "base weights, evolved contexts",
+    "weights": "trained weights, seed context",
+    "both": "trained weights, evolved contexts",
+}
+# Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
+OPTIONS = {
+    "--run-dir": True,
+    "--resume": False,
+    "--dry-run": False,
+    "--debug": False,
+    "--help": False,
+    "--local_rank": True,  # appended by the deepspeed launcher; the rank itself comes from the environment
+    "--context": True,
+    "--problems": True,
+    "--samples": True,
+    "--split": True,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run() -> NoReturn:
+    """The console script `fst`."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    debug = "--debug" in argv
+    try:
+        own, overrides = split_overrides(argv)
+        args = _parser().parse_args(own)
+        if overrides and "overrides" not in args:
+            raise UserError(f"argument {overrides[0]} is not understood; see fst {args.command} --help")
+        args.overrides = overrides
+        command: Callable[[argparse.Namespace], None] = args.run
+        command(args)
+    except UserError as error:
+        return _refuse(str(error), debug)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{place}{error.strerror}", debug)
+    except KeyboardInterrupt:
+        if _is_first():
+            print("fst: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are the command's own, and those that are `--dotted.key value` pairs for the configuration."""
+    own: list[str] = []
+    overrides: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if argv[0] not in ("train", "probe") or not name.startswith("--"):
+            own.append(word)
+            continue
+        mine = name in OPTIONS
+        target = own if mine else overrides
+        target.append(word)
+        takes_value = OPTIONS[name] if mine else True
+        if takes_value and not equals and words and not words[0].startswith("--"):
+            target.append(words.pop(0))
+    return own, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fst", description="Fast-Slow Training of language models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fst-fast {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(
+        name: str, function: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=function)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+        return sub
+
+    train = command(
+        "train",
+        _train,
+        "train weights and contexts; any key of the configuration can follow as --dotted.key=value",
+    )
+    train.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
+    )
+    train.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in DIR, if there is one"
+    )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration and its batch numbers, do nothing",
+    )
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    train.set_defaults(overrides=[])
+
+    evaluate = command("eval", _eval, "measure the four cells of a run's last checkpoint")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN")
+    evaluate.add_argument(
+        "--problems", type=_count, metavar="N", help="validation problems; default: as configured"
+    )
+    evaluate.add_argument(
+        "--samples", type=_count, metavar="K", help="samples of each problem; default: as configured"
+    )
+
+    probe = command("probe", _probe, "show what the model answers under one context")
+    probe.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
+    )
+    probe.add_argument("--context", metavar="TEXT", help="default: fast.seed_context")
+    probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
+    probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
+    probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
+    probe.set_defaults(overrides=[])
+
+    report = command(
+        "report",
+        _report,
+        "curves, the four cells and the contexts' lineage of one or more runs, as one HTML file",
+    )
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: RUN/report, or report/ beside the first of several runs",
+    )
+
+    export = command(
+        "export", _export, "write a run's weights and contexts as a Hugging Face folder plus contexts.json"
+    )
+    export.add_argument("run_dir", type=Path, metavar="RUN")
+    export.add_argument("out", type=Path, metavar="OUT")
+
+    base = command("base", _base, "the base model of the mini world")
+    base.add_argument("action", choices=["build"], help="build: train it from scratch")
+    base.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder that the model is written to"
+    )
+    base.add_argument("--seed", type=int, default=0, help="default: 0")
+
+    command("doctor", _doctor, "say what this machine can do and which kernel path is taken, and why")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from fst_fast import config_load
+
+    saved = args.run_dir / "config.yaml" if args.run_dir else None
+    if args.config is None and args.resume and saved and saved.is_file():
+        args.config = saved
+    config = config_load.load(args.config or default_config(), args.overrides)
+    if args.dry_run:
+        if _is_first():
+            print(config_load.dump(config), end="")
+            print("\n# what follows from it")
+            for name, number in config_load.derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
+                print(f"# {name}: {number}")
+        return
+    if args.run_dir is None:
+        raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")
+    prepare_environment()
+    from fst_fast.trainer import train
+
+    summary = train(config, args.run_dir, resume=args.resume)
+    if _is_first():
+        print(four_cells(summary))
+        print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.evaluate import evaluate_run
+
+    summary = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples)
+    if _is_first():
+        print(four_cells(summary))
+
+
+def _probe(args: argparse.Namespace) -> None:
+    from fst_fast import config_load
+
+    config = config_load.load(args.config or default_config(), args.overrides)
+    prepare_environment()
+    from fst_fast.probe import probe
+
+    for line in probe(
+        config, context=args.context, problems=args.problems, samples=args.samples, split=args.split
+    ):
+        print(line)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fst_fast.report import write_report
+
+    runs = args.run_dirs
+    out = args.out or (runs[0] / "report" if len(runs) == 1 else runs[0].parent / "report")
+    print(write_report(runs, out))
+
+
+def _export(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.export import export
+
+    export(args.run_dir, args.out)
+    print(args.out)
+
+
+def _base(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.mini.build import build_base
+
+    build_base(args.out, seed=args.seed)
+    print(args.out)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.doctor import findings
+
+    for line in findings():
+        print(line)
+
+
+def default_config() -> Path:
+    """The mini star graph's file: beside the package in a clone, inside it once installed from a wheel."""
+    package = Path(__file__).parent
+    installed = package / "mini" / "configs" / "star_graph.yaml"
+    return installed if installed.is_file() else package.parent / "configs" / "mini" / "star_graph.yaml"
+
+
+def prepare_environment() -> None:
+    """Settings that libraries read when they are loaded; what the user has set stays. Call before torch and deepspeed are imported.
+
+    No network look-ups of models; quiet libraries; processes of one machine share its cores; DeepSpeed told that there is no GPU, which
+    it would otherwise find out with a page of warnings.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def four_cells(summary: Mapping[str, Any]) -> str:
+    """The table that a run ends with: what each channel gave, on the validation split."""
+    k = summary["k"]
+    lines = [f"{'':34}  {f'mean@{k}':>8}  {'stderr':>7}  {f'pass@{k}':>8}  problems"]
+    for name, text in CELLS.items():
+        cell = summary["channels"][name]
+        lines.append(
+            f"{text:34}  {cell['mean']:8.3f}  {cell['stderr']:7.3f}  {cell['pass_at_k']:8.3f}  {cell['n']:8d}"
+        )
+    return "\n".join(lines)
+
+
+def _refuse(sentence: str, debug: bool) -> int:
+    if _is_first():
+        if debug:
+            traceback.print_exc()
+        print(f"fst: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: a whole number >= 1")
+    return int(text)
+
+
+def _version() -> str:
+    from fst_fast import __version__
+
+    return __version__
+
+
+if __name__ == "__main__":
+    run()
