@@ -1,0 +1,164 @@
+"""The population and everything the fast phase remembers, as JSON: texts, lineage, scores, cycle.
+
+Scores are counts and sums per (context, problem) *at one policy version*: a table of another version is dropped, never added to. The
+state is a value: a fast phase returns a new one, so an interrupted phase leaves the old one whole, and a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fst_fast.contracts import Context
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Counts and sums of rewards at one policy version: cells[context id][problem id] = (count, sum)."""
+
+    policy_version: int
+    cells: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
+
+    def add(self, context_id: str, problem_id: str, reward: float) -> None:
+        """Count one judged rollout. An unjudged one is no sample and never comes here."""
+        row = self.cells.setdefault(context_id, {})
+        count, total = row.get(problem_id, (0, 0.0))
+        row[problem_id] = (count + 1, total + reward)
+
+    def matrix(self, context_ids: Sequence[str], problem_ids: Sequence[str]) -> NDArray[np.float64]:
+        """[C, N] mean rewards, NaN where there is no judged sample."""
+        table = np.full((len(context_ids), len(problem_ids)), np.nan)
+        for i, context_id in enumerate(context_ids):
+            row = self.cells.get(context_id, {})
+            for j, problem_id in enumerate(problem_ids):
+                if problem_id in row:
+                    count, total = row[problem_id]
+                    table[i, j] = total / count
+        return table
+
+    def count(self, context_id: str, problem_ids: Sequence[str]) -> int:
+        """Judged rollouts of a context on these problems."""
+        row = self.cells.get(context_id, {})
+        return sum(row[problem_id][0] for problem_id in problem_ids if problem_id in row)
+
+    def only(self, context_ids: Sequence[str]) -> Scores:
+        """A copy that holds just these contexts."""
+        return Scores(self.policy_version, {c: dict(self.cells[c]) for c in context_ids if c in self.cells})
+
+    def at(self, policy_version: int) -> Scores:
+        """A copy to go on with at this version: empty if the policy has moved."""
+        return (
+            self.only(list(self.cells)) if policy_version == self.policy_version else Scores(policy_version)
+        )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A failure that was shown to the reflector."""
+
+    problem_id: str
+    feedback: str
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a context comes from and how it did when last scored. parent and born are those of its first birth: a text that is
+    proposed again under a later policy keeps them, so that parents never form a ring."""
+
+    context: Context
+    admitted: bool
+    policy_version: int | None = None  # version at which it was last scored
+    mean: float | None = None
+    n: int = 0
+    failures: tuple[Shown, ...] = ()
+    reflection: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "text": self.context.text,
+            "parent": self.context.parent,
+            "born": self.context.born,
+            "admitted": self.admitted,
+            "policy_version": self.policy_version,
+            "mean": self.mean,
+            "n": self.n,
+            "failures": [{"problem_id": f.problem_id, "feedback": f.feedback} for f in self.failures],
+            "reflection": self.reflection,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Lineage:
+        return cls(
+            context=Context.of(data["text"], parent=data["parent"], born=data["born"]),
+            admitted=data["admitted"],
+            policy_version=data["policy_version"],
+            mean=data["mean"],
+            n=data["n"],
+            failures=tuple(Shown(f["problem_id"], f["feedback"]) for f in data["failures"]),
+            reflection=data["reflection"],
+        )
+
+
+@dataclass(frozen=True)
+class FastState:
+    """What a fast phase starts from and leaves behind.
+
+    population: context ids in order, the best first, repeats included. contexts: every context ever scored. cycle: fast phases done.
+    """
+
+    seed_id: str
+    population: tuple[str, ...]
+    contexts: Mapping[str, Lineage]
+    scores: Scores
+    cycle: int = 0
+
+    @classmethod
+    def initial(cls, seed_context: str) -> FastState:
+        """A population of the seed context alone."""
+        seed = Context.of(seed_context)
+        return cls(seed.id, (seed.id,), {seed.id: Lineage(seed, admitted=True)}, Scores(policy_version=-1))
+
+    def members(self) -> list[Context]:
+        """The distinct contexts of the population, in order."""
+        return [self.contexts[context_id].context for context_id in dict.fromkeys(self.population)]
+
+    def population_of(self, k: int) -> list[Context]:
+        """Exactly k contexts: the population as it is, cut or filled up with its best where k is another number."""
+        ids = self.population
+        if len(ids) != k:
+            distinct = list(dict.fromkeys(ids))[:k]
+            ids = (*distinct, *[ids[0]] * (k - len(distinct)))
+        return [self.contexts[context_id].context for context_id in ids]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` gives an equal state back. This is also the content of contexts.json."""
+        return {
+            "cycle": self.cycle,
+            "seed": self.seed_id,
+            "population": list(self.population),
+            "contexts": {context_id: lineage.to_json() for context_id, lineage in self.contexts.items()},
+            "scores": {
+                "policy_version": self.scores.policy_version,
+                "cells": {
+                    c: {p: [n, s] for p, (n, s) in row.items()} for c, row in self.scores.cells.items()
+                },
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FastState:
+        cells = {
+            c: {p: (int(n), float(s)) for p, (n, s) in row.items()}
+            for c, row in data["scores"]["cells"].items()
+        }
+        return cls(
+            seed_id=data["seed"],
+            population=tuple(data["population"]),
+            contexts={context_id: Lineage.from_json(item) for context_id, item in data["contexts"].items()},
+            scores=Scores(data["scores"]["policy_version"], cells),
+            cycle=data["cycle"],
+        )

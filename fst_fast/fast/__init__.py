@@ -1,0 +1,1 @@
+"""The fast phase: evolving the contexts while the weights stand still."""
