@@ -1,0 +1,258 @@
+"""Verification in killable child processes.
+
+A grader is code that we do not know, run on text that a model made up: it may loop for ever, eat the memory, crash the interpreter. So it
+runs in children that are fresh interpreters (not forks: a fork of a process with CUDA and threads is not safe), and the parent
+keeps the clock: a limit kept inside the child would need a signal, which only the main thread gets and which C code (a
+backtracking regular expression) does not see. A child past the limit is killed with its whole process group and replaced.
+
+Items go out in chunks, answers come back one by one, so the limit applies to each item while a trivial grader costs no more than some
+ten microseconds. This guards against accidents, not against an adversary: children run under the same user, with the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fst_fast.contracts import Problem, Verdict
+from fst_fast.errors import UserError
+from fst_fast.tasks.verify_worker import HEADER
+
+_START_LIMIT_S = 120.0  # to import and make the task
+_CHUNK = 64
+# Threads of a maths library cost address space; hashes of texts must be the same in every run.
+_CHILD_ENV = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+
+
+class VerifierPool:
+    """`workers` children that hold the task `spec` made with `args`. Use as a context manager, or close().
+
+    timeouts, failures: verdicts so far with reward None because the limit passed, or because the grader raised, crashed or returned
+    something that is no verdict. A grader that itself returns reward None is counted in neither.
+    Raises UserError where the task cannot be loaded in a child."""
+
+    def __init__(self, spec: str, args: Mapping[str, Any], *, workers: int, timeout_s: float, memory_mib: int) -> None:
+        self._job = {"spec": spec, "args": dict(args), "memory_mib": memory_mib}
+        self._folder = os.getcwd()  # where relative paths of the task start, also for a child that is started later
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        # PR_SET_PDEATHSIG goes off when the *thread* that started the child ends, so one thread that lives with the pool starts all.
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifier-starter")
+        self._workers: list[_Worker] = []
+        self._size = workers
+        self.timeouts = 0
+        self.failures = 0
+        with self._killing_on_error():
+            self._start_missing()
+            while not all(worker.ready for worker in self._workers):
+                self._turn(_Batch([]))
+
+    def verify(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """One verdict for each (problem, response), in their order. A verification that failed has reward None and says why."""
+        batch = _Batch([_pickled(problem, response) for problem, response in items])
+        with self._lock, self._killing_on_error():
+            self._start_missing()
+            while batch.left:
+                self._turn(batch)
+        return [batch.verdicts[index] for index in range(len(items))]
+
+    def close(self) -> None:
+        """Kill the children. May be called twice."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+        self._starter.shutdown()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _killing_on_error(self) -> Iterator[None]:
+        """Answers still under way must not be taken for answers to the next question."""
+        try:
+            yield
+        except BaseException:
+            for worker in self._workers:
+                worker.kill()
+            self._workers = []
+            raise
+
+    def _start(self) -> _Worker:
+        return self._starter.submit(_Worker, self._job, self._folder).result()
+
+    def _start_missing(self) -> None:
+        """Replace children that something else ended while they were idle, and start those that are not there yet."""
+        for worker in [w for w in self._workers if w.process.poll() is not None]:
+            worker.kill()
+            self._workers.remove(worker)
+        while len(self._workers) < self._size:
+            self._workers.append(self._start())
+
+    def _turn(self, batch: _Batch) -> None:
+        """Hand out chunks, wait for whatever comes first, take it in, replace the children that are late or dead."""
+        for worker in self._workers:
+            if worker.ready and not worker.todo and batch.waiting:
+                size = min(_CHUNK, len(batch.waiting) // (2 * self._size))  # shrinks: all children end at about the same time
+                worker.give([batch.waiting.popleft() for _ in range(max(size, 1))], batch, self._timeout_s)
+        poll = select.poll()
+        for worker in self._workers:
+            worker.register(poll)
+        first = min((w.deadline for w in self._workers if w.deadline is not None), default=None)
+        poll.poll(None if first is None else max(0, math.ceil((first - time.monotonic()) * 1000)))
+        for index, worker in enumerate(self._workers):
+            worker.send()
+            for reply in worker.receive():
+                if worker.ready:
+                    batch.verdicts[worker.todo.popleft()] = self._verdict(reply)
+                    worker.deadline = time.monotonic() + self._timeout_s if worker.todo else None
+                elif "error" in reply:
+                    raise UserError(reply["error"])
+                else:
+                    worker.ready, worker.deadline = True, None
+            late = worker.deadline is not None and time.monotonic() >= worker.deadline
+            if worker.ended or late:
+                self._bury(worker, batch, late)
+                self._workers[index] = self._start()
+
+    def _bury(self, worker: _Worker, batch: _Batch, late: bool) -> None:
+        """Kill it, blame the item it was at, put the others back."""
+        end = worker.kill()
+        if not worker.ready:
+            what = f"did not start within {_START_LIMIT_S:g} s" if late else f"died while it loaded the task ({end})"
+            raise UserError(
+                f"a verifying process for task={self._job['spec']} {what}; verify.memory_mib={self._job['memory_mib']} may be too little"
+            )
+        if worker.todo and late:
+            self.timeouts += 1
+            batch.verdicts[worker.todo.popleft()] = Verdict(None, f"verification timed out after {self._timeout_s:g} s")
+        elif worker.todo and not worker.leaving and not worker.unsent:  # unsent: it was dead before it got the chunk
+            batch.verdicts[worker.todo.popleft()] = self._verdict({"failure": f"the verifying process died ({end})"})
+        batch.waiting.extendleft(reversed(worker.todo))
+
+    def _verdict(self, reply: Mapping[str, Any]) -> Verdict:
+        if "failure" in reply:
+            self.failures += 1
+            return Verdict(None, reply["failure"])
+        return Verdict(reply["reward"], reply["feedback"], reply["metrics"])
+
+
+class _Batch:
+    """The items of one call: pickled, those not handed out yet, and the verdicts by index."""
+
+    def __init__(self, blobs: list[bytes]) -> None:
+        self.blobs = blobs
+        self.waiting = deque(range(len(blobs)))
+        self.verdicts: dict[int, Verdict] = {}
+
+    @property
+    def left(self) -> int:
+        return len(self.blobs) - len(self.verdicts)
+
+
+class _Worker:
+    """One child and its two pipes, both non-blocking: a child that stopped reading must not stop the trainer.
+
+    todo: indices of the items that it has and has not answered, in order. leaving: it said that it ends after this reply."""
+
+    def __init__(self, job: Mapping[str, Any], folder: str) -> None:
+        # The child sees the modules that this process sees, however they got onto the path.
+        start = f"import sys; sys.path[:] = {sys.path!r}; from fst_fast.tasks.verify_worker import main; main({os.getpid()})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=folder,
+            start_new_session=True,  # a process group of its own: what the grader starts is killed with it, and Ctrl-C is ours
+            env={**os.environ, **_CHILD_ENV},
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self._in, False)
+        os.set_blocking(self._out, False)
+        self.unsent = bytearray()
+        self._received = bytearray()
+        self.todo: deque[int] = deque()
+        self.ready = self.ended = self.leaving = False
+        self.deadline: float | None = None
+        self._queue(pickle.dumps(dict(job)), _START_LIMIT_S)
+
+    def give(self, indices: Sequence[int], batch: _Batch, timeout_s: float) -> None:
+        self.todo.extend(indices)
+        self._queue(pickle.dumps([batch.blobs[index] for index in indices]), timeout_s)
+
+    def _queue(self, body: bytes, limit_s: float) -> None:
+        self.unsent += HEADER.pack(len(body)) + body
+        self.deadline = time.monotonic() + limit_s
+        self.send()
+
+    def register(self, poll: select.poll) -> None:
+        poll.register(self._out, select.POLLIN)
+        if self.unsent and not self.ended:
+            poll.register(self._in, select.POLLOUT)
+
+    def send(self) -> None:
+        """Write what the pipe takes."""
+        try:
+            while self.unsent:
+                del self.unsent[: os.write(self._in, self.unsent[:65536])]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self.ended = True
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Read what there is; the complete replies."""
+        try:
+            while data := os.read(self._out, 65536):
+                self._received += data
+            self.ended = True
+        except BlockingIOError:
+            pass
+        replies: list[dict[str, Any]] = []
+        while len(self._received) >= HEADER.size:
+            (size,) = HEADER.unpack_from(self._received)
+            if len(self._received) < HEADER.size + size:
+                break
+            try:
+                reply = json.loads(bytes(self._received[HEADER.size : HEADER.size + size]))
+            except ValueError:  # the grader found the descriptor and wrote to it: nothing that follows can be trusted
+                self.ended = True
+                break
+            del self._received[: HEADER.size + size]
+            self.leaving = "out_of_memory" in reply
+            replies.append(reply)
+        return replies
+
+    def kill(self) -> str:
+        """End it and everything that it started; how it ended."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        return f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _pickled(problem: Problem, response: str) -> bytes:
+    try:
+        return pickle.dumps((problem, response))
+    except Exception as error:
+        raise UserError(f"problem {problem.id!r} cannot be sent to a verifying process: {error}; its answer and meta must be plain data") from error

@@ -1,0 +1,128 @@
+"""The child process that runs a task's `verify`: see verify.py for the parent's side and for why there are children.
+
+It talks over its own stdin and stdout in frames: 4 bytes of length, then the body. The pipes are moved to other descriptors before any
+user code runs, and descriptors 0 and 1 become /dev/null: whatever a grader prints cannot get between the frames. Requests are pickles
+(the trainer's own objects); replies are JSON, so that a response that takes this process over still cannot run code in the trainer.
+No torch here: the process must start fast and stay small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import numbers
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fst_fast.contracts import Task, Verdict
+from fst_fast.errors import UserError
+from fst_fast.tasks.user import describe
+
+HEADER = struct.Struct("!I")
+FEEDBACK_LIMIT = 8000
+_PR_SET_PDEATHSIG = 1
+
+
+def main(parent: int) -> None:
+    """Serve until the parent closes the pipe. parent: its process id."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            return
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    job = read(requests)
+    if job is None:
+        return
+    try:
+        task = _load(pickle.loads(job))
+    except UserError as error:
+        return write(replies, {"error": str(error)})
+    except BaseException as error:
+        return write(replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"})
+    write(replies, {"ready": True})
+    os.dup2(null, 2)
+    while (chunk := read(requests)) is not None:
+        for item in pickle.loads(chunk):
+            reply = judge(task, item)
+            write(replies, reply)
+            if "out_of_memory" in reply:  # what an earlier item left behind may be the reason: the next one gets a fresh process
+                return
+
+
+def read(stream: BinaryIO) -> bytes | None:
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    (size,) = HEADER.unpack(header)
+    body = stream.read(size)
+    return body if len(body) == size else None
+
+
+def write(stream: Any, reply: Mapping[str, Any]) -> None:
+    body = json.dumps(reply, allow_nan=False).encode()
+    frame = memoryview(HEADER.pack(len(body)) + body)
+    while frame:
+        frame = frame[stream.write(frame) :]
+
+
+def _load(job: Mapping[str, Any]) -> Task:
+    limit = job["memory_mib"] << 20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    from fst_fast.tasks.registry import load_task
+
+    try:
+        return load_task(job["spec"], job["args"], problems=False)
+    except MemoryError:
+        raise UserError(f"verify.memory_mib={job['memory_mib']} is too little to load task={job['spec']}") from None
+
+
+def judge(task: Task, item: bytes) -> dict[str, Any]:
+    """Verify one pickled (problem, response); everything that can go wrong becomes a reply with reward None and `failure` set."""
+    try:
+        problem, response = pickle.loads(item)
+        return check(task.verify(problem, response))
+    except MemoryError:
+        return {"reward": None, "failure": "the verification ran out of memory (verify.memory_mib)", "out_of_memory": True}
+    except BaseException as error:
+        return {"reward": None, "failure": f"verify raised {describe(error)}"}
+
+
+def check(verdict: Any) -> dict[str, Any]:
+    """The reply for what `verify` returned; a reward or metric that is no finite number, or a reward outside [0, 1], is a failure."""
+    if not isinstance(verdict, Verdict):
+        return _wrong(f"a {type(verdict).__name__}; it must return a Verdict")
+    if not isinstance(verdict.feedback, str):
+        return _wrong(f"feedback of type {type(verdict.feedback).__name__}; it must be a text")
+    if not isinstance(verdict.metrics, Mapping):
+        return _wrong(f"metrics of type {type(verdict.metrics).__name__}; it must be a dict of numbers")
+    metrics = {}
+    for name, value in verdict.metrics.items():
+        if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
+            return _wrong(f"metrics[{name!r}]={value!r:.80}; it must be a finite number")
+        metrics[str(name)] = float(value)
+    reward = verdict.reward
+    if reward is not None and not isinstance(reward, numbers.Real | np.bool_):
+        return _wrong(f"reward={reward!r:.80}; it must be a number in [0, 1] or None")
+    if reward is not None and not 0 <= float(reward) <= 1:  # NaN fails this too
+        return _wrong(f"reward={float(reward)}; it must be in [0, 1]")
+    feedback = verdict.feedback.encode("utf-8", "replace").decode()
+    if len(feedback) > FEEDBACK_LIMIT:
+        feedback = feedback[:FEEDBACK_LIMIT] + " [cut]"
+    return {"reward": None if reward is None else float(reward), "feedback": feedback, "metrics": metrics}
+
+
+def _wrong(what: str) -> dict[str, Any]:
+    return {"reward": None, "failure": f"verify returned {what}"}
