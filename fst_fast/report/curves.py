@@ -1,0 +1,230 @@
+"""Series, differences and fits: the numbers behind the figures and tables.
+
+A gain per optimiser step can be bought with rollouts of the fast phase, and a gain per rollout with longer prompts, so every curve is
+drawn against four axes: steps, rollouts *including the fast phase*, tokens computed, and seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import OptimizeWarning, curve_fit
+
+from fst_fast.report.load import Cell, Eval, Run, Step
+
+AXES = {
+    "steps": "optimiser steps",
+    "rollouts": "rollouts, fast phase included",
+    "tokens": "tokens computed",
+    "seconds": "time (s)",
+}
+PHASES = {
+    "rollout_s": "rollouts",
+    "verify_s": "verification",
+    "score_s": "scoring",
+    "train_s": "training",
+    "fast_s": "fast phase",
+    "eval_s": "evaluation",
+}
+FIT_POINTS = 6  # three parameters are fitted: fewer points would always seem to fit
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points in the order of the run; `error` is one standard error, 0 where unknown."""
+
+    x: NDArray[np.float64]  # [P]
+    y: NDArray[np.float64]  # [P]
+    error: NDArray[np.float64]  # [P]
+
+    @classmethod
+    def of(cls, points: Sequence[tuple[float | None, float | None, float | None]]) -> Series:
+        """Keep the points that have both coordinates."""
+        kept = [(x, y, error or 0.0) for x, y, error in points if x is not None and y is not None]
+        x, y, error = np.array(kept, dtype=np.float64).reshape(-1, 3).T
+        return cls(x, y, error)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def position(run: Run, line: Step | Eval, axis: str) -> float | None:
+    """Where a line of metrics.jsonl lies on an axis. Seconds come from timing.jsonl: the last step written by then."""
+    match axis:
+        case "steps":
+            return line.step
+        case "rollouts":
+            return line.rollouts
+        case "tokens":
+            return line.tokens_computed
+        case "seconds":
+            done = bisect_right([row.step for row in run.timing], line.step)
+            if done:
+                return run.timing[done - 1].seconds
+            return 0.0 if run.timing and line.step == 0 else None
+    raise AssertionError(axis)
+
+
+def validation(run: Run, cell: str, axis: str) -> Series:
+    """Mean validation reward of one cell."""
+    lines = [(line, line.channels.get(cell, Cell())) for line in run.evals]
+    return Series.of([(position(run, line, axis), value.mean, value.stderr) for line, value in lines])
+
+
+def training(run: Run, axis: str) -> Series:
+    """Mean reward of the rollouts of each step."""
+    return Series.of([(position(run, line, axis), line.reward, None) for line in run.steps])
+
+
+def diagnostic(run: Run, name: str) -> Series:
+    """One number of the step lines against steps; `kept` is the share of groups that carry a gradient."""
+    if name == "kept":
+        rows = [(line.step, line.groups_kept / line.groups) for line in run.steps if line.groups and line.groups_kept is not None]
+        return Series.of([(step, share, None) for step, share in rows])
+    return Series.of([(line.step, getattr(line, name), None) for line in run.steps])
+
+
+def kl_against_reward(run: Run, cell: str) -> Series:
+    """x: KL(train||base) under the cell's context, y: the cell's validation reward, in the order of the evaluations."""
+    name = "kl_evolved" if cell == "both" else "kl_seed"
+    lines = [(getattr(line, name), line.channels.get(cell, Cell())) for line in run.evals]
+    return Series.of([(kl, value.mean, value.stderr) for kl, value in lines])
+
+
+def smooth(y: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """Centred running mean, the window shrinking at both ends so that no value is invented."""
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    i = np.arange(len(y))
+    half = np.minimum(np.minimum(i, len(y) - 1 - i), width // 2)
+    return np.asarray((total[i + half + 1] - total[i - half]) / (2 * half + 1))
+
+
+def time_split(run: Run) -> dict[str, float]:
+    """Seconds by phase. `other` is what no phase claims: start-up, checkpoints, work done again after a resume."""
+    if not run.timing:
+        return {}
+    spent = {name: sum(getattr(row, key) or 0.0 for row in run.timing) for key, name in PHASES.items()}
+    spent["other"] = max(0.0, run.timing[-1].seconds - sum(spent.values()))
+    return spent
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two cells lie apart; `sigmas` is the difference in standard errors, None where there is no error to divide by."""
+
+    value: float
+    sigmas: float | None
+
+
+def difference(a: Cell, b: Cell) -> Difference | None:
+    """a - b. The two errors are added as if independent; the cells share their problems, so this errs on the careful side."""
+    if a.mean is None or b.mean is None:
+        return None
+    error = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else 0.0
+    value = a.mean - b.mean
+    return Difference(value, value / error if error > 0 else None)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """R - R0 = (A - R0) / (1 + (Cmid / C)^B), by least squares; `rmse` in units of reward."""
+
+    asymptote: float
+    asymptote_error: float | None
+    exponent: float
+    midpoint: float
+    start: float
+    rmse: float
+    points: int
+    note: str = ""
+
+    def at(self, c: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Reward at compute c > 0."""
+        return np.asarray(self.start + (self.asymptote - self.start) / (1 + (self.midpoint / c) ** self.exponent))
+
+
+def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
+    """Fit the paper's saturation curve; a sentence with the reason where that would mean nothing.
+
+    R0 is `start`, the reward of the untouched base model, not a free parameter. Points at C = 0 are R0 itself and do not enter.
+    """
+    used = series.x > 0
+    if used.sum() < FIT_POINTS:
+        return f"not fitted: {used.sum()} evaluations after the start, at least {FIT_POINTS} are needed"
+    if start is None:
+        return "not fitted: the reward of the base model with the seed context was not evaluated"
+    x, y = series.x[used], series.y[used]
+    if np.ptp(x) == 0:
+        return "not fitted: all evaluations lie at the same place of this axis"
+    if np.ptp(np.append(y, start)) < 1e-9:
+        return "not fitted: the reward never changed"
+    top = x.max()
+
+    def curve(c: NDArray[np.float64], a: float, b: float, mid: float) -> NDArray[np.float64]:
+        return np.asarray(start + (a - start) / (1 + (mid / c) ** b))
+
+    low, high = (0.0, 0.1, 1e-3), (1.0, 10.0, 10.0)  # A is a reward; Cmid in units of the largest C
+    best: tuple[float, NDArray[np.float64], NDArray[np.float64]] | None = None
+    for mid in (0.1, 0.3, 1.0):  # least squares finds the nearest valley: start from three places
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizeWarning)  # no covariance: asymptote_error is then None
+            try:
+                guess = (float(np.clip(y[-1], 0.01, 0.99)), 1.0, mid)
+                values, covariance = curve_fit(curve, x / top, y, p0=guess, bounds=(low, high), max_nfev=5000)
+            except RuntimeError:
+                continue
+        rmse = float(np.sqrt(np.mean((curve(x / top, *values) - y) ** 2)))
+        if best is None or rmse < best[0]:
+            best = rmse, values, covariance
+    if best is None:
+        return "not fitted: least squares did not converge"
+    rmse, values, covariance = best
+    a, b, mid = (float(value) for value in values)
+    error = float(np.sqrt(covariance[0, 0]))
+    bounded = [name for value, lo, hi, name in zip(values, low, high, ("A", "B", "Cmid"), strict=True) if _at(value, lo, hi)]
+    if bounded:
+        note = f"{', '.join(bounded)} at the limit of what is allowed: the data do not determine the curve"
+    elif mid > 1:
+        note = "half of the gain lies beyond the last evaluation: A is extrapolated"
+    else:
+        note = ""
+    return Fit(a, error if math.isfinite(error) and not bounded else None, b, mid * float(top), start, rmse, len(x), note)
+
+
+def _at(value: float, low: float, high: float) -> bool:
+    margin = 1e-3 * (high - low) if high <= 1 else 1e-3 * high
+    return value - low < min(margin, 1e-3) or high - value < margin
+
+
+def fit(run: Run, axis: str) -> Fit | str:
+    """Fit of the validation reward with trained weights and evolved contexts."""
+    first = run.evals[0].channels.get("neither", Cell()).mean if run.evals else None
+    return fit_sigmoid(validation(run, "both", axis), first)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """First evaluation of a run at or above a target, on each axis; empty where it was never reached."""
+
+    label: str
+    at: dict[str, float | None]
+
+
+def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
+    """Where each run's `both` cell first reaches the target."""
+    table = []
+    for run in runs:
+        hits = [line for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None and mean >= target]
+        table.append(Reached(run.label, {axis: position(run, hits[0], axis) for axis in AXES} if hits else {}))
+    return table
+
+
+def peak(run: Run) -> float | None:
+    """Best validation reward of the `both` cell over the run."""
+    return max((mean for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None), default=None)
