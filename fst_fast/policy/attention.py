@@ -1,0 +1,165 @@
+"""Our attention inside unmodified transformers models, and the loading of those models.
+
+transformers lets a model's attention function be chosen by name. Under the name "fst" we register one that hands q, k and v to the
+`plan` given to the model's forward:
+
+    model(input_ids=..., position_ids=..., plan=plan, use_cache=False)
+
+A plan knows who sees whom. Training and scoring use TreePlan (a whole forest at once); rollouts bring plans of their own that keep keys
+and values. So one model object serves training, prefill and decoding. The function is registered without a mask of its own: no mask
+tensor is ever built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from fst_kernels.tree_attention import TreeMask, tree_attention
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from fst_fast.errors import UserError
+from fst_fast.forest import Forest
+
+NAME = "fst"
+Attention = Literal["tree", "sdpa", "flash_attention_2"]
+
+
+class AttentionPlan(Protocol):
+    """What the attention of one forward does. `layer` counts from 0; q [B,Hq,N,D], k and v [B,Hkv,N,D], rotary embedding applied."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...  # [B,N,Hq,D]
+
+
+class TreePlan:
+    """Every token of a forest attends to its ancestors. One plan serves all layers, forward and backward."""
+
+    def __init__(self, subtree_end: Tensor) -> None:
+        self.mask = TreeMask.from_subtree_end(subtree_end)  # int32 [N] or [B, N]
+
+    @classmethod
+    def of(cls, forest: Forest, device: torch.device | str) -> TreePlan:
+        return cls(torch.from_numpy(forest.subtree_end).to(device))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = tree_attention(q, k, v, self.mask, scale=scale)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls in every layer."""
+    if plan is None:
+        raise UserError("this model was loaded with policy.attention=tree and was called without a plan; pass plan=TreePlan(...)")
+    unsupported = {"attention_mask": attention_mask, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+    unsupported["dropout"] = dropout or None
+    for name, given in unsupported.items():
+        if given is not None:
+            raise UserError(f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {WAY_OUT}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return plan.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+WAY_OUT = "use policy.packing=padded with policy.attention=sdpa"
+
+
+def load_model(path: str | Path, dtype: torch.dtype | str, *, attention: Attention, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model from a local folder, or the shipped one for "mini"; nothing is ever downloaded.
+
+    dtype: torch.float32, "bfloat16", ... attention="tree" takes the plan of each forward (see above), the others are transformers' own.
+    Raises UserError for a folder that is missing or no model, and, with "tree", for architectures that cannot be packed.
+    """
+    folder = model_folder(path)
+    kwargs: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={str(path)!r}: its config.json cannot be used: {_first_line(error)}") from error
+    if attention == "tree":
+        reason = cannot_pack(config)
+        if reason:
+            raise UserError(f"model.path={str(path)!r}: {config.model_type} cannot be packed as a forest: {reason}; {WAY_OUT}")
+    implementation = NAME if attention == "tree" else attention
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=kind, attn_implementation=implementation, **kwargs
+        )
+    except ImportError as error:
+        raise UserError(f"policy.attention={attention} cannot run here: {_first_line(error)}; sdpa runs everywhere") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={str(path)!r} cannot be loaded: {_first_line(error)}") from error
+    return model
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder meant by model.path: "mini" is the shipped model. Raises UserError where it holds no model."""
+    if str(path) == "mini":
+        from fst_fast import mini
+
+        return Path(mini.path())
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path={str(path)!r} is not a folder; a local Hugging Face model folder or 'mini' is needed")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={str(path)!r} has no config.json; a local Hugging Face model folder or 'mini' is needed")
+    return folder
+
+
+def cannot_pack(config: PreTrainedConfig) -> str | None:
+    """Why a model of this config cannot be packed as a forest, or None. Known from the config, before any weight is read."""
+    text = config.get_text_config()
+    other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
+    if other:
+        return f"it has layers of type {', '.join(other)}"
+    window = getattr(text, "sliding_window", None)
+    if window is not None and getattr(text, "use_sliding_window", True) and not getattr(text, "layer_types", None):
+        return f"it attends through a sliding window (sliding_window={window})"
+    for key in ("attn_logit_softcapping", "attn_logit_softcap"):
+        if getattr(text, key, None) is not None:
+            return f"it caps attention scores ({key}={getattr(text, key)})"
+    if getattr(text, "v_head_dim", None) is not None:
+        return f"its value heads have a size of their own (v_head_dim={text.v_head_dim})"
+    if getattr(text, "attention_dropout", 0.0):
+        return f"it drops attention weights (attention_dropout={text.attention_dropout})"
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is not None and getattr(model_class, "_is_stateful", False):
+        return "it carries a recurrent state (state space)"
+    if model_class is not None and not model_class._supports_attention_backend:
+        return "its attention cannot be swapped in transformers"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
