@@ -60,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
         command(args)
     except UserError as error:
         return _refuse(str(error), debug)
+    except BrokenPipeError:  # the reader of our output has gone, as in `fst ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -254,10 +257,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def default_config() -> Path:
-    """The mini star graph's file: beside the package in a clone, inside it once installed from a wheel."""
-    package = Path(__file__).parent
-    installed = package / "mini" / "configs" / "star_graph.yaml"
-    return installed if installed.is_file() else package.parent / "configs" / "mini" / "star_graph.yaml"
+    """The mini star graph's file, shipped with the package (in a clone it is a link to configs/mini/star_graph.yaml)."""
+    return Path(__file__).parent / "mini" / "star_graph.yaml"
 
 
 def prepare_environment() -> None:
