@@ -118,7 +118,9 @@ class VerifierPool:
         for index, worker in enumerate(self._workers):
             worker.send()
             for reply in worker.receive():
-                if worker.ready:
+                if "taken" in reply:
+                    worker.taken = True
+                elif worker.ready:
                     batch.verdicts[worker.todo.popleft()] = self._verdict(reply)
                     worker.deadline = time.monotonic() + self._timeout_s if worker.todo else None
                 elif "error" in reply:
@@ -141,7 +143,7 @@ class VerifierPool:
         if worker.todo and late:
             self.timeouts += 1
             batch.verdicts[worker.todo.popleft()] = Verdict(None, f"verification timed out after {self._timeout_s:g} s")
-        elif worker.todo and not worker.leaving and not worker.unsent:  # unsent: it was dead before it got the chunk
+        elif worker.todo and worker.taken and not worker.leaving:
             batch.verdicts[worker.todo.popleft()] = self._verdict({"failure": f"the verifying process died ({end})"})
         batch.waiting.extendleft(reversed(worker.todo))
 
@@ -168,7 +170,8 @@ class _Batch:
 class _Worker:
     """One child and its two pipes, both non-blocking: a child that stopped reading must not stop the trainer.
 
-    todo: indices of the items that it has and has not answered, in order. leaving: it said that it ends after this reply."""
+    todo: indices of the items that it was given and has not answered, in order. taken: it has read them; where it dies before that, no
+    item is to blame. leaving: it said that it ends after this reply."""
 
     def __init__(self, job: Mapping[str, Any], folder: str) -> None:
         # The child sees the modules that this process sees, however they got onto the path.
@@ -189,12 +192,13 @@ class _Worker:
         self.unsent = bytearray()
         self._received = bytearray()
         self.todo: deque[int] = deque()
-        self.ready = self.ended = self.leaving = False
+        self.ready = self.taken = self.leaving = self.ended = False
         self.deadline: float | None = None
         self._queue(pickle.dumps(dict(job)), _START_LIMIT_S)
 
     def give(self, indices: Sequence[int], batch: _Batch, timeout_s: float) -> None:
         self.todo.extend(indices)
+        self.taken = False
         self._queue(pickle.dumps([batch.blobs[index] for index in indices]), timeout_s)
 
     def _queue(self, body: bytes, limit_s: float) -> None:

@@ -54,6 +54,7 @@ def main(parent: int) -> None:
     write(replies, {"ready": True})
     os.dup2(null, 2)
     while (chunk := read(requests)) is not None:
+        write(replies, {"taken": True})  # from here on a death is the fault of an item
         for item in pickle.loads(chunk):
             reply = judge(task, item)
             write(replies, reply)
