@@ -1,0 +1,54 @@
+"""The plain way to sample: left-padded prompts, transformers' own cache, every sequence with a copy of its prompt.
+
+For models whose attention cannot be packed, and the oracle of the forest path: it shares with it the draw, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from fst_fast.rollout.responses import Responses
+
+Ints = NDArray[np.int64]
+
+
+def decode_padded(
+    model: Any, prompts: Sequence[Ints], responses: Responses, *, max_batch: int, pad_id: int
+) -> int:
+    """Fill `responses`, `max_batch` prompts of similar length at a time; returns the positions computed, padding included."""
+    device = model.get_output_embeddings().weight.device
+    lengths = np.array([len(p) for p in prompts], dtype=np.int64)
+    order = np.argsort(lengths, kind="stable")
+    computed = 0
+    for begin in range(0, len(order), max_batch):
+        who = order[begin : begin + max_batch]
+        width = int(lengths[who].max())
+        ids = np.full((len(who), width), pad_id, dtype=np.int64)
+        for row, sequence in enumerate(who):
+            ids[row, width - lengths[sequence] :] = prompts[sequence]
+        column = np.arange(width)
+        mask = (column >= width - lengths[who][:, None]).astype(np.int64)  # [B, width]
+        position = np.maximum(column - (width - lengths[who][:, None]), 0)
+        cache = DynamicCache(config=model.config)
+        live = np.ones(len(who), dtype=bool)
+        while live.any():
+            logits = model(
+                input_ids=torch.as_tensor(ids, device=device),
+                attention_mask=torch.as_tensor(mask, device=device),
+                position_ids=torch.as_tensor(position, device=device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            computed += ids.size
+            ids = responses.draw(logits, who, live)[:, None]
+            live &= ~responses.ended(who)
+            mask = np.concatenate([mask, np.ones((len(who), 1), dtype=np.int64)], axis=1)
+            position = position[:, -1:] + 1
+    return computed

@@ -1,0 +1,96 @@
+"""The draw of one token per sequence, and the record of what was drawn: the same for every way to compute logits.
+
+A token depends on its sequence's seed, on its offset in the response and on the logits, on nothing else: that is what makes a rollout
+reproducible whatever batch it ran in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from fst_kernels import sample_tokens
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+
+
+class Responses:
+    """ids int64 and logprobs float32 [sequences, limit], length [sequences], finish [sequences] ("" while it runs)."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        *,
+        limit: int,
+        eos_ids: Sequence[int],
+        sampling: Sampling,
+        name: Callable[[int], str],
+    ) -> None:
+        self.seeds = np.asarray(seeds, dtype=np.int64)
+        self.ids = np.zeros((len(seeds), limit), dtype=np.int64)
+        self.logprobs = np.zeros((len(seeds), limit), dtype=np.float32)
+        self.length = np.zeros(len(seeds), dtype=np.int64)
+        self.finish = np.full(len(seeds), "", dtype="<U6")
+        self.limit, self.eos, self.sampling, self.name = (
+            limit,
+            np.asarray(list(eos_ids), dtype=np.int64),
+            sampling,
+            name,
+        )
+
+    def draw(self, logits: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> Ints:
+        """Draw and record the next token of each sequence from logits [S, V]; rows that are not live are drawn and forgotten.
+
+        Returns the ids [S]. Raises FloatingPointError where a live row's logits give no probability (NaN or Inf among them).
+        """
+        offset = self.length[sequences]
+        where = torch.as_tensor(np.stack([self.seeds[sequences], offset])).to(logits.device)
+        how = self.sampling
+        try:
+            drawn = sample_tokens(
+                logits,
+                temperature=how.temperature,
+                top_k=how.top_k,
+                top_p=how.top_p,
+                seeds=where[0],
+                positions=where[1],
+            )
+        except ValueError:
+            self._check(torch.logsumexp(logits.float(), -1), sequences, live)
+            raise
+        self._check(drawn.untruncated_logprob, sequences, live)
+        ids, logprobs = drawn.ids.cpu().numpy(), drawn.logprob.cpu().numpy()
+        who, at, new = sequences[live], offset[live], ids[live]
+        self.ids[who, at] = new
+        self.logprobs[who, at] = logprobs[live]
+        self.length[who] = at + 1
+        stopped = np.isin(new, self.eos)
+        self.finish[who[stopped]] = "stop"
+        self.finish[who[~stopped & (at + 1 == self.limit)]] = "length"
+        return ids
+
+    def _check(self, per_row: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> None:
+        bad = np.flatnonzero(live & ~np.isfinite(per_row.cpu().numpy()))
+        if len(bad):
+            first = int(sequences[bad[0]])
+            raise FloatingPointError(
+                f"the model gave NaN or Inf logits for response token {self.length[first]} of {self.name(first)} "
+                f"(and {len(bad) - 1} more of the {int(live.sum())} sequences in this step)"
+            )
+
+    def ended(self, sequences: Ints) -> NDArray[np.bool_]:
+        ended: NDArray[np.bool_] = self.finish[sequences] != ""
+        return ended
