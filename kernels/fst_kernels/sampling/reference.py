@@ -1,0 +1,108 @@
+"""Sampling in plain PyTorch: one random number per row, inverse distribution function in vocabulary order.
+
+The random number is a pure function of (seed, position): Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011) with the seed as key and the position as counter. There is no generator state, so a sequence draws the same tokens whoever
+its batch neighbours are, in whatever order the batch is, and after a resume. Every operation below works row by row.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+@functools.cache
+def _philox_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Multipliers [2, 1] of the lanes (0, 2) and what each of the 10 rounds adds to the key [10, 2, 1]."""
+    multipliers = torch.tensor([[0xD2511F53], [0xCD9E8D57]], device=device)
+    weyl = torch.tensor(
+        [[[0x9E3779B9 * r & _MASK], [0xBB67AE85 * r & _MASK]] for r in range(10)], device=device
+    )
+    return multipliers, weyl
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10. counter [4, S], key [2, S], each an int64 that holds a 32-bit word -> [4, S].
+
+    Two lanes go through one operation: even = words (0, 2), odd = words (1, 3). A product of two words wraps around in int64, which
+    keeps all 64 bits; the mask after the shift drops the copies of the sign.
+    """
+    multipliers, weyl = _philox_constants(counter.device)
+    keys = (key + weyl) & _MASK  # [10, 2, S]
+    even, odd = counter[0::2], counter[1::2]
+    for round_key in keys.unbind():
+        product = (even * multipliers).flip(0)
+        even = ((product >> 32) & _MASK) ^ odd ^ round_key
+        odd = product & _MASK
+    return torch.stack((even[0], odd[0], even[1], odd[1]))
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One float64 in [0, 1) per (seed, position), a multiple of 2^-32: the first word of Philox. seeds, positions [S] int64."""
+    words = torch.stack((positions, positions >> 32, seeds, seeds >> 32)) & _MASK  # [4, S]
+    counter = torch.cat((words[:2], torch.zeros_like(words[:2])))
+    return philox(counter, words[2:])[0].double() * 2.0**-32
+
+
+def sample(
+    logits: Tensor,  # [S, V]
+    temperature: float | Tensor,  # > 0 or 0; [S]
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seeds: Tensor,  # [S]
+    positions: Tensor,  # [S]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> ids, logprob, untruncated_logprob, kept probability mass, each [S]; the mass is not positive and finite iff the row is unusable."""
+    scores = logits.float()
+    greedy = None  # [S] bool, or True for all rows
+    if isinstance(temperature, Tensor):
+        greedy = temperature == 0
+        scores = scores / torch.where(greedy, 1.0, temperature.float()).unsqueeze(1)
+    elif temperature == 0:
+        greedy = True
+    elif temperature != 1:
+        scores = scores / temperature
+    log_p = torch.log_softmax(scores, -1)  # [S, V]
+    p = log_p.exp()
+    truncated = top_k is not None or top_p is not None or bool(min_p)
+    if truncated and greedy is not True:
+        p = p * _kept(p, top_k, top_p, min_p)
+    cumulative = p.cumsum(-1, dtype=torch.float64)  # [S, V]
+    mass = cumulative[:, -1]
+    if greedy is True:
+        ids = log_p.argmax(-1)
+        return ids, torch.zeros_like(log_p[:, 0]), log_p.gather(1, ids.unsqueeze(1)).squeeze(1), mass
+    target = (uniform(seeds, positions) * mass).unsqueeze(1)
+    # the first token whose cumulative mass exceeds the target: it exists, since u < 1, and has mass of its own
+    ids = torch.searchsorted(cumulative, target, right=True)  # [S, 1]
+    if greedy is not None:
+        ids = torch.where(greedy.unsqueeze(1), log_p.argmax(-1, keepdim=True), ids)
+    untruncated = log_p.gather(1, ids.clamp_(max=log_p.shape[1] - 1)).squeeze(
+        1
+    )  # the clamp acts on unusable rows only
+    logprob = untruncated - mass.log().float() if truncated else untruncated
+    if greedy is not None:
+        logprob = torch.where(greedy, 0.0, logprob)
+    return ids.squeeze(1), logprob, untruncated, mass
+
+
+def _kept(p: Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> Tensor:
+    """The tokens that survive, [S, V] bool. Sorted by probability (ties: lower id first) they are a prefix for each of the three rules."""
+    ranked, order = torch.sort(p, dim=-1, descending=True, stable=True)  # [S, V]
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if top_k is not None:
+        keep[:, top_k:] = False
+    if top_p is not None:
+        candidates = ranked if top_k is None else ranked * keep
+        cumulative = candidates.cumsum(-1, dtype=torch.float64)
+        keep &= (
+            cumulative - candidates < top_p * cumulative[:, -1:]
+        )  # left: the mass of the more probable ones
+    if min_p:
+        keep &= ranked >= min_p * ranked[:, :1]
+    return torch.zeros_like(keep).scatter_(1, order, keep)
