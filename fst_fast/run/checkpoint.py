@@ -1,0 +1,181 @@
+"""Checkpoints that are whole or absent, wherever the process or the machine stops.
+
+    RUN/checkpoints/.tmp-step-000020/     being written; means nothing
+    RUN/checkpoints/step-000020/          whole: manifest.json lists every file with size and SHA-256
+    RUN/checkpoints/latest                the name of the newest
+
+The order makes it so: files, manifest, fsync of all, rename, `latest` by replacement, and only then do old ones go (renamed to
+.tmp-... first, so that a removal cut short leaves no half a checkpoint). `latest()` believes nothing that does not match its manifest.
+With several processes rank 0 calls begin, all write into the folder, and after a barrier rank 0 calls commit; the folder is shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fst_fast.errors import UserError
+from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_TEMPORARY = ".tmp-"
+_HASHERS = 8
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into. What an interrupted save left is removed.
+
+    Raises UserError where the disk cannot hold a checkpoint as large as the last one."""
+    root = run_dir / "checkpoints"
+    with disk_errors(f"{root} cannot be written"):
+        root.mkdir(exist_ok=True)
+        for stale in root.glob(_TEMPORARY + "*"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        previous = _by_step(root)
+        needed = sum(size for folder in previous[:1] for size in _sizes(folder))
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            raise UserError(
+                f"the checkpoint of step {step} does not fit on the disk of {root}: about {needed / 2**20:.0f} MiB are needed (as for "
+                f"{previous[0].name}), {free / 2**20:.0f} MiB are free; make room and continue with --resume"
+            )
+        temporary = root / f"{_TEMPORARY}step-{step:06d}"
+        temporary.mkdir()
+    return temporary
+
+
+def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
+    """Make what was written into `tmp` the checkpoint of `step`, then remove all but the `keep_last` newest up to it.
+
+    Checkpoints of later steps go too: they belong to a future that is being run again. Where a whole checkpoint of this step is already
+    there it stays and `tmp` goes: with the same configuration it is the same. Raises UserError where the disk refuses; the old
+    checkpoints are then as they were."""
+    assert keep_last >= 2, "with one checkpoint a damaged one would be the end of the run"
+    root = run_dir / "checkpoints"
+    final = root / f"step-{step:06d}"
+    with disk_errors(f"the checkpoint of step {step} cannot be written to {root}"):
+        try:
+            _seal(tmp, step)
+            if final.exists() and find_damage(final) is None:
+                shutil.rmtree(tmp)
+            else:
+                if final.exists():
+                    _remove(final)
+                os.rename(tmp, final)
+            fsync_folder(root)
+            write_atomic(root / "latest", f"{final.name}\n".encode())
+        except BaseException:
+            shutil.rmtree(tmp, ignore_errors=True)
+            raise
+        kept = [folder for folder in _by_step(root) if _step(folder) <= step][:keep_last]
+        for folder in _by_step(root):
+            if folder not in kept:
+                _remove(folder)
+    return final
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint, the one that `latest` names first; None if there is none. Damaged ones are skipped with a warning."""
+    root = run_dir / "checkpoints"
+    folders = _by_step(root)
+    pointer = root / "latest"
+    named = pointer.read_text().strip() if pointer.is_file() else ""
+    for folder in sorted(folders, key=lambda folder: folder.name != named):  # stable: the others stay newest first
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        warnings.warn(f"checkpoint {folder} is skipped: {damage}", stacklevel=2)
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None where every file is as the manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} has format {manifest['format']}, this version of fst reads {FORMAT}"
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, _) in expected.items():  # sizes first: they cost nothing
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    try:
+        hashes = _hashes([folder / name for name in expected])
+    except OSError as error:
+        return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
+    return next((f"{name} has the wrong SHA-256" for name, got in zip(expected, hashes, strict=True) if got != expected[name][1]), None)
+
+
+def _seal(tmp: Path, step: int) -> None:
+    """Manifest, and everything under `tmp` durable."""
+    folders = [tmp, *(path for path in tmp.rglob("*") if path.is_dir())]
+    files = sorted(path for path in tmp.rglob("*") if path.is_file() and path != tmp / MANIFEST)
+    for path in files:
+        _fsync_file(path)
+    entries = {
+        str(path.relative_to(tmp)): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, _hashes(files), strict=True)
+    }
+    manifest = {"format": FORMAT, "step": step, "files": entries}
+    (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _fsync_file(tmp / MANIFEST)
+    for folder in reversed(folders):
+        fsync_folder(folder)
+
+
+def _hashes(files: list[Path]) -> list[str]:
+    """SHA-256 of each, several at a time: hashing leaves the interpreter's lock."""
+    if not files:
+        return []
+    with ThreadPoolExecutor(min(_HASHERS, len(files), os.cpu_count() or 1)) as pool:
+        return list(pool.map(_sha256, files))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove(folder: Path) -> None:
+    """It stops being a checkpoint at once; its files go afterwards."""
+    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    os.rename(folder, doomed)
+    fsync_folder(folder.parent)
+    shutil.rmtree(doomed)
+
+
+def _by_step(root: Path) -> list[Path]:
+    """Folders that have a checkpoint's name, newest first."""
+    found = [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _sizes(folder: Path) -> list[int]:
+    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]

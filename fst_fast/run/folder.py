@@ -1,0 +1,212 @@
+"""The run folder: opened by one process, never one that is not ours, never by two runs at a time.
+
+A marker file, `fst-run.json`, says that a folder is ours and is written last: a folder whose making was cut off holds at most the lock and
+the configuration, and is taken over. The lock is an flock, which the system drops when the process ends however it ends, so a run
+killed with -9 leaves nothing to clean up. Every small file is replaced as a whole (temporary file, fsync, rename).
+Only rank 0 opens the folder. docs/run_folder.md lists the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fst_fast.errors import UserError
+
+MARKER = "fst-run.json"
+FORMAT = 1
+LOCK = "lock"
+CONFIG = "config.yaml"
+_PROBE = ".tmp-probe"
+_PROBE_BYTES = 1 << 16
+_ABSENT = object()
+
+
+@dataclass
+class RunFolder:
+    """An open run folder; hold it for as long as the run writes. resumed: it was there before."""
+
+    path: Path
+    resumed: bool
+    _lock: int
+
+    def close(self) -> None:
+        """Give the lock back. May be called twice."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_run(path: str | Path, *, resume: bool, config_yaml: str, config_hash: str) -> RunFolder:
+    """Make a new run folder, or with `resume` open the one that is there. Raises UserError where that cannot be done.
+
+    config_hash decides whether the configuration is the same; where it differs, the two YAML trees name the keys."""
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
+    with disk_errors(f"--run-dir {path} cannot be written"):
+        names = sorted(os.listdir(path)) if path.exists() else []
+    ours = MARKER in names
+    if not ours and not set(names) <= {LOCK, CONFIG, _PROBE}:
+        raise UserError(
+            f"--run-dir {path} is not empty and not a run of fst (it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
+            "choose a new folder"
+        )
+    if ours and not resume:
+        raise UserError(f"--run-dir {path} already holds a run; continue it with --resume, or choose another --run-dir")
+    if resume and not ours:
+        raise UserError(f"--resume: there is no run in {path}; without --resume a new one is started there")
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with disk_errors(f"--run-dir {path} cannot be written"):
+            path.mkdir(parents=True, exist_ok=True)
+            _probe(path / _PROBE)
+        lock = _take_lock(path)
+        try:
+            if ours:
+                _check_config(path, config_yaml, config_hash)
+            elif (path / MARKER).exists():
+                raise UserError(f"--run-dir {path} was made by another run just now; choose another folder")
+            else:
+                _mark(path, config_yaml, config_hash)
+        except BaseException:
+            os.close(lock)
+            raise
+    except BaseException:
+        for folder in made:  # leave no empty folders behind; one that another run has taken is not empty
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    return RunFolder(path, resumed=ours, _lock=lock)
+
+
+def _probe(file: Path) -> None:
+    """Find out whether the disk takes bytes, not only names."""
+    try:
+        file.write_bytes(b"\0" * _PROBE_BYTES)
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _mark(path: Path, config_yaml: str, config_hash: str) -> None:
+    try:
+        write_atomic(path / CONFIG, config_yaml.encode())
+        write_json(path / MARKER, {"format": FORMAT, "config_hash": config_hash})
+    except BaseException:
+        for name in (CONFIG, LOCK):
+            (path / name).unlink(missing_ok=True)
+        raise
+
+
+def _take_lock(path: Path) -> int:
+    with disk_errors(f"--run-dir {path} cannot be written"):
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise UserError(f"--run-dir {path} is in use by another run (process {holder}); wait for it or choose another folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(lock)
+                raise
+            warnings.warn(f"{path}: this file system has no locks; do not start two runs in this folder", stacklevel=3)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _check_config(path: Path, config_yaml: str, config_hash: str) -> None:
+    try:
+        marker = json.loads((path / MARKER).read_text())
+        old_text = (path / CONFIG).read_text()
+        old = yaml.safe_load(old_text)
+        known = marker["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"--resume: {path / MARKER} or {path / CONFIG} is damaged ({error}); the run cannot be continued") from error
+    if not known:
+        raise UserError(f"--resume: {path} was written in format {marker['format']}, this version of fst reads format {FORMAT}")
+    if marker.get("config_hash") == config_hash:
+        return
+    changes = changed_keys(old, yaml.safe_load(config_yaml))
+    if changes:
+        raise UserError(f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}")
+
+
+def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
+    """`slow.lr was 1e-06, is 1e-05` for every leaf in which two trees differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            change
+            for key in keys
+            for change in changed_keys(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{at}.{key}" if at else str(key))
+        ]
+    if type(old) is type(new) and old == new:
+        return []
+    was, now = ("absent" if value is _ABSENT else repr(value) for value in (old, new))
+    return [f"{at} was {was}, is {now}"]
+
+
+@contextlib.contextmanager
+def disk_errors(what_failed: str) -> Iterator[None]:
+    """What the system refuses (full disk, permission, a folder that went away) becomes one sentence for the user.
+
+    torch and safetensors report a full disk as errors of their own; they are known by what they say."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{what_failed}: {reason}") from error
+    except Exception as error:
+        if "No space left" not in str(error) and "PytorchStreamWriter failed" not in str(error):
+            raise
+        raise UserError(f"{what_failed}: {' '.join(str(error).split())[:200]}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by strict JSON as a whole; on an error the old file stays."""
+    write_atomic(path, (json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` as a whole; on an error the old file stays. Raises UserError where the disk refuses."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    with disk_errors(f"{path} cannot be written"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

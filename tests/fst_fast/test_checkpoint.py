@@ -1,0 +1,202 @@
+"""A checkpoint is whole or absent: after a kill, a full disk, a flipped bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from fst_fast.errors import UserError
+from fst_fast.run import checkpoint
+from fst_fast.run.checkpoint import begin, commit, find_damage, latest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync takes its time on a busy machine and changes nothing that a process can see; the test of the order looks at the calls."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def save(run: Path, step: int, *, text: str = "weights", keep_last: int = 2) -> Path:
+    tmp = begin(run, step)
+    (tmp / "zero").mkdir()
+    (tmp / "model.bin").write_text(f"{text} of {step}")
+    (tmp / "zero" / "rank0.bin").write_text(f"optimiser of {step}")
+    return commit(run, tmp, step, keep_last)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def quiet_latest(run: Path) -> Path | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return latest(run)
+
+
+def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
+    assert quiet_latest(tmp_path) is None
+    begin(tmp_path, 1)
+    assert quiet_latest(tmp_path) is None
+
+
+def test_the_newest_keep_last_checkpoints_stay_whole(tmp_path: Path) -> None:
+    for step in (20, 40, 60):
+        assert save(tmp_path, step) == tmp_path / "checkpoints" / f"step-{step:06d}"
+    assert names(tmp_path) == ["latest", "step-000040", "step-000060"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000060\n"
+    assert quiet_latest(tmp_path) == tmp_path / "checkpoints" / "step-000060"
+    assert all(find_damage(tmp_path / "checkpoints" / name) is None for name in names(tmp_path)[1:])
+
+
+def test_keeping_one_checkpoint_is_not_possible(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        save(tmp_path, 20, keep_last=1)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "said"),
+    [
+        ("model.bin", b"Weights of 40", "model.bin has the wrong SHA-256"),
+        ("model.bin", b"weights", "model.bin has 7 bytes instead of 13"),
+        ("zero/rank0.bin", None, "zero/rank0.bin is missing"),
+        ("manifest.json", b'{"format": 1', "manifest.json is damaged"),
+        ("manifest.json", b"[]", "manifest.json is damaged"),
+        ("manifest.json", b'{"format": 9, "files": {}}', "manifest.json has format 9, this version of fst reads 1"),
+        ("manifest.json", None, "manifest.json cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(tmp_path: Path, file: str, data: bytes | None, said: str) -> None:
+    save(tmp_path, 20)
+    broken = save(tmp_path, 40)
+    if data is None:
+        (broken / file).unlink()
+    else:
+        (broken / file).write_bytes(data)
+    with pytest.warns(UserWarning) as caught:
+        assert latest(tmp_path) == tmp_path / "checkpoints" / "step-000020"
+    assert str(caught[0].message) == f"checkpoint {broken} is skipped: {said}"
+
+
+def test_no_whole_checkpoint_at_all_is_none(tmp_path: Path) -> None:
+    (save(tmp_path, 20) / "model.bin").write_text("")
+    with pytest.warns(UserWarning):
+        assert latest(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    save(tmp_path, 20)
+    (save(tmp_path, 40) / "model.bin").write_text("")
+    save(tmp_path, 40)
+    assert quiet_latest(tmp_path) == tmp_path / "checkpoints" / "step-000040"
+
+
+def test_a_whole_checkpoint_of_the_same_step_stays(tmp_path: Path) -> None:
+    save(tmp_path, 20, text="first")
+    final = save(tmp_path, 20, text="second")
+    assert (final / "model.bin").read_text() == "first of 20"
+    assert names(tmp_path) == ["latest", "step-000020"]
+
+
+def test_checkpoints_of_a_future_that_is_run_again_go(tmp_path: Path) -> None:
+    for step in (20, 40, 60):
+        save(tmp_path, step, keep_last=3)
+    save(tmp_path, 30)
+    assert names(tmp_path) == ["latest", "step-000020", "step-000030"]
+    assert quiet_latest(tmp_path) == tmp_path / "checkpoints" / "step-000030"
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    save(tmp_path, 999_999)
+    save(tmp_path, 1_000_000)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert quiet_latest(tmp_path) == tmp_path / "checkpoints" / "step-1000000"
+
+
+KILLED_AT = {
+    "before the manifest": "checkpoint._seal",
+    "inside the manifest": "checkpoint._fsync_file",
+    "before the rename": "os.rename",
+    "before latest": "checkpoint.write_atomic",
+    "inside latest": "os.replace",
+    "before an old one goes": "checkpoint._remove",
+    "while an old one goes": "shutil.rmtree",
+}
+
+
+@pytest.mark.parametrize("stage", KILLED_AT)
+def test_kill_9_at_any_stage_of_a_save_leaves_a_whole_checkpoint_and_the_next_save_works(tmp_path: Path, stage: str) -> None:
+    save(tmp_path, 20)
+    save(tmp_path, 40)
+    code = f"""
+import os, shutil
+from pathlib import Path
+from fst_fast.run import checkpoint
+os.fsync = lambda _: None
+run = Path({str(tmp_path)!r})
+tmp = checkpoint.begin(run, 60)
+(tmp / "model.bin").write_text("weights of 60")
+{KILLED_AT[stage]} = lambda *args, **kwargs: os.kill(os.getpid(), 9)
+checkpoint.commit(run, tmp, 60, 2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = quiet_latest(tmp_path)
+    expected = "step-000060" if stage in ("before an old one goes", "while an old one goes") else "step-000040"
+    assert found == tmp_path / "checkpoints" / expected
+    assert (found / "model.bin").read_text() == f"weights of {int(expected[-2:])}"
+    save(tmp_path, 60)
+    assert names(tmp_path) == ["latest", "step-000040", "step-000060"]
+    assert quiet_latest(tmp_path) == tmp_path / "checkpoints" / "step-000060"
+    assert begin(tmp_path, 80).name == ".tmp-step-000080"
+    assert names(tmp_path) == [".tmp-step-000080", "latest", "step-000040", "step-000060"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of descriptors from /proc")
+def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    name_of = lambda fd: os.readlink(f"/proc/self/fd/{fd}").removeprefix(str(tmp_path / "checkpoints"))  # noqa: E731
+    rename, replace = os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append("fsync " + name_of(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    save(tmp_path, 20)
+    tmp = "fsync /.tmp-step-000020"
+    written = [f"{tmp}/model.bin", f"{tmp}/zero/rank0.bin", f"{tmp}/manifest.json", f"{tmp}/zero", tmp]
+    assert events == [*written, "rename", "fsync ", f"fsync /.tmp-latest-{os.getpid()}", "replace", "fsync "]
+
+
+@pytest.mark.parametrize("where", ["_fsync_file", "fsync_folder", "write_atomic", "_hashes"])
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    save(tmp_path, 20)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, where, full)
+        with pytest.raises(UserError, match=r"the checkpoint of step 40 cannot be written to .*: No space left on device"):
+            save(tmp_path, 40)
+    assert ".tmp-step-000040" not in names(tmp_path)
+    found = quiet_latest(tmp_path)
+    assert found is not None
+    assert find_damage(tmp_path / "checkpoints" / "step-000020") is None
+    save(tmp_path, 40)
+    assert quiet_latest(tmp_path) == tmp_path / "checkpoints" / "step-000040"
+
+
+def test_a_disk_with_no_room_for_another_checkpoint_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 20)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="does not fit on the disk"):
+        begin(tmp_path, 40)
+    assert names(tmp_path) == ["latest", "step-000020"]
