@@ -15,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constra
 .PHONY: train test install lint format types clean
 
 train: $(STAMP)
-	@$(PY) train.py $(CONFIG) --run-dir $(RUN) --resume $(ARGS)
+	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
 
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)

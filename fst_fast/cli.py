@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ OPTIONS = {
     "--samples": True,
     "--split": True,
 }
+
+
+PATIENCE_S = 5.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run")
     train.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in DIR, if there is one"
+        "--resume",
+        action="store_true",
+        help="continue the run in DIR, with its own configuration unless CONFIG is given",
     )
     train.add_argument(
         "--dry-run",
@@ -179,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     from fst_fast import config_load
+    from fst_fast.batches import derived
 
     saved = args.run_dir / "config.yaml" if args.run_dir else None
     if args.config is None and args.resume and saved and saved.is_file():
@@ -188,7 +195,7 @@ def _train(args: argparse.Namespace) -> None:
         if _is_first():
             print(config_load.dump(config), end="")
             print("\n# what follows from it")
-            for name, number in config_load.derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
+            for name, number in derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
                 print(f"# {name}: {number}")
         return
     if args.run_dir is None:
@@ -272,11 +279,16 @@ def prepare_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     if processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which a container or taskset can make fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def four_cells(summary: Mapping[str, Any]) -> str:
@@ -292,10 +304,14 @@ def four_cells(summary: Mapping[str, Any]) -> str:
 
 
 def _refuse(sentence: str, debug: bool) -> int:
-    if _is_first():
-        if debug:
-            traceback.print_exc()
-        print(f"fst: {sentence}", file=sys.stderr)
+    """One line on stderr. All processes of a run mostly meet the same mistake: the others leave the line to the first one, whose end
+    makes the launcher end them, and speak up only if that does not happen."""
+    if not _is_first():
+        time.sleep(PATIENCE_S)
+        sentence = f"process {os.environ['RANK']}: {sentence}"
+    if debug:
+        traceback.print_exc()
+    print(f"fst: {sentence}", file=sys.stderr, flush=True)
     return 2
 
 

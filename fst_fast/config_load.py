@@ -26,6 +26,9 @@ from pydantic_core import ErrorDetails
 from fst_fast.config import Config, Section
 from fst_fast.errors import UserError
 
+COMMAND_OPTIONS = ("run-dir", "resume", "dry-run", "debug")
+"""Words that `fst train` takes beside the keys: a misspelt one looks like an unknown key."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2 and without repeated keys."""
@@ -153,58 +156,7 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
-    """Every batch number that follows from the tree, in the order in which a run meets them."""
-    slow, fast = config.slow, config.fast
-    trains, evolves = config.method != "gepa", config.method != "rl"
-    population = fast.population if evolves else 1
-    numbers: dict[str, int | str] = {
-        "processes": world_size,
-        "contexts in the population": population,
-        "slow steps": slow.steps,
-        "problems per step": slow.problems_per_step,
-        "problems per step on one process": _share(slow.problems_per_step, world_size),
-    }
-    if trains:
-        numbers |= {
-            "rollouts per problem": slow.group_size,
-            "rollouts per problem under one context": slow.group_size // population,
-            "rollouts per step": slow.problems_per_step * slow.group_size,
-            "rollouts of the slow phase, whole run": slow.steps * slow.problems_per_step * slow.group_size,
-        }
-    if evolves:
-        cycles = -(-slow.steps // fast.cycle_steps)
-        anchored = fast.anchor_size * fast.samples
-        numbers |= {
-            "cycles": cycles,
-            "lookahead, problems per cycle": slow.problems_per_step * fast.cycle_steps,
-            "anchor problems": fast.anchor_size,
-            "rollouts to score one context on the anchor": anchored,
-            "rollouts to re-score the population": population * anchored,
-            "rollouts of one proposal wave": fast.children * anchored,
-            "proposal waves the budget pays after re-scoring": max(
-                0, fast.rollout_budget - population * anchored
-            )
-            // (fast.children * anchored),
-            "rollouts of the fast phase per cycle, at most": fast.rollout_budget,
-            "rollouts of the fast phase, whole run, at most": cycles * fast.rollout_budget,
-        }
-    k = config.eval.samples
-    numbers |= {
-        "rollouts of a periodic evaluation, per cell": config.eval.problems * k,
-        "rollouts of the final evaluation, four cells": 4 * config.eval.final_problems * k,
-        "longest sequence, tokens": config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
-        "tokens per micro-batch on one process": slow.tokens_per_micro_batch,
-    }
-    return numbers
-
-
-def _share(total: int, world_size: int) -> int | str:
-    low, high = total // world_size, -(-total // world_size)
-    return low if low == high else f"{low} or {high}"
-
-
-def _field(key: str) -> FieldInfo | None:
+def field_at(key: str) -> FieldInfo | None:
     """The field at a dotted path, None where there is none (also inside free dictionaries)."""
     model: type[Section] = Config
     parts = key.split(".")
@@ -219,7 +171,7 @@ def _field(key: str) -> FieldInfo | None:
 
 
 def _value(key: str, text: str) -> Any:
-    field = _field(key)
+    field = field_at(key)
     options = _options(field.annotation) if field else ()
     if str in options or (field and get_origin(field.annotation) is Literal and isinstance(options[0], str)):
         return None if type(None) in options and text in ("", "null", "~") else text
@@ -283,14 +235,15 @@ def _sentence(item: ErrorDetails, source: str, overridden: Collection[str]) -> s
     parts = [str(part) for part in item["loc"]]
     if item["type"] == "extra_forbidden":
         key = ".".join(parts)
-        where = f"unknown key --{key}" if key in overridden else f"{source}unknown key {key}"
-        return f"{where}; {suggestion(key)}"
+        if key in overridden:
+            return f"unknown key --{key}; {suggestion(key, also=COMMAND_OPTIONS)}"
+        return f"{source}unknown key {key}; {suggestion(key)}"
     if item["type"] == "value_error":
         return source + item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":  # an item of a list: the input is the list
         parts.pop()
     key = where = ".".join(parts)
-    while (field := _field(key)) is None:  # inside a list: the field above speaks for it
+    while (field := field_at(key)) is None:  # inside a list: the field above speaks for it
         key = key.rpartition(".")[0]
     value = json.dumps(item["input"], ensure_ascii=False)
     return f"{_where(where, source, overridden)}={value} is refused; allowed: {_allowed(field)}"
