@@ -89,7 +89,9 @@ def latest(run_dir: Path) -> Path | None:
     folders = _by_step(root)
     pointer = root / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
-    for folder in sorted(folders, key=lambda folder: folder.name != named):  # stable: the others stay newest first
+    for folder in sorted(
+        folders, key=lambda folder: folder.name != named
+    ):  # stable: the others stay newest first
         damage = find_damage(folder)
         if damage is None:
             return folder
@@ -119,7 +121,14 @@ def find_damage(folder: Path) -> str | None:
         hashes = _hashes([folder / name for name in expected])
     except OSError as error:
         return f"{error.filename or 'a file'} cannot be read ({error.strerror})"
-    return next((f"{name} has the wrong SHA-256" for name, got in zip(expected, hashes, strict=True) if got != expected[name][1]), None)
+    return next(
+        (
+            f"{name} has the wrong SHA-256"
+            for name, got in zip(expected, hashes, strict=True)
+            if got != expected[name][1]
+        ),
+        None,
+    )
 
 
 def _seal(tmp: Path, step: int) -> None:
@@ -167,7 +176,11 @@ def _remove(folder: Path) -> None:
 
 def _by_step(root: Path) -> list[Path]:
     """Folders that have a checkpoint's name, newest first."""
-    found = [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)] if root.is_dir() else []
+    found = (
+        [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+        if root.is_dir()
+        else []
+    )
     return sorted(found, key=_step, reverse=True)
 
 

@@ -69,7 +69,9 @@ def open_run(path: str | Path, *, resume: bool, config_yaml: str, config_hash: s
             "choose a new folder"
         )
     if ours and not resume:
-        raise UserError(f"--run-dir {path} already holds a run; continue it with --resume, or choose another --run-dir")
+        raise UserError(
+            f"--run-dir {path} already holds a run; continue it with --resume, or choose another --run-dir"
+        )
     if resume and not ours:
         raise UserError(f"--resume: there is no run in {path}; without --resume a new one is started there")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -123,12 +125,16 @@ def _take_lock(path: Path) -> int:
         except BlockingIOError:
             holder = os.read(lock, 64).decode(errors="replace").strip() or "unknown"
             os.close(lock)
-            raise UserError(f"--run-dir {path} is in use by another run (process {holder}); wait for it or choose another folder") from None
+            raise UserError(
+                f"--run-dir {path} is in use by another run (process {holder}); wait for it or choose another folder"
+            ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 os.close(lock)
                 raise
-            warnings.warn(f"{path}: this file system has no locks; do not start two runs in this folder", stacklevel=3)
+            warnings.warn(
+                f"{path}: this file system has no locks; do not start two runs in this folder", stacklevel=3
+            )
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
@@ -141,9 +147,13 @@ def _check_config(path: Path, config_yaml: str, config_hash: str) -> None:
         old = yaml.safe_load(old_text)
         known = marker["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"--resume: {path / MARKER} or {path / CONFIG} is damaged ({error}); the run cannot be continued") from error
+        raise UserError(
+            f"--resume: {path / MARKER} or {path / CONFIG} is damaged ({error}); the run cannot be continued"
+        ) from error
     if not known:
-        raise UserError(f"--resume: {path} was written in format {marker['format']}, this version of fst reads format {FORMAT}")
+        raise UserError(
+            f"--resume: {path} was written in format {marker['format']}, this version of fst reads format {FORMAT}"
+        )
     if marker.get("config_hash") == config_hash:
         return
     changes = changed_keys(old, yaml.safe_load(config_yaml))
@@ -158,7 +168,9 @@ def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
         return [
             change
             for key in keys
-            for change in changed_keys(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{at}.{key}" if at else str(key))
+            for change in changed_keys(
+                old.get(key, _ABSENT), new.get(key, _ABSENT), f"{at}.{key}" if at else str(key)
+            )
         ]
     if type(old) is type(new) and old == new:
         return []

@@ -44,12 +44,18 @@ class JsonlTask:
         if not verify or not isinstance(verify, str):
             raise UserError(f"task={path} needs a grader: set task_args.verify to grader.py:function")
         if not isinstance(validation_fraction, int | float) or not 0 < validation_fraction < 1:
-            raise UserError(f"task_args.validation_fraction={validation_fraction!r} must be a number between 0 and 1, both excluded")
+            raise UserError(
+                f"task_args.validation_fraction={validation_fraction!r} must be a number between 0 and 1, both excluded"
+            )
         if not isinstance(gold, str):
-            raise UserError(f"task_args.gold={gold!r} must be a text in which {{answer}} stands for the answer, or an empty text")
+            raise UserError(
+                f"task_args.gold={gold!r} must be a text in which {{answer}} stands for the answer, or an empty text"
+            )
         self.grader = load_object(verify, "task_args.verify")
         if not callable(self.grader):
-            raise UserError(f"task_args.verify={verify} is a {type(self.grader).__name__}; it must be a function of (problem, response)")
+            raise UserError(
+                f"task_args.verify={verify} is a {type(self.grader).__name__}; it must be a function of (problem, response)"
+            )
         self._gold_template = gold
         self._splits: dict[str, list[Problem]] = {}
         self._golds: dict[str, str] = {}
@@ -68,7 +74,11 @@ class JsonlTask:
             return self._golds[problem.id]
         if not self._gold_template:
             return None
-        answer = problem.answer if isinstance(problem.answer, str) else json.dumps(problem.answer, ensure_ascii=False)
+        answer = (
+            problem.answer
+            if isinstance(problem.answer, str)
+            else json.dumps(problem.answer, ensure_ascii=False)
+        )
         return self._gold_template.replace("{answer}", answer)
 
     def _read(self, path: Path, fraction: float) -> None:
@@ -86,25 +96,37 @@ class JsonlTask:
             except ValueError as error:
                 raise UserError(f"{path}:{number}: {error}") from error
             if problem.id in lines:
-                raise UserError(f"{path}:{number}: the id {problem.id!r} is already that of line {lines[problem.id]}; ids must be unique")
+                raise UserError(
+                    f"{path}:{number}: the id {problem.id!r} is already that of line {lines[problem.id]}; ids must be unique"
+                )
             if rows and (split is None) != (rows[0][1] is None):
                 first = next(iter(lines.values()))
                 says = "has no split, but line" if split is None else "has a split, but line"
-                raise UserError(f"{path}:{number}: {says} {first} {'has' if split is None else 'has none'}; give it to all lines or to none")
+                raise UserError(
+                    f"{path}:{number}: {says} {first} {'has' if split is None else 'has none'}; give it to all lines or to none"
+                )
             rows.append((problem, split))
             lines[problem.id] = number
             if gold is not None:
                 self._golds[problem.id] = gold
         if not rows:
-            raise UserError(f"task={path} has no problems: the file is empty; one JSON object a line is needed")
+            raise UserError(
+                f"task={path} has no problems: the file is empty; one JSON object a line is needed"
+            )
         held_out: set[str] = set()
         if rows[0][1] is None:
             if len(rows) < 2:
-                raise UserError(f"task={path} has one problem; without split fields at least 2 are needed, one of them for validation")
-            ids = sorted((problem.id for problem, _ in rows), key=lambda i: hashlib.sha256(i.encode()).digest())
+                raise UserError(
+                    f"task={path} has one problem; without split fields at least 2 are needed, one of them for validation"
+                )
+            ids = sorted(
+                (problem.id for problem, _ in rows), key=lambda i: hashlib.sha256(i.encode()).digest()
+            )
             held_out = set(ids[: min(max(round(fraction * len(ids)), 1), len(ids) - 1)])
         for problem, split in rows:
-            self._splits.setdefault(split or ("validation" if problem.id in held_out else "train"), []).append(problem)
+            self._splits.setdefault(
+                split or ("validation" if problem.id in held_out else "train"), []
+            ).append(problem)
 
 
 def _parse(line: bytes, *, default_id: str) -> tuple[Problem, str | None, str | None]:
@@ -119,7 +141,9 @@ def _parse(line: bytes, *, default_id: str) -> tuple[Problem, str | None, str | 
         raise ValueError(f"is a JSON {type(row).__name__}; it must be an object")
     for key in row:
         if key not in KEYS:
-            raise ValueError(f"unknown key {key!r}; allowed are {', '.join(KEYS)} (other data goes into meta)")
+            raise ValueError(
+                f"unknown key {key!r}; allowed are {', '.join(KEYS)} (other data goes into meta)"
+            )
     if "answer" not in row:
         raise ValueError("the key 'answer' is missing")
     if ("messages" in row) == ("prompt" in row):
@@ -136,7 +160,11 @@ def _parse(line: bytes, *, default_id: str) -> tuple[Problem, str | None, str | 
     for key in ("id", "split", "gold"):
         if key in row and (not isinstance(row[key], str) or not row[key]):
             raise ValueError(f"{key}={row[key]!r} must be a text that is not empty")
-    return Problem(row.get("id", default_id), tuple(messages), row["answer"], meta), row.get("split"), row.get("gold")
+    return (
+        Problem(row.get("id", default_id), tuple(messages), row["answer"], meta),
+        row.get("split"),
+        row.get("gold"),
+    )
 
 
 def _refuse_constant(name: str) -> Any:
@@ -151,7 +179,9 @@ def find_message_error(messages: Any) -> str | None:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             return f"messages[{index}] must be an object with the texts 'role' and 'content'"
         if message.get("role") not in ROLES:
-            return f"messages[{index}].role={message.get('role')!r} is not known; allowed are {', '.join(ROLES)}"
+            return (
+                f"messages[{index}].role={message.get('role')!r} is not known; allowed are {', '.join(ROLES)}"
+            )
     return None
 
 
@@ -164,6 +194,10 @@ def as_verdict(value: Any) -> Verdict:
     if isinstance(value, Mapping):
         unknown = [key for key in value if key not in ("reward", "feedback", "metrics")]
         if "reward" not in value or unknown:
-            raise TypeError(f"the grader returned the keys {list(value)}; allowed are reward (needed), feedback, metrics")
+            raise TypeError(
+                f"the grader returned the keys {list(value)}; allowed are reward (needed), feedback, metrics"
+            )
         return Verdict(value["reward"], value.get("feedback", ""), value.get("metrics", {}))
-    raise TypeError(f"the grader returned a {type(value).__name__}; allowed are Verdict, a number, a bool, or a dict with reward")
+    raise TypeError(
+        f"the grader returned a {type(value).__name__}; allowed are Verdict, a number, a bool, or a dict with reward"
+    )

@@ -42,7 +42,11 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
     if ".py" in spec:
         return make_task(load_object(spec, "task"), args, where)
     near = difflib.get_close_matches(spec, BUILT_IN, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, or data.jsonl"
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, or data.jsonl"
+    )
     raise UserError(f"task={spec!r} is not known; {hint}")
 
 
@@ -50,7 +54,9 @@ def _refuse_unknown_args(args: Mapping[str, Any], where: str) -> None:
     allowed = [name for name in inspect.signature(JsonlTask).parameters if name not in ("path", "read")]
     for name in args:
         if name not in allowed:
-            raise UserError(f"{where}: task_args.{name} is not known for a JSONL task; allowed are {', '.join(allowed)}")
+            raise UserError(
+                f"{where}: task_args.{name} is not known for a JSONL task; allowed are {', '.join(allowed)}"
+            )
 
 
 def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
@@ -65,7 +71,9 @@ def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
     for split in SPLITS:
         problems = call_user(lambda s=split: task.problems(s), f"problems({split!r}) of the task failed")  # type: ignore[misc]
         if not isinstance(problems, Sequence):
-            raise UserError(f"problems({split!r}) of the task returned a {type(problems).__name__}; it must be a sequence of Problem")
+            raise UserError(
+                f"problems({split!r}) of the task returned a {type(problems).__name__}; it must be a sequence of Problem"
+            )
         if not len(problems):
             raise UserError(f"the split {split!r} of the task is empty; it needs at least one problem")
         for index in range(min(len(problems), _IDS_CHECKED)):
@@ -73,7 +81,9 @@ def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
             place = f"problem {index} of {split!r}"
             _check_shape(problem, place)
             if problem.id in seen:
-                raise UserError(f"{place} has the id {problem.id!r}, which {seen[problem.id]} already has; ids must be unique")
+                raise UserError(
+                    f"{place} has the id {problem.id!r}, which {seen[problem.id]} already has; ids must be unique"
+                )
             seen[problem.id] = place
         step = max(len(problems) // n, 1)
         for problem in (problems[index] for index in range(0, min(len(problems), n * step), step)):
@@ -83,7 +93,9 @@ def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
     for (problem, gold), verdict in zip(items, pool.verify(items), strict=True):
         said = f", saying: {verdict.feedback[:300]}" if verdict.feedback else ""
         if verdict.reward is None:
-            raise UserError(f"the grader cannot judge the gold response {gold[:200]!r} of problem {problem.id!r}{said}")
+            raise UserError(
+                f"the grader cannot judge the gold response {gold[:200]!r} of problem {problem.id!r}{said}"
+            )
         if verdict.reward != 1:
             raise UserError(
                 f"the grader fails its own gold: it gives the gold response {gold[:200]!r} of problem {problem.id!r} "
@@ -95,7 +107,9 @@ def _gold(task: Task, problem: Problem) -> str | None:
     if hasattr(task, "gold"):
         gold = call_user(lambda: task.gold(problem), f"gold() of the task failed on problem {problem.id!r}")
         if gold is not None and not isinstance(gold, str):
-            raise UserError(f"gold() of the task returned a {type(gold).__name__} for problem {problem.id!r}; it must be a text or None")
+            raise UserError(
+                f"gold() of the task returned a {type(gold).__name__} for problem {problem.id!r}; it must be a text or None"
+            )
         return gold
     return str(problem.answer) if problem.meta.get("check_gold") else None
 

@@ -30,9 +30,15 @@ def load_object(spec: str, key: str) -> Any:
         raise UserError(f"{key}={spec!r} is not of the form file.py:name")
     module = load_module(Path(file), f"{key}={spec}")
     if not name or not hasattr(module, name):
-        own = [k for k, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__ and not k.startswith("_")]
+        own = [
+            k
+            for k, v in vars(module).items()
+            if getattr(v, "__module__", None) == module.__name__ and not k.startswith("_")
+        ]
         there = f"it defines {', '.join(own)}" if own else "it defines no class or function"
-        missing = f"{file} has no {name!r}" if name else f"the name after {file} is missing: write {file}:name"
+        missing = (
+            f"{file} has no {name!r}" if name else f"the name after {file} is missing: write {file}:name"
+        )
         raise UserError(f"{key}={spec}: {missing}; {there}")
     return getattr(module, name)
 
@@ -72,7 +78,9 @@ def describe(error: BaseException, path: Path | None = None) -> str:
 def make_task(cls: Any, args: Mapping[str, Any], where: str) -> Task:
     """Call the class with task_args and look at what came out. Raises UserError."""
     if not inspect.isclass(cls):
-        raise UserError(f"{where} is {_kind(cls)}; it must be a class with the methods problems(split) and verify(problem, response)")
+        raise UserError(
+            f"{where} is {_kind(cls)}; it must be a class with the methods problems(split) and verify(problem, response)"
+        )
     for method, call in (("problems", "problems(split)"), ("verify", "verify(problem, response)")):
         if not callable(getattr(cls, method, None)):
             raise UserError(f"{where}: the class has no method {call}")
@@ -81,8 +89,13 @@ def make_task(cls: Any, args: Mapping[str, Any], where: str) -> Task:
         signature.bind(**args)
     except TypeError as error:
         allowed = ", ".join(str(p) for p in signature.parameters.values()) or "none"
-        raise UserError(f"{where}: task_args={dict(args)} do not fit ({error}); allowed are: {allowed}") from error
-    return call_user(lambda: cls(**args), f"{where}: the task cannot be made with task_args={dict(args)}")
+        raise UserError(
+            f"{where}: task_args={dict(args)} do not fit ({error}); allowed are: {allowed}"
+        ) from error
+    task: Task = call_user(
+        lambda: cls(**args), f"{where}: the task cannot be made with task_args={dict(args)}"
+    )
+    return task
 
 
 def call_user(call: Callable[[], Any], what_failed: str) -> Any:

@@ -34,7 +34,12 @@ from fst_fast.tasks.verify_worker import HEADER
 _START_LIMIT_S = 120.0  # to import and make the task
 _CHUNK = 64
 # Threads of a maths library cost address space; hashes of texts must be the same in every run.
-_CHILD_ENV = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+_CHILD_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+}
 
 
 class VerifierPool:
@@ -44,9 +49,13 @@ class VerifierPool:
     something that is no verdict. A grader that itself returns reward None is counted in neither.
     Raises UserError where the task cannot be loaded in a child."""
 
-    def __init__(self, spec: str, args: Mapping[str, Any], *, workers: int, timeout_s: float, memory_mib: int) -> None:
+    def __init__(
+        self, spec: str, args: Mapping[str, Any], *, workers: int, timeout_s: float, memory_mib: int
+    ) -> None:
         self._job = {"spec": spec, "args": dict(args), "memory_mib": memory_mib}
-        self._folder = os.getcwd()  # where relative paths of the task start, also for a child that is started later
+        self._folder = (
+            os.getcwd()
+        )  # where relative paths of the task start, also for a child that is started later
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         # PR_SET_PDEATHSIG goes off when the *thread* that started the child ends, so one thread that lives with the pool starts all.
@@ -108,7 +117,9 @@ class VerifierPool:
         """Hand out chunks, wait for whatever comes first, take it in, replace the children that are late or dead."""
         for worker in self._workers:
             if worker.ready and not worker.todo and batch.waiting:
-                size = min(_CHUNK, len(batch.waiting) // (2 * self._size))  # shrinks: all children end at about the same time
+                size = min(
+                    _CHUNK, len(batch.waiting) // (2 * self._size)
+                )  # shrinks: all children end at about the same time
                 worker.give([batch.waiting.popleft() for _ in range(max(size, 1))], batch, self._timeout_s)
         poll = select.poll()
         for worker in self._workers:
@@ -136,15 +147,23 @@ class VerifierPool:
         """Kill it, blame the item it was at, put the others back."""
         end = worker.kill()
         if not worker.ready:
-            what = f"did not start within {_START_LIMIT_S:g} s" if late else f"died while it loaded the task ({end})"
+            what = (
+                f"did not start within {_START_LIMIT_S:g} s"
+                if late
+                else f"died while it loaded the task ({end})"
+            )
             raise UserError(
                 f"a verifying process for task={self._job['spec']} {what}; verify.memory_mib={self._job['memory_mib']} may be too little"
             )
         if worker.todo and late:
             self.timeouts += 1
-            batch.verdicts[worker.todo.popleft()] = Verdict(None, f"verification timed out after {self._timeout_s:g} s")
+            batch.verdicts[worker.todo.popleft()] = Verdict(
+                None, f"verification timed out after {self._timeout_s:g} s"
+            )
         elif worker.todo and worker.taken and not worker.leaving:
-            batch.verdicts[worker.todo.popleft()] = self._verdict({"failure": f"the verifying process died ({end})"})
+            batch.verdicts[worker.todo.popleft()] = self._verdict(
+                {"failure": f"the verifying process died ({end})"}
+            )
         batch.waiting.extendleft(reversed(worker.todo))
 
     def _verdict(self, reply: Mapping[str, Any]) -> Verdict:
@@ -236,7 +255,9 @@ class _Worker:
                 break
             try:
                 reply = json.loads(bytes(self._received[HEADER.size : HEADER.size + size]))
-            except ValueError:  # the grader found the descriptor and wrote to it: nothing that follows can be trusted
+            except (
+                ValueError
+            ):  # the grader found the descriptor and wrote to it: nothing that follows can be trusted
                 self.ended = True
                 break
             del self._received[: HEADER.size + size]
@@ -259,4 +280,6 @@ def _pickled(problem: Problem, response: str) -> bytes:
     try:
         return pickle.dumps((problem, response))
     except Exception as error:
-        raise UserError(f"problem {problem.id!r} cannot be sent to a verifying process: {error}; its answer and meta must be plain data") from error
+        raise UserError(
+            f"problem {problem.id!r} cannot be sent to a verifying process: {error}; its answer and meta must be plain data"
+        ) from error

@@ -50,7 +50,9 @@ def main(parent: int) -> None:
     except UserError as error:
         return write(replies, {"error": str(error)})
     except BaseException as error:
-        return write(replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"})
+        return write(
+            replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"}
+        )
     write(replies, {"ready": True})
     os.dup2(null, 2)
     while (chunk := read(requests)) is not None:
@@ -58,7 +60,9 @@ def main(parent: int) -> None:
         for item in pickle.loads(chunk):
             reply = judge(task, item)
             write(replies, reply)
-            if "out_of_memory" in reply:  # what an earlier item left behind may be the reason: the next one gets a fresh process
+            if (
+                "out_of_memory" in reply
+            ):  # what an earlier item left behind may be the reason: the next one gets a fresh process
                 return
 
 
@@ -87,7 +91,9 @@ def _load(job: Mapping[str, Any]) -> Task:
     try:
         return load_task(job["spec"], job["args"], problems=False)
     except MemoryError:
-        raise UserError(f"verify.memory_mib={job['memory_mib']} is too little to load task={job['spec']}") from None
+        raise UserError(
+            f"verify.memory_mib={job['memory_mib']} is too little to load task={job['spec']}"
+        ) from None
 
 
 def judge(task: Task, item: bytes) -> dict[str, Any]:
@@ -96,7 +102,11 @@ def judge(task: Task, item: bytes) -> dict[str, Any]:
         problem, response = pickle.loads(item)
         return check(task.verify(problem, response))
     except MemoryError:
-        return {"reward": None, "failure": "the verification ran out of memory (verify.memory_mib)", "out_of_memory": True}
+        return {
+            "reward": None,
+            "failure": "the verification ran out of memory (verify.memory_mib)",
+            "out_of_memory": True,
+        }
     except BaseException as error:
         return {"reward": None, "failure": f"verify raised {describe(error)}"}
 
@@ -105,24 +115,30 @@ def check(verdict: Any) -> dict[str, Any]:
     """The reply for what `verify` returned; a reward or metric that is no finite number, or a reward outside [0, 1], is a failure."""
     if not isinstance(verdict, Verdict):
         return _wrong(f"a {type(verdict).__name__}; it must return a Verdict")
-    if not isinstance(verdict.feedback, str):
-        return _wrong(f"feedback of type {type(verdict.feedback).__name__}; it must be a text")
-    if not isinstance(verdict.metrics, Mapping):
-        return _wrong(f"metrics of type {type(verdict.metrics).__name__}; it must be a dict of numbers")
-    metrics = {}
-    for name, value in verdict.metrics.items():
-        if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
+    given: dict[str, Any] = vars(verdict)  # whatever the annotations say
+    if not isinstance(given["feedback"], str):
+        return _wrong(f"feedback of type {type(given['feedback']).__name__}; it must be a text")
+    if not isinstance(given["metrics"], Mapping):
+        return _wrong(f"metrics of type {type(given['metrics']).__name__}; it must be a dict of numbers")
+    metrics: dict[str, float] = {}
+    for name, value in given["metrics"].items():
+        number = _number(value)
+        if number is None or not math.isfinite(number):
             return _wrong(f"metrics[{name!r}]={value!r:.80}; it must be a finite number")
-        metrics[str(name)] = float(value)
-    reward = verdict.reward
-    if reward is not None and not isinstance(reward, numbers.Real | np.bool_):
-        return _wrong(f"reward={reward!r:.80}; it must be a number in [0, 1] or None")
-    if reward is not None and not 0 <= float(reward) <= 1:  # NaN fails this too
-        return _wrong(f"reward={float(reward)}; it must be in [0, 1]")
+        metrics[str(name)] = number
+    reward = _number(given["reward"])
+    if reward is None and given["reward"] is not None:
+        return _wrong(f"reward={given['reward']!r:.80}; it must be a number in [0, 1] or None")
+    if reward is not None and not 0 <= reward <= 1:  # NaN fails this too
+        return _wrong(f"reward={reward}; it must be in [0, 1]")
     feedback = verdict.feedback.encode("utf-8", "replace").decode()
     if len(feedback) > FEEDBACK_LIMIT:
         feedback = feedback[:FEEDBACK_LIMIT] + " [cut]"
-    return {"reward": None if reward is None else float(reward), "feedback": feedback, "metrics": metrics}
+    return {"reward": reward, "feedback": feedback, "metrics": metrics}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, numbers.Real | np.bool_) else None
 
 
 def _wrong(what: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+
 from fst_fast.errors import UserError
 from fst_fast.run import checkpoint
 from fst_fast.run.checkpoint import begin, commit, find_damage, latest
@@ -69,11 +70,17 @@ def test_keeping_one_checkpoint_is_not_possible(tmp_path: Path) -> None:
         ("zero/rank0.bin", None, "zero/rank0.bin is missing"),
         ("manifest.json", b'{"format": 1', "manifest.json is damaged"),
         ("manifest.json", b"[]", "manifest.json is damaged"),
-        ("manifest.json", b'{"format": 9, "files": {}}', "manifest.json has format 9, this version of fst reads 1"),
+        (
+            "manifest.json",
+            b'{"format": 9, "files": {}}',
+            "manifest.json has format 9, this version of fst reads 1",
+        ),
         ("manifest.json", None, "manifest.json cannot be read (No such file or directory)"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(tmp_path: Path, file: str, data: bytes | None, said: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
+    tmp_path: Path, file: str, data: bytes | None, said: str
+) -> None:
     save(tmp_path, 20)
     broken = save(tmp_path, 40)
     if data is None:
@@ -132,7 +139,9 @@ KILLED_AT = {
 
 
 @pytest.mark.parametrize("stage", KILLED_AT)
-def test_kill_9_at_any_stage_of_a_save_leaves_a_whole_checkpoint_and_the_next_save_works(tmp_path: Path, stage: str) -> None:
+def test_kill_9_at_any_stage_of_a_save_leaves_a_whole_checkpoint_and_the_next_save_works(
+    tmp_path: Path, stage: str
+) -> None:
     save(tmp_path, 20)
     save(tmp_path, 40)
     code = f"""
@@ -146,10 +155,14 @@ tmp = checkpoint.begin(run, 60)
 {KILLED_AT[stage]} = lambda *args, **kwargs: os.kill(os.getpid(), 9)
 checkpoint.commit(run, tmp, 60, 2)
 """
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     found = quiet_latest(tmp_path)
-    expected = "step-000060" if stage in ("before an old one goes", "while an old one goes") else "step-000040"
+    expected = (
+        "step-000060" if stage in ("before an old one goes", "while an old one goes") else "step-000040"
+    )
     assert found == tmp_path / "checkpoints" / expected
     assert (found / "model.bin").read_text() == f"weights of {int(expected[-2:])}"
     save(tmp_path, 60)
@@ -160,7 +173,9 @@ checkpoint.commit(run, tmp, 60, 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of descriptors from /proc")
-def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
     name_of = lambda fd: os.readlink(f"/proc/self/fd/{fd}").removeprefix(str(tmp_path / "checkpoints"))  # noqa: E731
     rename, replace = os.rename, os.replace
@@ -174,7 +189,9 @@ def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_latest(tmp_p
 
 
 @pytest.mark.parametrize("where", ["_fsync_file", "fsync_folder", "write_atomic", "_hashes"])
-def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     save(tmp_path, 20)
 
     def full(*_: object) -> None:
@@ -182,7 +199,9 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(tmp_path: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, where, full)
-        with pytest.raises(UserError, match=r"the checkpoint of step 40 cannot be written to .*: No space left on device"):
+        with pytest.raises(
+            UserError, match=r"the checkpoint of step 40 cannot be written to .*: No space left on device"
+        ):
             save(tmp_path, 40)
     assert ".tmp-step-000040" not in names(tmp_path)
     found = quiet_latest(tmp_path)
@@ -196,7 +215,9 @@ def test_a_disk_with_no_room_for_another_checkpoint_is_refused_before_anything_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 20)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(100, 90, 10)
+    )  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="does not fit on the disk"):
         begin(tmp_path, 40)
     assert names(tmp_path) == ["latest", "step-000020"]

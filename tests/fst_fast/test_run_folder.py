@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fst_fast.errors import UserError
 from fst_fast.run import folder
 from fst_fast.run.folder import changed_keys, disk_errors, open_run, write_json
@@ -25,7 +26,9 @@ def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 CONFIG = "method: fst\nslow:\n  lr: 1.0e-06\n  steps: 10\n"
 
 
-def start(path: Path, *, resume: bool = False, config: str = CONFIG, config_hash: str = "h1") -> folder.RunFolder:
+def start(
+    path: Path, *, resume: bool = False, config: str = CONFIG, config_hash: str = "h1"
+) -> folder.RunFolder:
     return open_run(path, resume=resume, config_yaml=config, config_hash=config_hash)
 
 
@@ -96,7 +99,9 @@ def test_true_and_one_are_different_values() -> None:
     assert changed_keys({"a": [1, 2]}, {"a": [1, 2]}) == []
 
 
-@pytest.mark.parametrize(("name", "text"), [("fst-run.json", "{"), ("fst-run.json", "[]"), ("config.yaml", "a: [")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("fst-run.json", "{"), ("fst-run.json", "[]"), ("config.yaml", "a: [")]
+)
 def test_a_damaged_marker_or_configuration_is_refused(tmp_path: Path, name: str, text: str) -> None:
     start(tmp_path).close()
     (tmp_path / name).write_text(text)
@@ -130,7 +135,9 @@ def test_two_runs_cannot_use_one_folder_and_a_killed_one_does_not_block_it(tmp_p
 
 
 @pytest.mark.parametrize("failing", ["_probe", "write_atomic", "write_json"])
-def test_a_disk_that_refuses_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_disk_that_refuses_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     def full(*_: object) -> None:
         with disk_errors(f"{tmp_path}/a/b cannot be written"):
             raise OSError(28, "No space left on device")

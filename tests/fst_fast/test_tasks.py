@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fst_fast.contracts import Problem, Task, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.registry import check_gold, load_task
@@ -40,7 +41,9 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 def test_a_built_in_task_loads_by_name_with_its_arguments() -> None:
-    task = load_task("star_graph", {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 4, "validation": 2})
+    task = load_task(
+        "star_graph", {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 4, "validation": 2}
+    )
     assert len(task.problems("train")) == 4
     assert isinstance(task, Task)
 
@@ -63,17 +66,29 @@ def test_the_example_task_loads_and_its_gold_is_right() -> None:
     [
         ("class A: pass", "B", {}, "has no 'B'; it defines A"),
         ("class A: pass", "", {}, "the name after"),
-        ("class A:\n    def problems(self, split): return []", "A", {}, "has no method verify(problem, response)"),
+        (
+            "class A:\n    def problems(self, split): return []",
+            "A",
+            {},
+            "has no method verify(problem, response)",
+        ),
         ("class A:\n    def verify(self, p, r): return 0", "A", {}, "has no method problems(split)"),
         ("def A(): pass", "A", {}, "is a function; it must be a class"),
-        ("import no_such_module_at_all", "A", {}, "ModuleNotFoundError: No module named 'no_such_module_at_all' (task.py:1)"),
+        (
+            "import no_such_module_at_all",
+            "A",
+            {},
+            "ModuleNotFoundError: No module named 'no_such_module_at_all' (task.py:1)",
+        ),
         ("def f(:", "A", {}, "SyntaxError"),
         ("import sys\nsys.exit(3)", "A", {}, "SystemExit: 3"),
         ("TASK", "A", {"size": 3}, "'size'"),
         ("TASK", "A", {"n": "x"}, "ValueError: n is bad (task.py:3)"),
     ],
 )
-def test_a_task_file_that_is_no_task_gets_one_sentence(tmp_path: Path, text: str, name: str, args: dict[str, Any], said: str) -> None:
+def test_a_task_file_that_is_no_task_gets_one_sentence(
+    tmp_path: Path, text: str, name: str, args: dict[str, Any], said: str
+) -> None:
     good = "class A:\n    def __init__(self, n=1):\n        if n == 'x': raise ValueError('n is bad')\n"
     good += "    def problems(self, split): return []\n    def verify(self, p, r): return 0\n"
     spec = write(tmp_path / "task.py", good if text == "TASK" else text) + (f":{name}" if name else "")
@@ -110,7 +125,9 @@ def test_jsonl_lines_become_problems_of_their_split(tmp_path: Path) -> None:
 def test_jsonl_without_splits_holds_out_the_same_problems_whatever_the_order(tmp_path: Path) -> None:
     lines = [{"id": f"p{i}", "prompt": "?", "answer": str(i)} for i in range(40)]
     held = [p.id for p in jsonl_task(tmp_path, *lines, validation_fraction=0.25).problems("validation")]
-    again = [p.id for p in jsonl_task(tmp_path, *lines[::-1], validation_fraction=0.25).problems("validation")]
+    again = [
+        p.id for p in jsonl_task(tmp_path, *lines[::-1], validation_fraction=0.25).problems("validation")
+    ]
     assert len(held) == 10
     assert set(held) == set(again)
     assert len(jsonl_task(tmp_path, *lines[:2]).problems("validation")) == 1
@@ -128,7 +145,10 @@ GOOD = {"id": "a", "prompt": "?", "answer": "1"}
         ({"answer": 1}, "exactly one of"),
         ({**GOOD, "id": "b", "messages": []}, "exactly one of"),
         ({"messages": [], "answer": 1}, "must be a list that is not empty"),
-        ({"messages": [{"role": "human", "content": "?"}], "answer": 1}, "messages[0].role='human' is not known"),
+        (
+            {"messages": [{"role": "human", "content": "?"}], "answer": 1},
+            "messages[0].role='human' is not known",
+        ),
         ({"messages": [{"role": "user", "content": None}], "answer": 1}, "messages[0] must be an object"),
         ({"prompt": " ", "answer": 1}, "prompt=' '"),
         ({**GOOD, "anwser": 1}, "unknown key 'anwser'"),
@@ -146,15 +166,23 @@ def test_a_bad_jsonl_line_is_named_with_file_and_line(tmp_path: Path, line: Any,
 
 
 def test_jsonl_files_and_arguments_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    assert "set task_args.verify to grader.py:function" in refusal(lambda: load_task(rows(tmp_path / "d.jsonl", GOOD), {}))
-    assert "cannot be read: No such file" in refusal(lambda: load_task(f"{tmp_path}/x.jsonl", {"verify": _grader(tmp_path)}))
+    assert "set task_args.verify to grader.py:function" in refusal(
+        lambda: load_task(rows(tmp_path / "d.jsonl", GOOD), {})
+    )
+    assert "cannot be read: No such file" in refusal(
+        lambda: load_task(f"{tmp_path}/x.jsonl", {"verify": _grader(tmp_path)})
+    )
     assert "task_args.fraction is not known" in refusal(lambda: jsonl_task(tmp_path, GOOD, fraction=1))
     assert "validation_fraction=1" in refusal(lambda: jsonl_task(tmp_path, GOOD, validation_fraction=1))
     assert "has one problem" in refusal(lambda: jsonl_task(tmp_path, GOOD))
     assert "the file is empty" in refusal(lambda: jsonl_task(tmp_path))
-    assert "has no 'wrong'" in refusal(lambda: jsonl_task(tmp_path, GOOD, verify=_grader(tmp_path)[:-5] + "wrong"))
+    assert "has no 'wrong'" in refusal(
+        lambda: jsonl_task(tmp_path, GOOD, verify=_grader(tmp_path)[:-5] + "wrong")
+    )
     (tmp_path / "data.jsonl").write_bytes(b'{"prompt": "\xff", "answer": 1}')
-    assert "data.jsonl:1: is not UTF-8" in refusal(lambda: load_task(f"{tmp_path}/data.jsonl", {"verify": _grader(tmp_path)}))
+    assert "data.jsonl:1: is not UTF-8" in refusal(
+        lambda: load_task(f"{tmp_path}/data.jsonl", {"verify": _grader(tmp_path)})
+    )
 
 
 def _grader(tmp_path: Path) -> str:
@@ -171,7 +199,9 @@ def _grader(tmp_path: Path) -> str:
         ("__import__('fst_fast.contracts').contracts.Verdict(None, 'unclear')", None, "unclear"),
     ],
 )
-def test_a_grader_function_may_return_what_is_natural(tmp_path: Path, returned: str, reward: float | None, feedback: str) -> None:
+def test_a_grader_function_may_return_what_is_natural(
+    tmp_path: Path, returned: str, reward: float | None, feedback: str
+) -> None:
     verify = write(tmp_path / "g.py", f"def f(problem, response): return {returned}") + ":f"
     task = load_task(rows(tmp_path / "d.jsonl", GOOD, {**GOOD, "id": "b"}), {"verify": verify})
     verdict = task.verify(task.problems("train")[0], "")
@@ -238,10 +268,16 @@ def test_a_task_without_gold_is_asked_with_its_answers_only_where_the_problem_wa
     ("task", "said"),
     [
         (ToyWithGold(some(2), some(2, "v"), reward=0.0), "reward 0 instead of 1, saying: because"),
-        (ToyWithGold(some(2), some(2, "v"), reward=None), "cannot judge the gold response 'gold of p0' of problem 'p0'"),
+        (
+            ToyWithGold(some(2), some(2, "v"), reward=None),
+            "cannot judge the gold response 'gold of p0' of problem 'p0'",
+        ),
         (Toy([], some(2)), "the split 'train' is empty"),
         (Toy(some(2), []), "the split 'validation' is empty"),
-        (Toy(some(2), some(3)), "problem 0 of 'validation' has the id 'p0', which problem 0 of 'train' already has"),
+        (
+            Toy(some(2), some(3)),
+            "problem 0 of 'validation' has the id 'p0', which problem 0 of 'train' already has",
+        ),
         (Toy([some(1)[0], some(1)[0]], some(1, "v")), "problem 1 of 'train' has the id 'p0'"),
         (Toy(["text"], some(1)), "problem 0 of 'train' is a str"),
         (Toy([Problem("a", [{"role": "user"}], 1)], some(1)), "(id 'a'): messages[0] must be"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.registry import check_gold, load_task
@@ -89,7 +90,10 @@ def test_verdicts_come_in_the_order_of_the_items_whatever_the_number_of_children
     items = [(problem, str(problem.answer + index % 2)) for index, problem in enumerate(problems)]
     with VerifierPool(spec, {}, workers=3, timeout_s=30, memory_mib=1024) as pool:
         verdicts = pool.verify(items)
-    assert verdicts == [Verdict(float(i % 2 == 0), f"said {items[i][1]}", {"length": float(len(items[i][1]))}) for i in range(300)]
+    assert verdicts == [
+        Verdict(float(i % 2 == 0), f"said {items[i][1]}", {"length": float(len(items[i][1]))})
+        for i in range(300)
+    ]
     assert (pool.timeouts, pool.failures) == (0, 0)
 
 
@@ -136,7 +140,9 @@ def test_the_limit_works_from_a_thread_that_is_not_the_main_thread(spec: str) ->
         ("return 'good'", "verify returned a str; it must return a Verdict"),
     ],
 )
-def test_a_verification_that_fails_has_no_reward_says_why_and_is_counted(shared: VerifierPool, response: str, reason: str) -> None:
+def test_a_verification_that_fails_has_no_reward_says_why_and_is_counted(
+    shared: VerifierPool, response: str, reason: str
+) -> None:
     before = shared.failures
     verdicts = ask(shared, "7", response, "8")
     assert [v.reward for v in verdicts] == [1.0, None, 0.0]
@@ -161,7 +167,12 @@ def test_feedback_is_valid_text_of_bounded_length(shared: VerifierPool) -> None:
 
 
 def test_numbers_of_numpy_and_bools_are_rewards(shared: VerifierPool) -> None:
-    verdicts = ask(shared, "return Verdict(True)", "return Verdict(__import__('numpy').float32(0.5))", "return Verdict(0)")
+    verdicts = ask(
+        shared,
+        "return Verdict(True)",
+        "return Verdict(__import__('numpy').float32(0.5))",
+        "return Verdict(0)",
+    )
     assert [v.reward for v in verdicts] == [1.0, 0.5, 0.0]
     assert all(type(v.reward) is float for v in verdicts)
 
@@ -239,7 +250,9 @@ def test_a_problem_that_cannot_be_sent_is_named(shared: VerifierPool) -> None:
 
 
 def test_objects_of_a_users_own_class_reach_the_child(tmp_path: Path) -> None:
-    text = GRADER.replace("class Grader:", "class Key:\n    right = '7'\n\nclass Grader:").replace("str(problem.answer)", "problem.answer.right")
+    text = GRADER.replace("class Grader:", "class Key:\n    right = '7'\n\nclass Grader:").replace(
+        "str(problem.answer)", "problem.answer.right"
+    )
     (tmp_path / "own.py").write_text(text)
     spec = f"{tmp_path}/own.py:Grader"
     key = sys.modules[type(load_task(spec, {})).__module__].Key()

@@ -1,0 +1,143 @@
+"""metrics.jsonl, timing.jsonl and rollouts.jsonl: one strict JSON object a line, on the disk as soon as it is written.
+
+metrics.jsonl holds nothing of the clock, so that two runs of one seed, or a broken and an unbroken run, can be compared byte by byte; what
+the clock says goes to timing.jsonl. A checkpoint keeps `position()`, and a resumed run cuts the files back to it: what was written
+between the checkpoint and the kill is written again, and nothing stands there twice.
+Trackers (track.py) get the numbers of every record as well; the files do not depend on them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fst_fast.config import TrackConfig
+from fst_fast.errors import UserError
+from fst_fast.run.folder import disk_errors
+from fst_fast.run.track import open_trackers
+
+METRICS, TIMING, ROLLOUTS = FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
+
+
+class MetricsWriter:
+    """position: what the checkpoint kept, None to start from nothing (also a resumed run that has no checkpoint yet). step: the step of
+    that checkpoint. Only rank 0 has a writer. Raises UserError where the files are shorter than the checkpoint says, where the disk
+    refuses, and where a tracker's package is missing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        position: Mapping[str, int] | None = None,
+        step: int = 0,
+        track: TrackConfig | None = None,
+    ) -> None:
+        self._files = {
+            name: _open_at(run_dir / name, 0 if position is None else position[name]) for name in FILES
+        }
+        self._trackers = open_trackers(
+            run_dir, track or TrackConfig(), resume_step=None if position is None else step
+        )
+
+    def write(self, kind: str, /, **fields: Any) -> None:
+        """One record of metrics.jsonl. Raises ValueError, naming the key, for a number that is not finite."""
+        self._append(METRICS, {"kind": kind, **fields})
+        self._track(kind, fields)
+
+    def write_timing(self, **fields: Any) -> None:
+        """One record of timing.jsonl."""
+        self._append(TIMING, fields)
+        self._track("timing", fields)
+
+    def write_rollout(self, **fields: Any) -> None:
+        """One record of rollouts.jsonl."""
+        self._append(ROLLOUTS, fields)
+
+    def position(self) -> dict[str, int]:
+        """Where the files end, in bytes, everything before that being durable: for the checkpoint."""
+        for file in self._files.values():
+            with disk_errors(f"{file.name} cannot be written"):
+                os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def close(self) -> None:
+        """Close the files and let the trackers send what they have. May be called twice."""
+        for file in self._files.values():
+            file.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        line = json.dumps(_plain(record, name), allow_nan=False, ensure_ascii=False)
+        data = memoryview(line.encode("utf-8", "replace") + b"\n")
+        file = self._files[name]
+        with disk_errors(f"{file.name} cannot be written"):
+            while data:
+                data = data[file.write(data) :]
+
+    def _track(self, kind: str, fields: Mapping[str, Any]) -> None:
+        if self._trackers and fields.get("step") is not None:
+            values = numbers_of({key: value for key, value in fields.items() if key != "step"}, kind)
+            for tracker in self._trackers:
+                tracker.log(int(fields["step"]), values)
+
+
+def _open_at(path: Path, position: int) -> Any:
+    """Unbuffered: one record is one write, and a kill loses nothing that was written."""
+    with disk_errors(f"{path} cannot be written"):
+        file = open(path, "ab", buffering=0)  # noqa: SIM115
+        size = file.seek(0, os.SEEK_END)
+        if size < position:
+            file.close()
+            raise UserError(
+                f"{path} has {size} bytes, the checkpoint was written when it had {position}; the run cannot be continued"
+            )
+        file.truncate(position)
+        file.seek(position)
+    return file
+
+
+def _plain(value: Any, at: str) -> Any:
+    """The value as JSON has it: numpy numbers become Python's. Raises ValueError or TypeError naming the key."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{at} is {value}: a metric must be a finite number, or None where there is none"
+            )
+        return value
+    if isinstance(value, Mapping):
+        return {
+            str(key): _plain(item, f"{at}: {key}" if at in FILES else f"{at}.{key}")
+            for key, item in value.items()
+        }
+    if isinstance(value, Sequence):
+        return [_plain(item, f"{at}[{index}]") for index, item in enumerate(value)]
+    raise TypeError(f"{at} is a {type(value).__name__}, which JSON does not have")
+
+
+def numbers_of(fields: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The numbers of a record under names like `eval/channels/both/mean`; texts and lists have no curve and are left out."""
+    found: dict[str, float] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            found |= numbers_of(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float | np.number) and not isinstance(value, bool):
+            found[f"{prefix}/{key}"] = float(value)
+    return found

@@ -1,0 +1,256 @@
+"""The record of a run: strict, on the disk at once, cut back to the checkpoint on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fst_fast.config import TrackConfig
+from fst_fast.errors import UserError
+from fst_fast.run import folder
+from fst_fast.run.metrics import FILES, MetricsWriter, numbers_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_record_is_one_line_on_the_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write("step", step=1, reward=0.5, groups=[1, 2], refused={"long": 1}, kl=None)
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"kind": "step", "step": 1, "reward": 0.5, "groups": [1, 2], "refused": {"long": 1}, "kl": null}\n'
+    )
+    writer.write_timing(step=1, seconds=2.5)
+    writer.write_rollout(step=1, response="ein Weg \u2192 dort\nund \ud800")
+    assert lines(tmp_path / "timing.jsonl") == [{"step": 1, "seconds": 2.5}]
+    assert "ein Weg \u2192 dort\\nund ?" in (tmp_path / "rollouts.jsonl").read_text()
+    writer.close()
+    writer.close()
+
+
+def test_what_was_written_survives_kill_9(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib; from fst_fast.run.metrics import MetricsWriter; "
+        f"MetricsWriter(pathlib.Path({str(tmp_path)!r})).write('end', step=3); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert lines(tmp_path / "metrics.jsonl") == [{"kind": "end", "step": 3}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"loss": float("nan")}, "metrics.jsonl: loss is nan"),
+        ({"channels": {"both": {"mean": float("inf")}}}, "metrics.jsonl: channels.both.mean is inf"),
+        (
+            {"population": [{"mean": 0.1}, {"mean": np.float32("nan")}]},
+            r"metrics.jsonl: population\[1\].mean is nan",
+        ),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_by_name_and_writes_nothing(
+    tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    writer = MetricsWriter(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        writer.write("step", step=1, **fields)
+    with pytest.raises(TypeError, match="metrics.jsonl: when is a object"):
+        writer.write("step", when=object())
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("step", step=np.int64(3), reward=np.float32(0.5), final=np.bool_(True))
+    assert lines(tmp_path / "metrics.jsonl") == [{"kind": "step", "step": 3, "reward": 0.5, "final": True}]
+
+
+def record(writer: MetricsWriter, step: int) -> None:
+    writer.write("step", step=step, reward=step / 7)
+    writer.write_timing(step=step)
+    writer.write_rollout(step=step, response="ä" * step)
+
+
+def test_a_resumed_run_leaves_the_files_of_an_unbroken_one(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for path in (whole, broken):
+        path.mkdir()
+    with MetricsWriter(whole) as writer:
+        for step in range(6):
+            record(writer, step)
+    with MetricsWriter(broken) as writer:
+        for step in range(5):
+            if step == 3:
+                position = writer.position()
+            record(writer, step)
+    with open(broken / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "st')  # cut off by the kill
+    with MetricsWriter(broken, position=json.loads(json.dumps(position)), step=3) as writer:
+        for step in range(3, 6):
+            record(writer, step)
+    assert [(broken / name).read_bytes() for name in FILES] == [(whole / name).read_bytes() for name in FILES]
+
+
+def test_a_run_without_a_checkpoint_starts_its_files_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        with MetricsWriter(tmp_path) as writer:
+            record(writer, 1)
+    assert [len(lines(tmp_path / name)) for name in FILES] == [1, 1, 1]
+
+
+def test_files_shorter_than_the_checkpoint_says_are_refused(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        record(writer, 1)
+        position = writer.position()
+    (tmp_path / "timing.jsonl").write_text("")
+    with pytest.raises(
+        UserError, match=r"timing.jsonl has 0 bytes, the checkpoint was written when it had \d+"
+    ):
+        MetricsWriter(tmp_path, position=position, step=1)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: "):
+        MetricsWriter(tmp_path).write("end", step=1)
+
+
+def test_numbers_of_a_record_get_names_and_texts_are_left_out() -> None:
+    fields = {
+        "k": 4,
+        "final": True,
+        "text": "x",
+        "channels": {"both": {"mean": np.float64(0.5), "list": [1]}},
+        "kl": None,
+    }
+    assert numbers_of(fields, "eval") == {"eval/k": 4.0, "eval/channels/both/mean": 0.5}
+
+
+class Recorder:
+    """Stands in for wandb and trackio: `init` and what a run of theirs takes."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def init(self, **kwargs: Any) -> Recorder:
+        self.calls.append(kwargs)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorder]:
+    def install(name: str) -> Recorder:
+        recorder, module = Recorder(), types.ModuleType(name)
+        module.init = recorder.init  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+        return recorder
+
+    return install
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_tracker_gets_the_numbers_and_keeps_its_identity_on_resume(
+    tmp_path: Path, fake: Callable[[str], Recorder], package: str
+) -> None:
+    recorder = fake(package)
+    track = TrackConfig(**{package: "my-project"})
+    with MetricsWriter(tmp_path, track=track) as writer:
+        writer.write("start", method="fst")
+        writer.write("step", step=3, reward=0.5)
+        writer.write_timing(step=3, seconds=1.5)
+        position = writer.position()
+    first, *rest = recorder.calls
+    assert first["project"] == "my-project"
+    assert first["resume"] == "allow"
+    assert rest == [(3, {"step/reward": 0.5}), (3, {"timing/seconds": 1.5}), "finish"]
+    MetricsWriter(tmp_path, position=position, step=3, track=track).close()
+    assert recorder.calls[-2] == first
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [("wandb", "wandb"), ("trackio", "trackio"), ("tensorboard", "torch.utils.tensorboard")],
+)
+def test_a_tracker_whose_package_is_missing_is_refused_naming_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"track.{key} needs a package .*pip install fst-fast\[track\]"):
+        MetricsWriter(tmp_path, track=TrackConfig(**{key: True if key == "tensorboard" else "p"}))
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(
+    tmp_path: Path, fake: Callable[[str], Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("wandb")
+
+    def fails(**_: Any) -> None:
+        raise RuntimeError("not logged in\ntry wandb login")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", fails)
+    with pytest.raises(UserError, match="track.wandb='p' cannot be started: not logged in try wandb login"):
+        MetricsWriter(tmp_path, track=TrackConfig(wandb="p"))
+
+
+def test_tensorboard_events_are_written_and_purged_on_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track = TrackConfig(tensorboard=True)
+    with MetricsWriter(tmp_path, track=track) as writer:
+        for step in (1, 2, 3):
+            if step == 3:
+                position = writer.position()
+            writer.write("step", step=step, reward=0.1 * step)
+    with MetricsWriter(tmp_path, position=position, step=2, track=track) as writer:
+        writer.write("step", step=3, reward=0.9)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("step/reward")
+    assert [(e.step, round(e.value, 3)) for e in events] == [(1, 0.1), (2, 0.2), (3, 0.9)]
+
+
+def test_without_a_tracker_torch_is_not_imported() -> None:
+    code = "import sys, fst_fast.run.metrics, fst_fast.run.console, fst_fast.run.checkpoint; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_writing_json_and_metrics_shares_one_sentence_for_the_disk() -> None:
+    with (
+        pytest.raises(UserError, match="x cannot be written: .*PytorchStreamWriter failed"),
+        folder.disk_errors("x cannot be written"),
+    ):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"
+        )
+    with pytest.raises(RuntimeError, match="something else"), folder.disk_errors("x cannot be written"):
+        raise RuntimeError("something else")
