@@ -1,0 +1,87 @@
+"""A reflector of rules for the mini world, so that the default run needs no network and no large model.
+
+It stands in for a language model and is meant to be no better than one: it reads the feedback, guesses which words have to do with it,
+and edits one or two sentences of the context with sentences of the catalogue that contain such words. It sees neither the family nor
+the strength of a sentence, so it proposes useless and harmful ones as readily as helpful ones ("answer with the goal only ." also talks
+of the goal). Which combination is right must come out of the scores. Other tasks need another reflector: its sentences mean nothing there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fst_fast.mini.world import CATALOGUE
+
+SENTENCES: tuple[str, ...] = tuple(i.text for i in CATALOGUE)
+MAX_SENTENCES = 6
+
+# (what the feedback says, words that a sentence about it might contain)
+_TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("box", frozenset({"box", "boxed", "answer", "final", "mark", "write"})),
+    ("wrong arm", frozenset({"goal", "start", "back", "backward", "reverse", "first", "graph", "edges", "think"})),
+    ("skips", frozenset({"node", "skip", "step", "edge", "short", "check", "careful"})),
+    ("does not exist", frozenset({"edge", "edges", "list", "check", "careful", "step", "read", "look"})),
+    ("reversed", frozenset({"goal", "start", "reverse", "back", "path"})),
+    ("goal", frozenset({"goal", "node", "path", "only", "answer"})),
+    ("begins at", frozenset({"start", "first", "path", "goal"})),
+)
+_ON_TOPIC = 0.6  # how often a proposed sentence has to do with the feedback at all
+_TWO_EDITS = 0.3
+
+
+class _Failure(Protocol):
+    @property
+    def feedback(self) -> str: ...
+
+
+class _Prompt(Protocol):
+    @property
+    def context(self) -> str: ...
+    @property
+    def failures(self) -> Sequence[_Failure]: ...
+
+
+def reflect(prompt: _Prompt, rng: np.random.Generator) -> str:
+    """Answer one reflection as a language model would: a remark, then the edited context in a fenced block."""
+    sentences = split_sentences(prompt.context)
+    remarks: list[str] = []
+    for _ in range(2 if rng.random() < _TWO_EDITS else 1):
+        feedback = prompt.failures[int(rng.integers(len(prompt.failures)))].feedback if prompt.failures else ""
+        sentences, remark = _edit(sentences, feedback, rng)
+        remarks.append(remark)
+    return f"{' '.join(remarks)}\n```\n{' '.join(sentences)}\n```"
+
+
+def split_sentences(context: str) -> list[str]:
+    """The sentences of a context, each with its closing full stop where it has one."""
+    return [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", context) if s.strip()]
+
+
+def _edit(sentences: list[str], feedback: str, rng: np.random.Generator) -> tuple[list[str], str]:
+    """Add (0.5), replace (0.3), drop (0.1) or move (0.1) one sentence; what cannot be done becomes an addition or a replacement."""
+    toss = rng.random()
+    at = int(rng.integers(len(sentences))) if sentences else 0
+    if toss >= 0.9 and len(sentences) > 1:
+        rest = sentences[:at] + sentences[at + 1 :]
+        to = int(rng.integers(len(rest) + 1))
+        return [*rest[:to], sentences[at], *rest[to:]], f"I move {sentences[at]!r}."
+    if 0.8 <= toss < 0.9 and len(sentences) > 1:
+        return sentences[:at] + sentences[at + 1 :], f"I drop {sentences[at]!r}."
+    new = _propose(sentences, feedback, rng)
+    if sentences and (toss >= 0.5 or len(sentences) >= MAX_SENTENCES):
+        return [*sentences[:at], new, *sentences[at + 1 :]], f"The checker said {feedback!r}, so {new!r} takes the place of {sentences[at]!r}."
+    to = int(rng.integers(len(sentences) + 1))
+    return [*sentences[:to], new, *sentences[to:]], f"The checker said {feedback!r}, so I add {new!r}."
+
+
+def _propose(sentences: list[str], feedback: str, rng: np.random.Generator) -> str:
+    """A sentence that is not there yet, often one that shares a word with the topic of the feedback."""
+    absent = [s for s in SENTENCES if s not in sentences]
+    words = next((words for sign, words in _TOPICS if sign in feedback), None)
+    related = [s for s in absent if words and words & set(re.findall(r"[a-z]+", s))]
+    pool = related if related and rng.random() < _ON_TOPIC else absent
+    return pool[int(rng.integers(len(pool)))]

@@ -1,0 +1,68 @@
+"""Mean reward of a model under given contexts, with plain transformers generation: for builds and their tests, not for training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fst_fast.contracts import Problem
+from fst_fast.mini import world
+from fst_fast.tasks.star_graph import StarGraph
+
+
+@torch.no_grad()
+def sample_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    context: str,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    max_new_tokens: int = 32,
+) -> list[str]:
+    """One response to each problem under the context. Seeds torch's global generator."""
+    system = [{"role": "system", "content": context}]
+    prompts = [tokenizer.apply_chat_template([*system, *p.messages], add_generation_prompt=True, tokenize=False) for p in problems]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    torch.manual_seed(seed)
+    output: Any = model.generate(  # type: ignore[operator]
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+    )
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def measure_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: StarGraph,
+    contexts: Mapping[str, str] = world.MEASURED_CONTEXTS,
+    *,
+    problems: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """For each named context: mean reward at temperature 1 on the first validation problems, its standard error, the mean metrics."""
+    chosen = list(task.problems("validation")[:problems])
+    scores: dict[str, dict[str, Any]] = {}
+    for name, context in contexts.items():
+        responses = sample_responses(model, tokenizer, chosen, context, seed=seed)
+        verdicts = [task.verify(p, r) for p, r in zip(chosen, responses, strict=True)]
+        rewards = np.array([v.reward for v in verdicts], dtype=float)
+        scores[name] = {
+            "context": context,
+            "mean": round(float(rewards.mean()), 4),
+            "stderr": round(float(rewards.std() / np.sqrt(len(rewards))), 4),
+            "traced": round(float(np.mean(["<" in r for r in responses])), 4),
+            **{k: round(float(np.mean([v.metrics[k] for v in verdicts])), 4) for k in verdicts[0].metrics},
+        }
+    return scores

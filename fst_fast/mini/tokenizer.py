@@ -1,0 +1,54 @@
+"""The mini world's tokenizer: one token per word, number or sign, with a chat template.
+
+A real `PreTrainedTokenizerFast`, so that nothing else in the house knows that the model is small. The vocabulary is closed: the special
+tokens, the numbers of the mini graphs, the signs, the words of the questions and of the instruction catalogue. Text is lower-cased;
+anything else becomes <unk>. Decoding puts a space between tokens ("\\boxed{ 3 , 7 }"), which the verifier reads.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fst_fast.mini import world
+from fst_fast.tasks.star_graph import MINI_IDS
+
+PAD, UNK, SYSTEM, USER, ASSISTANT, END = "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+SPECIAL = (PAD, UNK, SYSTEM, USER, ASSISTANT, END)
+SIGNS = (",", ".", ":", "?", "<", "\\boxed{", "}")
+QUESTION_WORDS = ("edges", "path", "from", "to", "list")
+
+# One word, one number, "\boxed{" or one sign; white space separates and is dropped.
+_PIECE = r"\\boxed\{|[a-z]+|[0-9]+|[^\sa-z0-9]"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' }} {{ message['content'] }} {{ '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def vocabulary() -> dict[str, int]:
+    words = {w for i in world.CATALOGUE for w in re.findall(_PIECE, i.text)} | set(QUESTION_WORDS)
+    tokens = [*SPECIAL, *SIGNS, *(str(n) for n in range(MINI_IDS)), *sorted(words - set(SIGNS))]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel(vocabulary(), unk_token=UNK))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        unk_token=UNK,
+        eos_token=END,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=512,
+    )
