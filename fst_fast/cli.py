@@ -203,9 +203,8 @@ def _train(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.trainer import train
 
-    summary = train(config, args.run_dir, resume=args.resume)
+    train(config, args.run_dir, resume=args.resume)
     if _is_first():
-        print(four_cells(summary))
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
 
 
