@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from fst_fast.contexts.reflection import Failure, ReflectionPrompt, Reflector, Refusal, ask, extract
-from fst_fast.contexts.scoring import Sampled, ScoreFn
-from fst_fast.contracts import Context, Problem, Rollout, Verdict
+from fst_fast.contexts.scoring import ScoreFn
+from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
 
 
 def problems_of(instances: Sequence[Any]) -> list[Problem]:
     """Problems for a GEPAAdapter's data: the instance is the answer, its text the message, its position the id."""
-    return [Problem(str(i), [{"role": "user", "content": str(instance)}], instance) for i, instance in enumerate(instances)]
+    return [
+        Problem(str(i), [{"role": "user", "content": str(instance)}], instance)
+        for i, instance in enumerate(instances)
+    ]
 
 
 def score_with(adapter: Any, *, component: str, policy_version: int) -> ScoreFn:
@@ -41,10 +44,14 @@ def score_with(adapter: Any, *, component: str, policy_version: int) -> ScoreFn:
                 records = [{}] * len(places)
             for i, reward, output, record in zip(places, batch.scores, batch.outputs, records, strict=True):
                 _, problem, sample = items[i]
-                assert 0.0 <= reward <= 1.0, f"the adapter gave {reward} on {problem.id}; rewards lie in [0, 1]"
+                assert 0.0 <= reward <= 1.0, (
+                    f"the adapter gave {reward} on {problem.id}; rewards lie in [0, 1]"
+                )
                 nothing = (np.zeros(0, np.int64), np.zeros(0, np.float32))
                 rollout = Rollout(problem.id, context.id, sample, *nothing, "stop", policy_version, 1.0)
-                answers[i] = Sampled(rollout, Verdict(float(reward), str(record.get("Feedback", ""))), str(output))
+                answers[i] = Sampled(
+                    rollout, Verdict(float(reward), str(record.get("Feedback", ""))), str(output)
+                )
         return [answers[i] for i in range(len(items))]
 
     return score

@@ -8,18 +8,7 @@ in `gepa_adapter.py`. The sample index names the random stream: the same triple 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from fst_fast.contracts import Context, Problem, Rollout, Verdict
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One rollout, what the task said of it, and its text."""
-
-    rollout: Rollout
-    verdict: Verdict
-    response: str
-
+from fst_fast.contracts import Context, Problem, Sampled
 
 ScoreFn = Callable[[Sequence[tuple[Context, Problem, int]]], list[Sampled]]

@@ -29,11 +29,18 @@ from numpy.typing import NDArray
 from fst_fast.config import FastConfig
 from fst_fast.contexts import pareto
 from fst_fast.contexts.population import FastState, Lineage, Scores, Shown
-from fst_fast.contexts.reflection import Failure, ReflectionPrompt, Reflector, Refusal, ask, cut, extract
-from fst_fast.contexts.scoring import Sampled, ScoreFn
-from fst_fast.contracts import Context, Problem
-
-__all__ = ["FastResult", "FastState", "Sampled", "ScoreFn", "Size", "affordable", "fast_phase"]
+from fst_fast.contexts.reflection import (
+    Failure,
+    ReflectionPrompt,
+    Reflector,
+    Refusal,
+    Reply,
+    ask,
+    cut,
+    extract,
+)
+from fst_fast.contexts.scoring import ScoreFn
+from fst_fast.contracts import Context, Problem, Sampled
 
 Log = Callable[[str], None]
 
@@ -110,8 +117,7 @@ def fast_phase(
                 f"does not pay one rollout for each of {len(members)} carried contexts and {config.children} children"
             )
         return _carried_unscored(state, config, cycle)
-    shrunk = size != Size(len(problems), config.samples)
-    if shrunk:
+    if size != Size(len(problems), config.samples):
         log(
             f"fast phase of cycle {cycle}: fast.rollout_budget={config.rollout_budget} pays for {size.problems} of {len(problems)} anchor "
             f"problems with {size.samples} of {config.samples} samples per context"
@@ -121,33 +127,25 @@ def fast_phase(
 
     archive = list(members)  # the carried and the admitted: what may be a parent or be kept
     lineage = dict(state.contexts)
-    tried = {c.text for c in members} | {
-        n.context.text for n in lineage.values() if n.policy_version == policy_version
-    }
-    scored: list[str] = [c.id for c in members]  # whose lineage gets this cycle's mean
-    births: list[str] = []
+    tried = {c.text for c in members}
+    tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
+    born: list[str] = []
     refused: Counter[str] = Counter()
-    proposed = admitted = waves = 0
+    asked = waves = 0
     for wave in range(config.first_generations if cycle == 0 else config.generations):
         width = min(config.children, (config.rollout_budget - round.spent) // size.rollouts)
-        rng = _rng(seed, cycle, wave)
+        rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, wave]))
         parents = _choose_parents(round, archive, width, rng)
         if not parents:  # the budget is used up, or nothing fails
             break
-        waves += 1
         shown = _choose_failures(round, parents, config.failures_shown, rng)
-        prompts = [
-            ReflectionPrompt(
-                parent.text, [_failure(round.problem[s.rollout.problem_id], s) for s in failures]
-            )
-            for parent, failures in zip(parents, shown, strict=True)
-        ]
-        log_wave = functools.partial(_log_wave, log, cycle, wave)
+        prompts = [_prompt(round, parent, failures) for parent, failures in zip(parents, shown, strict=True)]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
-        replies = ask(reflect, prompts, seeds, log_wave)
-        proposed += len(replies)
+        replies = ask(reflect, prompts, seeds, functools.partial(_log_wave, log, cycle, wave))
+        waves += 1
+        asked += len(replies)
 
-        children: list[tuple[Context, Context]] = []  # (child, parent)
+        children: list[tuple[Context, Context]] = []  # (child, its parent)
         for parent, failures, reply in zip(parents, shown, replies, strict=True):
             text = extract(
                 reply, known_texts=tried, count_tokens=count_tokens, max_tokens=config.max_context_tokens
@@ -156,60 +154,46 @@ def fast_phase(
                 refused[text.reason] += 1
                 continue
             tried.add(text)
-            child = Context.of(text, parent=parent.id, born=cycle)
-            if child.id in lineage:  # tried under an earlier policy: same text, same place in the tree
-                child = lineage[child.id].context
-            else:
-                lineage[child.id] = Lineage(
-                    child,
-                    admitted=False,
-                    failures=tuple(
-                        Shown(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS))
-                        for s in failures
-                    ),
-                    reflection=cut(_clean(reply.text or ""), KEPT_REFLECTION_CHARS),
-                )
-            children.append((child, parent))
+            line = _birth(Context.of(text, parent=parent.id, born=cycle), failures, reply)
+            line = lineage.setdefault(
+                line.context.id, line
+            )  # tried under an earlier policy: keeps its place in the tree
+            children.append((line.context, parent))
         round.judge([child for child, _ in children])
         for child, parent in children:
-            accepted = pareto.admits(round.rewards[child.id], round.rewards[parent.id], config.admit_z)
-            lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=accepted)
-            scored.append(child.id)
-            births.append(child.id)
-            if accepted:
-                admitted += 1
+            admitted = pareto.admits(round.rewards[child.id], round.rewards[parent.id], config.admit_z)
+            lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=admitted)
+            born.append(child.id)
+            if admitted:
                 archive.append(child)
     assert round.spent <= config.rollout_budget
 
-    for context_id in scored:
+    for context_id in round.rewards:
         mean, n = round.mean(context_id)
-        lineage[context_id] = dataclasses.replace(
-            lineage[context_id], policy_version=policy_version, mean=mean, n=n
-        )
+        line = dataclasses.replace(lineage[context_id], policy_version=policy_version, mean=mean, n=n)
+        lineage[context_id] = line
     ids = [context.id for context in archive]
-    rows = pareto.select(
-        round.matrix(ids), config.population, seed=ids.index(state.seed_id) if state.seed_id in ids else None
-    )
+    rewards = np.stack([round.rewards[context_id] for context_id in ids])
+    seed_row = ids.index(state.seed_id) if state.seed_id in ids else None
+    rows = pareto.select(round.matrix(ids), rewards, config.population, seed=seed_row)
     population = [archive[row] for row in rows]
-    kept = [context.id for context in population]
-    means = [round.mean(context_id)[0] for context_id in ids]
-    record = {
-        "cycle": cycle,
-        "population": [_line(lineage[context_id]) for context_id in kept],
-        "proposed": proposed,  # reflections asked for: refused, rejected or admitted
-        "admitted": admitted,
-        "refused": dict(sorted(refused.items())),
-        "fast_rollouts": round.spent,
-        "unjudged": round.unjudged,
-        "best_mean": max((mean for mean in means if mean is not None), default=None),
-        "seed_mean": round.mean(state.seed_id)[0] if state.seed_id in ids else None,
-        "waves": waves,
-        "anchor_problems": size.problems,
-        "samples": size.samples,
-        "shrunk": shrunk,
-        "contexts": [_line(lineage[context_id], born=True) for context_id in births],
-    }
-    after = FastState(state.seed_id, tuple(kept), lineage, round.scores.only(kept), cycle + 1)
+    kept = tuple(context.id for context in population)
+    record = _record(
+        cycle,
+        [_line(lineage[context_id]) for context_id in kept],
+        proposed=asked,
+        admitted=len(archive) - len(members),
+        refused=dict(sorted(refused.items())),
+        fast_rollouts=round.spent,
+        unjudged=round.unjudged,
+        best_mean=lineage[kept[0]].mean,
+        seed_mean=None if seed_row is None else lineage[state.seed_id].mean,
+        waves=waves,
+        anchor_problems=size.problems,
+        samples=size.samples,
+        contexts=[_line(lineage[context_id], birth=True) for context_id in born],
+    )
+    after = FastState(state.seed_id, kept, lineage, round.scores.only(kept), cycle + 1)
     return FastResult(after, population, round.sampled, record)
 
 
@@ -307,6 +291,10 @@ def _choose_failures(
     return chosen
 
 
+def _prompt(round: _Round, parent: Context, failures: Sequence[Sampled]) -> ReflectionPrompt:
+    return ReflectionPrompt(parent.text, [_failure(round.problem[s.rollout.problem_id], s) for s in failures])
+
+
 def _failure(problem: Problem, sampled: Sampled) -> Failure:
     assert sampled.verdict.reward is not None
     text = "\n\n".join(
@@ -315,29 +303,57 @@ def _failure(problem: Problem, sampled: Sampled) -> Failure:
     return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
 
 
+def _birth(child: Context, failures: Sequence[Sampled], reply: Reply) -> Lineage:
+    shown = (Shown(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures)
+    text = (reply.text or "").encode(errors="replace").decode()  # what any UTF-8 file can hold
+    return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
+
+
 def _carried_unscored(state: FastState, config: FastConfig, cycle: int) -> FastResult:
     population = state.population_of(config.population)
     ids = tuple(context.id for context in population)
-    record = {
+    lines = [{**_line(state.contexts[context_id]), "mean": None, "n": 0} for context_id in ids]
+    after = dataclasses.replace(state, population=ids, cycle=cycle + 1)
+    return FastResult(after, population, [], _record(cycle, lines))
+
+
+def _record(
+    cycle: int,
+    population: list[dict[str, Any]],
+    *,
+    proposed: int = 0,
+    admitted: int = 0,
+    refused: dict[str, int] | None = None,
+    fast_rollouts: int = 0,
+    unjudged: int = 0,
+    best_mean: float | None = None,
+    seed_mean: float | None = None,
+    waves: int = 0,
+    anchor_problems: int = 0,
+    samples: int = 0,
+    contexts: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """proposed: reflections asked for, each of which was refused, scored and rejected, or admitted. best_mean: of the kept, on this
+    cycle's anchor problems and on the samples that chose them, hence a little high. seed_mean: None once the seed is dropped.
+    contexts: every child scored in this cycle."""
+    return {
         "cycle": cycle,
-        "population": [{**_line(state.contexts[context_id]), "mean": None, "n": 0} for context_id in ids],
-        "proposed": 0,
-        "admitted": 0,
-        "refused": {},
-        "fast_rollouts": 0,
-        "unjudged": 0,
-        "best_mean": None,
-        "seed_mean": None,
-        "waves": 0,
-        "anchor_problems": 0,
-        "samples": 0,
-        "shrunk": config.rollout_budget > 0,
-        "contexts": [],
+        "population": population,
+        "proposed": proposed,
+        "admitted": admitted,
+        "refused": refused or {},
+        "fast_rollouts": fast_rollouts,
+        "unjudged": unjudged,
+        "best_mean": best_mean,
+        "seed_mean": seed_mean,
+        "waves": waves,
+        "anchor_problems": anchor_problems,
+        "samples": samples,
+        "contexts": contexts or [],
     }
-    return FastResult(dataclasses.replace(state, population=ids, cycle=cycle + 1), population, [], record)
 
 
-def _line(lineage: Lineage, *, born: bool = False) -> dict[str, Any]:
+def _line(lineage: Lineage, *, birth: bool = False) -> dict[str, Any]:
     context = lineage.context
     line: dict[str, Any] = {
         "id": context.id,
@@ -347,7 +363,7 @@ def _line(lineage: Lineage, *, born: bool = False) -> dict[str, Any]:
         "mean": lineage.mean,
         "n": lineage.n,
     }
-    if born:
+    if birth:
         line["admitted"] = lineage.admitted
         line["failures"] = [dataclasses.asdict(shown) for shown in lineage.failures]
         line["reflection"] = lineage.reflection
@@ -356,12 +372,3 @@ def _line(lineage: Lineage, *, born: bool = False) -> dict[str, Any]:
 
 def _log_wave(log: Log, cycle: int, wave: int, text: str) -> None:
     log(f"fast phase of cycle {cycle}, wave {wave}: {text}")
-
-
-def _clean(text: str) -> str:
-    """Text that any UTF-8 file can hold."""
-    return text.encode(errors="replace").decode()
-
-
-def _rng(seed: int, cycle: int, wave: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, wave]))

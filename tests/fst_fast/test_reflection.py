@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_fast.contexts.reflection import (
@@ -19,7 +19,9 @@ from fst_fast.contexts.reflection import (
 
 
 def read(text, *, finish="stop", known=(), limit=50):
-    return extract(Reply(text, finish), known_texts=list(known), count_tokens=lambda t: len(t.split()), max_tokens=limit)
+    return extract(
+        Reply(text, finish), known_texts=list(known), count_tokens=lambda t: len(t.split()), max_tokens=limit
+    )
 
 
 def test_the_prompt_shows_context_problem_response_feedback_and_reward():
@@ -88,6 +90,7 @@ def test_exactly_the_longest_allowed_context_passes():
     assert read("```\n" + " ".join(["w"] * 50) + "\n```") == " ".join(["w"] * 50)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["<think>", "</think>", "```", "`", "\n", "a", " ", "text"]), max_size=20))
 def test_no_reply_breaks_the_reading_and_no_thinking_gets_through(pieces):
     text = "".join(pieces)
@@ -126,6 +129,8 @@ def test_a_broken_reflector_becomes_replies_with_errors(reflect, said):
 
 def test_one_failed_reply_is_logged_and_the_other_used():
     lines: list[str] = []
-    replies = ask(lambda prompts, *, seeds: [Reply("x", "stop"), Reply.failed("late")], PROMPTS, [1, 2], lines.append)
+    replies = ask(
+        lambda prompts, *, seeds: [Reply("x", "stop"), Reply.failed("late")], PROMPTS, [1, 2], lines.append
+    )
     assert [reply.text for reply in replies] == ["x", None]
     assert lines == ["1 of 2 reflections failed: late"]

@@ -101,15 +101,29 @@ def openai_at(server: Server, **args):
 def test_a_right_answer_arrives_with_its_token_counts_and_the_request_says_what_was_asked():
     with serving(lambda n, body: completion("```\ntrace back\n```")) as server:
         reflect = openai_at(
-            server, max_tokens=99, temperature=0.5, usd_per_million_prompt_tokens=2.0, usd_per_million_completion_tokens=4.0
+            server,
+            max_tokens=99,
+            temperature=0.5,
+            usd_per_million_prompt_tokens=2.0,
+            usd_per_million_completion_tokens=4.0,
         )
         (reply,) = reflect([PROMPT], seeds=[5])
     assert reply == Reply("```\ntrace back\n```", "stop", None, 11, 7)
     (request,) = server.requests
-    assert (request["model"], request["max_tokens"], request["temperature"], request["seed"]) == ("m", 99, 0.5, 5)
+    assert (request["model"], request["max_tokens"], request["temperature"], request["seed"]) == (
+        "m",
+        99,
+        0.5,
+        5,
+    )
     assert request["messages"] == [{"role": "user", "content": PROMPT.render()}]
     assert server.keys == [f"Bearer {KEY}"]
-    assert (reflect.requests, reflect.errors, reflect.prompt_tokens, reflect.completion_tokens) == (1, 0, 11, 7)
+    assert (reflect.requests, reflect.errors, reflect.prompt_tokens, reflect.completion_tokens) == (
+        1,
+        0,
+        11,
+        7,
+    )
     assert reflect.cost_usd == pytest.approx((11 * 2 + 7 * 4) / 1e6)
 
 
@@ -119,7 +133,9 @@ def test_replies_come_in_the_order_of_the_prompts_whatever_the_concurrency():
 
     def respond(number, body):
         barrier.wait(timeout=10)  # four requests have to be under way at the same time
-        return completion(next(w for w in body["messages"][0]["content"].splitlines() if w.startswith("context ")))
+        return completion(
+            next(w for w in body["messages"][0]["content"].splitlines() if w.startswith("context "))
+        )
 
     with serving(respond) as server:
         replies = openai_at(server, concurrency=4)(prompts, seeds=range(12))
@@ -154,7 +170,9 @@ def test_a_500_that_stays_is_an_error_after_the_last_retry():
     assert (reflect.requests, reflect.errors) == (1, 1)
 
 
-@pytest.mark.parametrize("body", [b"<html>not json", b"{\"choices\": 3}", b"[]", b"null", b"\"text\"", b"{}", b""])
+@pytest.mark.parametrize(
+    "body", [b"<html>not json", b'{"choices": 3}', b"[]", b"null", b'"text"', b"{}", b""]
+)
 def test_garbage_is_an_error_not_an_exception(body):
     with serving(lambda n, _: (200, body, {})) as server:
         (reply,) = openai_at(server, retries=0)([PROMPT], seeds=[0])
@@ -162,16 +180,20 @@ def test_garbage_is_an_error_not_an_exception(body):
     assert reply.error
 
 
-@pytest.mark.parametrize("choice", [b"null", b"7", b"{}", b'{"message": null}', b'{"message": {"content": [1]}}'])
+@pytest.mark.parametrize(
+    "choice", [b"null", b"7", b"{}", b'{"message": null}', b'{"message": {"content": [1]}}']
+)
 def test_a_garbage_choice_is_an_error_not_an_exception(choice):
-    with serving(lambda n, _: (200, b'{"choices": [' + choice + b']}', {})) as server:
+    with serving(lambda n, _: (200, b'{"choices": [' + choice + b"]}", {})) as server:
         (reply,) = openai_at(server, retries=0)([PROMPT], seeds=[0])
     assert reply.text is None
     assert reply.error
 
 
 def test_no_choices_and_no_text_are_errors():
-    with serving(lambda n, body: completion("x", choices=0) if n == 0 else completion(None, finish="tool_calls")) as server:
+    with serving(
+        lambda n, body: completion("x", choices=0) if n == 0 else completion(None, finish="tool_calls")
+    ) as server:
         reflect = openai_at(server)
         (none,) = reflect([PROMPT], seeds=[0])
         (silent,) = reflect([PROMPT], seeds=[0])
@@ -182,7 +204,9 @@ def test_no_choices_and_no_text_are_errors():
 def test_an_endpoint_that_is_not_there_is_an_error():
     with serving(lambda n, body: completion("x")) as server:
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    (reply,) = make_reflector("openai", {"base_url": url, "model": "m", "retries": 0}, generate=None)([PROMPT], seeds=[0])
+    (reply,) = make_reflector("openai", {"base_url": url, "model": "m", "retries": 0}, generate=None)(
+        [PROMPT], seeds=[0]
+    )
     assert "APIConnectionError" in (reply.error or "")
 
 
@@ -252,7 +276,9 @@ def test_self_sends_the_rendered_prompts_and_seeds_to_the_model():
         seen.update(texts=list(texts), seeds=list(seeds))
         return [Reply("```\nx\n```", "stop") for _ in texts]
 
-    assert make_reflector("self", {}, generate=generate)([PROMPT, PROMPT], seeds=[1, 2])[1].text == "```\nx\n```"
+    assert (
+        make_reflector("self", {}, generate=generate)([PROMPT, PROMPT], seeds=[1, 2])[1].text == "```\nx\n```"
+    )
     assert seen == {"texts": [PROMPT.render()] * 2, "seeds": [1, 2]}
 
 
@@ -283,8 +309,12 @@ def test_a_users_function_reflects_and_its_faults_are_errors(user_file):
 
 
 def test_one_fault_of_a_users_function_leaves_the_rest_of_the_batch(user_file):
-    user_file.write_text("def f(prompt):\n    assert prompt.context != 'b', 'no b'\n    return prompt.context\n")
-    replies = make_reflector(f"{user_file}:f", {}, generate=None)([ReflectionPrompt(c, []) for c in "abc"], seeds=[0] * 3)
+    user_file.write_text(
+        "def f(prompt):\n    assert prompt.context != 'b', 'no b'\n    return prompt.context\n"
+    )
+    replies = make_reflector(f"{user_file}:f", {}, generate=None)(
+        [ReflectionPrompt(c, []) for c in "abc"], seeds=[0] * 3
+    )
     assert [reply.text for reply in replies] == ["a", None, "c"]
 
 
