@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +55,7 @@ class Series:
 
 
 def position(run: Run, line: Step | Eval, axis: str) -> float | None:
-    """Where a line of metrics.jsonl lies on an axis. Seconds come from timing.jsonl: the last step written by then."""
+    """Where a line of metrics.jsonl lies on an axis. Seconds come from timing.jsonl: the last row written by then."""
     match axis:
         case "steps":
             return line.step
@@ -64,9 +64,12 @@ def position(run: Run, line: Step | Eval, axis: str) -> float | None:
         case "tokens":
             return line.tokens_computed
         case "seconds":
-            done = bisect_right([row.step for row in run.timing], line.step)
-            if done:
-                return run.timing[done - 1].seconds
+            at = [row.step for row in run.timing]
+            first, after = bisect_left(at, line.step), bisect_right(at, line.step)
+            if isinstance(line, Step) and first < after:
+                return run.timing[first].seconds  # its own row, not that of the evaluation after it
+            if after:
+                return run.timing[after - 1].seconds
             return 0.0 if run.timing and line.step == 0 else None
     raise AssertionError(axis)
 
@@ -85,7 +88,11 @@ def training(run: Run, axis: str) -> Series:
 def diagnostic(run: Run, name: str) -> Series:
     """One number of the step lines against steps; `kept` is the share of groups that carry a gradient."""
     if name == "kept":
-        rows = [(line.step, line.groups_kept / line.groups) for line in run.steps if line.groups and line.groups_kept is not None]
+        rows = [
+            (line.step, line.groups_kept / line.groups)
+            for line in run.steps
+            if line.groups and line.groups_kept is not None
+        ]
         return Series.of([(step, share, None) for step, share in rows])
     return Series.of([(line.step, getattr(line, name), None) for line in run.steps])
 
@@ -103,6 +110,12 @@ def smooth(y: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     i = np.arange(len(y))
     half = np.minimum(np.minimum(i, len(y) - 1 - i), width // 2)
     return np.asarray((total[i + half + 1] - total[i - half]) / (2 * half + 1))
+
+
+def phases_overlap(run: Run) -> bool:
+    """Whether the phases claim more than the time that passed; their shares then mean little."""
+    claimed = sum(getattr(row, key) or 0.0 for row in run.timing for key in PHASES)
+    return bool(run.timing) and claimed > 1.01 * run.timing[-1].seconds
 
 
 def time_split(run: Run) -> dict[str, float]:
@@ -146,7 +159,9 @@ class Fit:
 
     def at(self, c: NDArray[np.float64]) -> NDArray[np.float64]:
         """Reward at compute c > 0."""
-        return np.asarray(self.start + (self.asymptote - self.start) / (1 + (self.midpoint / c) ** self.exponent))
+        return np.asarray(
+            self.start + (self.asymptote - self.start) / (1 + (self.midpoint / c) ** self.exponent)
+        )
 
 
 def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
@@ -187,14 +202,27 @@ def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
     rmse, values, covariance = best
     a, b, mid = (float(value) for value in values)
     error = float(np.sqrt(covariance[0, 0]))
-    bounded = [name for value, lo, hi, name in zip(values, low, high, ("A", "B", "Cmid"), strict=True) if _at(value, lo, hi)]
+    bounded = [
+        name
+        for value, lo, hi, name in zip(values, low, high, ("A", "B", "Cmid"), strict=True)
+        if _at(value, lo, hi)
+    ]
     if bounded:
         note = f"{', '.join(bounded)} at the limit of what is allowed: the data do not determine the curve"
     elif mid > 1:
         note = "half of the gain lies beyond the last evaluation: A is extrapolated"
     else:
         note = ""
-    return Fit(a, error if math.isfinite(error) and not bounded else None, b, mid * float(top), start, rmse, len(x), note)
+    return Fit(
+        a,
+        error if math.isfinite(error) and not bounded else None,
+        b,
+        mid * float(top),
+        start,
+        rmse,
+        len(x),
+        note,
+    )
 
 
 def _at(value: float, low: float, high: float) -> bool:
@@ -217,14 +245,24 @@ class Reached:
 
 
 def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
-    """Where each run's `both` cell first reaches the target."""
+    """Where each run's `both` cell first reaches the target. gepa takes no optimiser steps, so it has no place on that axis."""
     table = []
     for run in runs:
-        hits = [line for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None and mean >= target]
-        table.append(Reached(run.label, {axis: position(run, hits[0], axis) for axis in AXES} if hits else {}))
+        hits = [
+            line
+            for line in run.evals
+            if (mean := line.channels.get("both", Cell()).mean) is not None and mean >= target
+        ]
+        at = {axis: position(run, hits[0], axis) for axis in AXES} if hits else {}
+        if hits and run.start.method == "gepa":
+            at["steps"] = None
+        table.append(Reached(run.label, at))
     return table
 
 
 def peak(run: Run) -> float | None:
     """Best validation reward of the `both` cell over the run."""
-    return max((mean for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None), default=None)
+    return max(
+        (mean for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None),
+        default=None,
+    )

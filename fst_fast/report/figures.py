@@ -14,14 +14,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fst_fast.report import curves
-from fst_fast.report.lineage import Node
 from fst_fast.report.load import CELLS, Cell, Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -33,6 +31,10 @@ CELL_NAMES = {
     "weights": "trained weights\nseed context",
     "both": "trained weights\nevolved contexts",
 }
+SAME_CELL = {  # cells of a method that are another cell by construction
+    "rl": {"context": "neither", "both": "weights"},
+    "gepa": {"weights": "neither", "both": "context"},
+}
 DIAGNOSTICS = {
     "kl": "KL to base (nats/token)",
     "entropy": "entropy (nats/token)",
@@ -43,7 +45,7 @@ DIAGNOSTICS = {
     "response_tokens": "response length (tokens)",
     "kept": "groups with gradient (share)",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -59,7 +61,7 @@ STYLE = {
     "lines.markersize": 4.5,
     "figure.facecolor": "white",
 }
-LINEAGE_ROWS = 60  # past this only what was admitted is drawn, and no names
+DPI = 140
 
 Drawn = Figure | str
 
@@ -68,12 +70,12 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG file. The same figure gives the same bytes: no date, no version inside."""
     out = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(out, format="png", dpi=140, metadata={"Software": None})
+        figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     return out.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def blank(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06))
     FigureCanvasAgg(figure)
     return figure
 
@@ -88,7 +90,8 @@ def _marker(i: int) -> str:
 
 def name(run: Run) -> str:
     """The run in a legend or a heading."""
-    return f"{run.label} ({run.start.method}, seed {run.start.seed})"
+    method = "" if run.start.method == run.label else f"{run.start.method}, "
+    return f"{run.label} ({method}seed {run.start.seed})"
 
 
 def _reward_limits(axes: Sequence[Axes], values: Sequence[float]) -> None:
@@ -110,7 +113,9 @@ def _label_x(ax: Axes, axis: str) -> None:
 
 def _legend(figure: Figure, handles: list[Any], columns: int = 3) -> None:
     longest = max((len(str(handle.get_label())) for handle in handles), default=0)
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), columns if longest < 45 else 2))
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(handles), columns if longest < 45 else 2)
+    )
 
 
 @mpl.rc_context(STYLE)
@@ -118,7 +123,7 @@ def cells(runs: Sequence[Run], final: Sequence[dict[str, Cell]]) -> Drawn:
     """Four-cell figure: mean reward of each combination, one point with its standard error per run."""
     if not any(cell.mean is not None for channels in final for cell in channels.values()):
         return "No evaluation has been written yet."
-    figure = _figure(8.4, 3.6)
+    figure = blank(8.4, 3.6)
     ax = figure.subplots()
     width = 0.8 / len(runs)
     values = [0.0]
@@ -128,16 +133,28 @@ def cells(runs: Sequence[Run], final: Sequence[dict[str, Cell]]) -> Drawn:
         x = [at + (i - (len(runs) - 1) / 2) * width for at, _, _ in points]
         y = [mean for _, mean, _ in points]
         error = [stderr for _, _, stderr in points]
-        ax.bar(x, y, width * 0.9, yerr=error, capsize=3, color=_colour(i), ecolor="#222222", label=name(run))
+        bars = ax.bar(
+            x, y, width * 0.9, yerr=error, capsize=3, color=_colour(i), ecolor="#222222", label=name(run)
+        )
+        for bar, (cell_at, _, _) in zip(bars, points, strict=True):
+            bar.set_alpha(0.3 if CELLS[cell_at] in SAME_CELL.get(run.start.method, {}) else 1.0)
         for at, mean, stderr in zip(x, y, error, strict=True):
-            ax.text(at, mean + stderr, f" {mean:.2f}", ha="center", va="bottom", fontsize=9 if len(runs) < 4 else 7)
+            ax.text(
+                at,
+                mean + stderr,
+                f" {mean:.2f}",
+                ha="center",
+                va="bottom",
+                fontsize=9 if len(runs) < 4 else 7,
+            )
         values += [mean + stderr for _, mean, stderr in points]
     _reward_limits([ax], values)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
     ax.set_xticks(range(len(CELLS)), [CELL_NAMES[cell] for cell in CELLS])
     ax.grid(False, axis="x")
     ax.set_ylabel("validation reward (mean)")
-    _legend(figure, [Line2D([], [], marker="s", ls="", ms=8, color=_colour(i), label=name(r)) for i, r in enumerate(runs)])
+    squares: dict[str, Any] = {"marker": "s", "ls": "", "ms": 8}
+    _legend(figure, [Line2D([], [], color=_colour(i), label=name(r), **squares) for i, r in enumerate(runs)])
     return figure
 
 
@@ -146,7 +163,7 @@ def validation(runs: Sequence[Run]) -> Drawn:
     """Validation reward on the four axes: solid `both`, dashed `weights` where that is another cell, dotted the fit."""
     if not any(len(curves.validation(run, "both", "steps")) for run in runs):
         return "No evaluation has been written yet."
-    figure = _figure(9.6, 7.0)
+    figure = blank(9.6, 7.0)
     panels = figure.subplots(2, 2)
     values: list[float] = []
     second = fitted = False
@@ -161,7 +178,16 @@ def validation(runs: Sequence[Run]) -> Drawn:
                 weights = curves.validation(run, "weights", axis)
                 values += [*weights.y]
                 second = second or len(weights) > 0
-                ax.plot(weights.x, weights.y, color=colour, ls="--", lw=1.1, marker=_marker(i), mfc="white", ms=3.5)
+                ax.plot(
+                    weights.x,
+                    weights.y,
+                    color=colour,
+                    ls="--",
+                    lw=1.1,
+                    marker=_marker(i),
+                    mfc="white",
+                    ms=3.5,
+                )
             fit = curves.fit(run, axis)
             if not isinstance(fit, str):
                 fitted = True
@@ -175,7 +201,9 @@ def validation(runs: Sequence[Run]) -> Drawn:
     _reward_limits(list(panels.flat), values)
     handles = _run_handles(runs)
     if second:
-        handles.append(Line2D([], [], color="#555555", ls="--", lw=1.1, label="trained weights, seed context"))
+        handles.append(
+            Line2D([], [], color="#555555", ls="--", lw=1.1, label="trained weights, seed context")
+        )
     if fitted:
         handles.append(Line2D([], [], color="#555555", ls=":", lw=1.4, label="sigmoid fit"))
     _legend(figure, handles)
@@ -183,7 +211,9 @@ def validation(runs: Sequence[Run]) -> Drawn:
 
 
 def _run_handles(runs: Sequence[Run]) -> list[Line2D]:
-    return [Line2D([], [], color=_colour(i), marker=_marker(i), label=name(run)) for i, run in enumerate(runs)]
+    return [
+        Line2D([], [], color=_colour(i), marker=_marker(i), label=name(run)) for i, run in enumerate(runs)
+    ]
 
 
 @mpl.rc_context(STYLE)
@@ -192,7 +222,7 @@ def training(runs: Sequence[Run]) -> Drawn:
     shown = [(i, run) for i, run in enumerate(runs) if len(curves.training(run, "steps"))]
     if not shown:
         return "No run has slow steps with a reward."
-    figure = _figure(9.6, 7.0)
+    figure = blank(9.6, 7.0)
     panels = figure.subplots(2, 2)
     values: list[float] = []
     for ax, axis in zip(panels.flat, curves.AXES, strict=True):
@@ -216,16 +246,23 @@ def kl_against_reward(runs: Sequence[Run]) -> Drawn:
     """How far the weights had to move for what they earn: up and to the left is better."""
     if not any(len(curves.kl_against_reward(run, cell)) for run in runs for cell in ("both", "weights")):
         return "KL(train‖base) has not been measured yet."
-    figure = _figure(8.4, 4.6)
+    figure = blank(8.4, 4.6)
     ax = figure.subplots()
     values: list[float] = []
     second = False
     for i, run in enumerate(runs):
         both = curves.kl_against_reward(run, "both")
-        style = {"color": _colour(i), "marker": _marker(i)}
+        style: dict[str, Any] = {"color": _colour(i), "marker": _marker(i)}
         ax.errorbar(both.x, both.y, yerr=both.error, lw=1.4, elinewidth=0.8, **style)
         if len(both) and both.x[-1] > 0:
-            ax.annotate("end", (both.x[-1], both.y[-1]), (6, 6), textcoords="offset points", color=_colour(i), fontsize=9)
+            ax.annotate(
+                "end",
+                (both.x[-1], both.y[-1]),
+                (5, 9),
+                textcoords="offset points",
+                color=_colour(i),
+                fontsize=9,
+            )
         values += [*(both.y + both.error)]
         if run.start.method == "fst":
             seed = curves.kl_against_reward(run, "weights")
@@ -239,7 +276,9 @@ def kl_against_reward(runs: Sequence[Run]) -> Drawn:
     ax.set_ylabel("validation reward (mean)")
     handles = _run_handles(runs)
     if second:
-        handles.append(Line2D([], [], color="#555555", ls="--", lw=1.1, label="trained weights, seed context"))
+        handles.append(
+            Line2D([], [], color="#555555", ls="--", lw=1.1, label="trained weights, seed context")
+        )
     _legend(figure, handles)
     return figure
 
@@ -252,7 +291,7 @@ def diagnostics(runs: Sequence[Run]) -> Drawn:
         return "No run has slow steps."
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    figure = _figure(3.3 * columns, 2.3 * rows + 0.5)
+    figure = blank(3.3 * columns, 2.3 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False)
     for ax in panels.flat[len(found) :]:
         ax.remove()
@@ -265,10 +304,11 @@ def diagnostics(runs: Sequence[Run]) -> Drawn:
                 ax.plot(series.x, series.y, color=_colour(i), lw=1.2)
         ax.set_title(DIAGNOSTICS[key], loc="left")
         ax.set_xlabel(curves.AXES["steps"])
+        ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
         if key in ("kept", "clipped_fraction"):
-            low, high = ax.get_ylim()
+            _low, high = ax.get_ylim()
             ax.set_ylim(0, min(1.04, high) if high > 0 else 1)
     _legend(figure, [Line2D([], [], color=_colour(i), lw=1.8, label=name(runs[i])) for i in sorted(shown)])
     return figure
@@ -280,7 +320,7 @@ def time_split(runs: Sequence[Run]) -> Drawn:
     split = [(run, curves.time_split(run)) for run in runs if run.timing]
     if not split:
         return "No timing has been written yet."
-    figure = _figure(8.4, 1.3 + 0.55 * len(split))
+    figure = blank(8.4, 1.3 + 0.55 * len(split))
     ax = figure.subplots()
     names = [phase for phase in split[0][1] if any(spent[phase] > 0 for _, spent in split)]
     left = np.zeros(len(split))
@@ -292,7 +332,15 @@ def time_split(runs: Sequence[Run]) -> Drawn:
         for at, (seconds, start) in enumerate(zip(spent, left, strict=True)):
             if seconds > 0.06 * longest:
                 share = seconds / sum(split[at][1].values())
-                ax.text(start + seconds / 2, at, f"{share:.0%}", ha="center", va="center", fontsize=9, color=_ink(colour))
+                ax.text(
+                    start + seconds / 2,
+                    at,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color=_ink(colour),
+                )
         left += spent
     ax.set_yticks(range(len(split)), [name(run) for run, _ in split])
     ax.invert_yaxis()
@@ -312,79 +360,34 @@ def _ink(colour: str) -> str:
 @mpl.rc_context(STYLE)
 def fast_phase(runs: Sequence[Run]) -> Drawn:
     """What the fast phase sees: anchor-set reward of the best context and of the seed, cycle by cycle."""
-    shown = [(i, run) for i, run in enumerate(runs) if any(cycle.best_mean is not None for cycle in run.cycles)]
+    shown = [
+        (i, run) for i, run in enumerate(runs) if any(cycle.best_mean is not None for cycle in run.cycles)
+    ]
     if not shown:
         return "No run has a fast phase with scores."
-    figure = _figure(8.4, 3.4)
+    figure = blank(8.4, 3.4)
     ax = figure.subplots()
     values: list[float] = []
     for i, run in shown:
         for key, style in (("best_mean", "-"), ("seed_mean", "--")):
-            points = [(cycle.cycle, value) for cycle in run.cycles if (value := getattr(cycle, key)) is not None]
+            points = [
+                (cycle.cycle, value) for cycle in run.cycles if (value := getattr(cycle, key)) is not None
+            ]
             values += [value for _, value in points]
             hollow = "white" if style == "--" else None
-            ax.plot(*zip(*points, strict=True), color=_colour(i), ls=style, marker=_marker(i), mfc=hollow) if points else None
+            x, y = [at for at, _ in points], [value for _, value in points]
+            ax.plot(x, y, color=_colour(i), ls=style, marker=_marker(i), mfc=hollow)
     _reward_limits([ax], values)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("cycle")
     ax.set_ylabel("anchor-set reward (mean)")
-    handles = [Line2D([], [], color=_colour(i), marker=_marker(i), label=f"{name(run)}: best context") for i, run in shown]
+    handles = [
+        Line2D([], [], color=_colour(i), marker=_marker(i), label=f"{name(run)}: best context")
+        for i, run in shown
+    ]
     handles.append(Line2D([], [], color="#555555", ls="--", marker="o", mfc="white", label="seed context"))
     _legend(figure, handles, columns=2)
     return figure
-
-
-@mpl.rc_context(STYLE)
-def lineage(nodes: Sequence[Node]) -> Drawn:
-    """The tree of contexts: across, the cycle of birth; colour, the latest mean; a ring marks the final population."""
-    kept = [node for node in nodes if not node.aside]
-    drawn = list(nodes) if len(nodes) <= LINEAGE_ROWS else kept
-    if len(drawn) < 2:
-        return "No context has been proposed yet." if len(nodes) < 2 else "No proposal was admitted."
-    rows = {node.id: row for row, node in enumerate(drawn)}
-    few = len(drawn) <= LINEAGE_ROWS
-    figure = _figure(8.4, min(1.6 + (0.26 if few else 0.06) * len(drawn), 12))
-    ax = figure.subplots()
-    means = [node.mean for node in drawn if node.mean is not None]
-    scale = ScalarMappable(Normalize(0, max([*means, 0.05])), mpl.colormaps["viridis"])
-    for node in drawn:
-        if node.parent in rows:
-            x, y = _born(drawn[rows[node.parent]]), rows[node.parent]
-            faint = {"color": "#cccccc" if node.admitted is False else "#777777", "lw": 0.9, "zorder": 1}
-            ax.plot([x, x, _born(node)], [y, rows[node.id], rows[node.id]], **faint)
-    for node in drawn:
-        at = _born(node), rows[node.id]
-        if node.admitted is False:
-            ax.scatter(*at, s=22, marker="x", color="#999999", lw=1.1, zorder=3)
-        else:
-            face = "white" if node.mean is None else scale.to_rgba(node.mean)
-            ax.scatter(*at, s=46, color=[face], edgecolor="#555555", lw=0.7, zorder=3)
-        if node.copies:
-            ax.scatter(*at, s=130, facecolor="none", edgecolor="#D55E00", lw=1.8, zorder=2)
-        if few:
-            mean = "" if node.mean is None else f"  {node.mean:.2f}"
-            ax.annotate(node.id[:8] + mean, at, (11, 0), textcoords="offset points", va="center", fontsize=8, color="#333333")
-    ax.invert_yaxis()
-    ax.set_yticks([])
-    ax.grid(False)
-    ax.spines["left"].set_visible(False)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("cycle of birth (seed context at the left)")
-    span = max(_born(node) for node in drawn) - min(_born(node) for node in drawn)
-    ax.set_xlim(right=max(_born(node) for node in drawn) + max(0.18 * span, 0.25) if few else None)
-    figure.colorbar(scale, ax=ax, label="latest mean reward", shrink=min(1.0, 3.0 / figure.get_figheight()), aspect=16)
-    handles = [
-        Line2D([], [], marker="o", ls="", ms=7, color="#6a9", mec="#555555", label="admitted"),
-        Line2D([], [], marker="x", ls="", color="#999999", label="not admitted"),
-        Line2D([], [], marker="o", ls="", ms=10, mfc="none", mec="#D55E00", mew=1.8, label="in the final population"),
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    return figure
-
-
-def _born(node: Node) -> float:
-    """The seed is there before the first cycle proposes anything."""
-    return node.born - 1 if node.parent is None and node.depth == 0 else node.born
 
 
 FIGURES: dict[str, tuple[Callable[[Sequence[Run]], Drawn], str]] = {

@@ -22,9 +22,9 @@ from markupsafe import Markup
 
 import fst_fast
 from fst_fast.errors import UserError
-from fst_fast.report import curves, figures
+from fst_fast.report import curves, figures, lineage_figure
 from fst_fast.report.lineage import Node, lineage, population
-from fst_fast.report.load import CELLS, Cell, Example, Run, load_runs
+from fst_fast.report.load import Cell, Example, Run, load_runs
 
 SHOWN = 4000  # characters of one prompt or response; longer ones lose their middle
 WINDOW = 32  # rollouts at either end of a run among which the examples are chosen
@@ -51,7 +51,11 @@ class Outcome:
     @property
     def sharing(self) -> float | None:
         """Tokens that an unshared batch would have computed, for each token computed."""
-        return self.tokens_unshared / self.tokens_computed if self.tokens_unshared and self.tokens_computed else None
+        return (
+            self.tokens_unshared / self.tokens_computed
+            if self.tokens_unshared and self.tokens_computed
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -80,22 +84,26 @@ class RunPage:
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Read the run folders, write the page to `out` and its pictures to `figures/` beside it; returns `out`.
+    """Read the run folders, write the page and its pictures, in `figures/` beside it; returns the path of the page.
 
-    Every file appears whole or not at all, the page last. Raises UserError for folders that are not runs, damaged files and a
-    place that cannot be written.
+    `out` is a folder, made if need be, for `report.html`, or the page's own name where it ends in .html. Every file appears whole or
+    not at all, the page last. Raises UserError for folders that are not runs, damaged files and a place that cannot be written.
     """
     out = Path(out)
-    if out.is_dir():
-        raise UserError(f"cannot write the report to {out}: it is a folder; name a file, such as {out / 'report.html'}")
-    page, pngs = render(load_runs(runs))
+    out = out if out.suffix == ".html" else out / "report.html"
+    loaded = load_runs(runs)
     try:
-        (out.parent / "figures").mkdir(parents=True, exist_ok=True)
+        (out.parent / "figures").mkdir(
+            parents=True, exist_ok=True
+        )  # first: better no drawing than no place to put it
+        page, pngs = render(loaded)
         for name, data in pngs.items():
             _replace(out.parent / "figures" / name, data)
         _replace(out, page.encode())
     except OSError as error:
-        raise UserError(f"cannot write the report to {out}: {error.strerror}; name a file in a folder that can be written") from error
+        raise UserError(
+            f"cannot write the report to {out}: {error.strerror or error}; name a folder that can be written"
+        ) from error
     return out
 
 
@@ -119,7 +127,12 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
     pngs: dict[str, bytes] = {}
     outcomes = [outcome(run) for run in runs]
     shared = {
-        "cells": _picture("cells", "Validation reward of the four cells", pngs, figures.cells(runs, [o.channels for o in outcomes]))
+        "cells": _picture(
+            "cells",
+            "Validation reward of the four cells",
+            pngs,
+            figures.cells(runs, [o.channels for o in outcomes]),
+        )
     }
     for key, (draw, alt) in figures.FIGURES.items():
         shared[key] = _picture(key, alt, pngs, draw(runs))
@@ -131,12 +144,18 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
         .from_string(files("fst_fast.report").joinpath("template.html.j2").read_text(encoding="utf-8"))
         .render(
             pages=pages,
+            origins=origins(runs),
             pictures=shared,
             axes=curves.AXES,
-            fits=[(figures.name(run), axis, curves.fit(run, key)) for run in runs for key, axis in curves.AXES.items()],
+            fits=[
+                (figures.name(run), axis, curves.fit(run, key))
+                for run in runs
+                for key, axis in curves.AXES.items()
+            ],
             target_run=figures.name(rl) if rl else None,
             target=target,
             reached=curves.reaching(runs, target) if target is not None and len(runs) > 1 else [],
+            overlapping=[run.label for run in runs if curves.phases_overlap(run)],
             version=fst_fast.__version__,
         )
     )
@@ -149,7 +168,7 @@ def _run_page(i: int, run: Run, out: Outcome, pngs: dict[str, bytes]) -> RunPage
     refused: Counter[str] = Counter()
     for cycle in run.cycles:
         refused.update(cycle.refused)
-    tree = "This run has no evolved contexts." if run.start.method == "rl" else figures.lineage(nodes)
+    tree = "This run has no evolved contexts." if run.start.method == "rl" else lineage_figure.draw(nodes)
     return RunPage(
         run=run,
         name=figures.name(run),
@@ -157,7 +176,9 @@ def _run_page(i: int, run: Run, out: Outcome, pngs: dict[str, bytes]) -> RunPage
         differences=differences(run.start.method, out.channels),
         nodes=nodes,
         final=[by_id[id] for id in dict.fromkeys(population(run)) if id in by_id],
-        tree=_picture(f"lineage-{i + 1}-{_slug(run.label)}", f"Lineage of the contexts of {run.label}", pngs, tree),
+        tree=_picture(
+            f"lineage-{i + 1}-{_slug(run.label)}", f"Lineage of the contexts of {run.label}", pngs, tree
+        ),
         refused=dict(refused.most_common()),
         examples=examples(run),
     )
@@ -178,7 +199,11 @@ def _slug(text: str) -> str:
 def outcome(run: Run) -> Outcome:
     """summary.json where the run has ended, else the last evaluation and the last counters in metrics.jsonl."""
     last_eval = run.evals[-1] if run.evals else None
-    lines = [line for line in (last_eval, run.steps[-1] if run.steps else None) if line and line.rollouts is not None]
+    lines = [
+        line
+        for line in (last_eval, run.steps[-1] if run.steps else None)
+        if line and line.rollouts is not None
+    ]
     counted = run.summary or max(lines, key=lambda line: line.step, default=None)
     measured = run.summary or last_eval
     seconds = run.summary.seconds if run.summary else None
@@ -190,7 +215,7 @@ def outcome(run: Run) -> Outcome:
         source=source,
         channels=measured.channels if measured else {},
         k=measured.k if measured else None,
-        steps=run.summary.steps if run.summary and run.summary.steps is not None else run.last_step,
+        steps=0 if run.start.method == "gepa" else run.last_step,
         rollouts=counted.rollouts if counted else None,
         fast_rollouts=counted.fast_rollouts if counted else None,
         reused_rollouts=counted.reused_rollouts if counted else None,
@@ -203,19 +228,39 @@ def outcome(run: Run) -> Outcome:
     )
 
 
-def differences(method: str, channels: dict[str, Cell]) -> list[tuple[str, str, curves.Difference | str | None]]:
+def origins(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(hardware and versions, labels of the runs made with them); said once for runs that share them."""
+    made: dict[str, list[str]] = {}
+    for run in runs:
+        hardware = run.start.hardware or (run.summary.hardware if run.summary else None)
+        parts = [f"Hardware: {_plain(hardware)}."] if hardware else []
+        parts += [f"Versions: {_plain(run.start.versions)}."] if run.start.versions else []
+        if parts:
+            made.setdefault(" ".join(parts), []).append(run.label)
+    return list(made.items())
+
+
+def differences(
+    method: str, channels: dict[str, Cell]
+) -> list[tuple[str, str, curves.Difference | str | None]]:
     """(name, what it says, difference); a sentence where the two cells are one by construction."""
-    one_context = "no evolved contexts in this method: the two cells are the same" if method == "rl" else None
-    one_weights = "weights frozen in this method: the two cells are the same" if method == "gepa" else None
+    why = {"rl": "the same cell: no evolved contexts", "gepa": "the same cell: weights frozen"}.get(
+        method, ""
+    )
+    same = figures.SAME_CELL.get(method, {})
     rows = [
-        ("both", "weights", "what the contexts add to the trained weights", one_context),
-        ("both", "context", "what the training adds to the evolved contexts", one_weights),
-        ("weights", "neither", "the weights alone", one_weights),
-        ("context", "neither", "the contexts alone", one_context),
+        ("both", "weights", "what the contexts add to the trained weights"),
+        ("both", "context", "what the training adds to the evolved contexts"),
+        ("weights", "neither", "the weights alone"),
+        ("context", "neither", "the contexts alone"),
     ]
     return [
-        (f"{a} − {b}", says, same or curves.difference(channels.get(a, Cell()), channels.get(b, Cell())))
-        for a, b, says, same in rows
+        (
+            f"{a} − {b}",
+            says,
+            why if same.get(a) == b else curves.difference(channels.get(a, Cell()), channels.get(b, Cell())),
+        )
+        for a, b, says in rows
     ]
 
 
@@ -249,8 +294,8 @@ def _environment() -> Environment:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(value=_value, count=_count, duration=_duration, cut=_cut, plain=_plain)
-    environment.globals.update(cells=CELLS, cell_names=figures.CELL_NAMES)
+    environment.filters.update(value=_value, count=_count, duration=_duration, cut=_cut)
+    environment.globals.update(same_cell=figures.SAME_CELL)
     return environment
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fst_fast.errors import UserError
 
@@ -34,6 +34,12 @@ class Cell(Record):
     stderr: float | None = None
     pass_at_k: float | None = None
     n: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_judged(cls, value: Any) -> Any:
+        """A mean over no problems is not a reward of 0."""
+        return {"n": 0} if isinstance(value, dict) and value.get("n") == 0 else value
 
 
 class Counters(Record):
@@ -116,7 +122,8 @@ class Eval(Counters):
 
 
 class Timing(Record):
-    """Seconds since the start (over all resumes) and seconds that this step spent in each phase."""
+    """Seconds since the start (over all resumes), and seconds spent in each phase since the row before. A step has a row for its
+    training and another for its evaluation."""
 
     step: int
     seconds: float
@@ -131,7 +138,6 @@ class Timing(Record):
 class Summary(Counters):
     channels: dict[str, Cell]
     k: int | None = None
-    steps: int | None = None
     seconds: float | None = None
     kl_seed: float | None = None
     kl_evolved: float | None = None
@@ -165,7 +171,7 @@ class Example(Record):
 
 
 R = TypeVar("R", bound=Record)
-S = TypeVar("S", Step, Eval, Timing)
+S = TypeVar("S", Step, Eval)
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,9 @@ def _load(folder: Path, label: str) -> Run:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         what = "has no metrics.jsonl" if folder.is_dir() else "does not exist"
-        raise UserError(f"run folder {folder} {what}; a report reads the folders that `fst train --run-dir` writes")
+        raise UserError(
+            f"run folder {folder} {what}; a report reads the folders that `fst train --run-dir` writes"
+        )
     notes: list[str] = []
     starts: list[Start] = []
     steps: list[Step] = []
@@ -245,8 +253,13 @@ def _load(folder: Path, label: str) -> Run:
             case None:
                 _refuse(metrics, number, 'the key "kind" is missing')
     if not starts:
-        raise UserError(f"{metrics} has no line of kind start; either the run has not begun or the file is damaged")
-    timing = [_parse(Timing, line, folder / "timing.jsonl", n) for n, line in _json_lines(folder / "timing.jsonl", notes)]
+        raise UserError(
+            f"{metrics} has no line of kind start; either the run has not begun or the file is damaged"
+        )
+    timing = [
+        _parse(Timing, line, folder / "timing.jsonl", n)
+        for n, line in _json_lines(folder / "timing.jsonl", notes)
+    ]
     return Run(
         path=folder,
         label=label,
@@ -255,7 +268,7 @@ def _load(folder: Path, label: str) -> Run:
         cycles=cycles,
         evals=sorted(_last_of_each_step(evals).values(), key=lambda line: line.step),
         ended=ended,
-        timing=sorted(_last_of_each_step(timing).values(), key=lambda line: line.step),
+        timing=_standing(timing),
         summary=_whole(Summary, folder / "summary.json"),
         contexts=_whole(Contexts, folder / "contexts.json"),
         examples=_edges(folder / "rollouts.jsonl", notes),
@@ -267,6 +280,16 @@ def _load(folder: Path, label: str) -> Run:
 def _last_of_each_step(lines: Sequence[S]) -> dict[int, S]:
     """A step repeated after a resume counts as it was done last; the final evaluation replaces the periodic one of its step."""
     return {line.step: line for line in lines}
+
+
+def _standing(rows: Sequence[Timing]) -> list[Timing]:
+    """Rows of the work that stands: where the steps go back, a resume has done them again."""
+    kept: list[Timing] = []
+    for row in rows:
+        if kept and row.step < kept[-1].step:
+            kept = [old for old in kept if old.step < row.step]
+        kept.append(row)
+    return kept
 
 
 def _edges(path: Path, notes: list[str]) -> dict[str, tuple[list[Example], list[Example]]]:
@@ -344,4 +367,6 @@ def _text(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); the file is damaged") from error
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); the file is damaged"
+        ) from error
