@@ -6,6 +6,7 @@
 
 The order makes it so: files, manifest, fsync of all, rename, `latest` by replacement, and only then do old ones go (renamed to
 .tmp-... first, so that a removal cut short leaves no half a checkpoint). `latest()` believes nothing that does not match its manifest.
+The manifest also says how long the run's logs (RUN/*.jsonl) were at that moment: a resumed run cuts them back to it (metrics.py).
 With several processes rank 0 calls begin, all write into the folder, and after a barrier rank 0 calls commit; the folder is shared.
 """
 
@@ -64,7 +65,7 @@ def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
     final = root / f"step-{step:06d}"
     with disk_errors(f"the checkpoint of step {step} cannot be written to {root}"):
         try:
-            _seal(tmp, step)
+            _seal(run_dir, tmp, step)
             if final.exists() and find_damage(final) is None:
                 shutil.rmtree(tmp)
             else:
@@ -131,8 +132,17 @@ def find_damage(folder: Path) -> str | None:
     )
 
 
-def _seal(tmp: Path, step: int) -> None:
-    """Manifest, and everything under `tmp` durable."""
+def log_sizes(run_dir: Path, step: int) -> dict[str, int]:
+    """Bytes of each log of the run, by name, when the checkpoint of `step` was made."""
+    manifest = json.loads((run_dir / "checkpoints" / f"step-{step:06d}" / MANIFEST).read_text())
+    return {str(name): int(size) for name, size in manifest["logs"].items()}
+
+
+def _seal(run_dir: Path, tmp: Path, step: int) -> None:
+    """Manifest; everything under `tmp`, and the logs as far as they are, durable."""
+    logs = sorted(run_dir.glob("*.jsonl"))
+    for path in logs:
+        _fsync_file(path)
     folders = [tmp, *(path for path in tmp.rglob("*") if path.is_dir())]
     files = sorted(path for path in tmp.rglob("*") if path.is_file() and path != tmp / MANIFEST)
     for path in files:
@@ -141,7 +151,8 @@ def _seal(tmp: Path, step: int) -> None:
         str(path.relative_to(tmp)): {"size": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, _hashes(files), strict=True)
     }
-    manifest = {"format": FORMAT, "step": step, "files": entries}
+    sizes = {path.name: path.stat().st_size for path in logs}
+    manifest = {"format": FORMAT, "step": step, "files": entries, "logs": sizes}
     (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _fsync_file(tmp / MANIFEST)
     for folder in reversed(folders):

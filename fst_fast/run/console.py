@@ -21,10 +21,10 @@ CELLS = {"neither": "neither", "context": "context only", "weights": "weights on
 
 
 class Console:
-    """steps: of the whole run. stream: where to write, standard output if not given."""
+    """total_steps: of the whole run. enabled: whether this process speaks. stream: where to write, standard output if not given."""
 
-    def __init__(self, steps: int, *, rank: int = 0, stream: TextIO | None = None) -> None:
-        self._steps, self._silent = steps, rank != 0
+    def __init__(self, *, total_steps: int, enabled: bool = True, stream: TextIO | None = None) -> None:
+        self._steps, self._silent = total_steps, not enabled
         self._stream = stream if stream is not None else sys.stdout
         self._rich = RichConsole(file=self._stream, highlight=False, markup=False, soft_wrap=True)
         self._phase, self._record, self._speed, self._left = "", {}, None, None  # type: tuple[str, dict[str, Any], Any, Any]
@@ -32,17 +32,18 @@ class Console:
         self._began: tuple[int, float] | None = (
             None  # (step, seconds) of the first step that this process saw
         )
-        self._live: Live | None = None
-        if not self._silent and self._rich.is_terminal and not self._rich.is_dumb_terminal:
-            self._live = Live(
-                get_renderable=self._status, console=self._rich, refresh_per_second=4, transient=True
-            )
-            self._live.start()
+        self._has_status = enabled and self._rich.is_terminal and not self._rich.is_dumb_terminal
+        self._live: Live | None = None  # from the first phase on
 
     def phase(self, name: str) -> None:
         """What is being done now. Without a terminal a phase is named once, when the run first comes to it."""
         self._phase = name
-        if self._live is None and name not in self._named:
+        if self._has_status and self._live is None:
+            self._live = Live(
+                get_renderable=self._status, console=self._rich, refresh_per_second=4, transient=True
+            )
+            self._live.start()
+        if not self._has_status and name not in self._named:
             self._say(f"{name} ...")
         self._named.add(name)
 
@@ -54,7 +55,7 @@ class Console:
         elif step > self._began[0]:
             self._left = (seconds - self._began[1]) / (step - self._began[0]) * (self._steps - step)
         self._record, self._speed = dict(record), timing.get("tokens_per_s")
-        if self._live is None:
+        if not self._has_status:
             parts = [f"step {step}/{self._steps}", f"cycle {record.get('cycle', 0)}", *self._values()]
             self._say("  ".join(parts + ([f"{duration(self._left)} left"] if self._left is not None else [])))
 
@@ -86,9 +87,10 @@ class Console:
             + (f"; KL to base: {', '.join(kls)}" if kls else "")
         )
 
-    def final_table(self, channels: Mapping[str, Mapping[str, Any]], k: int) -> None:
+    def final_table(self, channels: Mapping[str, Mapping[str, Any]], k: int | None = None) -> None:
         """The four cells of the final evaluation: mean reward over k samples with its standard error, and pass@k."""
-        rows = [("", f"mean@{k}", f"pass@{k}", "problems")]
+        at_k = "@k" if k is None else f"@{k}"
+        rows = [("", f"mean{at_k}", f"pass{at_k}", "problems")]
         for name, label in CELLS.items():
             cell = channels.get(name)
             if cell is None:
@@ -120,7 +122,7 @@ class Console:
         """Take the status away. May be called twice."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
+        self._live, self._has_status = None, False
 
     def __enter__(self) -> Console:
         return self
@@ -133,7 +135,7 @@ class Console:
             return
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)
-        if self._live is not None:
+        if self._has_status:
             self._rich.print(text)
         else:
             self._stream.write(text + "\n")

@@ -1,8 +1,8 @@
 """metrics.jsonl, timing.jsonl and rollouts.jsonl: one strict JSON object a line, on the disk as soon as it is written.
 
 metrics.jsonl holds nothing of the clock, so that two runs of one seed, or a broken and an unbroken run, can be compared byte by byte; what
-the clock says goes to timing.jsonl. A checkpoint keeps `position()`, and a resumed run cuts the files back to it: what was written
-between the checkpoint and the kill is written again, and nothing stands there twice.
+the clock says goes to timing.jsonl. A checkpoint's manifest keeps the sizes of the files, and a resumed run cuts them back: what was
+written between the checkpoint and the kill is written again, and nothing stands there twice.
 Trackers (track.py) get the numbers of every record as well; the files do not depend on them.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from fst_fast.config import TrackConfig
 from fst_fast.errors import UserError
+from fst_fast.run.checkpoint import log_sizes
 from fst_fast.run.folder import disk_errors
 from fst_fast.run.track import open_trackers
 
@@ -26,24 +27,20 @@ METRICS, TIMING, ROLLOUTS = FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.
 
 
 class MetricsWriter:
-    """position: what the checkpoint kept, None to start from nothing (also a resumed run that has no checkpoint yet). step: the step of
-    that checkpoint. Only rank 0 has a writer. Raises UserError where the files are shorter than the checkpoint says, where the disk
-    refuses, and where a tracker's package is missing."""
+    """resume_at_step: the step of the checkpoint from which the run goes on, None to start from nothing (also where a resumed run has no
+    checkpoint yet). Only rank 0 has a writer. Raises UserError where the files are shorter than the checkpoint says, where the disk
+    refuses, and where a tracker's package is missing.
+
+    last_seconds: `seconds` of the last record of timing.jsonl that stayed: the run's time so far."""
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        position: Mapping[str, int] | None = None,
-        step: int = 0,
-        track: TrackConfig | None = None,
+        self, run_dir: Path, *, resume_at_step: int | None = None, track: TrackConfig | None = None
     ) -> None:
-        self._files = {
-            name: _open_at(run_dir / name, 0 if position is None else position[name]) for name in FILES
-        }
-        self._trackers = open_trackers(
-            run_dir, track or TrackConfig(), resume_step=None if position is None else step
-        )
+        sizes = {} if resume_at_step is None else log_sizes(run_dir, resume_at_step)
+        self._files = {name: _open_at(run_dir / name, sizes.get(name, 0)) for name in FILES}
+        self._trackers = open_trackers(run_dir, track or TrackConfig(), resume_step=resume_at_step)
+        timings = (run_dir / TIMING).read_text().splitlines()
+        self.last_seconds = float(json.loads(timings[-1])["seconds"]) if timings else 0.0
 
     def write(self, kind: str, /, **fields: Any) -> None:
         """One record of metrics.jsonl. Raises ValueError, naming the key, for a number that is not finite."""
@@ -58,13 +55,6 @@ class MetricsWriter:
     def write_rollout(self, **fields: Any) -> None:
         """One record of rollouts.jsonl."""
         self._append(ROLLOUTS, fields)
-
-    def position(self) -> dict[str, int]:
-        """Where the files end, in bytes, everything before that being durable: for the checkpoint."""
-        for file in self._files.values():
-            with disk_errors(f"{file.name} cannot be written"):
-                os.fsync(file.fileno())
-        return {name: file.tell() for name, file in self._files.items()}
 
     def close(self) -> None:
         """Close the files and let the trackers send what they have. May be called twice."""

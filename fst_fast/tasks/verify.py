@@ -204,7 +204,8 @@ class _Worker:
             start_new_session=True,  # a process group of its own: what the grader starts is killed with it, and Ctrl-C is ours
             env={**os.environ, **_CHILD_ENV},
         )
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self._in, self._out = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self._in, False)
         os.set_blocking(self._out, False)

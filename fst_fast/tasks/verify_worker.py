@@ -49,7 +49,7 @@ def main(parent: int) -> None:
         task = _load(pickle.loads(job))
     except UserError as error:
         return write(replies, {"error": str(error)})
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - user code may raise SystemExit; the parent tells the user
         return write(
             replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"}
         )
@@ -107,7 +107,7 @@ def judge(task: Task, item: bytes) -> dict[str, Any]:
             "failure": "the verification ran out of memory (verify.memory_mib)",
             "out_of_memory": True,
         }
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything; it becomes the verdict
         return {"reward": None, "failure": f"verify raised {describe(error)}"}
 
 

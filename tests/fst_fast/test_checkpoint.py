@@ -87,14 +87,14 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
         (broken / file).unlink()
     else:
         (broken / file).write_bytes(data)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="is skipped") as caught:
         assert latest(tmp_path) == tmp_path / "checkpoints" / "step-000020"
     assert str(caught[0].message) == f"checkpoint {broken} is skipped: {said}"
 
 
 def test_no_whole_checkpoint_at_all_is_none(tmp_path: Path) -> None:
     (save(tmp_path, 20) / "model.bin").write_text("")
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="is skipped"):
         assert latest(tmp_path) is None
 
 

@@ -31,7 +31,7 @@ def step_of(console: Console, step: int, seconds: float, **fields: Any) -> None:
 
 def test_without_a_terminal_there_is_one_line_per_step_and_one_per_new_phase() -> None:
     out = io.StringIO()
-    console = Console(10, stream=out)
+    console = Console(total_steps=10, stream=out)
     for step in (1, 2, 3):
         for phase in ("rollout", "train"):
             console.phase(phase)
@@ -47,7 +47,7 @@ def test_without_a_terminal_there_is_one_line_per_step_and_one_per_new_phase() -
 
 def test_a_value_that_does_not_exist_is_a_dash() -> None:
     out = io.StringIO()
-    Console(10, stream=out).step({"step": 1, "reward": None}, {"seconds": 1.0})
+    Console(total_steps=10, stream=out).step({"step": 1, "reward": None}, {"seconds": 1.0})
     assert out.getvalue() == "step 1/10  cycle 0  reward -  KL -\n"
 
 
@@ -58,7 +58,7 @@ def test_a_cycle_tells_what_was_proposed_and_the_best_context() -> None:
         {"text": "trace [back]\nfirst", "mean": 0.5},
         {"text": "new", "mean": None},
     ]
-    Console(10, stream=out).cycle(
+    Console(total_steps=10, stream=out).cycle(
         {
             "cycle": 3,
             "population": population,
@@ -78,7 +78,7 @@ def test_a_cycle_tells_what_was_proposed_and_the_best_context() -> None:
 def test_an_evaluation_is_one_line_with_the_cells_that_were_measured() -> None:
     out = io.StringIO()
     channels = {name: CHANNELS[name] for name in ("both", "neither")}
-    Console(10, stream=out).evaluation(
+    Console(total_steps=10, stream=out).evaluation(
         {"step": 20, "channels": channels, "kl_seed": 0.01234, "kl_evolved": None}
     )
     assert (
@@ -89,17 +89,17 @@ def test_an_evaluation_is_one_line_with_the_cells_that_were_measured() -> None:
 
 def test_the_final_table_shows_the_four_cells_in_columns() -> None:
     out = io.StringIO()
-    Console(10, stream=out).final_table({k: v for k, v in CHANNELS.items() if k != "weights"}, 4)
+    Console(total_steps=10, stream=out).final_table({k: v for k, v in CHANNELS.items() if k != "weights"}, 4)
     assert out.getvalue().splitlines() == [
         "",
         "Reward on the validation problems",
         "-------------------------------------------------",
         "                      mean@4    pass@4   problems",
         "-------------------------------------------------",
-        "neither         3.1 ± 0.5 %     9.4 %        128",
-        "context only   41.0 ± 2.0 %    70.0 %        128",
-        "weights only   not measured                     ",
-        "both          100.0 ± 0.0 %   100.0 %        128",
+        "neither          3.1 ± 0.5 %     9.4 %        128",
+        "context only    41.0 ± 2.0 %    70.0 %        128",
+        "weights only    not measured                     ",
+        "both           100.0 ± 0.0 %   100.0 %        128",
         "-------------------------------------------------",
         "context: the evolved population instead of the seed context",
         "weights: the trained weights instead of the base model",
@@ -109,7 +109,7 @@ def test_the_final_table_shows_the_four_cells_in_columns() -> None:
 def test_a_stream_without_the_plus_minus_sign_gets_it_spelled() -> None:
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
-    console = Console(10, stream=out)
+    console = Console(total_steps=10, stream=out)
     console.evaluation({"step": 1, "channels": {"both": CHANNELS["neither"]}})
     console.note("größer")
     out.flush()
@@ -118,7 +118,7 @@ def test_a_stream_without_the_plus_minus_sign_gets_it_spelled() -> None:
 
 def test_other_ranks_say_nothing() -> None:
     for out in (io.StringIO(), Terminal()):
-        with Console(10, rank=1, stream=out) as console:
+        with Console(total_steps=10, enabled=False, stream=out) as console:
             console.phase("rollout")
             step_of(console, 1, 1.0)
             console.cycle({"cycle": 1})
@@ -131,9 +131,9 @@ def test_other_ranks_say_nothing() -> None:
 def test_on_a_terminal_the_status_is_live_and_notes_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
-    console = Console(10, stream=out)
-    assert console._live is not None
+    console = Console(total_steps=10, stream=out)
     console.phase("rollout")
+    assert console._live is not None
     step_of(console, 1, 1.0)
     step_of(console, 2, 3.0)
     console._live.refresh()

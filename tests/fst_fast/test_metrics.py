@@ -16,7 +16,7 @@ import pytest
 
 from fst_fast.config import TrackConfig
 from fst_fast.errors import UserError
-from fst_fast.run import folder
+from fst_fast.run import checkpoint, folder
 from fst_fast.run.metrics import FILES, MetricsWriter, numbers_of
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_a_number_that_is_not_finite_is_refused_by_name_and_writes_nothing(
     writer = MetricsWriter(tmp_path)
     with pytest.raises(ValueError, match=said):
         writer.write("step", step=1, **fields)
-    with pytest.raises(TypeError, match="metrics.jsonl: when is a object"):
+    with pytest.raises(TypeError, match=r"metrics\.jsonl: when is a object"):
         writer.write("step", when=object())
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
@@ -84,8 +84,12 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 
 def record(writer: MetricsWriter, step: int) -> None:
     writer.write("step", step=step, reward=step / 7)
-    writer.write_timing(step=step)
+    writer.write_timing(step=step, seconds=10.0 * step)
     writer.write_rollout(step=step, response="ä" * step)
+
+
+def save(run: Path, step: int) -> None:
+    checkpoint.commit(run, checkpoint.begin(run, step), step, keep_last=2)
 
 
 def test_a_resumed_run_leaves_the_files_of_an_unbroken_one(tmp_path: Path) -> None:
@@ -98,11 +102,12 @@ def test_a_resumed_run_leaves_the_files_of_an_unbroken_one(tmp_path: Path) -> No
     with MetricsWriter(broken) as writer:
         for step in range(5):
             if step == 3:
-                position = writer.position()
+                save(broken, step)
             record(writer, step)
     with open(broken / "metrics.jsonl", "ab") as file:
         file.write(b'{"kind": "st')  # cut off by the kill
-    with MetricsWriter(broken, position=json.loads(json.dumps(position)), step=3) as writer:
+    with MetricsWriter(broken, resume_at_step=3) as writer:
+        assert writer.last_seconds == 20.0
         for step in range(3, 6):
             record(writer, step)
     assert [(broken / name).read_bytes() for name in FILES] == [(whole / name).read_bytes() for name in FILES]
@@ -111,6 +116,7 @@ def test_a_resumed_run_leaves_the_files_of_an_unbroken_one(tmp_path: Path) -> No
 def test_a_run_without_a_checkpoint_starts_its_files_again(tmp_path: Path) -> None:
     for _ in range(2):
         with MetricsWriter(tmp_path) as writer:
+            assert writer.last_seconds == 0.0
             record(writer, 1)
     assert [len(lines(tmp_path / name)) for name in FILES] == [1, 1, 1]
 
@@ -118,19 +124,19 @@ def test_a_run_without_a_checkpoint_starts_its_files_again(tmp_path: Path) -> No
 def test_files_shorter_than_the_checkpoint_says_are_refused(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         record(writer, 1)
-        position = writer.position()
+        save(tmp_path, 1)
     (tmp_path / "timing.jsonl").write_text("")
     with pytest.raises(
         UserError, match=r"timing.jsonl has 0 bytes, the checkpoint was written when it had \d+"
     ):
-        MetricsWriter(tmp_path, position=position, step=1)
+        MetricsWriter(tmp_path, resume_at_step=1)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="metrics.jsonl cannot be written: "):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: "):
         MetricsWriter(tmp_path).write("end", step=1)
 
 
@@ -183,12 +189,12 @@ def test_a_tracker_gets_the_numbers_and_keeps_its_identity_on_resume(
         writer.write("start", method="fst")
         writer.write("step", step=3, reward=0.5)
         writer.write_timing(step=3, seconds=1.5)
-        position = writer.position()
+        save(tmp_path, 3)
     first, *rest = recorder.calls
     assert first["project"] == "my-project"
     assert first["resume"] == "allow"
     assert rest == [(3, {"step/reward": 0.5}), (3, {"timing/seconds": 1.5}), "finish"]
-    MetricsWriter(tmp_path, position=position, step=3, track=track).close()
+    MetricsWriter(tmp_path, resume_at_step=3, track=track).close()
     assert recorder.calls[-2] == first
 
 
@@ -213,7 +219,7 @@ def test_a_tracker_that_does_not_start_is_one_sentence(
         raise RuntimeError("not logged in\ntry wandb login")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", fails)
-    with pytest.raises(UserError, match="track.wandb='p' cannot be started: not logged in try wandb login"):
+    with pytest.raises(UserError, match=r"track\.wandb='p' cannot be started: not logged in try wandb login"):
         MetricsWriter(tmp_path, track=TrackConfig(wandb="p"))
 
 
@@ -225,9 +231,9 @@ def test_tensorboard_events_are_written_and_purged_on_resume(tmp_path: Path) -> 
     with MetricsWriter(tmp_path, track=track) as writer:
         for step in (1, 2, 3):
             if step == 3:
-                position = writer.position()
+                save(tmp_path, 2)
             writer.write("step", step=step, reward=0.1 * step)
-    with MetricsWriter(tmp_path, position=position, step=2, track=track) as writer:
+    with MetricsWriter(tmp_path, resume_at_step=2, track=track) as writer:
         writer.write("step", step=3, reward=0.9)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("step/reward")
     assert [(e.step, round(e.value, 3)) for e in events] == [(1, 0.1), (2, 0.2), (3, 0.9)]
@@ -246,7 +252,7 @@ def test_without_a_tracker_torch_is_not_imported() -> None:
 
 def test_writing_json_and_metrics_shares_one_sentence_for_the_disk() -> None:
     with (
-        pytest.raises(UserError, match="x cannot be written: .*PytorchStreamWriter failed"),
+        pytest.raises(UserError, match=r"x cannot be written: .*PytorchStreamWriter failed"),
         folder.disk_errors("x cannot be written"),
     ):
         raise RuntimeError(

@@ -162,7 +162,7 @@ def test_json_is_replaced_as_a_whole_and_is_strict(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(UserError, match="summary.json cannot be written: No space left on device"):
+    with pytest.raises(UserError, match=r"summary\.json cannot be written: No space left on device"):
         write_json(path, {"reward": 0.6})
     assert json.loads(path.read_text()) == {"reward": 0.5, "name": "größer"}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]

@@ -101,19 +101,21 @@ def test_a_call_without_items_gives_no_verdicts(shared: VerifierPool) -> None:
     assert shared.verify([]) == []
 
 
-@pytest.mark.parametrize("endless", ["loop", "regex"])
-def test_an_endless_verification_is_cut_and_costs_no_other_item_its_verdict(spec: str, endless: str) -> None:
-    with VerifierPool(spec, {}, workers=1, timeout_s=0.5, memory_mib=1024) as pool:
-        verdicts = ask(pool, "7", endless, "7", "8")
+LIMIT_S = 2.0  # long enough for a harmless item on a machine that is busy with other things
+
+
+def test_an_endless_verification_is_cut_and_costs_no_other_item_its_verdict(spec: str) -> None:
+    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
+        verdicts = ask(pool, "7", "loop", "7", "8")
         assert [v.reward for v in verdicts] == [1.0, None, 1.0, 0.0]
-        assert verdicts[1].feedback == "verification timed out after 0.5 s"
+        assert verdicts[1].feedback == "verification timed out after 2 s"
         assert (pool.timeouts, pool.failures) == (1, 0)
 
 
-def test_the_limit_works_from_a_thread_that_is_not_the_main_thread(spec: str) -> None:
+def test_the_limit_works_from_any_thread_and_against_c_code_that_holds_the_lock(spec: str) -> None:
     found: list[Verdict] = []
-    with VerifierPool(spec, {}, workers=1, timeout_s=0.3, memory_mib=1024) as pool:
-        thread = threading.Thread(target=lambda: found.extend(ask(pool, "loop", "7")))
+    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
+        thread = threading.Thread(target=lambda: found.extend(ask(pool, "regex", "7")))
         thread.start()
         thread.join()
         assert [v.reward for v in found] == [None, 1.0]
@@ -193,7 +195,7 @@ def test_a_child_that_died_while_idle_is_replaced_and_nothing_is_counted(spec: s
 
 def test_a_large_batch_to_a_child_that_does_not_read_does_not_block(spec: str) -> None:
     problem = Problem("p", [{"role": "user", "content": "x" * 300_000}], 7)
-    with VerifierPool(spec, {}, workers=1, timeout_s=0.5, memory_mib=1024) as pool:
+    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
         ask(pool, "7")
         os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
         verdicts = pool.verify([(problem, "7")] * 4)
@@ -240,7 +242,7 @@ def test_a_task_that_does_not_load_in_a_child_is_refused_in_one_sentence(spec: s
     with pytest.raises(UserError, match=r"died while it loaded the task \(exit code 5\)"):
         VerifierPool(f"{tmp_path}/t.py:A", {}, workers=1, timeout_s=5, memory_mib=1024)
     (tmp_path / "u.py").write_text("hog = bytearray(2 << 30)\n")
-    with pytest.raises(UserError, match="memory_mib=512 is too little|MemoryError"):
+    with pytest.raises(UserError, match=r"memory_mib=512 is too little|MemoryError"):
         VerifierPool(f"{tmp_path}/u.py:A", {}, workers=1, timeout_s=5, memory_mib=512)
 
 
