@@ -11,18 +11,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from fst_fast.errors import UserError
 
-CELLS = {
-    "neither": "base weights, seed context",
-    "context": "base weights, evolved contexts",
-    "weights": "trained weights, seed context",
-    "both": "trained weights, evolved contexts",
-}
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
 OPTIONS = {
     "--run-dir": True,
@@ -211,10 +205,11 @@ def _train(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.evaluate import evaluate_run
+    from fst_fast.run.console import Console
 
-    summary = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples)
-    if _is_first():
-        print(four_cells(summary))
+    result = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples)
+    with Console(steps=0, rank=int(os.environ.get("RANK", "0"))) as console:
+        console.final_table(result["channels"], result["k"])
 
 
 def _probe(args: argparse.Namespace) -> None:
@@ -288,18 +283,6 @@ def prepare_environment() -> None:
 def usable_cores() -> int:
     """Cores this process may run on, which a container or taskset can make fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def four_cells(summary: Mapping[str, Any]) -> str:
-    """The table that a run ends with: what each channel gave, on the validation split."""
-    k = summary["k"]
-    lines = [f"{'':34}  {f'mean@{k}':>8}  {'stderr':>7}  {f'pass@{k}':>8}  problems"]
-    for name, text in CELLS.items():
-        cell = summary["channels"][name]
-        lines.append(
-            f"{text:34}  {cell['mean']:8.3f}  {cell['stderr']:7.3f}  {cell['pass_at_k']:8.3f}  {cell['n']:8d}"
-        )
-    return "\n".join(lines)
 
 
 def _refuse(sentence: str, debug: bool) -> int:

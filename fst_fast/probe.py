@@ -1,0 +1,78 @@
+"""What the model answers under one context: a few problems, sampled and judged as in training, as text for a person.
+
+The quickest look at a new task, grader or context before anything is trained on it.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from fst_fast.config import Config
+from fst_fast.contracts import Context
+from fst_fast.errors import UserError
+from fst_fast.policy import ranks
+from fst_fast.policy.attention import load_model
+from fst_fast.rollout.engine import RolloutEngine
+from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
+from fst_fast.rollout.wave import Sampler
+from fst_fast.tasks.registry import load_task
+from fst_fast.tasks.verify import VerifierPool
+
+
+def probe(config: Config, *, context: str | None, problems: int, samples: int, split: str) -> Iterator[str]:
+    """The report, line by line. context: None means fast.seed_context. Raises UserError."""
+    phi = Context.of(config.fast.seed_context if context is None else context)
+    chosen = list(load_task(config.task, config.task_args).problems(split)[:problems])
+    if not chosen:
+        raise UserError(f"--split {split} of task {config.task} has no problems")
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model = load_model(
+        config.model.path,
+        config.model.dtype,
+        attention=config.policy.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    model = model.to(ranks.device()).eval()  # type: ignore[arg-type]  # nn.Module.to takes a device
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    engine = RolloutEngine(
+        model,
+        eos_ids=end_ids(tokenizer, model),
+        pad_id=pad_id,
+        max_batch=config.rollout.max_batch,
+        packing=config.policy.packing,
+    )
+    prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    with VerifierPool(
+        config.task,
+        config.task_args,
+        workers=config.verify.workers,
+        timeout_s=config.verify.timeout_s,
+        memory_mib=config.verify.memory_mib,
+    ) as pool:
+        sampled = Sampler(config, tokenizer, prompts, pool, pad_id).local(
+            engine,
+            [(phi, problem, sample) for problem in chosen for sample in range(samples)],
+            stream=(config.seed, "probe"),
+            policy_version=0,
+            temperature=config.rollout.temperature,
+        )
+    answers = iter(sampled)
+    for problem in chosen:
+        yield f"problem {problem.id}"
+        yield _block("prompt", tokenizer.decode(prompts.ids(phi, problem)))
+        for _ in range(samples):
+            answer = next(answers)
+            reward = "not judged" if answer.verdict.reward is None else f"reward {answer.verdict.reward:g}"
+            rollout = answer.rollout
+            yield f"  sample {rollout.sample}: {reward}, {len(rollout.response_ids)} tokens, finish {rollout.finish}"
+            yield _block("response", answer.response)
+            if answer.verdict.feedback:
+                yield _block("feedback", answer.verdict.feedback)
+    rewards = [s.verdict.reward for s in sampled if s.verdict.reward is not None]
+    mean = f"{sum(rewards) / len(rewards):.3f}" if rewards else "none"
+    yield f"context {phi.id} {phi.text!r}: mean reward {mean} over {len(rewards)} of {len(sampled)} rollouts"
+
+
+def _block(name: str, text: str) -> str:
+    return textwrap.indent(f"{name}: {text}", "    ")
