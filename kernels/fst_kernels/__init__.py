@@ -14,16 +14,19 @@ from fst_kernels.linear_policy_loss import (
     policy_terms,
 )
 from fst_kernels.sampling import SampleOutput, sample_tokens
+from fst_kernels.tree_attention import TreeMask, tree_attention
 
 __all__ = [
     "LogprobOutput",
     "PolicyObjective",
     "PolicyStats",
     "SampleOutput",
+    "TreeMask",
     "backends",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",
     "policy_terms",
     "sample_tokens",
+    "tree_attention",
 ]

@@ -57,7 +57,7 @@ def linear_logprob(
         raise ValueError(f"kl={kl!r}; allowed: None, 'reverse', 'forward'")
     if kl is not None and ref_hidden is None:
         raise ValueError(f"kl={kl!r} needs ref_hidden, which is None")
-    out = LinearLogprob.apply(
+    out = LinearLogprob.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
         bias,

@@ -53,7 +53,7 @@ def label_table(labels: Tensor, rows: Tensor | None, live: Tensor) -> LabelTable
 
 class Chunk(NamedTuple):
     rows: RowIndex  # rows of the caller's [N, ...] tensors
-    count: int
+    size: int
     labels: slice  # of the label table
     label_rows: Tensor  # [l] row inside the chunk
 
@@ -142,7 +142,7 @@ def chunk_temperature(temperature: Temperature, chunk: Chunk, dtype: torch.dtype
     if not isinstance(temperature, Tensor):
         return temperature
     column = temperature[chunk.rows].to(dtype).unsqueeze(1)
-    return torch.cat((column, column.new_ones(-chunk.count % ROW_BLOCK, 1)))
+    return torch.cat((column, column.new_ones(-chunk.size % ROW_BLOCK, 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- row quantities
@@ -289,7 +289,7 @@ class LinearLogprob(torch.autograd.Function):
                 z = head.logits(pad_rows(hidden[chunk.rows]), t)
                 r = None if ref_head is None else ref_head.logits(pad_rows(ref_hidden[chunk.rows]), t)  # type: ignore[index]
                 stats = row_statistics(z, r, kl)
-                n, at = chunk.count, (chunk.label_rows, table.labels[chunk.labels])
+                n, at = chunk.size, (chunk.label_rows, table.labels[chunk.labels])
                 lse[chunk.rows] = stats.lse[:n]
                 entropy[chunk.rows] = stats.entropy[:n]
                 logprob[table.origin[chunk.labels]] = stats.log_p[at]
@@ -353,7 +353,7 @@ class LinearLogprob(torch.autograd.Function):
                     None if d_entropy is None else pad_vector(d_entropy[chunk.rows], padded),
                     None if d_kl is None else pad_vector(d_kl[chunk.rows], padded),
                 )
-                out.add(chunk.rows, head.gradient(d_z, kept, t)[: chunk.count], h)
+                out.add(chunk.rows, head.gradient(d_z, kept, t)[: chunk.size], h)
         d_weight = None if out.weight is None else out.weight.to(weight.dtype)
         d_bias = None if out.bias is None else out.bias.to(bias.dtype)
         return out.hidden, d_weight, d_bias, *([None] * 9)

@@ -60,7 +60,7 @@ def linear_policy_loss(
         needed = "ref_hidden or ref_logprob" if objective.kl == "k3" else "ref_hidden"
         raise ValueError(f"objective.kl={objective.kl!r} needs {needed}, which is None")
     grad = torch.is_grad_enabled()
-    loss, sums = LinearPolicyLoss.apply(
+    loss, sums = LinearPolicyLoss.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
         bias,

@@ -89,11 +89,11 @@ class LinearPolicyLoss(torch.autograd.Function):
                 d_entropy = -objective.entropy_coef * row_weight if objective.entropy_coef else None
                 d_kl = objective.kl_coef * row_weight if kl is not None and objective.kl_coef else None
                 d_z = logits_gradient(stats, kl, terms.coefficient, at, label, d_entropy, d_kl)
-                d_logits, acting = head.gradient(d_z, kept, t)[: chunk.count], chunk.rows
+                d_logits, acting = head.gradient(d_z, kept, t)[: chunk.size], chunk.rows
                 if d_entropy is None and d_kl is None:
                     # Rows whose coefficients are all zero (clipped, A = 0) drop out of the two products.
                     local = torch.unique_consecutive(at[terms.coefficient != 0])
-                    if local.shape[0] < chunk.count:
+                    if local.shape[0] < chunk.size:
                         acting = (
                             local + chunk.rows.start if isinstance(chunk.rows, slice) else chunk.rows[local]
                         )

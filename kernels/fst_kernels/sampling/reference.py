@@ -59,22 +59,23 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> ids, logprob, untruncated_logprob, kept probability mass, each [S]; the mass is not positive and finite iff the row is unusable."""
     scores = logits.float()
-    greedy = None  # [S] bool, or True for all rows
+    greedy: Tensor | None = None  # [S] bool: rows of temperature 0, where the temperature is per row
+    all_greedy = False
     if isinstance(temperature, Tensor):
         greedy = temperature == 0
         scores = scores / torch.where(greedy, 1.0, temperature.float()).unsqueeze(1)
     elif temperature == 0:
-        greedy = True
+        all_greedy = True
     elif temperature != 1:
         scores = scores / temperature
     log_p = torch.log_softmax(scores, -1)  # [S, V]
     p = log_p.exp()
     truncated = top_k is not None or top_p is not None or bool(min_p)
-    if truncated and greedy is not True:
+    if truncated and not all_greedy:
         p = p * _kept(p, top_k, top_p, min_p)
     cumulative = p.cumsum(-1, dtype=torch.float64)  # [S, V]
     mass = cumulative[:, -1]
-    if greedy is True:
+    if all_greedy:
         ids = log_p.argmax(-1)
         return ids, torch.zeros_like(log_p[:, 0]), log_p.gather(1, ids.unsqueeze(1)).squeeze(1), mass
     target = (uniform(seeds, positions) * mass).unsqueeze(1)
@@ -82,9 +83,7 @@ def sample(
     ids = torch.searchsorted(cumulative, target, right=True)  # [S, 1]
     if greedy is not None:
         ids = torch.where(greedy.unsqueeze(1), log_p.argmax(-1, keepdim=True), ids)
-    untruncated = log_p.gather(1, ids.clamp_(max=log_p.shape[1] - 1)).squeeze(
-        1
-    )  # the clamp acts on unusable rows only
+    untruncated = log_p.gather(1, ids.clamp_(max=log_p.shape[1] - 1)).squeeze(1)  # clamp: unusable rows only
     logprob = untruncated - mass.log().float() if truncated else untruncated
     if greedy is not None:
         logprob = torch.where(greedy, 0.0, logprob)
