@@ -198,7 +198,8 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return max((line.step for line in [*self.steps, *self.evals, *self.cycles]), default=0)
+        lines: list[Step | Eval | Cycle] = [*self.steps, *self.evals, *self.cycles]
+        return max((line.step for line in lines), default=0)
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
