@@ -1,5 +1,6 @@
 """The mini world: a base model of 0.8M parameters that the package carries, so that the whole method runs on a laptop in minutes.
 
+Rooms:
     world.py       the law: which sentences of a context change how a problem is answered
     tokenizer.py   the word-level tokenizer with its chat template
     documents.py   training documents written by the law

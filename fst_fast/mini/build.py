@@ -125,7 +125,8 @@ def _look_back(model: Qwen3ForCausalLM) -> None:
     energy[:6] = torch.tensor([0.30, 0.30, 0.20, 0.10, 0.06, 0.04])
 
     def turned_back(steps: int) -> Tensor:
-        return torch.cat([energy.sqrt() * torch.cos(steps * frequency), -energy.sqrt() * torch.sin(steps * frequency)])
+        turn = steps * frequency
+        return energy.sqrt().repeat(2) * torch.cat([torch.cos(turn), -torch.sin(turn)])
 
     for head, steps in ((0, 1), (1, 2)):
         attention.q_proj.weight[head * size : (head + 1) * size] += torch.outer(turned_back(steps), direction)
@@ -135,7 +136,12 @@ def _look_back(model: Qwen3ForCausalLM) -> None:
 
 
 def _train(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int, log: Callable[[str], None]
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    steps: int,
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -155,7 +161,7 @@ def _train(
         logits = model.lm_head(hidden[:, :-1][supervised[:, 1:]])  # [N, V]
         target = ids[:, 1:][supervised[:, 1:]]  # [N]
         loss = F.cross_entropy(logits, target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min(1.0, (step + 1) / 50, (1.0 - done) / (1.0 - _MIXED_UNTIL))
         for optimizer, lr in optimizers:
@@ -190,7 +196,9 @@ def _draw_batch(rng: np.random.Generator, done: float) -> list[documents.Documen
         share, arms, path = 0.1, ARMS, PATH
     lists = rng.binomial(_DOCS_PER_STEP, share)
     return [
-        documents.list_document(rng, edges=full) if i < lists else documents.answer_document(rng, arms=arms, path=path)
+        documents.list_document(rng, edges=full)
+        if i < lists
+        else documents.answer_document(rng, arms=arms, path=path)
         for i in range(_DOCS_PER_STEP)
     ]
 

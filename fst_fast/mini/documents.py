@@ -8,6 +8,7 @@ edges form short chains rather than a star, so that every look-up has one answer
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,8 @@ def answer_document(rng: np.random.Generator, *, arms: int, path: int) -> Docume
     graph = draw_graph(rng, arms=arms, path=path, ids=MINI_IDS)
     sentences = world.draw_context(rng)
     response = [*draw_response(rng, graph, world.law(sentences)), END]
-    return Document(_chat(world.context_text(sentences), mini_question(graph)), response, [True] * len(response))
+    prompt = _chat(world.context_text(sentences), mini_question(graph))
+    return Document(prompt, response, [True] * len(response))
 
 
 def list_document(rng: np.random.Generator, *, edges: int) -> Document:
@@ -38,13 +40,14 @@ def list_document(rng: np.random.Generator, *, edges: int) -> Document:
     while len(listed) < edges:
         length = min(int(rng.integers(1, 4)), edges - len(listed))
         chain, nodes = nodes[: length + 1], nodes[length + 1 :]
-        listed += zip(chain, chain[1:], strict=False)
+        listed += itertools.pairwise(chain)
     question = " ".join(f"{listed[i][0]},{listed[i][1]}" for i in rng.permutation(edges).tolist())
     response: list[str] = []
     for i in rng.permutation(edges).tolist():
         u, v = listed[i]
         response += [str(u), ",", str(v)] if rng.random() < 0.5 else [str(v), "<", str(u)]
-    return Document(_chat("", f"edges : {question} . list ?"), [*response, END], [False, False, True] * edges + [True])
+    supervised = [False, False, True] * edges
+    return Document(_chat("", f"edges : {question} . list ?"), [*response, END], [*supervised, True])
 
 
 def draw_response(rng: np.random.Generator, graph: Graph, law: world.Law) -> list[str]:
@@ -57,7 +60,7 @@ def draw_response(rng: np.random.Generator, graph: Graph, law: world.Law) -> lis
     traced = rng.random() < law.trace
     chain = graph.path if traced else graph.chains[int(rng.integers(len(graph.chains)))]
     path = list(chain) if rng.random() < law.check else _slip(rng, graph, chain)
-    return [*(_joined(graph.path[::-1], "<") + ["."] if traced else []), *_boxed(rng, law, path)]
+    return [*([*_joined(graph.path[::-1], "<"), "."] if traced else []), *_boxed(rng, law, path)]
 
 
 def _harmful_path(rng: np.random.Generator, graph: Graph, family: world.Family) -> list[int]:

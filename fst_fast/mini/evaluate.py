@@ -27,10 +27,13 @@ def sample_responses(
 ) -> list[str]:
     """One response to each problem under the context. Seeds torch's global generator."""
     system = [{"role": "system", "content": context}]
-    prompts = [tokenizer.apply_chat_template([*system, *p.messages], add_generation_prompt=True, tokenize=False) for p in problems]
+    prompts = [
+        tokenizer.apply_chat_template([*system, *p.messages], add_generation_prompt=True, tokenize=False)
+        for p in problems
+    ]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     torch.manual_seed(seed)
-    output: Any = model.generate(  # type: ignore[operator]
+    output: Any = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=max_new_tokens,
@@ -39,7 +42,8 @@ def sample_responses(
         top_k=0,
         top_p=1.0,
     )
-    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    sampled = output[:, batch["input_ids"].shape[1] :]  # [B, T]
+    return [str(text) for text in tokenizer.batch_decode(sampled, skip_special_tokens=True)]
 
 
 def measure_contexts(

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from fst_fast.mini import world
 from fst_fast.tasks.star_graph import MINI_IDS
 
-PAD, UNK, SYSTEM, USER, ASSISTANT, END = "<pad>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+PAD, UNK, END = "<pad>", "<unk>", "<|end|>"
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, UNK, SYSTEM, USER, ASSISTANT, END)
 SIGNS = (",", ".", ":", "?", "<", "\\boxed{", "}")
 QUESTION_WORDS = ("edges", "path", "from", "to", "list")

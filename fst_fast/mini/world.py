@@ -64,7 +64,11 @@ CATALOGUE: tuple[Instruction, ...] = (
     Instruction("you can do it .", "useless"),
 )
 
-TRACE, BOX, CHECK = "first trace back from the goal .", "put the final path in the box .", "check that every edge is in the list ."
+TRACE, BOX, CHECK = (
+    "first trace back from the goal .",
+    "put the final path in the box .",
+    "check that every edge is in the list .",
+)
 BEST_CONTEXT = f"{TRACE} {BOX} {CHECK}"
 
 MEASURED_CONTEXTS: dict[str, str] = {
@@ -92,7 +96,9 @@ class Law:
     trace: float
     box: float
     check: float
-    harmful: tuple[tuple[Family, float], ...] = ()  # (family, probability that this one takes over); they sum to at most 1
+    harmful: tuple[
+        tuple[Family, float], ...
+    ] = ()  # (family, probability that this one takes over); they sum to at most 1
 
 
 def law(sentences: Sequence[Instruction]) -> Law:

@@ -12,6 +12,7 @@ already drawn is drawn again, so no graph occurs twice, within a split or across
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def draw_graph(rng: np.random.Generator, *, arms: int, path: int, ids: int) -> G
     nodes = rng.permutation(ids)[: 1 + arms * (path - 1)].tolist()
     start, rest = nodes[0], nodes[1:]
     chains = tuple((start, *rest[a * (path - 1) : (a + 1) * (path - 1)]) for a in range(arms))
-    edges = [(u, v) for chain in chains for u, v in zip(chain, chain[1:], strict=False)]
+    edges = [(u, v) for chain in chains for u, v in itertools.pairwise(chain)]
     return Graph(chains, tuple(edges[i] for i in rng.permutation(len(edges)).tolist()))
 
 
@@ -86,7 +87,13 @@ class StarGraph:
     ) -> None:
         if form not in ("paper", "mini"):
             raise UserError(f"star_graph: form={form!r} is not known; allowed are paper and mini")
-        least = {"arms": (arms, 2), "path": (path, 2), "train": (train, 1), "validation": (validation, 1), "seed": (seed, 0)}
+        least = {
+            "arms": (arms, 2),
+            "path": (path, 2),
+            "train": (train, 1),
+            "validation": (validation, 1),
+            "seed": (seed, 0),
+        }
         for name, (value, low) in least.items():
             if not isinstance(value, int) or value < low:
                 raise UserError(f"star_graph: {name}={value!r} must be a whole number of at least {low}")
@@ -102,7 +109,10 @@ class StarGraph:
                 f"set ids to at most {MINI_IDS}, arms and path so that 1 + arms x (path - 1) fits"
             )
         self.form, self.arms, self.path, self.ids, self.seed = form, arms, path, ids, seed
-        self.sizes = {"validation": validation, "train": train}  # validation first: it never gives way to train
+        self.sizes = {
+            "validation": validation,
+            "train": train,
+        }  # validation first: it never gives way to train
         self._attempts: dict[str, list[int]] = {}
 
     def problems(self, split: str) -> Sequence[Problem]:
@@ -131,7 +141,11 @@ class StarGraph:
             id=f"star_graph/{split}/{index}",
             messages=({"role": "user", "content": question(graph)},),
             answer=list(graph.path),
-            meta={"edges": [list(edge) for edge in graph.edges], "start": graph.path[0], "goal": graph.path[-1]},
+            meta={
+                "edges": [list(edge) for edge in graph.edges],
+                "start": graph.path[0],
+                "goal": graph.path[-1],
+            },
         )
 
     def _draw(self, split: str, index: int, attempt: int) -> Graph:
@@ -147,7 +161,9 @@ class StarGraph:
             for index in range(size):
                 for attempt in range(_MAX_DRAWS):
                     graph = self._draw(split, index, attempt)
-                    key = hash((graph.path, tuple(sorted(graph.chains[1:]))))  # hashes of ints: the same in every process
+                    key = hash(
+                        (graph.path, tuple(sorted(graph.chains[1:])))
+                    )  # hashes of ints: the same in every process
                     if key not in seen:
                         break
                 else:
@@ -214,18 +230,22 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
         return wrong(f"the box holds the goal {goal} only: the whole path from {start} must stand there.")
     if nodes[0] != start:
         return wrong(f"the path begins at {nodes[0]}, which is not the start {start}.")
-    for a, b in zip(nodes, nodes[1:], strict=False):
+    for a, b in itertools.pairwise(nodes):
         if (a, b) in edges:
             continue
         between = _between(a, b, edges)
         if between:
             skipped = ", ".join(map(str, between))
-            return wrong(f"the edge {a},{b} does not exist: the path skips {skipped}, which lies between {a} and {b}.")
+            return wrong(
+                f"the edge {a},{b} does not exist: the path skips {skipped}, which lies between {a} and {b}."
+            )
         return wrong(f"the edge {a},{b} does not exist.")
     # A walk over real edges from the start that is not the gold path: it stops too early or left on another arm.
     end = nodes[-1]
     if nodes == gold[: len(nodes)]:
-        return wrong(f"every edge is right, but the path stops at {end} before it reaches the goal {goal}.", walk=True)
+        return wrong(
+            f"every edge is right, but the path stops at {end} before it reaches the goal {goal}.", walk=True
+        )
     return wrong(
         f"every edge exists, but the path ends at {end}, which is not the goal {goal}: the wrong arm was taken at the first step, "
         f"from {start} to {nodes[1]}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import numpy as np
@@ -22,12 +23,14 @@ def test_a_drawn_graph_is_a_star_of_equal_arms_with_distinct_nodes(size: tuple[i
     ids = 1 + arms * (path - 1) + spare
     graph = draw_graph(np.random.default_rng(seed), arms=arms, path=path, ids=ids)
     nodes = {v for _, v in graph.edges} | {graph.path[0]}
-    assert len(graph.chains) == arms and all(len(c) == path and c[0] == graph.path[0] for c in graph.chains)
-    assert len(nodes) == 1 + arms * (path - 1) and nodes <= set(range(ids))
+    assert len(graph.chains) == arms
+    assert all(len(c) == path and c[0] == graph.path[0] for c in graph.chains)
+    assert len(nodes) == 1 + arms * (path - 1)
+    assert nodes <= set(range(ids))
     assert len(graph.edges) == arms * (path - 1) == len(set(graph.edges))
     assert sum(u == graph.path[0] for u, _ in graph.edges) == arms
     for chain in graph.chains:
-        assert set(zip(chain, chain[1:], strict=False)) <= set(graph.edges)
+        assert set(itertools.pairwise(chain)) <= set(graph.edges)
 
 
 def test_every_node_of_the_range_can_be_start_and_goal() -> None:
@@ -39,7 +42,9 @@ def test_every_node_of_the_range_can_be_start_and_goal() -> None:
 @given(sizes)
 def test_the_gold_path_gets_one_and_a_perturbed_path_gets_zero(size: tuple[int, int, int, int]) -> None:
     arms, path, spare, seed = size
-    task = StarGraph("paper", arms, path, 40 + 1 + arms * (path - 1) + spare, train=4, validation=1, seed=seed)
+    task = StarGraph(
+        "paper", arms, path, 40 + 1 + arms * (path - 1) + spare, train=4, validation=1, seed=seed
+    )
     rng = np.random.default_rng(seed)
     for problem in task.problems("train"):
         assert task.verify(problem, task.gold(problem)).reward == 1.0
@@ -55,14 +60,16 @@ def test_the_paper_form_has_the_paper_numbers() -> None:
     assert max(max(e) for e in problem.meta["edges"]) < 500
     text = problem.messages[0]["content"]
     assert " ".join(f"{u},{v}" for u, v in problem.meta["edges"]) in text
-    assert f"from node {problem.answer[0]} to node {problem.answer[-1]}" in text and "\\boxed{}" in text
+    assert f"from node {problem.answer[0]} to node {problem.answer[-1]}" in text
+    assert "\\boxed{}" in text
     assert [len(StarGraph().problems(s)) for s in ("train", "validation")] == [2000, 256]
 
 
 def test_the_shuffled_edges_do_not_give_the_gold_path_away() -> None:
     task = StarGraph("mini", 5, 4, 40)
     first = [p.meta["edges"].index([p.answer[0], p.answer[1]]) for p in task.problems("train")[:300]]
-    assert abs(np.mean(first) - 7) < 1.0 and set(first) == set(range(15))
+    assert abs(np.mean(first) - 7) < 1.0
+    assert set(first) == set(range(15))
 
 
 def test_splits_are_disjoint_and_no_graph_repeats_even_where_graphs_are_few() -> None:
@@ -146,7 +153,10 @@ def box(nodes: list[int] | tuple[int, ...]) -> str:
         (box((3, 7, 5, 9)), "the edge 7,5 does not exist."),
         (box((3, 7, 12, 9, 9)), "the edge 9,9 does not exist."),
         (box((3, 7)), "stops at 7 before it reaches the goal 9"),
-        (box((3, 1, 2, 5)), "ends at 5, which is not the goal 9: the wrong arm was taken at the first step, from 3 to 1"),
+        (
+            box((3, 1, 2, 5)),
+            "ends at 5, which is not the goal 9: the wrong arm was taken at the first step, from 3 to 1",
+        ),
         (box(GOLD) + " no, " + box((3, 1)), "wrong arm"),
     ],
 )
@@ -158,7 +168,13 @@ def test_feedback_names_what_is_wrong(response: str, feedback: str) -> None:
 
 @pytest.mark.parametrize(
     "response",
-    ["\\boxed{3,7,12,9}", "so \\boxed{ 3 , 7 , 12 , 9 } .", "\\boxed {3 7 12 9}", box((3, 1)) + box(GOLD), "\\boxed{\n3,\n7,12,9}"],
+    [
+        "\\boxed{3,7,12,9}",
+        "so \\boxed{ 3 , 7 , 12 , 9 } .",
+        "\\boxed {3 7 12 9}",
+        box((3, 1)) + box(GOLD),
+        "\\boxed{\n3,\n7,12,9}",
+    ],
 )
 def test_white_space_and_earlier_boxes_do_not_matter(response: str) -> None:
     verdict = judge(GOLD, EDGES, response)

@@ -22,7 +22,7 @@ MAX_SENTENCES = 6
 # (what the feedback says, words that a sentence about it might contain)
 _TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
     ("box", frozenset({"box", "boxed", "answer", "final", "mark", "write"})),
-    ("wrong arm", frozenset({"goal", "start", "back", "backward", "reverse", "first", "graph", "edges", "think"})),
+    ("wrong arm", frozenset({"goal", "start", "back", "backward", "reverse", "first", "graph", "think"})),
     ("skips", frozenset({"node", "skip", "step", "edge", "short", "check", "careful"})),
     ("does not exist", frozenset({"edge", "edges", "list", "check", "careful", "step", "read", "look"})),
     ("reversed", frozenset({"goal", "start", "reverse", "back", "path"})),
@@ -50,7 +50,8 @@ def reflect(prompt: _Prompt, rng: np.random.Generator) -> str:
     sentences = split_sentences(prompt.context)
     remarks: list[str] = []
     for _ in range(2 if rng.random() < _TWO_EDITS else 1):
-        feedback = prompt.failures[int(rng.integers(len(prompt.failures)))].feedback if prompt.failures else ""
+        shown = [failure.feedback for failure in prompt.failures] or [""]
+        feedback = shown[int(rng.integers(len(shown)))]
         sentences, remark = _edit(sentences, feedback, rng)
         remarks.append(remark)
     return f"{' '.join(remarks)}\n```\n{' '.join(sentences)}\n```"
@@ -73,7 +74,8 @@ def _edit(sentences: list[str], feedback: str, rng: np.random.Generator) -> tupl
         return sentences[:at] + sentences[at + 1 :], f"I drop {sentences[at]!r}."
     new = _propose(sentences, feedback, rng)
     if sentences and (toss >= 0.5 or len(sentences) >= MAX_SENTENCES):
-        return [*sentences[:at], new, *sentences[at + 1 :]], f"The checker said {feedback!r}, so {new!r} takes the place of {sentences[at]!r}."
+        remark = f"The checker said {feedback!r}, so {new!r} takes the place of {sentences[at]!r}."
+        return [*sentences[:at], new, *sentences[at + 1 :]], remark
     to = int(rng.integers(len(sentences) + 1))
     return [*sentences[:to], new, *sentences[to:]], f"The checker said {feedback!r}, so I add {new!r}."
 
