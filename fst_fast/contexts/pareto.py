@@ -133,7 +133,7 @@ def select(scores: Matrix, rewards: Matrix, k: int, *, seed: int | None) -> list
         if gain[best] < CERTAIN_GAIN:
             break
         kept.append(best)
-    unknown = np.isnan(scores).all(axis=1)
+    unknown: Mask = np.asarray(np.isnan(scores).all(axis=1))
     rest = [
         row
         for row in order
