@@ -76,7 +76,11 @@ class Console:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """After an evaluation: its record of metrics.jsonl."""
         channels = record.get("channels", {})
-        cells = [f"{CELLS[name]} {self._percent(channels[name])}" for name in CELLS if name in channels]
+        cells = [
+            f"{CELLS[name]} {self._percent(channels[name])}"
+            for name in CELLS
+            if name in channels and channels[name]["n"]
+        ]
         kls = [
             f"{name} {number(record[key], 4)}"
             for name, key in (("seed", "kl_seed"), ("evolved", "kl_evolved"))
@@ -87,13 +91,15 @@ class Console:
             + (f"; KL to base: {', '.join(kls)}" if kls else "")
         )
 
-    def final_table(self, channels: Mapping[str, Mapping[str, Any]], k: int | None = None) -> None:
-        """The four cells of the final evaluation: mean reward over k samples with its standard error, and pass@k."""
-        at_k = "@k" if k is None else f"@{k}"
-        rows = [("", f"mean{at_k}", f"pass{at_k}", "problems")]
+    def final_table(self, channels: Mapping[str, Mapping[str, Any]]) -> None:
+        """The four cells of the final evaluation: mean reward over k samples with its standard error, and pass@k.
+
+        A cell may say its k; one without problems (n = 0) was not measured."""
+        k = next((cell["k"] for cell in channels.values() if cell.get("k")), "k")
+        rows = [("", f"mean@{k}", f"pass@{k}", "problems")]
         for name, label in CELLS.items():
             cell = channels.get(name)
-            if cell is None:
+            if cell is None or not cell["n"]:
                 rows.append((label, "not measured", "", ""))
             else:
                 rows.append((label, self._percent(cell), f"{100 * cell['pass_at_k']:.1f} %", str(cell["n"])))

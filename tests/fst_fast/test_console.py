@@ -10,10 +10,10 @@ import pytest
 from fst_fast.run.console import Console, duration
 
 CHANNELS = {
-    "neither": {"mean": 0.031, "stderr": 0.0049, "pass_at_k": 0.094, "n": 128},
-    "context": {"mean": 0.41, "stderr": 0.02, "pass_at_k": 0.7, "n": 128},
-    "weights": {"mean": 0.3, "stderr": 0.02, "pass_at_k": 0.5, "n": 128},
-    "both": {"mean": 1.0, "stderr": 0.0, "pass_at_k": 1.0, "n": 128},
+    "neither": {"mean": 0.031, "stderr": 0.0049, "pass_at_k": 0.094, "n": 128, "k": 4},
+    "context": {"mean": 0.41, "stderr": 0.02, "pass_at_k": 0.7, "n": 128, "k": 4},
+    "weights": {"mean": 0.3, "stderr": 0.02, "pass_at_k": 0.5, "n": 128, "k": 4},
+    "both": {"mean": 1.0, "stderr": 0.0, "pass_at_k": 1.0, "n": 128, "k": 4},
 }
 
 
@@ -77,7 +77,7 @@ def test_a_cycle_tells_what_was_proposed_and_the_best_context() -> None:
 
 def test_an_evaluation_is_one_line_with_the_cells_that_were_measured() -> None:
     out = io.StringIO()
-    channels = {name: CHANNELS[name] for name in ("both", "neither")}
+    channels = {**{name: CHANNELS[name] for name in ("both", "neither")}, "weights": {"n": 0}}
     Console(total_steps=10, stream=out).evaluation(
         {"step": 20, "channels": channels, "kl_seed": 0.01234, "kl_evolved": None}
     )
@@ -89,7 +89,9 @@ def test_an_evaluation_is_one_line_with_the_cells_that_were_measured() -> None:
 
 def test_the_final_table_shows_the_four_cells_in_columns() -> None:
     out = io.StringIO()
-    Console(total_steps=10, stream=out).final_table({k: v for k, v in CHANNELS.items() if k != "weights"}, 4)
+    Console(total_steps=10, stream=out).final_table(
+        {**CHANNELS, "weights": {"mean": 0.0, "stderr": 0.0, "pass_at_k": 0.0, "n": 0}}
+    )
     assert out.getvalue().splitlines() == [
         "",
         "Reward on the validation problems",
@@ -123,7 +125,7 @@ def test_other_ranks_say_nothing() -> None:
             step_of(console, 1, 1.0)
             console.cycle({"cycle": 1})
             console.evaluation({"step": 1, "channels": CHANNELS})
-            console.final_table(CHANNELS, 4)
+            console.final_table(CHANNELS)
             console.note("hello")
         assert out.getvalue() == ""
 
@@ -138,7 +140,7 @@ def test_on_a_terminal_the_status_is_live_and_notes_stand_above_it(monkeypatch: 
     step_of(console, 2, 3.0)
     console._live.refresh()
     console.note("[bold]a note[/bold]")
-    console.final_table(CHANNELS, 4)
+    console.final_table(CHANNELS)
     console.close()
     console.close()
     text = out.getvalue()
