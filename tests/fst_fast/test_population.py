@@ -163,6 +163,48 @@ def test_unjudged_samples_are_no_samples():
     assert pareto.lower_bound(child[:1], parent[:1], 1.0) == -np.inf, "one problem has no standard error"
 
 
+def cover_everything(scores, k):
+    """The selection without thresholds: cover every won problem, then fill by mean."""
+    front, order = pareto.wins(scores), [int(row) for row in np.argsort(-scores.mean(axis=1), kind="stable")]
+    kept = order[:1]
+    while len(kept) < k:
+        gain = (front & ~front[kept].any(axis=0)).sum(axis=1)
+        best = max(order, key=lambda row: gain[row])
+        kept.append(best if gain[best] else next((row for row in order if row not in kept), kept[0]))
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("kinds", "better_by"),
+    [
+        (
+            [(0.02, 0.02), (0.05, 0.05), (0.12, 0.12), (0.3, 0.3), (0.35, 0.35), (0.5, 0.5)],
+            0.05,
+        ),  # one is good
+        (
+            [(0.0, 0.6), (0.8, 0.02), (0.0, 0.5), (0.0, 0.4), (0.0, 0.1), (0.1, 0.3), (0.02, 0.02)],
+            0.0,
+        ),  # a rare specialist
+    ],
+)
+def test_the_thresholds_keep_better_contexts_and_cover_as_much(kinds, better_by):
+    rng = np.random.default_rng(11)
+    difference = []
+    for _ in range(200):
+        true = np.where(
+            rng.random(32) < 0.15, *(np.array(kinds).T[..., None])
+        )  # [C, 32]: first number: the rare kind of problem
+        rewards = (rng.random((*true.shape, 2)) < true[..., None]).astype(float)
+        scores = rewards.mean(axis=2)
+        ours, plain = (
+            true[rows] for rows in (pareto.select(scores, rewards, 4, seed=None), cover_everything(scores, 4))
+        )
+        difference.append((ours.mean() - plain.mean(), ours.max(axis=0).mean() - plain.max(axis=0).mean()))
+    mean, covered = np.mean(difference, axis=0)
+    assert mean > better_by
+    assert covered > -0.005
+
+
 def test_scores_of_another_policy_version_are_dropped():
     scores = Scores(3)
     scores.add("a", "p", 1.0)

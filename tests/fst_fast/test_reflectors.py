@@ -344,3 +344,18 @@ def test_arguments_for_a_reflector_that_takes_none_are_refused(user_file):
     for name in ("self", "mini", f"{user_file}:good"):
         with pytest.raises(UserError, match="takes no arguments"):
             make_reflector(name, {"model": "m"}, generate=None)
+
+
+def test_mini_repeats_itself_by_seed_and_edits_the_context():
+    reflect = make_reflector("mini", {}, generate=None)
+    prompts = [
+        ReflectionPrompt("solve the problem .", [Failure("p", "r", "the path is not in a box", 0.0)])
+    ] * 8
+    replies = reflect(prompts, seeds=range(8))
+    assert replies == reflect(prompts, seeds=range(8))
+    texts = [
+        extract(reply, known_texts=[], count_tokens=lambda t: len(t.split()), max_tokens=64)
+        for reply in replies
+    ]
+    assert all(isinstance(text, str) for text in texts)
+    assert len(set(texts)) > 3
