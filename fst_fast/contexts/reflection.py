@@ -15,7 +15,9 @@ from typing import Literal, Protocol
 SHOWN_CHARS = 4000
 """A problem, a response or a feedback longer than this is shown with its middle left out."""
 
-RefusalReason = Literal["error", "length", "unfenced", "empty", "not_text", "duplicate", "too_long"]
+RefusalReason = Literal[
+    "error", "length", "cut_off", "unfenced", "empty", "not_text", "duplicate", "too_long"
+]
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,15 @@ def extract(
 ) -> str | Refusal:
     """The proposed context in a reply, or why there is none.
 
-    The last fenced block outside think blocks counts. Refused: a reply with an error, one stopped by length, no closed fence after the
+    The last fenced block outside think blocks counts. Refused: a reply with an error, one stopped by length or otherwise cut off, no closed fence after the
     think blocks, an empty block, text that is not valid Unicode, text already known (white space aside), more than max_tokens tokens.
     """
     if reply.error is not None or reply.text is None:
         return Refusal("error")
     if reply.finish == "length":
         return Refusal("length")
+    if reply.finish in ("abort", "content_filter"):
+        return Refusal("cut_off")
     text = last_fenced(without_thinking(reply.text))
     if text is None:
         return Refusal("unfenced")

@@ -76,6 +76,11 @@ def test_a_reply_stopped_by_length_is_refused_even_with_a_fence():
     assert read("```\nfine\n```", finish="length") == Refusal("length")
 
 
+@pytest.mark.parametrize("finish", ["abort", "content_filter"])
+def test_a_reply_cut_off_for_another_reason_is_refused(finish):
+    assert read("```\nfine\n```", finish=finish) == Refusal("cut_off")
+
+
 def test_an_error_is_a_refusal():
     assert extract(Reply.failed("down"), known_texts=[], count_tokens=len, max_tokens=9) == Refusal("error")
     assert extract(Reply(None, "stop"), known_texts=[], count_tokens=len, max_tokens=9) == Refusal("error")
