@@ -116,8 +116,9 @@ def extract(
 ) -> str | Refusal:
     """The proposed context in a reply, or why there is none.
 
-    The last fenced block outside think blocks counts. Refused: a reply with an error, one stopped by length or otherwise cut off, no closed fence after the
-    think blocks, an empty block, text that is not valid Unicode, text already known (white space aside), more than max_tokens tokens.
+    The last fenced block outside think blocks counts. Refused: a reply with an error, one stopped by length or otherwise cut off, no
+    closed fence after the think blocks, an empty block, text that is not valid Unicode, text already known (white space aside), more
+    than max_tokens tokens.
     """
     if reply.error is not None or reply.text is None:
         return Refusal("error")
