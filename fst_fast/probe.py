@@ -33,7 +33,7 @@ def probe(config: Config, *, context: str | None, problems: int, samples: int, s
         attention=config.policy.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
-    model = model.to(ranks.device()).eval()  # type: ignore[arg-type]  # nn.Module.to takes a device
+    model = model.to(ranks.device()).eval()
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     engine = RolloutEngine(
         model,

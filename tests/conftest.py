@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // _workers))))
@@ -10,6 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("FST_KERNELS", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
     os.environ.pop(_name, None)
+
+# A busy machine is no defect: hypothesis measures time unless it is told not to.
+settings.register_profile("fst", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fst")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

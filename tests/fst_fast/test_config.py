@@ -170,7 +170,13 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
     context=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=40),
     args=st.dictionaries(
         st.text("abc_", min_size=1),
-        st.one_of(st.integers(), st.booleans(), st.text("no:#-1e ", max_size=8), st.none()),
+        st.one_of(
+            st.integers(),
+            st.booleans(),
+            st.text("no:#-+.01e ", max_size=5),
+            st.sampled_from(["1e-1", "08", "no", "1:30", "~", ".inf", "<<", "1_0"]),
+            st.none(),
+        ),
     ),
 )
 def test_what_dump_writes_load_reads_back(tmp_path_factory, lr, context, args):
