@@ -20,21 +20,31 @@ from functools import partial
 
 import numpy as np
 import torch
-from fst_kernels.tree_attention import TreeMask, tree_attention
 from torch import Tensor
 
 from fst_fast.rollout.prompt_tree import Ints, PromptTree
+from fst_kernels.tree_attention import TreeMask, tree_attention
 
 
 def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over part of the keys: q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1, L] -> out [B, H, Q, D], lse [B, H, Q] fp32."""
+    """Attention over part of the keys: out [B, H, Q, D] and, in float32, lse [B, H, Q].
+
+    q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1, L]. On the CPU torch's flash attention, which returns the lse.
+    """
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=mask, scale=scale
         )
         return out, lse
+    return plain_partial_attention(q, k, v, scale, mask)
+
+
+def plain_partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same in float32 matrix products, on any device."""
     scores = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))  # [B, H, Q, L]
     if mask is not None:
         scores = scores + mask

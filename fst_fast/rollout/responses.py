@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fst_kernels import sample_tokens
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fst_kernels import sample_tokens
 
 Ints = NDArray[np.int64]
 
