@@ -208,7 +208,7 @@ def _eval(args: argparse.Namespace) -> None:
     from fst_fast.run.console import Console
 
     result = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples)
-    with Console(steps=0, rank=int(os.environ.get("RANK", "0"))) as console:
+    with Console(total_steps=0, enabled=_is_first()) as console:
         console.final_table(result["channels"], result["k"])
 
 
