@@ -74,15 +74,24 @@ def _harmful_path(rng: np.random.Generator, graph: Graph, family: world.Family) 
 
 
 def _slip(rng: np.random.Generator, graph: Graph, chain: tuple[int, ...]) -> list[int]:
-    """Leave one inner node out, or write another node of the graph in its place."""
+    """Leave one inner node out (one time in four), or jump to a node elsewhere and walk on from there.
+
+    After the jump every step is an edge again: a document that went on from the node before the jump would teach that the next node
+    does not follow from the last one, and spoil the look-up itself.
+    """
     path = list(chain)
     if len(path) < 3:
         return path
     at = int(rng.integers(1, len(path) - 1))
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         return path[:at] + path[at + 1 :]
+    following = dict(graph.edges)
     others = [v for _, v in graph.edges if v not in chain]
-    path[at] = others[int(rng.integers(len(others)))]
+    node: int | None = others[int(rng.integers(len(others)))]
+    path = path[:at]
+    while node is not None and len(path) < len(chain):
+        path.append(node)
+        node = following.get(node)
     return path
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fst_fast import mini
 from fst_fast.contexts.reflectors.mini import MAX_SENTENCES, SENTENCES, reflect, split_sentences
+from fst_fast.errors import UserError
 from fst_fast.mini import documents, world
 from fst_fast.mini.build import build_base, mini_task
 from fst_fast.mini.evaluate import measure_contexts
@@ -173,6 +174,15 @@ def test_the_same_seed_builds_the_same_weights(tmp_path: Path, monkeypatch: pyte
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
+
+
+def test_a_build_that_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write into .*file/base"):
+        build_base(tmp_path / "file" / "base", steps=1)
+    with pytest.raises(UserError, match="steps=0 must be at least 1"):
+        build_base(tmp_path / "base", steps=0)
+    assert not (tmp_path / "base").exists()
 
 
 # --- the reflector of rules
