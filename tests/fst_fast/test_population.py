@@ -47,9 +47,10 @@ def test_the_front_is_who_scores_best_on_each_problem_that_distinguishes(scores)
 
 
 def test_sums_in_another_order_still_tie():
-    scores = np.array([[(0.1 + 0.2 + 0.3) / 3, 0.0], [(0.3 + 0.2 + 0.1) / 3, 1.0]])
-    assert scores[0, 0] != scores[1, 0]
-    np.testing.assert_array_equal(pareto.wins(scores), [[False, False], [False, True]])
+    scores = np.array([[(0.1 + 0.2 + 0.3) / 3], [(0.3 + 0.2 + 0.1) / 3], [0.0]])
+    assert scores[0] != scores[1]
+    np.testing.assert_array_equal(pareto.wins(scores), [[True], [True], [False]])
+    assert not pareto.wins(scores[:2]).any(), "nor do they distinguish"
 
 
 @claim
@@ -102,10 +103,17 @@ def test_with_room_enough_nobody_is_left_out_who_would_add_two_problems(scores, 
 
 
 def test_the_seed_stays_while_it_alone_wins_a_problem_and_is_not_clearly_worse():
-    close = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+    # row 0 alone wins problem 0; row 2 has the better mean and wins two, but none of them alone
+    close = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.5]])
     assert select(close, 2, seed=0) == [1, 0]
+    assert select(close, 2) == [1, 2]
     far = np.hstack([close, np.array([[0.0], [1.0], [1.0]]).repeat(20, axis=1)])
     assert select(far, 2, seed=0) == [1, 2]
+
+
+def test_a_context_that_nobody_could_judge_is_kept_while_there_is_room():
+    scores = np.array([[0.5, 1.0], [np.nan, np.nan], [0.5, 0.0]])
+    assert select(scores, 3) == [0, 1, 0]
 
 
 def test_a_dominated_seed_is_not_kept_even_where_there_is_room():
