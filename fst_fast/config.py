@@ -123,6 +123,8 @@ class FastConfig(Section):
     """`mini` (rules, mini world only), `self` (the frozen base model), `openai` (any compatible endpoint), or `file.py:function`."""
     reflector_args: dict[str, Any] = Field(default_factory=dict)
     """openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature. The key comes from the environment only."""
+    reflection_tokens: int = Field(1024, ge=1)
+    """reflector=self: the longest reply; a reply cut there is refused."""
     reuse_rollouts: bool = True
     """RL groups claim the fast phase's rollouts of the same policy version first."""
 

@@ -48,10 +48,18 @@ def cell(sampled: Sequence[Sampled], k: int) -> dict[str, float | int]:
         return {"mean": 0.0, "stderr": 0.0, "pass_at_k": 0.0, "n": 0, "k": k}
     stderr = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
     solved = [max(r) >= 1.0 for r in by_problem.values()]
-    return {"mean": float(means.mean()), "stderr": stderr, "pass_at_k": float(np.mean(solved)), "n": len(means), "k": k}
+    return {
+        "mean": float(means.mean()),
+        "stderr": stderr,
+        "pass_at_k": float(np.mean(solved)),
+        "n": len(means),
+        "k": k,
+    }
 
 
-def wave(problems: Sequence[Problem], contexts: Sequence[Context], k: int) -> list[tuple[Context, Problem, int]]:
+def wave(
+    problems: Sequence[Problem], contexts: Sequence[Context], k: int
+) -> list[tuple[Context, Problem, int]]:
     """k samples of every problem, the contexts taking turns; ordered by context so that shared prefixes stay together."""
     triples = [(contexts[(i + j) % len(contexts)], p, j) for i, p in enumerate(problems) for j in range(k)]
     return sorted(triples, key=lambda t: t[0].id)
@@ -79,9 +87,12 @@ def evaluate(
     same_as = {"neither": "neither"}
     same_as["context"] = "context" if evolved else "neither"
     same_as["weights"] = "weights" if trained else "neither"
-    same_as["both"] = {(True, True): "both", (True, False): "weights", (False, True): "context", (False, False): "neither"}[
-        (trained, evolved)
-    ]
+    same_as["both"] = {
+        (True, True): "both",
+        (True, False): "weights",
+        (False, True): "context",
+        (False, False): "neither",
+    }[(trained, evolved)]
     for name in CELLS:
         origin = same_as[name]
         if origin not in channels:
@@ -101,7 +112,12 @@ def evaluate(
     kl_evolved = kl_seed
     if trained and evolved:
         kl_evolved = kl(config, sampler, models, held_out, list(population), policy_version)
-    return {"channels": {name: channels[name] for name in CELLS}, "k": k, "kl_seed": kl_seed, "kl_evolved": kl_evolved}
+    return {
+        "channels": {name: channels[name] for name in CELLS},
+        "k": k,
+        "kl_seed": kl_seed,
+        "kl_evolved": kl_evolved,
+    }
 
 
 def kl(
@@ -125,9 +141,14 @@ def kl(
         temperature=config.rollout.temperature,
         paired=True,
     )
-    leaves = [Leaf(sampler.prompts.ids(c, p), s.rollout.response_ids) for (c, p, _), s in zip(plan, sampled, strict=True)]
+    leaves = [
+        Leaf(sampler.prompts.ids(c, p), s.rollout.response_ids)
+        for (c, p, _), s in zip(plan, sampled, strict=True)
+    ]
     summed, count = 0.0, 0
     if leaves:
-        summed, count = kl_to_reference(models.policy_module, models.base_module, leaves, config, sampler.prompts.pad_id)
+        summed, count = kl_to_reference(
+            models.policy_module, models.base_module, leaves, config, sampler.pad_id
+        )
     summed, tokens = ranks.total([summed, count])
     return summed / max(tokens, 1.0)

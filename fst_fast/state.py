@@ -42,7 +42,9 @@ class State:
     cycle: int = 0
     counters: Counters = field(default_factory=Counters)
     reusable: list[Sampled] = field(default_factory=list)  # this cycle's fast-phase rollouts, not yet claimed
-    base_cells: dict[str, Any] = field(default_factory=dict)  # number of problems -> the `neither` cell, which never changes
+    base_cells: dict[str, Any] = field(
+        default_factory=dict
+    )  # number of problems -> the `neither` cell, which never changes
 
     def save(self, path: Path) -> None:
         """Write the whole state as one JSON file."""

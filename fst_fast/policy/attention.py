@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from fst_kernels.tree_attention import TreeMask, tree_attention
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,6 +29,7 @@ from transformers import (
 
 from fst_fast.errors import UserError
 from fst_fast.forest import Forest
+from fst_kernels.tree_attention import TreeMask, tree_attention
 
 NAME = "fst"
 Attention = Literal["tree", "sdpa", "flash_attention_2"]

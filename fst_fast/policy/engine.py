@@ -36,7 +36,10 @@ def dtype_of(config: Config) -> torch.dtype:
 def load(config: Config) -> nn.Module:
     """The model of `model.path` as a plain module on this process's device, in evaluation mode, its head able to run jobs."""
     model = load_model(
-        config.model.path, dtype_of(config), attention=config.policy.attention, trust_remote_code=config.model.trust_remote_code
+        config.model.path,
+        dtype_of(config),
+        attention=config.policy.attention,
+        trust_remote_code=config.model.trust_remote_code,
     )
     head.install(model)
     return model.to(ranks.device()).eval()  # type: ignore[no-any-return]
@@ -119,8 +122,8 @@ class Policy:
         warmup = self._config.slow.warmup_steps
         return self._config.slow.lr * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
 
-    def forward_backward(self, micro_batches: Sequence[tuple[dict[str, Any], head.LossJob]]) -> float:
-        """Accumulate the gradients of every micro-batch; returns the summed loss of this process.
+    def forward_backward(self, micro_batches: Sequence[tuple[dict[str, Any], head.LossJob]]) -> None:
+        """Accumulate the gradients of every micro-batch; each job then holds its statistics.
 
         Every process must pass the same number of micro-batches. Raises NonFiniteError, on all processes, if any process saw a NaN or
         Inf in its loss or gradients.
@@ -140,8 +143,9 @@ class Policy:
         bad_loss = int(not math.isfinite(loss_sum))
         loss_bad, grads_bad = ranks.total([bad_loss, bad_grads])
         if loss_bad or grads_bad:
-            raise NonFiniteError(f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients")
-        return loss_sum
+            raise NonFiniteError(
+                f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients"
+            )
 
     def step(self, lr: float) -> float:
         """One optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""
@@ -166,7 +170,9 @@ class Policy:
                 self._gather(bucket, copies)
         sums = ranks.all_gather(checksum(self.rollout_model))
         if len(set(sums)) > 1:
-            raise RuntimeError(f"the processes hold different weights after the hand-over; checksums by rank: {sums}")
+            raise RuntimeError(
+                f"the processes hold different weights after the hand-over; checksums by rank: {sums}"
+            )
 
     def _gather(self, bucket: list[tuple[str, nn.Parameter]], copies: dict[str, nn.Parameter]) -> None:
         import deepspeed
@@ -210,5 +216,3 @@ def checksum(model: nn.Module) -> float:
     """Sum of all weights, each weighted by its tensor's place, in fp64: equal for equal weights, on one kind of device."""
     parts = [p.sum(dtype=torch.float64) * (i + 1) for i, p in enumerate(model.parameters())]
     return float(torch.stack(parts).sum())
-
-

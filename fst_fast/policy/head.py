@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fst_kernels import LogprobOutput, PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss
 from torch import Tensor, nn
+
+from fst_kernels import LogprobOutput, PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss
 
 Job = Callable[[Tensor, Tensor, Tensor | None], Any]
 

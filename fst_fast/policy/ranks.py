@@ -42,13 +42,23 @@ def init() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        lone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         os.environ.update(lone)
     where = device()
     if where.type == "cuda":
         torch.cuda.set_device(where)
     import deepspeed  # imported late: it is slow to load and probes the machine
+    import deepspeed.ops
 
+    # On a CPU DeepSpeed would compile a shared-memory all-reduce the first time: a compiler is needed, and a build killed half-way leaves a
+    # lock for which every later run waits without end. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if where.type == "cuda" else "gloo", verbose=False)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,8 @@ class Sampler:
     tokenizer: Any
     prompts: PromptCache
     pool: VerifierPool
-    seconds: dict[str, float] = field(default_factory=lambda: {"rollout_s": 0.0, "verify_s": 0.0})
+    pad_id: int
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def local(
         self,
@@ -70,7 +72,9 @@ class Sampler:
         )
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         sampled_at = time.perf_counter()
-        verdicts = self.pool.verify([(problem, text) for (_, problem, _), text in zip(wave, texts, strict=True)])
+        verdicts = self.pool.verify(
+            [(problem, text) for (_, problem, _), text in zip(wave, texts, strict=True)]
+        )
         self.seconds["rollout_s"] += sampled_at - started
         self.seconds["verify_s"] += time.perf_counter() - sampled_at
         return [Sampled(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]

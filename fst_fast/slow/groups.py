@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from fst_fast.contracts import Context, Problem, Sampled
 
 
-def plan_group(problem: Problem, population: Sequence[Context], group_size: int) -> list[tuple[Context, Problem, int]]:
+def plan_group(
+    problem: Problem, population: Sequence[Context], group_size: int
+) -> list[tuple[Context, Problem, int]]:
     """The G samples of one problem: (context, problem, sample), G/K under each of the K contexts.
 
     A context that stands twice in the population (fewer distinct texts than K) gets further sample numbers, not the same ones again.
@@ -55,7 +57,8 @@ def make_groups(sampled: Sequence[Sampled], eps: float) -> list[Group]:
         if s.verdict.reward is not None:
             members.append(s)
     return [
-        Group(problem_id, members, advantages([_reward(m) for m in members], eps)) for problem_id, members in by_problem.items()
+        Group(problem_id, members, advantages([_reward(m) for m in members], eps))
+        for problem_id, members in by_problem.items()
     ]
 
 

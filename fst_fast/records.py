@@ -1,0 +1,114 @@
+"""What happened, as records: one line of metrics.jsonl per step, cycle and evaluation, a line of timing.jsonl per step, some rollouts to read.
+
+metrics.jsonl holds no wall-clock, so that a resumed run can be compared with an unbroken one bit by bit; times are in timing.jsonl.
+Functions that gather from several processes must be called on all of them; rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fst_fast.contracts import Sampled
+from fst_fast.policy import ranks
+from fst_fast.slow.groups import Group
+
+if TYPE_CHECKING:
+    from fst_fast.session import Session
+
+
+def step(
+    s: Session,
+    sampled: Sequence[Sampled],
+    groups: Sequence[Group],
+    numbers: dict[str, Any],
+    reused: int,
+    *,
+    seconds: float,
+) -> None:
+    """Count and write one slow step. `numbers` is what slow.step.optimise returned on this process."""
+    rewards = [x.verdict.reward for x in sampled if x.verdict.reward is not None]
+    local = [
+        len(sampled), len(rewards), sum(rewards), sum(r * r for r in rewards), len(groups),
+        sum(g.advantages is not None for g in groups), sum(len(x.rollout.response_ids) for x in sampled),
+        sum(x.rollout.finish == "length" for x in sampled), numbers.pop("tokens"), numbers.pop("unshared"),
+    ]  # fmt: skip
+    n, judged, total, squares, all_groups, kept, tokens, cut, computed, unshared = ranks.total(local)
+    counters = s.state.counters
+    counters.rollouts += int(n) - reused
+    counters.reused_rollouts += reused
+    s.count_tokens_computed(int(computed), int(unshared))
+    mean = total / max(judged, 1)
+    record = {
+        "step": s.state.step,
+        "cycle": s.state.cycle,
+        "reward": mean,
+        "reward_std": math.sqrt(max(squares / max(judged, 1) - mean * mean, 0.0)),
+        "groups": int(all_groups),
+        "groups_kept": int(kept),
+        **numbers,
+        "response_tokens": tokens / max(n, 1),
+        "length_stopped": cut / max(n, 1),
+        "unjudged": int(n - judged),
+        **asdict(counters),
+    }
+    timing = {
+        "step": s.state.step,
+        "seconds": s.seconds(),
+        **s.spent_since_last_record(),
+        "tokens_per_s": (tokens + computed) / max(seconds, 1e-9),
+    }
+    if s.metrics:
+        s.metrics.write("step", **record)
+        s.metrics.write_timing(**timing)
+        advantages = {id(m): float(a) for g in groups if g.advantages is not None for m, a in zip(g.sampled, g.advantages, strict=True)}  # fmt: skip
+        for x in _spread(sampled, s.config.track.rollouts_per_step):
+            s.metrics.write_rollout(**_readable(s, x, "slow", advantages.get(id(x), 0.0)))
+    s.console.step(record, timing)
+
+
+def cycle(s: Session, record: dict[str, Any], sampled: Sequence[Sampled]) -> None:
+    """Write one fast phase."""
+    full = {"cycle": s.state.cycle, "step": s.state.step, **record}
+    if s.metrics and s.folder:
+        s.metrics.write("cycle", **full)
+        for x in _spread(sampled, s.config.track.rollouts_per_step):
+            s.metrics.write_rollout(**_readable(s, x, "fast", None))
+        s.write_contexts()
+    s.console.cycle(full)
+
+
+def evaluation(s: Session, result: dict[str, Any], *, final: bool) -> None:
+    """Write one evaluation of the four cells."""
+    record = {"step": s.state.step, "final": final, **result, **asdict(s.state.counters)}
+    if s.metrics:
+        s.metrics.write("eval", **record)
+        s.metrics.write_timing(step=s.state.step, seconds=s.seconds(), **s.spent_since_last_record())
+    s.console.evaluation(record)
+
+
+def _spread(sampled: Sequence[Sampled], count: int) -> list[Sampled]:
+    """`count` of them, evenly spaced."""
+    if not count or not sampled:
+        return []
+    stride = max(len(sampled) // count, 1)
+    return list(sampled[::stride][:count])
+
+
+def _readable(s: Session, x: Sampled, phase: str, advantage: float | None) -> dict[str, Any]:
+    r = x.rollout
+    return {
+        "step": s.state.step,
+        "phase": phase,
+        "problem_id": r.problem_id,
+        "context_id": r.context_id,
+        "sample": r.sample,
+        "reward": x.verdict.reward,
+        "advantage": advantage,
+        "finish": r.finish,
+        "prompt": s.prompt_text(r.context_id, r.problem_id),
+        "response": x.response,
+        "feedback": x.verdict.feedback,
+    }

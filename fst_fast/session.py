@@ -1,0 +1,382 @@
+"""Everything a run holds while it trains: models, task, state, and the writing of what happened. The loop itself is trainer.py.
+
+`Session.open` builds from the ground up and refuses bad input before anything is written: task and its gold answers first, then models,
+then the run folder. All processes build the same session; only rank 0 has a run folder, metrics and a console that prints.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from fst_fast import __version__
+from fst_fast.config import Config
+from fst_fast.config_load import config_hash, dump
+from fst_fast.contexts.reflection import ReflectionPrompt, Reflector, Reply, ask
+from fst_fast.contexts.reflectors import make_reflector
+from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.errors import UserError
+from fst_fast.evaluate import Models
+from fst_fast.fast.phase import FastState
+from fst_fast.policy import engine as policy_engine
+from fst_fast.policy import ranks
+from fst_fast.policy.engine import NonFiniteError, Policy
+from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer, render_prompt
+from fst_fast.rollout.wave import Sampler, Triple
+from fst_fast.run import checkpoint
+from fst_fast.run.console import Console
+from fst_fast.run.folder import RunFolder, open_run, write_json
+from fst_fast.run.metrics import MetricsWriter
+from fst_fast.state import State
+from fst_fast.tasks.registry import check_gold, load_task
+from fst_fast.tasks.verify import VerifierPool
+
+
+@dataclass
+class Session:
+    """One run, open. Fields marked [rank 0] are None elsewhere."""
+
+    config: Config
+    run_dir: Path
+    train: Sequence[Problem]
+    validation: list[Problem]
+    seed_context: Context
+    sampler: Sampler
+    models: Models
+    policy: Policy | None  # None for method=gepa: the weights stay
+    reference: nn.Module
+    reflect: Reflector
+    count_tokens: Callable[[str], int]
+    state: State
+    console: Console
+    folder: RunFolder | None = None  # [rank 0]
+    metrics: MetricsWriter | None = None  # [rank 0]
+    seconds_before: float = 0.0  # of the runs that this one resumes
+    opened: float = field(default_factory=time.perf_counter)
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    counted: tuple[int, int] = (0, 0)
+
+    # -- opening and closing ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, config: Config, run_dir: Path, *, resume: bool) -> Session:
+        """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
+        ranks.init()
+        console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
+        task = load_task(config.task, config.task_args)
+        pool = VerifierPool(
+            config.task,
+            config.task_args,
+            workers=config.verify.workers,
+            timeout_s=config.verify.timeout_s,
+            memory_mib=config.verify.memory_mib,
+        )
+        try:
+            check_gold(task, pool)
+            tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+            reference = policy_engine.load(config).requires_grad_(False)
+            folder = _on_rank_zero(
+                lambda: open_run(
+                    run_dir, resume=resume, config_yaml=dump(config), config_hash=config_hash(config)
+                )
+            )
+            policy = None if config.method == "gepa" else Policy(config)
+            module = reference if policy is None else policy.rollout_model
+            prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+            pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            how = {
+                "eos_ids": end_ids(tokenizer, reference),
+                "pad_id": pad_id,
+                "max_batch": config.rollout.max_batch,
+            }
+            base = RolloutEngine(reference, packing=config.policy.packing, **how)
+            trained = RolloutEngine(module, packing=config.policy.packing, **how)
+            models = Models(trained, base, module, reference)
+            seed_context = Context.of(config.fast.seed_context)
+            session = cls(
+                config=config,
+                run_dir=run_dir,
+                train=task.problems("train"),
+                validation=list(task.problems("validation")),
+                seed_context=seed_context,
+                sampler=Sampler(config, tokenizer, prompts, pool, pad_id),
+                models=models,
+                policy=policy,
+                reference=reference,
+                reflect=_reflector(config, base, prompts, console.note),
+                count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+                state=State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
+                console=console,
+                folder=folder,
+            )
+            session._begin(resume)
+        except BaseException:
+            pool.close()
+            console.close()
+            raise
+        return session
+
+    def _begin(self, resume: bool) -> None:
+        """Continue from the newest whole checkpoint, or, where a run was stopped before its first one, from the start."""
+        found = (
+            ranks.from_rank_zero(str(checkpoint.latest(self.run_dir) or "") if self.folder else None)
+            if resume
+            else ""
+        )
+        if found:
+            self.state = State.load(Path(found) / "state.json")
+            if self.policy is not None:
+                self.policy.load(Path(found))
+                self.policy.hand_over()
+        if self.folder:
+            self.metrics = MetricsWriter(
+                self.run_dir, resume_at_step=self.state.step if found else None, track=self.config.track
+            )
+            self.seconds_before = self.metrics.last_seconds
+            if not found:
+                self.metrics.write("start", **_identity(self.config), versions=_versions())
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.sampler.pool.close()
+        self.console.close()
+        if self.metrics:
+            self.metrics.close()
+        if self.folder:
+            self.folder.close()
+
+    def checkpoint(self) -> None:
+        """Write the whole run as it is now; on disk it is there whole or not at all."""
+        self.begin("checkpoint")
+        tmp = Path(_on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step))))
+        if self.policy is not None:
+            self.policy.save(tmp)
+        ranks.barrier()
+
+        def write() -> None:
+            self.state.save(tmp / "state.json")
+            checkpoint.commit(self.run_dir, tmp, self.state.step, self.config.checkpoint.keep_last)
+
+        _on_rank_zero_everywhere(write)
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write the closing records; returns the summary."""
+        peak = max(ranks.all_gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        summary = {
+            **_identity(self.config),
+            "channels": result["channels"],
+            "k": result["k"],
+            "steps": 0 if self.config.method == "gepa" else self.state.step,
+            **asdict(self.state.counters),
+            "seconds": self.seconds(),
+            "kl_seed": result["kl_seed"],
+            "kl_evolved": result["kl_evolved"],
+            "peak_memory_bytes": peak,
+        }
+        if self.metrics and self.folder:
+            self.metrics.write("end", step=self.state.step)
+            write_json(self.run_dir / "summary.json", summary)
+        self.console.final_table(result["channels"])
+        return summary
+
+    # -- what the loop asks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def policy_version(self) -> int:
+        """Optimiser steps behind the weights that sample."""
+        return 0 if self.policy is None else self.state.step
+
+    def due(self, every: int) -> bool:
+        """Whether a thing done every `every` steps is due now. gepa moves a whole cycle at a time and is then due if it passed one."""
+        if not every:
+            return False
+        stride = self.config.fast.cycle_steps if self.config.method == "gepa" else 1
+        return self.state.step // every > (self.state.step - stride) // every
+
+    def claim(self, plan: Sequence[Triple]) -> tuple[list[Sampled | None], int]:
+        """For each planned sample a fast-phase rollout of the same context and problem, or None; each is used once.
+
+        Returns the claims and how many there are over all processes.
+        """
+        waiting: dict[tuple[str, str], deque[Sampled]] = defaultdict(deque)
+        for s in self.state.reusable:
+            if s.verdict.reward is not None:
+                waiting[s.rollout.context_id, s.rollout.problem_id].append(s)
+        claims = [waiting[c.id, p.id].popleft() if waiting[c.id, p.id] else None for c, p, _ in plan]
+        return claims, int(ranks.total([sum(c is not None for c in claims)])[0])
+
+    def prompt_of(self, sampled: Sampled) -> NDArray[np.int64]:
+        """The prompt that a rollout of this step answered."""
+        context = next(c for c in self.state.population if c.id == sampled.rollout.context_id)
+        return self.sampler.prompts.ids(context, self._problems[sampled.rollout.problem_id])
+
+    @property
+    def _problems(self) -> dict[str, Problem]:
+        if not hasattr(self, "_problem_by_id"):
+            self._problem_by_id = {p.id: p for p in self.train}
+        return self._problem_by_id
+
+    def non_finite(self, error: NonFiniteError) -> UserError:
+        """What a NaN or Inf becomes for the person who runs this."""
+        return UserError(
+            f"step {self.state.step}: {error}; the weights were not touched, on_nonfinite=stop. Lower slow.lr "
+            f"({self.config.slow.lr:g}) or resume from the last checkpoint in {self.run_dir}"
+        )
+
+    # -- time and tokens ---------------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: str) -> float:
+        self.console.phase(phase)
+        return time.perf_counter()
+
+    def end(self, name: str, started: float) -> None:
+        """Close a phase that is one kind of work as a whole: the waves inside it are not counted a second time."""
+        self.add_seconds(name, time.perf_counter() - started)
+        self.sampler.seconds.clear()
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        self.spent[name] += seconds
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run, those of the runs it resumes included."""
+        return self.seconds_before + time.perf_counter() - self.opened
+
+    def count_rollout_tokens(self) -> None:
+        """Add what the policy's and the base's engines computed since the last look to the counters."""
+        computed, unshared = self._engine_tokens()
+        new = ranks.total([computed - self.counted[0], unshared - self.counted[1]])
+        self.counted = computed, unshared
+        self.count_tokens_computed(int(new[0]), int(new[1]))
+
+    def forget_rollout_tokens(self) -> None:
+        """Leave out what was computed since the last look: an evaluation is no cost of the method."""
+        self.counted = self._engine_tokens()
+
+    def count_tokens_computed(self, computed: int, unshared: int) -> None:
+        self.state.counters.tokens_computed += computed
+        self.state.counters.tokens_unshared += unshared
+
+    def _engine_tokens(self) -> tuple[int, int]:
+        engines = (self.models.policy, self.models.base)
+        return sum(e.tokens_computed for e in engines), sum(e.tokens_unshared for e in engines)
+
+    def spent_since_last_record(self) -> dict[str, float]:
+        """Seconds by kind of work on this process since the last record in timing.jsonl."""
+        kinds = ("rollout_s", "verify_s", "train_s", "fast_s", "eval_s")
+        out = {kind: self.spent.pop(kind, 0.0) + self.sampler.seconds.pop(kind, 0.0) for kind in kinds}
+        return out
+
+    # -- what a person reads -----------------------------------------------------------------------------------------------------
+
+    def prompt_text(self, context_id: str, problem_id: str) -> str:
+        """The prompt of a rollout as text, special tokens shown."""
+        problem = self._problems[problem_id]
+        context = self.context(context_id)
+        return str(self.sampler.tokenizer.decode(self.sampler.prompts.ids(context, problem)))
+
+    def context(self, context_id: str) -> Context:
+        """A context by its id, any that the run has ever seen."""
+        return self.state.fast.contexts[context_id].context
+
+    def write_contexts(self) -> None:
+        """contexts.json: the population in order, and the lineage of every context so far. [rank 0]"""
+        assert self.folder is not None
+        write_json(
+            self.run_dir / "contexts.json",
+            {
+                "population": [c.id for c in self.state.population],
+                "contexts": {cid: lineage.to_json() for cid, lineage in self.state.fast.contexts.items()},
+            },
+        )
+
+
+def _on_rank_zero(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result there, None elsewhere. A UserError is raised on every process."""
+    result = error = None
+    if ranks.rank() == 0:
+        try:
+            result = action()
+        except UserError as bad:
+            error = bad
+    ranks.from_rank_zero(error)
+    return result
+
+
+def _on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
+    """Like `_on_rank_zero`, the result (small, picklable) on every process."""
+    return ranks.from_rank_zero(_on_rank_zero(action))
+
+
+def _reflector(
+    config: Config, base: RolloutEngine, prompts: PromptCache, log: Callable[[str], None]
+) -> Reflector:
+    """The configured reflector; rank 0 asks it and the others hear its replies."""
+
+    def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
+        requests = [
+            Request(
+                problem_id="reflection",
+                context_id="",
+                sample=i,
+                prompt_ids=render_prompt(
+                    prompts.tokenizer, Context.of(""), Problem("", [{"role": "user", "content": text}], None)
+                ),
+                seed=seed,
+            )
+            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
+        ]
+        rollouts = base.generate(
+            requests, max_response_tokens=config.fast.reflection_tokens, temperature=1.0, policy_version=0
+        )
+        return [
+            Reply(
+                prompts.tokenizer.decode(r.response_ids, skip_special_tokens=True),
+                r.finish,
+                prompt_tokens=len(q.prompt_ids),
+                completion_tokens=len(r.response_ids),
+            )
+            for q, r in zip(requests, rollouts, strict=True)
+        ]
+
+    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
+
+    def reflect(shown: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
+        return ranks.from_rank_zero(ask(asked, shown, seeds, log) if ranks.rank() == 0 else None)
+
+    return reflect
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "task": config.task,
+        "model": config.model.path,
+        "config_hash": config_hash(config),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "deepspeed", "numpy")
+    return {
+        "python": platform.python_version(),
+        "fst-fast": __version__,
+        **{name: version(name) for name in names},
+    }

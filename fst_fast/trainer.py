@@ -1,0 +1,153 @@
+"""The cycle (arXiv 2605.12484, Algorithm 1): look ahead, fast phase, T slow steps, evaluate, checkpoint; again.
+
+    fast phase   weights frozen: the population of contexts evolves on an anchor set of the next T minibatches
+    slow phase   contexts frozen: T policy-gradient steps over those minibatches, G/K rollouts of every problem under each context
+
+method=rl leaves the first out (the seed context serves all rollouts), method=gepa the second. Every process runs this same loop and
+takes the same decisions; rank 0 alone writes. Built in session.py, resumed from state.py, one step in slow/step.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fst_fast import records
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.evaluate import evaluate
+from fst_fast.fast.phase import fast_phase
+from fst_fast.policy import ranks
+from fst_fast.policy.engine import NonFiniteError
+from fst_fast.session import Session
+from fst_fast.slow.groups import make_groups, plan_group
+from fst_fast.slow.step import optimise, sequences
+from fst_fast.state import anchor_set, lookahead, minibatch
+
+
+def train(config: Config, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process)."""
+    with Session.open(config, run_dir, resume=resume) as s:
+        if s.state.step == 0 and config.eval.every and not resume:
+            measure(s, final=False)
+        while s.state.step < config.slow.steps:
+            if config.method != "rl" and s.state.step % config.fast.cycle_steps == 0:
+                evolve(s)
+            if config.method == "gepa":
+                s.state.step = min(s.state.step + config.fast.cycle_steps, config.slow.steps)
+            else:
+                learn(s)
+            done = s.state.step >= config.slow.steps
+            if s.due(config.eval.every) and not done:
+                measure(s, final=False)
+            if s.due(config.checkpoint.every) and not done:
+                s.checkpoint()
+        result = measure(s, final=True)
+        s.checkpoint()
+        return s.finish(result)
+
+
+def evolve(s: Session) -> None:
+    """The fast phase of one cycle: contexts move, weights do not."""
+    config, state = s.config, s.state
+    started = s.begin("fast phase")
+    ahead = lookahead(
+        s.train, state.step, config.fast.cycle_steps, config.slow.problems_per_step, config.seed
+    )
+    version = s.policy_version
+
+    def score(wave: Sequence[tuple[Context, Problem, int]]) -> list[Sampled]:
+        return s.sampler.spread(
+            s.models.policy,
+            wave,
+            stream=(config.seed, "fast", state.cycle),
+            policy_version=version,
+            temperature=config.rollout.temperature,
+        )
+
+    result = fast_phase(
+        state.fast,
+        anchor=anchor_set(ahead, config.fast.anchor_size, state.cycle, config.seed),
+        score=score,
+        reflect=s.reflect,
+        config=config.fast,
+        count_tokens=s.count_tokens,
+        cycle=state.cycle,
+        policy_version=version,
+        seed=config.seed,
+        log=s.console.note,
+    )
+    state.fast, state.population = result.state, list(result.population)
+    state.reusable = list(result.sampled) if config.fast.reuse_rollouts and config.method == "fst" else []
+    state.counters.rollouts += len(result.sampled)
+    state.counters.fast_rollouts += len(result.sampled)
+    s.count_rollout_tokens()
+    s.end("fast_s", started)
+    records.cycle(s, result.record, result.sampled)
+    state.cycle += 1
+
+
+def learn(s: Session) -> None:
+    """One slow step: sample G rollouts per problem under the frozen contexts, judge, group, update the weights."""
+    config, state = s.config, s.state
+    started = s.begin("rollouts")
+    problems = minibatch(s.train, state.step, config.slow.problems_per_step, config.seed)
+    plan = [t for p in ranks.mine(problems) for t in plan_group(p, state.population, config.slow.group_size)]
+    claimed, reused = s.claim(plan)
+    fresh = s.sampler.local(
+        s.models.policy,
+        [t for t, c in zip(plan, claimed, strict=True) if c is None],
+        stream=(config.seed, "slow", state.step),
+        policy_version=s.policy_version,
+        temperature=config.rollout.temperature,
+    )
+    arriving = iter(fresh)
+    sampled = [c if c is not None else next(arriving) for c in claimed]
+    s.count_rollout_tokens()
+
+    s.begin("update")
+    training = time.perf_counter()
+    groups = make_groups(sampled, config.slow.advantage_eps)
+    kept = [g for g in groups if g.advantages is not None]
+    prompts = [[s.prompt_of(m) for m in g.sampled] for g in kept]
+    assert s.policy is not None
+    try:
+        numbers = optimise(
+            s.policy,
+            s.reference,
+            sequences(kept, prompts, config.slow.aggregation),
+            config,
+            step=state.step,
+            pad_id=s.sampler.pad_id,
+        )
+    except NonFiniteError as bad:
+        raise s.non_finite(bad) from None
+    s.policy.hand_over()
+    s.add_seconds("train_s", time.perf_counter() - training)
+    state.step += 1
+    records.step(s, sampled, groups, numbers, reused, seconds=time.perf_counter() - started)
+
+
+def measure(s: Session, *, final: bool) -> dict[str, Any]:
+    """Evaluate the four cells on validation problems and write the result."""
+    config, state = s.config, s.state
+    started = s.begin("evaluation")
+    problems = s.validation[: config.eval.final_problems if final else config.eval.problems]
+    known = state.base_cells.get(str(len(problems)))
+    result = evaluate(
+        config,
+        s.sampler,
+        s.models,
+        problems,
+        seed_context=s.seed_context,
+        population=state.population,
+        policy_version=s.policy_version,
+        known={"neither": known} if known else None,
+    )
+    state.base_cells[str(len(problems))] = result["channels"]["neither"]
+    s.forget_rollout_tokens()
+    s.end("eval_s", started)
+    records.evaluation(s, result, final=final)
+    return result
