@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fst_kernels import sample_tokens
+from fst_kernels.sampling import reference
 from fst_kernels.sampling.reference import philox, uniform
 
 
@@ -161,6 +162,13 @@ def test_impossible_tokens_are_never_sampled():
         assert set(out.ids.tolist()) == {1, 2, 4}
     extreme = torch.tensor([[200.0, -200.0, -200.0], [-200.0, -200.0, 200.0]])
     assert sample_tokens(extreme, seeds=seeds(2), positions=positions(2)).ids.tolist() == [0, 2]
+
+
+def test_the_ends_of_the_unit_interval_hit_possible_tokens(monkeypatch):
+    x = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
+    for u, token in ((0.0, 1), (1 - 2.0**-32, 2)):
+        monkeypatch.setattr(reference, "uniform", lambda s, p, u=u: torch.full((1,), u, dtype=torch.float64))
+        assert sample_tokens(x, seeds=seeds(1), positions=positions(1)).ids == token
 
 
 def test_no_rows_and_one_token():
