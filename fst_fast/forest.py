@@ -188,7 +188,9 @@ def pack(leaves: Sequence[Leaf], *, share: Share = "prompts") -> Forest:
         rows=_rows(leaves, leaf_node, node_start, node_end, parents),
         labels=np.concatenate([np.empty(0, np.int64), *(leaf.response_ids for leaf in leaves)]),
         leaf=np.repeat(np.arange(len(leaves)), [len(leaf.response_ids) for leaf in leaves]),
-        offset=np.concatenate([np.empty(0, np.int64), *(np.arange(len(leaf.response_ids)) for leaf in leaves)]),
+        offset=np.concatenate(
+            [np.empty(0, np.int64), *(np.arange(len(leaf.response_ids)) for leaf in leaves)]
+        ),
     )
     assert len(forest.rows) == len(forest.labels)
     return forest
@@ -266,6 +268,10 @@ def _check(leaves: Sequence[Leaf], share: str) -> None:
     for i, leaf in enumerate(leaves):
         for name, ids in (("prompt_ids", leaf.prompt_ids), ("response_ids", leaf.response_ids)):
             if ids.ndim != 1 or ids.dtype != np.int64:
-                raise ValueError(f"{name} of leaf {i} is {ids.dtype} of shape {ids.shape}; one-dimensional int64 is needed")
+                raise ValueError(
+                    f"{name} of leaf {i} is {ids.dtype} of shape {ids.shape}; one-dimensional int64 is needed"
+                )
         if not len(leaf.prompt_ids):
-            raise ValueError(f"leaf {i} has an empty prompt; at least one token is needed, to predict the first response token from")
+            raise ValueError(
+                f"leaf {i} has an empty prompt; at least one token is needed, to predict the first response token from"
+            )

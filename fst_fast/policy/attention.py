@@ -74,12 +74,21 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every layer."""
     if plan is None:
-        raise UserError("this model was loaded with policy.attention=tree and was called without a plan; pass plan=TreePlan(...)")
-    unsupported = {"attention_mask": attention_mask, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        raise UserError(
+            "this model was loaded with policy.attention=tree and was called without a plan; pass plan=TreePlan(...)"
+        )
+    unsupported = {
+        "attention_mask": attention_mask,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "s_aux": s_aux,
+    }
     unsupported["dropout"] = dropout or None
     for name, given in unsupported.items():
         if given is not None:
-            raise UserError(f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {WAY_OUT}")
+            raise UserError(
+                f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {WAY_OUT}"
+            )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return plan.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
 
@@ -94,7 +103,9 @@ AttentionMaskInterface.register(NAME, _no_mask)
 WAY_OUT = "use policy.packing=padded with policy.attention=sdpa"
 
 
-def load_model(path: str | Path, dtype: torch.dtype | str, *, attention: Attention, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: torch.dtype | str, *, attention: Attention, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A causal language model from a local folder, or the shipped one for "mini"; nothing is ever downloaded.
 
     dtype: torch.float32, "bfloat16", ... attention="tree" takes the plan of each forward (see above), the others are transformers' own.
@@ -105,11 +116,15 @@ def load_model(path: str | Path, dtype: torch.dtype | str, *, attention: Attenti
     try:
         config = AutoConfig.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path={str(path)!r}: its config.json cannot be used: {_first_line(error)}") from error
+        raise UserError(
+            f"model.path={str(path)!r}: its config.json cannot be used: {_first_line(error)}"
+        ) from error
     if attention == "tree":
         reason = cannot_pack(config)
         if reason:
-            raise UserError(f"model.path={str(path)!r}: {config.model_type} cannot be packed as a forest: {reason}; {WAY_OUT}")
+            raise UserError(
+                f"model.path={str(path)!r}: {config.model_type} cannot be packed as a forest: {reason}; {WAY_OUT}"
+            )
     implementation = NAME if attention == "tree" else attention
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
@@ -117,7 +132,9 @@ def load_model(path: str | Path, dtype: torch.dtype | str, *, attention: Attenti
             folder, config=config, dtype=kind, attn_implementation=implementation, **kwargs
         )
     except ImportError as error:
-        raise UserError(f"policy.attention={attention} cannot run here: {_first_line(error)}; sdpa runs everywhere") from error
+        raise UserError(
+            f"policy.attention={attention} cannot run here: {_first_line(error)}; sdpa runs everywhere"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={str(path)!r} cannot be loaded: {_first_line(error)}") from error
     return model
@@ -131,9 +148,13 @@ def model_folder(path: str | Path) -> Path:
         return Path(mini.path())
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.path={str(path)!r} is not a folder; a local Hugging Face model folder or 'mini' is needed")
+        raise UserError(
+            f"model.path={str(path)!r} is not a folder; a local Hugging Face model folder or 'mini' is needed"
+        )
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={str(path)!r} has no config.json; a local Hugging Face model folder or 'mini' is needed")
+        raise UserError(
+            f"model.path={str(path)!r} has no config.json; a local Hugging Face model folder or 'mini' is needed"
+        )
     return folder
 
 
@@ -144,7 +165,11 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
     if other:
         return f"it has layers of type {', '.join(other)}"
     window = getattr(text, "sliding_window", None)
-    if window is not None and getattr(text, "use_sliding_window", True) and not getattr(text, "layer_types", None):
+    if (
+        window is not None
+        and getattr(text, "use_sliding_window", True)
+        and not getattr(text, "layer_types", None)
+    ):
         return f"it attends through a sliding window (sliding_window={window})"
     for key in ("attn_logit_softcapping", "attn_logit_softcap"):
         if getattr(text, key, None) is not None:

@@ -82,7 +82,11 @@ def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | 
 
 def model_inputs(batch: PackedBatch) -> dict[str, Any]:
     """Keyword arguments for a transformers model: loaded with attention="tree" for a forest, with another for a padded batch."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
     if batch.plan is not None:
         inputs["plan"] = batch.plan
     return inputs

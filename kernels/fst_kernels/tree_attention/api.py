@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
+from fst_kernels.backends import choose_backend
+from fst_kernels.checks import FLOATS
+from fst_kernels.backends import choose_backend
 from fst_kernels.tree_attention import reference
 from fst_kernels.tree_attention.mask import TreeMask
-
-BACKENDS = ("reference",)  # built so far
-NAMES = ("reference", "triton", "cuda", "host")
 
 
 def tree_attention(
@@ -29,18 +28,15 @@ def tree_attention(
     q [B,Hq,N,D], k and v [B,Hkv,N,D] of one float type, Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv));
     subtree_end int32 [N] (the same for every row) or [B,N], or the TreeMask of one, which saves the analysis where many layers share a
     forest. scale: default D ** -0.5. Returns out [B,Hq,N,D], with `return_lse` also lse [B,Hq,N] float32 (natural log of the sum of the
-    exponentials of the scaled scores; not differentiable). Differentiable once in q, k and v. The result of a token depends on the
-    tokens it sees and on the tree's shape alone, bitwise.
+    exponentials of the scaled scores; not differentiable). Differentiable once in q, k and v. For one and the same forest shape the result
+    of a token depends on the tokens it sees alone, bitwise.
 
     Raises ValueError for shapes, types or devices that do not fit and for a mask that is no forest; RuntimeError for a backend that is
     asked for by name and is not built.
     """
+    choose_backend("tree_attention", backend)
     mask = subtree_end if isinstance(subtree_end, TreeMask) else TreeMask.from_subtree_end(subtree_end)
     mask = _check(q, k, v, mask)
-    if backend is not None and backend not in NAMES:
-        raise ValueError(f"backend={backend!r} is not known; allowed are None and {', '.join(map(repr, NAMES))}")
-    if backend is not None and backend not in BACKENDS:
-        raise RuntimeError(f"backend={backend!r} of tree_attention is not built; built: {', '.join(BACKENDS)}")
     out, lse = reference.tree_attention(q, k, v, mask, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     return (out, lse) if return_lse else out
 
@@ -49,17 +45,29 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask) -> TreeMask:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; [B, heads, N, D] is needed")
-        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or x.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}, q {q.dtype}; one of float32, bfloat16, float16, float64, the same for all")
+        if x.dtype not in FLOATS or x.dtype != q.dtype:
+            raise ValueError(
+                f"{name} has dtype {x.dtype}, q {q.dtype}; one of float32, bfloat16, float16, float64, the same for all"
+            )
         if x.device != mask.subtree_end.device:
-            raise ValueError(f"{name} is on {x.device}, subtree_end on {mask.subtree_end.device}; one device for all is needed")
+            raise ValueError(
+                f"{name} is on {x.device}, subtree_end on {mask.subtree_end.device}; one device for all is needed"
+            )
     batch, heads, n, dim = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[2], k.shape[3]) != (batch, n, dim):
-        raise ValueError(f"q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; they may differ in heads of q only")
+        raise ValueError(
+            f"q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; they may differ in heads of q only"
+        )
     if not k.shape[1] or heads % k.shape[1]:
-        raise ValueError(f"q has {heads} heads and k has {k.shape[1]}; the heads of q must be a multiple of those of k")
+        raise ValueError(
+            f"q has {heads} heads and k has {k.shape[1]}; the heads of q must be a multiple of those of k"
+        )
     if mask.subtree_end.shape[1] != n:
-        raise ValueError(f"subtree_end has {mask.subtree_end.shape[1]} tokens and q has {n}; they must be equal")
+        raise ValueError(
+            f"subtree_end has {mask.subtree_end.shape[1]} tokens and q has {n}; they must be equal"
+        )
     if len(mask.subtree_end) not in (1, batch):
-        raise ValueError(f"subtree_end has {len(mask.subtree_end)} rows and q has a batch of {batch}; 1 or {batch} rows are allowed")
+        raise ValueError(
+            f"subtree_end has {len(mask.subtree_end)} rows and q has a batch of {batch}; 1 or {batch} rows are allowed"
+        )
     return mask if len(mask.subtree_end) == batch else mask.expand(batch)

@@ -27,7 +27,9 @@ class TreeMask:
     end: NDArray[np.int64]  # [S]
     last: NDArray[np.int64]  # [S], exclusive end of the segment's descendants
     level: NDArray[np.int64]  # [S], 0 for a root
-    prepared: dict[Any, Any] = field(default_factory=dict, repr=False)  # what a backend derives from the mask, by the backend's key
+    prepared: dict[Any, Any] = field(
+        default_factory=dict, repr=False
+    )  # what a backend derives from the mask, by the backend's key
 
     @classmethod
     def from_subtree_end(cls, subtree_end: Tensor) -> TreeMask:
@@ -37,7 +39,9 @@ class TreeMask:
         (ranges that overlap without one holding the other).
         """
         if not isinstance(subtree_end, Tensor):
-            raise ValueError(f"subtree_end is a {type(subtree_end).__name__}; an int32 tensor or a TreeMask is needed")
+            raise ValueError(
+                f"subtree_end is a {type(subtree_end).__name__}; an int32 tensor or a TreeMask is needed"
+            )
         if subtree_end.dtype != torch.int32:
             raise ValueError(f"subtree_end has dtype {subtree_end.dtype}; torch.int32 is needed")
         if subtree_end.ndim not in (1, 2):
@@ -46,7 +50,9 @@ class TreeMask:
         rows = rows[None] if rows.ndim == 1 else rows
         segments = [_segments(row, b) for b, row in enumerate(rows.cpu().numpy().astype(np.int64))]
         shifts = np.repeat(np.arange(len(segments)) * rows.shape[1], [len(s[0]) for s in segments])
-        start, end, last, level = (np.concatenate([s[c] for s in segments] or [np.empty(0, np.int64)]) for c in range(4))
+        start, end, last, level = (
+            np.concatenate([s[c] for s in segments] or [np.empty(0, np.int64)]) for c in range(4)
+        )
         return cls(rows, start + shifts, end + shifts, last + shifts, level)
 
     def expand(self, batch: int) -> TreeMask:
@@ -66,7 +72,9 @@ def _segments(subtree_end: NDArray[np.int64], row: int) -> tuple[NDArray[np.int6
     wrong = np.flatnonzero((subtree_end <= np.arange(n)) | (subtree_end > n))
     if len(wrong):
         i = int(wrong[0])
-        raise ValueError(f"subtree_end[{i}] of row {row} is {subtree_end[i]}; it must lie in {i + 1}..{n} (i < subtree_end[i] <= N)")
+        raise ValueError(
+            f"subtree_end[{i}] of row {row} is {subtree_end[i]}; it must lie in {i + 1}..{n} (i < subtree_end[i] <= N)"
+        )
     start = np.flatnonzero(np.diff(subtree_end, prepend=-1))
     end = np.append(start[1:], n) if n else start
     last = subtree_end[start]

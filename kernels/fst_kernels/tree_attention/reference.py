@@ -107,18 +107,25 @@ def _blocks(mask: TreeMask) -> Iterator[Block]:
             yield Block(queries, keys, False, key_bias)
 
 
-def _group(items: NDArray[np.int64], keys: NDArray[np.int64], queries: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def _group(
+    items: NDArray[np.int64], keys: NDArray[np.int64], queries: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
     """Which segments to compute together: sorted by size and cut so that padded pairs + launches are fewest."""
     items = items[np.lexsort((queries[items], keys[items]))]
     if not len(items):
         return
     sizes = np.stack([keys[items], queries[items]], axis=1)
-    first = np.flatnonzero(np.any(np.diff(sizes, axis=0, prepend=-1) != 0, axis=1))  # first of each distinct size
+    first = np.flatnonzero(
+        np.any(np.diff(sizes, axis=0, prepend=-1) != 0, axis=1)
+    )  # first of each distinct size
     bounds = np.append(first, len(items))
     for begin in range(0, len(first), DP_ITEMS):
         chunk = bounds[begin : begin + DP_ITEMS + 1]
         k, q = sizes[chunk[:-1], 0], sizes[chunk[:-1], 1]
-        best, cut = [0.0], [0]  # cheapest way to cover the first j distinct sizes, and where its last group begins
+        best, cut = (
+            [0.0],
+            [0],
+        )  # cheapest way to cover the first j distinct sizes, and where its last group begins
         for j in range(1, len(chunk)):
             widest = np.maximum.accumulate(q[:j][::-1])[::-1]  # of sizes i..j-1, for each i
             cost = np.array(best) + LAUNCH_PAIRS + (chunk[j] - chunk[:j]) * widest * float(k[j - 1])
@@ -148,10 +155,21 @@ def _rows(start: NDArray[np.int64], length: NDArray[np.int64], device: torch.dev
 class Kernel(Protocol):
     """One batch of blocks: q [b,Hq,nq,D], k and v [b,Hkv,nk,D], bias [b,1,1,nk] or None."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        bias: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -161,13 +179,24 @@ class Flash:
     forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         bias = None if bias is None else bias.to(q.dtype)
         out, lse = self.forward_op(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        bias: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         bias = None if bias is None else bias.to(q.dtype)
         dq, dk, dv = self.backward_op(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
@@ -177,7 +206,9 @@ class Flash:
 class Matmul:
     """Any device, any float type: scores of at most QUERY_SLICE queries at a time, in float32 (float64 for float64)."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=_accumulator(q.dtype))
         for part, score in self._scores(q, k, causal, bias, scale):
             total = score.logsumexp(-1)
@@ -187,29 +218,50 @@ class Matmul:
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        bias: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kind, grouped = lse.dtype, (k.shape[1], q.shape[1] // k.shape[1])
+        kind, kv_heads = lse.dtype, k.shape[1]
         dq, dk, dv = (torch.zeros_like(x, dtype=kind) for x in (q, k, v))
         for part, score in self._scores(q, k, causal, bias, scale):
-            queries, go, o = (x[:, :, part].unflatten(1, grouped).to(kind) for x in (q, dout, out))  # [b,Hkv,G,n,D]
-            weight = (score - lse[:, :, part].unflatten(1, grouped)[..., None]).exp()
+            queries, go, o = (
+                _grouped(x[:, :, part], kv_heads).to(kind) for x in (q, dout, out)
+            )  # [b,Hkv,G,n,D]
+            weight = (score - _grouped(lse[:, :, part, None], kv_heads)).exp()
             dv += (weight.mT @ go).sum(2)
             dscore = weight * (go @ v[:, :, None].to(kind).mT - (go * o).sum(-1, keepdim=True)) * scale
             dq[:, :, part] = (dscore @ k[:, :, None].to(kind)).flatten(1, 2)
             dk += (dscore.mT @ queries).sum(2)
         return dq, dk, dv
 
-    def _scores(self, q: Tensor, k: Tensor, causal: bool, bias: Tensor | None, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    def _scores(
+        self, q: Tensor, k: Tensor, causal: bool, bias: Tensor | None, scale: float
+    ) -> Iterator[tuple[slice, Tensor]]:
         kind, nq = _accumulator(q.dtype), q.shape[2]
         keys = k[:, :, None].to(kind).mT  # [b,Hkv,1,D,nk]
         for begin in range(0, nq, QUERY_SLICE):
             part = slice(begin, min(begin + QUERY_SLICE, nq))
-            score = (q[:, :, part].unflatten(1, (k.shape[1], -1)).to(kind) @ keys) * scale  # [b,Hkv,G,n,nk]
+            score = (_grouped(q[:, :, part], k.shape[1]).to(kind) @ keys) * scale  # [b,Hkv,G,n,nk]
             if causal:
-                later = torch.arange(k.shape[2], device=q.device) > torch.arange(part.start, part.stop, device=q.device)[:, None]
+                later = (
+                    torch.arange(k.shape[2], device=q.device)
+                    > torch.arange(part.start, part.stop, device=q.device)[:, None]
+                )
                 score = score.masked_fill(later, -torch.inf)
             yield part, score if bias is None else score + bias[:, :, None].to(kind)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[b,Hq,n,D] -> [b,Hkv,G,n,D]"""
+    return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -234,7 +286,11 @@ def flash_shares_heads() -> bool:
 
 
 def kernel_for(q: Tensor) -> Kernel:
-    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16, torch.float16) and flash_shares_heads():
+    if (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and flash_shares_heads()
+    ):
         return Flash()
     return Matmul()
 
@@ -246,20 +302,24 @@ def _token_major(x: Tensor) -> Tensor:
 
 class TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, kernel: Kernel
+    ) -> tuple[Tensor, Tensor]:
         batch, heads, n, dim = q.shape
         q_, k_, v_ = _token_major(q), _token_major(k), _token_major(v)  # [T,H,D]
         kind = _accumulator(q.dtype)
         out, lse = q_.new_empty(q_.shape, dtype=kind), q_.new_empty(q_.shape[:2], dtype=kind)
         for block in blocks(mask):
             rows = block.queries
-            o, l = kernel.forward(rows.take(q_), block.keys.take(k_), block.keys.take(v_), block.own, block.key_bias, scale)
-            o, l = rows.flat(o).to(kind), rows.flat(l)
+            part_out, part_lse = kernel.forward(
+                rows.take(q_), block.keys.take(k_), block.keys.take(v_), block.own, block.key_bias, scale
+            )
+            part_out, part_lse = rows.flat(part_out).to(kind), rows.flat(part_lse)
             if block.own:
-                rows.put(out, o)
-                rows.put(lse, l)
+                rows.put(out, part_out)
+                rows.put(lse, part_lse)
             else:
-                _merge(rows, out, lse, o, l)
+                _merge(rows, out, lse, part_out, part_lse)
         out = out.to(q.dtype)
         ctx.save_for_backward(q_, k_, v_, out, lse)
         ctx.mask, ctx.scale, ctx.kernel, ctx.shape = mask, scale, kernel, (batch, n)
@@ -280,7 +340,15 @@ class TreeAttention(torch.autograd.Function):
                 # take() returned a gathered copy, token-major underneath
                 go.transpose(1, 2).view(-1, *dout.shape[1:]).index_fill_(0, queries.padding, 0)
             gq, gk, gv = ctx.kernel.backward(
-                go, queries.take(q), keys.take(k), keys.take(v), queries.take(out), queries.take(lse), block.own, block.key_bias, ctx.scale
+                go,
+                queries.take(q),
+                keys.take(k),
+                keys.take(v),
+                queries.take(out),
+                queries.take(lse),
+                block.own,
+                block.key_bias,
+                ctx.scale,
             )
             write: Callable[[Rows, Tensor, Tensor], None] = Rows.put if block.own else Rows.add
             for rows, total, share in ((queries, dq, gq), (keys, dk, gk), (keys, dv, gv)):
@@ -290,16 +358,18 @@ class TreeAttention(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _merge(rows: Rows, out: Tensor, lse: Tensor, o: Tensor, l: Tensor) -> None:
+def _merge(rows: Rows, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     if rows.tokens is None:
         out_before, lse_before = out[rows.range], lse[rows.range]
     else:
         out_before, lse_before = out.index_select(0, rows.tokens), lse.index_select(0, rows.tokens)
-    rows.put(out, torch.lerp(out_before, o, torch.sigmoid(l - lse_before)[..., None]))
-    rows.put(lse, torch.logaddexp(lse_before, l))
+    rows.put(out, torch.lerp(out_before, part_out, torch.sigmoid(part_lse - lse_before)[..., None]))
+    rows.put(lse, torch.logaddexp(lse_before, part_lse))
 
 
-def tree_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, kernel: Kernel | None = None) -> tuple[Tensor, Tensor]:
+def tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, kernel: Kernel | None = None
+) -> tuple[Tensor, Tensor]:
     """Arguments already checked. Returns out [B,Hq,N,D] and lse [B,Hq,N] float32."""
-    out, lse = TreeAttention.apply(q, k, v, mask, scale, kernel or kernel_for(q))
+    out, lse = TreeAttention.apply(q, k, v, mask, scale, kernel or kernel_for(q))  # type: ignore[no-untyped-call]
     return out, lse

@@ -1,0 +1,251 @@
+"""Forest and padded batches of the same leaves, through real model architectures: the same loss, the same gradient of every parameter."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fst_fast.errors import UserError
+from fst_fast.forest import Leaf, Share, pack
+from fst_fast.policy.attention import NAME, TreePlan, cannot_pack, load_model, model_folder
+from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
+
+VOCAB = 23
+CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+
+
+def tiny_config(architecture: str, **more: Any) -> Any:
+    heads = {} if architecture == "qwen2" else {"head_dim": 8}
+    return CONFIGS[architecture](
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        initializer_range=0.2,  # so that attention is far from uniform
+        **heads,
+        **more,
+    )
+
+
+@cache
+def models(architecture: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same weights twice: tree attention, and transformers' own."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation="sdpa")
+    tree = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=NAME)
+    tree.load_state_dict(plain.state_dict())
+    return tree, plain
+
+
+def gradients(
+    model: PreTrainedModel, batch: PackedBatch, weights: torch.Tensor
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """A policy-gradient-like loss: every label has a weight of its own, so that a label at a wrong row cannot cancel."""
+    model.zero_grad()
+    rows = model(**model_inputs(batch)).logits.flatten(0, 1)[batch.rows]
+    loss = (torch.nn.functional.cross_entropy(rows, batch.labels, reduction="none") * weights).sum() / len(
+        weights
+    )
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def random_leaves(seed: int) -> list[Leaf]:
+    """Contexts that share a beginning, problems under each, samples of different lengths; some prompts without a response."""
+    rng = np.random.default_rng(seed)
+    header = rng.integers(1, VOCAB, rng.integers(0, 4))
+    contexts = [
+        np.concatenate([header, rng.integers(1, VOCAB, rng.integers(1, 9))])
+        for _ in range(rng.integers(1, 4))
+    ]
+    problems = [rng.integers(1, VOCAB, rng.integers(1, 6)) for _ in range(rng.integers(1, 4))]
+    leaves = [
+        Leaf(
+            np.concatenate([c, p]), rng.integers(1, 3, rng.integers(0, 7))
+        )  # two ids only: responses often agree
+        for c in contexts
+        for p in problems
+        for _ in range(rng.integers(1, 4))
+    ]
+    return [*leaves, Leaf(contexts[0], rng.integers(1, VOCAB, 3))]
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.sampled_from(["prompts", "all"]))
+def test_forest_and_padded_batches_have_the_same_loss_and_gradient(
+    architecture: str, seed: int, share: Share
+) -> None:
+    leaves = random_leaves(seed)
+    tree, plain = models(architecture)
+    forest, padded = (
+        forest_batch(leaves, share=share, device="cpu"),
+        padded_batch(leaves, pad_id=0, device="cpu"),
+    )
+    for field in ("labels", "leaf", "offset"):
+        assert torch.equal(getattr(forest, field), getattr(padded, field))
+    weights = torch.randn(len(forest.labels), generator=torch.Generator().manual_seed(seed))
+    loss, grads = gradients(tree, forest, weights)
+    expected, expected_grads = gradients(plain, padded, weights)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        assert name.endswith("k_proj.bias") or grad.abs().max() > 1e-5, (
+            name
+        )  # a bias of all keys moves no softmax
+        torch.testing.assert_close(
+            grad, expected_grads[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_forest_tokens_are_fewer_and_both_counts_are_reported() -> None:
+    leaves = [Leaf(np.arange(1, 11), np.array([n, n])) for n in range(1, 5)]
+    forest, padded = (
+        forest_batch(leaves, share="prompts", device="cpu"),
+        padded_batch(leaves, pad_id=0, device="cpu"),
+    )
+    assert (forest.tokens, forest.unshared) == (10 + 4 * 2, 4 * 12)
+    assert (padded.tokens, padded.unshared) == (48, 48)
+    assert forest.input_ids.shape == forest.position_ids.shape == (1, 18)
+    assert padded.input_ids.shape == padded.position_ids.shape == (4, 12)
+
+
+def test_padding_ids_change_nothing() -> None:
+    leaves = random_leaves(4)
+    _, plain = models("qwen3")
+    with torch.no_grad():
+        one, other = (
+            plain(**model_inputs(batch)).logits.flatten(0, 1)[batch.rows]
+            for batch in (padded_batch(leaves, pad_id=pad, device="cpu") for pad in (0, 7))
+        )
+    assert torch.equal(one, other)
+
+
+def test_a_leaf_seen_in_a_forest_is_the_leaf_seen_alone() -> None:
+    leaves = random_leaves(11)
+    tree, plain = models("llama")
+    forest = pack(leaves)
+    with torch.no_grad():
+        logits = tree(**model_inputs(forest_batch(leaves, share="prompts", device="cpu"))).logits[0]
+        for i, leaf in enumerate(leaves):
+            ids = torch.from_numpy(np.concatenate([leaf.prompt_ids, leaf.response_ids]))
+            torch.testing.assert_close(
+                logits[forest.path(i)], plain(input_ids=ids[None]).logits[0], rtol=0, atol=1e-5
+            )
+
+
+def test_gradient_checkpointing_passes_the_plan_on() -> None:
+    leaves = random_leaves(2)
+    torch.manual_seed(0)
+    tree = AutoModelForCausalLM.from_config(tiny_config("qwen3"), attn_implementation=NAME)
+    batch = forest_batch(leaves, share="prompts", device="cpu")
+    weights = torch.ones(len(batch.labels))
+    tree.train()
+    _, expected = gradients(tree, batch, weights)
+    tree.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, grads = gradients(tree, batch, weights)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+def test_a_model_loaded_for_trees_refuses_to_run_without_a_plan() -> None:
+    tree, _ = models("qwen3")
+    with pytest.raises(UserError, match="without a plan"):
+        tree(input_ids=torch.ones(1, 3, dtype=torch.int64))
+
+
+def test_a_mask_beside_the_plan_is_refused() -> None:
+    tree, _ = models("qwen3")
+    plan = TreePlan(torch.full((3,), 3, dtype=torch.int32))
+    with pytest.raises(UserError, match=r"attention_mask.*policy.packing=padded"):
+        tree(input_ids=torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.ones(1, 1, 3, 3), plan=plan)
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+def test_load_model_gives_the_saved_weights_in_the_type_asked_for(tmp_path: Path, attention: Any) -> None:
+    _, plain = models("qwen3")
+    plain.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "bfloat16", attention=attention)
+    assert loaded.dtype == torch.bfloat16
+    batch = forest_batch if attention == "tree" else None
+    inputs = model_inputs(
+        batch(random_leaves(0), share="prompts", device="cpu")
+        if batch
+        else padded_batch(random_leaves(0), pad_id=0, device="cpu")
+    )
+    assert bool(torch.isfinite(loaded(**inputs).logits).all())
+    again = load_model(str(tmp_path), torch.float32, attention=attention)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(sliding_window=4096), r"sliding window \(sliding_window=4096\)"),
+        (Gemma2Config(), "layers of type sliding_attention"),
+        (Gemma2Config(layer_types=["full_attention"] * 26), "attn_logit_softcapping=50.0"),
+        (MambaConfig(), "linear_attention|recurrent state|swapped"),
+        (AutoConfig.for_model("deepseek_v3"), "v_head_dim=128"),
+        (AutoConfig.for_model("bloom"), "cannot be swapped"),
+        (LlamaConfig(attention_dropout=0.1), "attention_dropout=0.1"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_architectures_that_cannot_be_packed_are_named_with_the_reason(
+    tmp_path: Path, config: Any, reason: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"{config.model_type} cannot be packed.*({reason}).*policy.packing=padded"
+    ):
+        load_model(tmp_path, "float32", attention="tree")
+
+
+def test_plain_architectures_can_be_packed() -> None:
+    assert [cannot_pack(tiny_config(name)) for name in CONFIGS] == [None] * 3
+    assert cannot_pack(MistralConfig(sliding_window=None)) is None
+
+
+def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.path='.*nowhere' is not a folder"):
+        load_model(tmp_path / "nowhere", "float32", attention="tree")
+    with pytest.raises(UserError, match=r"has no config.json; .*'mini'"):
+        load_model(tmp_path, "float32", attention="tree")
+    (tmp_path / "config.json").write_text("{ not json")
+    with pytest.raises(UserError, match=r"config.json cannot be used"):
+        load_model(tmp_path, "float32", attention="tree")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
+    with pytest.raises(UserError, match=r"config.json cannot be used"):
+        load_model(tmp_path, "float32", attention="tree")
+    (tmp_path / "config.json").write_text(tiny_config("qwen3").to_json_string())
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        load_model(tmp_path, "float32", attention="tree")
+
+
+def test_a_folder_may_be_given_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert model_folder("~/m") == tmp_path / "m"
