@@ -236,12 +236,13 @@ def test_the_reflector_reads_the_feedback_but_does_not_know_what_helps() -> None
         added = [s for s in added if s != "solve the problem ."]
         return {
             f: sum(family[s] == f for s in added) / len(added)
-            for f in ("box", "trace", "useless", *world.HARMFUL)
+            for f in ("box", "trace", "check", "useless", *world.HARMFUL)
         }
 
     box, arm = shares(FEEDBACK[0]), shares(FEEDBACK[1])
     assert box["box"] > 1.5 * arm["box"]
     assert arm["trace"] > 1.5 * box["trace"]
+    assert 0.0 < box["check"] < 0.1  # now and then a sentence that has nothing to do with the feedback
     for seen in (box, arm):
         assert seen["useless"] > 0.1
         assert sum(seen[f] for f in world.HARMFUL) > 0.1

@@ -92,6 +92,8 @@ def test_problems_depend_on_seed_split_and_index_only() -> None:
     assert texts(0, "train") == texts(0, "train")
     assert not set(texts(0, "train")) & set(texts(1, "train"))
     assert not set(texts(0, "train")) & set(texts(0, "validation"))
+    few, many = (StarGraph("mini", 5, 4, 40, 20, n).problems("train")[5] for n in (1, 20))
+    assert few == many  # the other split's size plays no part
     split = StarGraph("mini", 5, 4, 40, 20, 20).problems("train")
     assert split[7] == list(split)[7] == split[-13] == split[5:9][2]
     with pytest.raises(IndexError):
