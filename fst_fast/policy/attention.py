@@ -52,9 +52,7 @@ class TreePlan:
         return cls(torch.from_numpy(forest.subtree_end).to(device))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = tree_attention(q, k, v, self.mask, scale=scale)
-        assert isinstance(out, Tensor)
-        return out.transpose(1, 2)
+        return tree_attention(q, k, v, self.mask, scale=scale).transpose(1, 2)
 
 
 def _attention(

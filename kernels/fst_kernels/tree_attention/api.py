@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 from torch import Tensor
 
 from fst_kernels.backends import choose_backend
 from fst_kernels.checks import FLOATS
-from fst_kernels.backends import choose_backend
 from fst_kernels.tree_attention import reference
 from fst_kernels.tree_attention.mask import TreeMask
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor | TreeMask,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor | TreeMask,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def tree_attention(
