@@ -182,16 +182,20 @@ def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
 def disk_errors(what_failed: str) -> Iterator[None]:
     """What the system refuses (full disk, permission, a folder that went away) becomes one sentence for the user.
 
-    torch and safetensors report a full disk as errors of their own; they are known by what they say."""
+    safetensors and torch report a full disk as errors of their own. torch's says only that the position in its archive
+    (inline_container.cc) is not the expected one.
+    """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{what_failed}: {reason}") from error
+        raise UserError(f"{what_failed}: {error.strerror or error}") from error
     except Exception as error:
-        if "No space left" not in str(error) and "PytorchStreamWriter failed" not in str(error):
+        if not any(
+            sign in str(error) for sign in ("No space left", "PytorchStreamWriter", "inline_container.cc")
+        ):
             raise
-        raise UserError(f"{what_failed}: {' '.join(str(error).split())[:200]}") from error
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{what_failed}, probably because the disk is full: {text}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

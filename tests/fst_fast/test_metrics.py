@@ -16,7 +16,7 @@ import pytest
 
 from fst_fast.config import TrackConfig
 from fst_fast.errors import UserError
-from fst_fast.run import checkpoint, folder
+from fst_fast.run import checkpoint
 from fst_fast.run.metrics import FILES, MetricsWriter, numbers_of
 
 ROOT = Path(__file__).parents[2]
@@ -248,15 +248,3 @@ def test_without_a_tracker_torch_is_not_imported() -> None:
         text=True,
     )
     assert done.stdout == "False\n", done.stderr
-
-
-def test_writing_json_and_metrics_shares_one_sentence_for_the_disk() -> None:
-    with (
-        pytest.raises(UserError, match=r"x cannot be written: .*PytorchStreamWriter failed"),
-        folder.disk_errors("x cannot be written"),
-    ):
-        raise RuntimeError(
-            "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0: file write failed"
-        )
-    with pytest.raises(RuntimeError, match="something else"), folder.disk_errors("x cannot be written"):
-        raise RuntimeError("something else")

@@ -166,3 +166,21 @@ def test_json_is_replaced_as_a_whole_and_is_strict(tmp_path: Path, monkeypatch: 
         write_json(path, {"reward": 0.6})
     assert json.loads(path.read_text()) == {"reward": 0.5, "name": "größer"}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",  # safetensors
+        "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",  # torch.save
+    ],
+)
+def test_a_full_disk_is_recognised_in_the_errors_of_torch_and_safetensors(text: str) -> None:
+    said = "x cannot be written, probably because the disk is full: "
+    with pytest.raises(UserError, match=said), disk_errors("x cannot be written"):
+        raise RuntimeError(text)
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="something else"), disk_errors("x cannot be written"):
+        raise RuntimeError("something else")
