@@ -32,7 +32,11 @@ class ForestDecoder:
     ) -> None:
         weight = model.get_output_embeddings().weight
         self.model, self.responses, self.prefill_tokens = model, responses, prefill_tokens
-        self.device, self.dtype, self.layers = weight.device, weight.dtype, model.config.num_hidden_layers
+        self.device, self.dtype, self.layers = (
+            weight.device,
+            weight.dtype,
+            model.config.get_text_config().num_hidden_layers,
+        )
         self.max_batch = max_batch
         self.prompt_length = np.array([len(p) for p in prompts], dtype=np.int64)
         self.tree = prompt_tree(prompts, max_node_tokens=prefill_tokens)

@@ -124,14 +124,16 @@ class RolloutEngine:
     def _check(self, requests: Sequence[Request], max_response_tokens: int) -> None:
         if max_response_tokens < 1:
             raise UserError(f"max_response_tokens={max_response_tokens}; at least 1 is needed")
-        positions = self.model.config.max_position_embeddings
+        positions = getattr(
+            self.model.config.get_text_config(), "max_position_embeddings", None
+        )  # None: no limit of its own
         for request in requests:
             length = len(request.prompt_ids)
             if not length:
                 raise UserError(
                     f"{request}: the prompt is empty; at least one token is needed to sample from"
                 )
-            if length + max_response_tokens > positions:
+            if positions is not None and length + max_response_tokens > positions:
                 raise UserError(
                     f"{request}: {length} prompt tokens + {max_response_tokens} response tokens are more than the model's "
                     f"{positions} positions; the prompt may have at most {positions - max_response_tokens}"
