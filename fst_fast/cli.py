@@ -209,7 +209,7 @@ def _eval(args: argparse.Namespace) -> None:
 
     result = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples)
     with Console(total_steps=0, enabled=_is_first()) as console:
-        console.final_table(result["channels"], result["k"])
+        console.final_table(result["channels"])
 
 
 def _probe(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,15 @@ from torch import nn
 
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.export import newest
 from fst_fast.forest import Leaf
 from fst_fast.policy import ranks
+from fst_fast.policy.engine import load
 from fst_fast.policy.scoring import kl_to_reference
 from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.rollout.wave import Sampler
+from fst_fast.state import State
+from fst_fast.tasks.registry import load_task
 
 CELLS = ("neither", "context", "weights", "both")
 
@@ -152,3 +157,25 @@ def kl(
         )
     summed, tokens = ranks.total([summed, count])
     return summed / max(tokens, 1.0)
+
+
+def evaluate_run(run_dir: Path, *, problems: int | None = None, samples: int | None = None) -> dict[str, Any]:
+    """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says."""
+    config, found = newest(run_dir)
+    if samples is not None:
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
+    state = State.load(found / "state.json")
+    ranks.init()
+    with Sampler.open(config) as sampler:
+        base = load(config)
+        policy = base if config.method == "gepa" else load(config, found / "model")
+        validation = load_task(config.task, config.task_args).problems("validation")
+        return evaluate(
+            config,
+            sampler,
+            Models(sampler.engine(policy), sampler.engine(base), policy, base),
+            list(validation[: problems or config.eval.final_problems]),
+            seed_context=Context.of(config.fast.seed_context),
+            population=state.population,
+            policy_version=0 if config.method == "gepa" else state.step,
+        )

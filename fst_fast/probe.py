@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from fst_fast.config import Config
 from fst_fast.contracts import Context
 from fst_fast.errors import UserError
-from fst_fast.policy import ranks
-from fst_fast.policy.attention import load_model
-from fst_fast.rollout.engine import RolloutEngine
-from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
+from fst_fast.policy.engine import load
 from fst_fast.rollout.wave import Sampler
 from fst_fast.tasks.registry import load_task
-from fst_fast.tasks.verify import VerifierPool
 
 
 def probe(config: Config, *, context: str | None, problems: int, samples: int, split: str) -> Iterator[str]:
@@ -26,32 +22,9 @@ def probe(config: Config, *, context: str | None, problems: int, samples: int, s
     chosen = list(load_task(config.task, config.task_args).problems(split)[:problems])
     if not chosen:
         raise UserError(f"--split {split} of task {config.task} has no problems")
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    model = load_model(
-        config.model.path,
-        config.model.dtype,
-        attention=config.policy.attention,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    model = model.to(ranks.device()).eval()
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    engine = RolloutEngine(
-        model,
-        eos_ids=end_ids(tokenizer, model),
-        pad_id=pad_id,
-        max_batch=config.rollout.max_batch,
-        packing=config.policy.packing,
-    )
-    prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
-    with VerifierPool(
-        config.task,
-        config.task_args,
-        workers=config.verify.workers,
-        timeout_s=config.verify.timeout_s,
-        memory_mib=config.verify.memory_mib,
-    ) as pool:
-        sampled = Sampler(config, tokenizer, prompts, pool, pad_id).local(
-            engine,
+    with Sampler.open(config) as sampler:
+        sampled = sampler.local(
+            sampler.engine(load(config)),
             [(phi, problem, sample) for problem in chosen for sample in range(samples)],
             stream=(config.seed, "probe"),
             policy_version=0,
@@ -60,7 +33,7 @@ def probe(config: Config, *, context: str | None, problems: int, samples: int, s
     answers = iter(sampled)
     for problem in chosen:
         yield f"problem {problem.id}"
-        yield _block("prompt", tokenizer.decode(prompts.ids(phi, problem)))
+        yield _block("prompt", sampler.tokenizer.decode(sampler.prompts.ids(phi, problem)))
         for _ in range(samples):
             answer = next(answers)
             reward = "not judged" if answer.verdict.reward is None else f"reward {answer.verdict.reward:g}"

@@ -24,17 +24,17 @@ from torch import nn
 from fst_fast import __version__
 from fst_fast.config import Config
 from fst_fast.config_load import config_hash, dump
+from fst_fast.contexts.population import FastState
 from fst_fast.contexts.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.contexts.reflectors import make_reflector
 from fst_fast.contracts import Context, Problem, Sampled
 from fst_fast.errors import UserError
 from fst_fast.evaluate import Models
-from fst_fast.fast.phase import FastState
 from fst_fast.policy import engine as policy_engine
 from fst_fast.policy import ranks
 from fst_fast.policy.engine import NonFiniteError, Policy
 from fst_fast.rollout.engine import Request, RolloutEngine
-from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer, render_prompt
+from fst_fast.rollout.prompt import render_prompt
 from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.run import checkpoint
 from fst_fast.run.console import Console
@@ -42,7 +42,6 @@ from fst_fast.run.folder import RunFolder, open_run, write_json
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.state import State
 from fst_fast.tasks.registry import check_gold, load_task
-from fst_fast.tasks.verify import VerifierPool
 
 
 @dataclass
@@ -77,17 +76,10 @@ class Session:
         ranks.init()
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(config.task, config.task_args)
-        pool = VerifierPool(
-            config.task,
-            config.task_args,
-            workers=config.verify.workers,
-            timeout_s=config.verify.timeout_s,
-            memory_mib=config.verify.memory_mib,
-        )
+        sampler = Sampler.open(config)
         try:
-            check_gold(task, pool)
-            tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-            reference = policy_engine.load(config).requires_grad_(False)
+            check_gold(task, sampler.pool)
+            reference = policy_engine.load(config)
             folder = _on_rank_zero(
                 lambda: open_run(
                     run_dir, resume=resume, config_yaml=dump(config), config_hash=config_hash(config)
@@ -95,16 +87,7 @@ class Session:
             )
             policy = None if config.method == "gepa" else Policy(config)
             module = reference if policy is None else policy.rollout_model
-            prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
-            pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-            how = {
-                "eos_ids": end_ids(tokenizer, reference),
-                "pad_id": pad_id,
-                "max_batch": config.rollout.max_batch,
-            }
-            base = RolloutEngine(reference, packing=config.policy.packing, **how)
-            trained = RolloutEngine(module, packing=config.policy.packing, **how)
-            models = Models(trained, base, module, reference)
+            models = Models(sampler.engine(module), sampler.engine(reference), module, reference)
             seed_context = Context.of(config.fast.seed_context)
             session = cls(
                 config=config,
@@ -112,19 +95,19 @@ class Session:
                 train=task.problems("train"),
                 validation=list(task.problems("validation")),
                 seed_context=seed_context,
-                sampler=Sampler(config, tokenizer, prompts, pool, pad_id),
+                sampler=sampler,
                 models=models,
                 policy=policy,
                 reference=reference,
-                reflect=_reflector(config, base, prompts, console.note),
-                count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+                reflect=_reflector(config, models.base, sampler.tokenizer, console.note),
+                count_tokens=lambda text: len(sampler.tokenizer(text, add_special_tokens=False)["input_ids"]),
                 state=State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
                 console=console,
                 folder=folder,
             )
             session._begin(resume)
         except BaseException:
-            pool.close()
+            sampler.close()
             console.close()
             raise
         return session
@@ -155,7 +138,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.sampler.pool.close()
+        self.sampler.close()
         self.console.close()
         if self.metrics:
             self.metrics.close()
@@ -172,6 +155,8 @@ class Session:
 
         def write() -> None:
             self.state.save(tmp / "state.json")
+            # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
+            self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
             checkpoint.commit(self.run_dir, tmp, self.state.step, self.config.checkpoint.keep_last)
 
         _on_rank_zero_everywhere(write)
@@ -324,9 +309,7 @@ def _on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
     return ranks.from_rank_zero(_on_rank_zero(action))
 
 
-def _reflector(
-    config: Config, base: RolloutEngine, prompts: PromptCache, log: Callable[[str], None]
-) -> Reflector:
+def _reflector(config: Config, base: RolloutEngine, tokenizer: Any, log: Callable[[str], None]) -> Reflector:
     """The configured reflector; rank 0 asks it and the others hear its replies."""
 
     def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
@@ -336,7 +319,7 @@ def _reflector(
                 context_id="",
                 sample=i,
                 prompt_ids=render_prompt(
-                    prompts.tokenizer, Context.of(""), Problem("", [{"role": "user", "content": text}], None)
+                    tokenizer, Context.of(""), Problem("", [{"role": "user", "content": text}], None)
                 ),
                 seed=seed,
             )
@@ -347,7 +330,7 @@ def _reflector(
         )
         return [
             Reply(
-                prompts.tokenizer.decode(r.response_ids, skip_special_tokens=True),
+                tokenizer.decode(r.response_ids, skip_special_tokens=True),
                 r.finish,
                 prompt_tokens=len(q.prompt_ids),
                 completion_tokens=len(r.response_ids),
@@ -357,8 +340,8 @@ def _reflector(
 
     asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
 
-    def reflect(shown: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
-        return ranks.from_rank_zero(ask(asked, shown, seeds, log) if ranks.rank() == 0 else None)
+    def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
+        return ranks.from_rank_zero(ask(asked, prompts, seeds, log) if ranks.rank() == 0 else None)
 
     return reflect
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from fst_fast.contexts.population import FastState
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
 from fst_fast.errors import UserError
-from fst_fast.fast.phase import FastState
 
 FORMAT = 1
 

@@ -33,16 +33,16 @@ def dtype_of(config: Config) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
 
 
-def load(config: Config) -> nn.Module:
-    """The model of `model.path` as a plain module on this process's device, in evaluation mode, its head able to run jobs."""
+def load(config: Config, path: str | Path | None = None) -> nn.Module:
+    """A plain frozen module on this process's device, in evaluation mode, its head able to run jobs. path: None for `model.path`."""
     model = load_model(
-        config.model.path,
+        config.model.path if path is None else path,
         dtype_of(config),
         attention=config.policy.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
     head.install(model)
-    return model.to(ranks.device()).eval()  # type: ignore[no-any-return]
+    return model.to(ranks.device()).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -192,10 +192,6 @@ class Policy:
         found, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
         if found is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The whole weights on the CPU (rank 0 uses them); gathered through the replica under ZeRO-3."""
-        return {name: value.detach().cpu() for name, value in self.rollout_model.state_dict().items()}
 
 
 def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:

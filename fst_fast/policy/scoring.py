@@ -84,7 +84,8 @@ def kl_to_reference(
         )  # fmt: skip
         with head.running(model, job):
             model(**model_inputs(micro.batch))
-        assert job.out is not None and job.out.kl is not None
+        assert job.out is not None
+        assert job.out.kl is not None
         total += float(job.out.kl[micro.at.row_of].sum(dtype=torch.float64))
         count += len(micro.at.labels)
     return total, count

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Sampled
 from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
-from fst_fast.rollout.prompt import PromptCache
+from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
 from fst_fast.tasks.verify import VerifierPool
 
 Triple = tuple[Context, Problem, int]
@@ -39,6 +41,41 @@ class Sampler:
     pool: VerifierPool
     pad_id: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @classmethod
+    def open(cls, config: Config) -> Sampler:
+        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use."""
+        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        pool = VerifierPool(
+            config.task,
+            config.task_args,
+            workers=config.verify.workers,
+            timeout_s=config.verify.timeout_s,
+            memory_mib=config.verify.memory_mib,
+        )
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(config, tokenizer, prompts, pool, pad_id)
+
+    def close(self) -> None:
+        """End the verifying children. May be called twice."""
+        self.pool.close()
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def engine(self, model: nn.Module) -> RolloutEngine:
+        """An engine that samples from `model` as configured."""
+        return RolloutEngine(
+            model,
+            eos_ids=end_ids(self.tokenizer, model),
+            pad_id=self.pad_id,
+            max_batch=self.config.rollout.max_batch,
+            packing=self.config.policy.packing,
+        )
 
     def local(
         self,

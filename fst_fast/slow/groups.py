@@ -37,7 +37,8 @@ def advantages(rewards: Sequence[float], eps: float) -> NDArray[np.float32] | No
     r = np.asarray(rewards, dtype=np.float64)
     if len(r) < 2 or np.all(r == r[0]):
         return None
-    return ((r - r.mean()) / (r.std() + eps)).astype(np.float32)
+    centred: NDArray[np.float32] = ((r - r.mean()) / (r.std() + eps)).astype(np.float32)
+    return centred
 
 
 @dataclass(frozen=True)
