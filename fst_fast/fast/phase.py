@@ -262,11 +262,9 @@ def _choose_parents(
     if width <= 0:
         return []
     failing = np.array([bool(round.failures[c.id]) for c in archive])
-    if not failing.any():
-        return []
     weights = np.where(failing, pareto.parent_weights(round.matrix([c.id for c in archive])), 0.0)
-    if weights.sum() == 0:  # the winners are perfect: the others may still learn
-        weights = failing.astype(np.float64)
+    if weights.sum() == 0:  # whoever could be a parent is perfect: nothing to learn from
+        return []
     drawn = rng.choice(len(archive), size=width, p=weights / weights.sum())
     return [archive[row] for row in sorted(int(d) for d in drawn)]
 

@@ -242,6 +242,18 @@ def test_the_papers_budget_pays_for_part_of_its_anchor_set():
     assert affordable(config, members=8, anchor=192) == Size(80, 1)
 
 
+def test_a_problem_that_stands_twice_in_the_anchor_set_counts_once():
+    world = World(half)
+    run(
+        start(),
+        world,
+        numbered(),
+        FastConfig(children=1, samples=2, rollout_budget=16),
+        anchor=problems(4) * 3,
+    )
+    assert [len(call) for call in world.calls] == [8, 8], "4 problems, 2 samples: nothing had to shrink"
+
+
 def test_the_last_wave_shrinks_to_what_is_left():
     # 8 problems x 1 sample: the seed 8, then waves of 4 children (32): 8 + 32 = 40, and of the second only 2 fit into 57
     reflect, world = numbered(), World(half)
@@ -361,6 +373,63 @@ def test_a_perfect_population_asks_for_no_reflection():
     result = run(start(), World(lambda text, problem: 1.0), reflect, FastConfig(population=2))
     assert reflect.batches == []
     assert result.record["best_mean"] == 1.0
+
+
+def test_once_a_child_is_perfect_nobody_reflects_on_the_contexts_it_dominates():
+    reflect = Scribe(lambda prompt, seed: "perfect")
+    run(
+        start(),
+        World(lambda text, problem: float(text == "perfect")),
+        reflect,
+        FastConfig(first_generations=3),
+    )
+    assert len(reflect.batches) == 1
+
+
+def test_parents_are_drawn_by_problems_won():
+    # a wins 6 of 8 problems, b the other 2; both fail somewhere
+    solves = {"a": range(6), "b": (6, 7)}
+    world = World(lambda text, problem: float(problem.answer in solves.get(text, ())))
+    both = iter("ab")
+    config = FastConfig(population=2, children=2, samples=1, first_generations=1, generations=1, admit_z=0)
+    state = run(start(), world, Scribe(lambda prompt, seed: next(both)), config).state
+    assert [c.text for c in state.members()] == ["a", "b"]
+    reflect = numbered()
+    wide = FastConfig(population=2, children=100, samples=1, generations=1, rollout_budget=10**4)
+    run(state, World(world.probability, version=1), reflect, wide, cycle=1)
+    parents = [prompt.context for prompt in reflect.batches[0][0]]
+    assert 65 <= parents.count("a") <= 85
+    assert parents == sorted(parents, key=["a", "b"].index), "siblings stand together"
+
+
+def test_each_wave_draws_anew():
+    reflect = numbered()
+    run(start(), World(half), reflect, FastConfig(children=2, first_generations=2, admit_z=9))
+    assert reflect.batches[0][1] != reflect.batches[1][1]
+
+
+def test_a_rejected_child_is_neither_a_parent_nor_kept():
+    # the child solves two problems that the seed does not, but is worse on the whole
+    world = World(lambda text, problem: float((problem.answer < 6) == (text == SEED)))
+    reflect = Scribe(lambda prompt, seed: "worse")
+    result = run(
+        start(), world, reflect, FastConfig(population=2, children=1, samples=1, first_generations=3)
+    )
+    assert [c.text for c in result.population] == [SEED, SEED]
+    assert {prompt.context for prompts, _ in reflect.batches for prompt in prompts} == {SEED}
+    assert set(result.state.scores.cells) == {result.state.seed_id}, "only the kept stay in the table"
+    assert len(result.state.contexts) == 2, "but the tree remembers"
+
+
+def test_the_seed_is_kept_while_it_alone_wins_a_problem():
+    solves = {SEED: {0}, "good": {1, 2, 3}, "fair": {1, 2}}
+    texts = iter(["good", "fair"])
+    config = FastConfig(population=2, children=2, samples=1, first_generations=1, admit_z=0)
+    result = run(
+        start(), World(lambda text, problem: float(problem.answer in solves[text])), Scribe(lambda p, s: next(texts)), config,
+        anchor=problems(4),
+    )  # fmt: skip
+    assert [c.text for c in result.population] == ["good", SEED]
 
 
 def test_other_seeds_and_cycles_draw_other_failures():
