@@ -191,8 +191,8 @@ def test_what_dump_writes_load_reads_back(tmp_path_factory, lr, context, args):
 
 
 def test_the_hash_follows_the_values_and_not_their_order(tmp_path):
-    one = load(written(tmp_path, "seed: 3\nslow: {lr: 0.001, steps: 5}"))
-    other = load(written(tmp_path, "slow: {steps: 5, lr: 1e-3}\nseed: 3"))
+    one = load(written(tmp_path, "seed: 3\nslow: {lr: 0.001, steps: 5}\ntask_args: {a: 1, b: 2}"))
+    other = load(written(tmp_path, "slow: {steps: 5, lr: 1e-3}\nseed: 3\ntask_args: {b: 2, a: 1}"))
     assert config_hash(one) == config_hash(other)
     assert config_hash(one) != config_hash(load(None, ["--seed=4"]))
 
