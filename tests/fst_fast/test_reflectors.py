@@ -190,6 +190,12 @@ def test_a_garbage_choice_is_an_error_not_an_exception(choice):
     assert reply.error
 
 
+def test_an_answer_of_another_kind_is_named_in_the_error():
+    with serving(lambda n, _: (200, b'{"choices": 3}', {})) as server:
+        (reply,) = openai_at(server, retries=0)([PROMPT], seeds=[0])
+    assert "not a chat completion" in (reply.error or "")
+
+
 def test_no_choices_and_no_text_are_errors():
     with serving(
         lambda n, body: completion("x", choices=0) if n == 0 else completion(None, finish="tool_calls")
