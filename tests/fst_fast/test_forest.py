@@ -122,6 +122,15 @@ def test_split_covers_every_leaf_once_and_every_part_fits(
 
 
 @few
+@given(some_leaves, shares, st.integers(10, 40))
+def test_no_smaller_largest_part_gives_as_few_parts(leaves: list[Leaf], share: Share, budget: int) -> None:
+    parts = split(leaves, budget, share=share)
+    largest = max(len(pack([leaves[i] for i in part], share=share).token_ids) for part in parts)
+    if largest > max(map(len, leaves)):
+        assert len(split(leaves, largest - 1, share=share)) > len(parts)
+
+
+@few
 @given(some_leaves, shares)
 def test_parts_spell_the_same_leaves_and_labels_as_the_whole(leaves: list[Leaf], share: Share) -> None:
     def described(forest: Forest, names: list[int]) -> set[tuple[object, ...]]:
