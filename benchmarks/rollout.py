@@ -171,6 +171,7 @@ def main() -> None:
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
+            "load_average_1min": os.getloadavg()[0],
         },
         "versions": {
             "python": platform.python_version(),

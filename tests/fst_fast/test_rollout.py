@@ -29,6 +29,7 @@ from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.kv_tree import partial_attention, plain_partial_attention
 from fst_fast.rollout.prompt_tree import prompt_tree
 from fst_fast.rollout.scheduler import Slots
+from fst_kernels import sample_tokens
 
 VOCABULARY, POSITIONS = 61, 256
 EOS = (5, 9, 20, 33)  # enough of them that responses end at different lengths
@@ -154,17 +155,24 @@ def test_greedy_rollouts_are_those_of_transformers_generate(kind):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_logprobs_are_those_of_a_plain_forward_over_prompt_and_response(kind):
+def test_tokens_and_logprobs_are_those_of_a_plain_forward_over_prompt_and_response(kind):
     plain = make_model(kind, "sdpa")
     requests = requests_of()
     for r, rollout in zip(requests, sample(forest(make_model(kind)), requests, temperature=0.7), strict=True):
         whole = torch.as_tensor(np.concatenate([r.prompt_ids, rollout.response_ids]))[None]
         with torch.inference_mode():
-            logits = plain(input_ids=whole).logits[0, len(r.prompt_ids) - 1 : -1] / 0.7
-        expected = torch.log_softmax(logits, -1).gather(1, torch.as_tensor(rollout.response_ids)[:, None])[
-            :, 0
-        ]
+            logits = plain(input_ids=whole).logits[0, len(r.prompt_ids) - 1 : -1]
+        expected = torch.log_softmax(logits / 0.7, -1).gather(
+            1, torch.as_tensor(rollout.response_ids)[:, None]
+        )[:, 0]
         np.testing.assert_allclose(rollout.logprobs, expected.numpy(), atol=1e-5)
+        offsets = torch.arange(len(rollout.response_ids))
+        drawn = sample_tokens(
+            logits, temperature=0.7, seeds=torch.full_like(offsets, r.seed), positions=offsets
+        )
+        assert drawn.ids.tolist() == rollout.response_ids.tolist(), (
+            "a token depends on its seed, its offset and its logits"
+        )
         assert rollout.logprobs.dtype == np.float32
         assert rollout.response_ids.dtype == np.int64
 
