@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -42,6 +44,12 @@ class Grader:
             os.kill(os.getpid(), 9)
         if response == "leave":
             sys.exit(0)
+        if response.startswith("start "):
+            import subprocess
+            sleeper = subprocess.Popen(["sleep", "600"])
+            with open(response[6:], "w") as file:
+                file.write(str(sleeper.pid))
+            sleeper.wait()
         if response == "raise":
             raise KeyError("the key")
         if response == "print":
@@ -110,6 +118,23 @@ def test_an_endless_verification_is_cut_and_costs_no_other_item_its_verdict(spec
         assert [v.reward for v in verdicts] == [1.0, None, 1.0, 0.0]
         assert verdicts[1].feedback == "verification timed out after 2 s"
         assert (pool.timeouts, pool.failures) == (1, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open")
+def test_what_a_grader_started_is_killed_with_it(spec: str, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
+        assert ask(pool, f"start {note}")[0].reward is None
+    try:
+        sleeper = os.pidfd_open(int(note.read_text()))
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([sleeper], [], [], 20)[0], "the process that the grader started outlives it"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(sleeper, signal.SIGKILL)
+        os.close(sleeper)
 
 
 def test_the_limit_works_from_any_thread_and_against_c_code_that_holds_the_lock(spec: str) -> None:
@@ -229,8 +254,6 @@ signal.pause()
     child = os.pidfd_open(int(parent.stdout.readline()))
     parent.kill()
     parent.wait()
-    import select
-
     assert select.select([child], [], [], 20)[0], "the verifying child outlives its parent"
     os.close(child)
 
