@@ -6,7 +6,6 @@ Objects that cross processes are small (rollouts, verdicts, texts); tensors of t
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -38,28 +37,20 @@ def init() -> None:
     """Start torch.distributed (nccl with GPUs, gloo without); a lone process becomes a world of one."""
     if dist.is_initialized():
         return
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        lone = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(lone)
     where = device()
+    backend = "nccl" if where.type == "cuda" else "gloo"
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    if "RANK" not in os.environ:  # no launcher: no port is opened, and no child process inherits a rank
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     import deepspeed  # imported late: it is slow to load and probes the machine
     import deepspeed.ops
 
     # On a CPU DeepSpeed would compile a shared-memory all-reduce the first time: a compiler is needed, and a build killed half-way leaves a
     # lock for which every later run waits without end. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if where.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def all_gather(value: T) -> list[T]:
