@@ -278,6 +278,9 @@ def prepare_environment() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def usable_cores() -> int:
