@@ -51,8 +51,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         own, overrides = split_overrides(argv)
         args = _parser().parse_args(own)
-        if overrides and "overrides" not in args:
-            raise UserError(f"argument {overrides[0]} is not understood; see fst {args.command} --help")
         args.overrides = overrides
         command: Callable[[argparse.Namespace], None] = args.run
         command(args)
@@ -126,7 +124,6 @@ def _parser() -> argparse.ArgumentParser:
         help="print the resolved configuration and its batch numbers, do nothing",
     )
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    train.set_defaults(overrides=[])
 
     evaluate = command("eval", _eval, "measure the four cells of a run's last checkpoint")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
@@ -145,7 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
     probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
     probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
-    probe.set_defaults(overrides=[])
 
     report = command(
         "report",
