@@ -38,7 +38,7 @@ from fst_fast.rollout.prompt import render_prompt
 from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.run import checkpoint
 from fst_fast.run.console import Console
-from fst_fast.run.folder import RunFolder, open_run, write_json
+from fst_fast.run.folder import RunFolder, disk_errors, open_run, write_json
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.state import State
 from fst_fast.tasks.registry import check_gold, load_task
@@ -149,14 +149,16 @@ class Session:
         """Write the whole run as it is now; on disk it is there whole or not at all."""
         self.begin("checkpoint")
         tmp = Path(_on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step))))
-        if self.policy is not None:
-            self.policy.save(tmp)
+        with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
+            if self.policy is not None:
+                self.policy.save(tmp)
         ranks.barrier()
 
         def write() -> None:
-            self.state.save(tmp / "state.json")
-            # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
-            self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
+            with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
+                self.state.save(tmp / "state.json")
+                # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
+                self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
             checkpoint.commit(self.run_dir, tmp, self.state.step, self.config.checkpoint.keep_last)
 
         _on_rank_zero_everywhere(write)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from fst_fast.errors import UserError
 
@@ -42,7 +43,7 @@ def init() -> None:
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if "RANK" not in os.environ:  # no launcher: no port is opened, and no child process inherits a rank
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     import deepspeed  # imported late: it is slow to load and probes the machine
     import deepspeed.ops

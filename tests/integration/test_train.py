@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-REPO = Path(__file__).parents[2]
+from tests.integration.launch import REPO, one_thread, records
+
 SMALL = [
     "--slow.steps=5", "--slow.problems_per_step=4", "--slow.group_size=4", "--slow.lr=1e-3", "--slow.warmup_steps=0",
     "--fast.population=2", "--fast.cycle_steps=2", "--fast.anchor_size=4", "--fast.children=2", "--fast.samples=1",
@@ -33,15 +32,6 @@ def run(run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
-
-
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-
-def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
