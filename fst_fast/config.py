@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -198,7 +200,9 @@ class Config(Section):
     def _arithmetic(self) -> Config:
         g, k = self.slow.group_size, self.fast.population
         if self.method != "rl" and g % k:
-            raise ValueError(f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}")
+            raise ValueError(
+                f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
+            )
         tree = self.policy.attention == "tree"
         if tree != (self.policy.packing == "forest"):
             raise ValueError(

@@ -90,7 +90,9 @@ class Sampled:
 class Task(Protocol):
     """A source of problems and their verifier. `verify` must be a pure function of its arguments: it runs in child processes."""
 
-    def problems(self, split: str) -> Sequence[Problem]: ...  # split: "train" or "validation"; a task may offer more
+    def problems(
+        self, split: str
+    ) -> Sequence[Problem]: ...  # split: "train" or "validation"; a task may offer more
 
     def verify(self, problem: Problem, response: str) -> Verdict: ...
 
