@@ -1,0 +1,116 @@
+"""The four cells: what is counted, who meets which context, and which cells are one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fst_fast import evaluate as module
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.evaluate import Models, cell, evaluate, wave
+
+SEED, A, B = Context.of("seed"), Context.of("a"), Context.of("b")
+PROBLEMS = [Problem(str(i), [{"role": "user", "content": "?"}], None) for i in range(4)]
+
+
+def sampled(problem: str, reward: float | None, context: str = "c") -> Sampled:
+    return Sampled(
+        Rollout(problem, context, 0, np.array([1]), np.zeros(1, np.float32), "stop", 0, 1.0),
+        Verdict(reward),
+        "",
+    )
+
+
+def test_a_cell_is_the_mean_over_problems_with_its_standard_error_and_pass_at_k() -> None:
+    got = cell(
+        [
+            sampled("p", 1),
+            sampled("p", 0),
+            sampled("q", 0),
+            sampled("q", 0),
+            sampled("r", 1),
+            sampled("r", 1),
+        ],
+        2,
+    )
+    assert got["mean"] == pytest.approx(0.5)
+    assert got["stderr"] == pytest.approx(np.std([0.5, 0, 1], ddof=1) / np.sqrt(3))
+    assert got["pass_at_k"] == pytest.approx(2 / 3)
+    assert got["n"] == 3
+
+
+def test_an_unjudged_sample_does_not_count_as_a_failure() -> None:
+    assert cell([sampled("p", 1), sampled("p", None)], 2)["mean"] == 1
+    assert cell([sampled("p", None)], 2)["n"] == 0
+
+
+def test_evolved_contexts_take_turns_evenly_over_problems_and_samples() -> None:
+    plan = wave(PROBLEMS, [A, B], 3)
+    assert len(plan) == 12
+    assert sum(c is A for c, _, _ in plan) == 6
+    assert {(p.id, k) for _, p, k in plan} == {(p.id, k) for p in PROBLEMS for k in range(3)}
+    assert {c.text for c, p, _ in plan if p.id == "0"} == {"a", "b"}
+
+
+class RecordingSampler:
+    """Answers reward 1 for the trained model, 0 for the base, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, frozenset[str]]] = []
+
+    def spread(self, engine: str, plan: Sequence[Any], **how: Any) -> list[Sampled]:
+        assert how["paired"]
+        self.asked.append((engine, frozenset(c.text for c, _, _ in plan)))
+        return [sampled(p.id, float(engine == "policy"), c.id) for c, p, _ in plan]
+
+
+@pytest.mark.parametrize(
+    ("method", "version", "population", "asked"),
+    [
+        ("fst", 5, [A, B], [("base", "seed"), ("base", "a b"), ("policy", "seed"), ("policy", "a b")]),
+        ("rl", 5, [SEED], [("base", "seed"), ("policy", "seed")]),
+        ("gepa", 0, [A], [("base", "seed"), ("base", "a")]),
+        ("fst", 0, [SEED], [("base", "seed")]),
+    ],
+)
+def test_cells_that_are_one_by_construction_are_sampled_once(
+    method: str,
+    version: int,
+    population: list[Context],
+    asked: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "kl", lambda *_: 0.25)
+    sampler: Any = RecordingSampler()
+    models: Any = Models("policy", "base", None, None)  # type: ignore[arg-type]
+    config = Config.model_validate({"method": method})
+    got = evaluate(
+        config, sampler, models, PROBLEMS, seed_context=SEED, population=population, policy_version=version
+    )
+    assert sampler.asked == [(engine, frozenset(texts.split())) for engine, texts in asked]
+    assert list(got["channels"]) == ["neither", "context", "weights", "both"]
+    trained = method != "gepa" and version > 0
+    assert got["channels"]["both"]["mean"] == float(trained)
+    assert got["kl_seed"] == (0.25 if trained else 0.0)
+
+
+def test_a_cell_that_is_known_is_not_sampled_again() -> None:
+    sampler: Any = RecordingSampler()
+    models: Any = Models("policy", "base", None, None)  # type: ignore[arg-type]
+    known = {"neither": cell([sampled("p", 1)], 1)}
+    got = evaluate(
+        Config(),
+        sampler,
+        models,
+        PROBLEMS,
+        seed_context=SEED,
+        population=[SEED],
+        policy_version=0,
+        known=known,
+    )
+    assert sampler.asked == []
+    assert got["channels"]["both"] == known["neither"]

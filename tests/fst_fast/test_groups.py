@@ -1,0 +1,85 @@
+"""Advantage groups: one group per problem across contexts, population statistics, and the weights that make one denominator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.slow.groups import advantages, make_groups, plan_group, token_weights
+
+PROBLEM = Problem("p", [{"role": "user", "content": "?"}], None)
+
+
+def sampled(problem: str, reward: float | None, context: str = "c", tokens: int = 3) -> Sampled:
+    rollout = Rollout(problem, context, 0, np.arange(tokens), np.zeros(tokens, np.float32), "stop", 0, 1.0)
+    return Sampled(rollout, Verdict(reward), "")
+
+
+def test_a_group_is_spread_evenly_over_the_contexts() -> None:
+    a, b = Context.of("a"), Context.of("b")
+    plan = plan_group(PROBLEM, [a, b], 6)
+    assert [(c.text, k) for c, _, k in plan] == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
+
+
+def test_a_context_that_stands_twice_gets_new_samples_and_not_the_same_ones_again() -> None:
+    a = Context.of("a")
+    assert [k for _, _, k in plan_group(PROBLEM, [a, a], 4)] == [0, 1, 2, 3]
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=2, max_size=8))
+def test_advantages_are_the_rewards_in_units_of_the_population_deviation(rewards: list[float]) -> None:
+    got = advantages(rewards, 0.0)
+    if len(set(rewards)) == 1:
+        assert got is None
+        return
+    assert got is not None
+    expected = (np.array(rewards) - np.mean(rewards)) / np.std(rewards)  # numpy's std is the population's
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert got.dtype == np.float32
+
+
+def test_rollouts_of_one_problem_are_one_group_across_contexts() -> None:
+    groups = make_groups([sampled("p", 1.0, "c1"), sampled("q", 0.0, "c1"), sampled("p", 0.0, "c2")], 1e-6)
+    assert [(g.problem_id, len(g.sampled)) for g in groups] == [("p", 2), ("q", 1)]
+    assert groups[0].advantages is not None
+    np.testing.assert_allclose(groups[0].advantages, [1, -1], rtol=1e-5)
+    assert groups[1].advantages is None
+
+
+def test_an_unjudged_rollout_is_no_sample_and_not_a_zero() -> None:
+    [group] = make_groups([sampled("p", 1.0), sampled("p", None), sampled("p", 1.0)], 1e-6)
+    assert len(group.sampled) == 2
+    assert group.advantages is None  # with a 0 in the place of None there would be variance
+    [empty] = make_groups([sampled("p", None)], 1e-6)
+    assert empty.sampled == []
+    assert empty.advantages is None
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("problem", [0.5 / 4, 0.5 / 4, 0.5 / 6, 0.5 / 6]),  # 1 + 3 and 2 + 4 tokens, two problems
+        ("token", [1 / 10] * 4),
+        ("sequence", [1 / 4, 1 / 12, 1 / 8, 1 / 16]),
+    ],
+)
+def test_token_weights_over_their_sum_are_the_mean_that_is_named(
+    aggregation: str, expected: list[float]
+) -> None:
+    groups = make_groups(
+        [
+            sampled("p", 1, tokens=1),
+            sampled("p", 0, tokens=3),
+            sampled("q", 1, tokens=2),
+            sampled("q", 0, tokens=4),
+        ],
+        1e-6,
+    )
+    weights, denominator = token_weights(groups, aggregation)
+    flat = [w / denominator for group in weights for w in group]
+    np.testing.assert_allclose(flat, expected)
+    lengths = [1, 3, 2, 4]
+    assert sum(w * n for w, n in zip(flat, lengths, strict=True)) == pytest.approx(1)

@@ -1,0 +1,77 @@
+"""The state of a run survives JSON exactly, and the data stream follows from seed and step alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fst_fast.contexts.population import FastState
+from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.errors import UserError
+from fst_fast.state import Counters, State, anchor_set, lookahead, minibatch
+
+PROBLEMS = [Problem(str(i), [{"role": "user", "content": "?"}], None) for i in range(10)]
+
+
+def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
+    logprobs = np.log(np.random.default_rng(0).random(5)).astype(np.float32)
+    rollout = Rollout("3", "c", 1, np.array([5, 2, 7, 7, 1]), logprobs, "stop", 4, 1.0)
+    state = State(
+        fast=FastState.initial("seed"),
+        population=[Context.of("a", parent="x", born=2), Context.of("seed")],
+        step=7,
+        cycle=2,
+        counters=Counters(1, 2, 3, 4, 5),
+        reusable=[Sampled(rollout, Verdict(0.5, "so so", {"m": 1.0}), "text")],
+        base_cells={"8": {"mean": 0.1}},
+    )
+    state.save(tmp_path / "state.json")
+    again = State.load(tmp_path / "state.json")
+    assert (again.step, again.cycle, again.counters, again.population) == (
+        7,
+        2,
+        state.counters,
+        state.population,
+    )
+    assert again.fast.to_json() == state.fast.to_json()
+    assert again.base_cells == state.base_cells
+    [s] = again.reusable
+    assert s.verdict == state.reusable[0].verdict
+    assert s.rollout.logprobs.dtype == np.float32
+    np.testing.assert_array_equal(s.rollout.logprobs, logprobs)
+    np.testing.assert_array_equal(s.rollout.response_ids, rollout.response_ids)
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(UserError, match="format 99; this version reads 1"):
+        State.load(tmp_path / "state.json")
+
+
+def test_an_epoch_shows_every_problem_once_and_the_next_in_another_order() -> None:
+    first = [p.id for step in range(5) for p in minibatch(PROBLEMS, step, 2, seed=0)]
+    second = [p.id for step in range(5, 10) for p in minibatch(PROBLEMS, step, 2, seed=0)]
+    assert sorted(first) == sorted(second) == sorted(p.id for p in PROBLEMS)
+    assert first != second
+    assert first == [p.id for step in range(5) for p in minibatch(PROBLEMS, step, 2, seed=0)]
+    assert first != [p.id for step in range(5) for p in minibatch(PROBLEMS, step, 2, seed=1)]
+
+
+def test_a_batch_larger_than_the_split_is_refused() -> None:
+    with pytest.raises(UserError, match=r"problems_per_step=11 is more than the 10 problems"):
+        minibatch(PROBLEMS, 0, 11, seed=0)
+
+
+def test_the_lookahead_is_the_union_of_the_next_minibatches_and_anchors_come_from_it() -> None:
+    ahead = lookahead(PROBLEMS, 4, 3, 2, seed=0)  # crosses an epoch
+    batches = [p.id for t in range(3) for p in minibatch(PROBLEMS, 4 + t, 2, seed=0)]
+    assert [p.id for p in ahead] == list(dict.fromkeys(batches))
+    anchors = anchor_set(ahead, 3, cycle=1, seed=0)
+    assert len({p.id for p in anchors}) == 3
+    assert {p.id for p in anchors} <= {p.id for p in ahead}
+    assert anchor_set(ahead, 99, cycle=1, seed=0) == ahead
+    draws = {tuple(p.id for p in anchor_set(ahead, 3, cycle=c, seed=0)) for c in range(8)}
+    assert len(draws) > 1
