@@ -7,9 +7,9 @@ scaled-dot-product attention without a mask, its fastest path.
 
     python benchmarks/training_step.py [--threads 2] [--rounds 5] [--context 256] [--write]
 
-The sweep times each candidate once after a warm-up; then the two winners run in turn, and the medians are compared, in seconds
-and in CPU seconds (all threads; the figure to trust where other programs share the machine). The ratio of operations (multiply-adds of the
-layers' matrices, of the head's and of visible attention pairs) is what packing alone can give.
+The sweep times each candidate once after a warm-up; then the two winners run in turn, and the medians are compared, in seconds and in
+CPU seconds (the figure to trust where other programs share the machine, and then with --threads 1: waiting threads spin). The ratio of
+operations (multiply-adds of the layers' matrices, of the head's and of visible attention pairs) is what packing alone can give.
 """
 
 from __future__ import annotations
