@@ -5,8 +5,12 @@ A backend asked for by name either runs or raises; it is never replaced by anoth
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable
 from typing import TypedDict
+
+import torch
 
 NAMES = ("reference", "triton", "cuda", "host")
 
@@ -24,35 +28,82 @@ class BackendReport(TypedDict):
     others: dict[str, str]
 
 
-def choose_backend(op: str, backend: str | None) -> str:
-    """The backend that runs `op`. ValueError: no such name. RuntimeError: `op` has no such backend in this installation."""
+def triton_interpreted() -> bool:
+    """Triton reads TRITON_INTERPRET when a kernel is defined, so it must be set before fst_kernels is used."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "its kernels sum in float32, the tensors are float64"
+    if device.type == "cpu" and triton_interpreted():
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the tensors are on {device.type} (TRITON_INTERPRET=1 in the environment runs it there, slowly)"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
+
+
+# Backend -> why it cannot run on tensors of this device and dtype (None: any); None if it can.
+CANNOT: dict[str, Callable[[torch.device, torch.dtype | None], str | None]] = {
+    "reference": lambda device, dtype: None,
+    "triton": _triton_cannot,
+}
+
+
+def _cannot(op: str, name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if name not in IMPLEMENTED[op]:
+        return f"this installation has no {name} implementation of {op}"
+    return CANNOT[name](device, dtype)
+
+
+def _unfit(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why a backend that can run is not taken unless it is named."""
+    if name == "triton" and device.type != "cuda":
+        return "its interpreter is for tests"
+    if name == "triton" and dtype == torch.float32:
+        return "full float32 products are faster in cuBLAS"
+    return None
+
+
+def choose_backend(
+    op: str, backend: str | None, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """The backend that runs `op` on tensors of this device (None: the CPU) and dtype (None: any).
+
+    ValueError: no such name. RuntimeError: that backend cannot run `op` here.
+    """
+    device = torch.device("cpu") if device is None else device
     wanted, source = (
         (backend, "backend") if backend is not None else (os.environ.get("FST_KERNELS"), "FST_KERNELS")
     )
     if not wanted:
-        return IMPLEMENTED[op][0]
+        return next(
+            name
+            for name in IMPLEMENTED[op]
+            if _cannot(op, name, device, dtype) is None and _unfit(name, device, dtype) is None
+        )
     if wanted not in NAMES:
         raise ValueError(
             f"{source}={wanted!r} is not a backend; allowed: {', '.join(NAMES)}, or unset to choose"
         )
-    if wanted not in IMPLEMENTED[op]:
-        raise RuntimeError(
-            f"{op}: {source}={wanted} cannot run: {_missing(op, wanted)}; {' or '.join(IMPLEMENTED[op])} can"
-        )
+    reason = _cannot(op, wanted, device, dtype)
+    if reason is not None:
+        able = [name for name in IMPLEMENTED[op] if _cannot(op, name, device, dtype) is None]
+        raise RuntimeError(f"{op}: {source}={wanted} cannot run: {reason}; {' or '.join(able)} can")
     return wanted
 
 
-def _missing(op: str, name: str) -> str:
-    return f"this installation has no {name} implementation of {op}"
-
-
 def backends() -> dict[str, BackendReport]:
-    """Operation -> the backend taken on this machine and, for every other one, why it is not."""
+    """Operation -> the backend taken on this machine (bf16 tensors on its GPU, if it has one) and, for every other one, why it is not."""
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16
     report: dict[str, BackendReport] = {}
-    for op, names in IMPLEMENTED.items():
-        taken = choose_backend(op, None)
+    for op in IMPLEMENTED:
+        taken = choose_backend(op, None, device, dtype)
         others = {
-            name: f"{taken} is preferred" if name in names else _missing(op, name)
+            name: _cannot(op, name, device, dtype) or _unfit(name, device, dtype) or f"{taken} is preferred"
             for name in NAMES
             if name != taken
         }
