@@ -16,6 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constra
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
+	@$(PY) -m fst_fast.cli report $(RUN)
 
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)
