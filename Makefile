@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test install lint format types clean
+.PHONY: train test chaos install lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -20,6 +20,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# Every crash and fault, of which `make test` runs a sample.
+chaos: $(STAMP)
+	@$(PY) -m pytest -m "" tests/integration/test_crashes.py $(PYTEST_ARGS)
 
 install: $(STAMP)
 

@@ -38,6 +38,7 @@ from fst_fast.rollout.prompt import render_prompt
 from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.run import checkpoint
 from fst_fast.run.console import Console
+from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, disk_errors, open_run, write_json
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.state import State
@@ -63,6 +64,7 @@ class Session:
     console: Console
     folder: RunFolder | None = None  # [rank 0]
     metrics: MetricsWriter | None = None  # [rank 0]
+    continued: bool = False  # whether it goes on from a checkpoint
     seconds_before: float = 0.0  # of the runs that this one resumes
     opened: float = field(default_factory=time.perf_counter)
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -73,6 +75,7 @@ class Session:
     @classmethod
     def open(cls, config: Config, run_dir: Path, *, resume: bool) -> Session:
         """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
+        arm(ranks.rank())
         ranks.init()
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(config.task, config.task_args)
@@ -99,7 +102,7 @@ class Session:
                 models=models,
                 policy=policy,
                 reference=reference,
-                reflect=_reflector(config, models.base, sampler.tokenizer, console.note),
+                reflect=_reflector(config, models.base, sampler.tokenizer),
                 count_tokens=lambda text: len(sampler.tokenizer(text, add_special_tokens=False)["input_ids"]),
                 state=State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
                 console=console,
@@ -120,6 +123,7 @@ class Session:
             else ""
         )
         if found:
+            self.continued = True
             self.state = State.load(Path(found) / "state.json")
             if self.policy is not None:
                 self.policy.load(Path(found))
@@ -152,13 +156,16 @@ class Session:
         with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
             if self.policy is not None:
                 self.policy.save(tmp)
+        reach("save.engine")
         ranks.barrier()
 
         def write() -> None:
             with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
                 self.state.save(tmp / "state.json")
+                reach("save.state")
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
                 self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
+                reach("save.model")
             checkpoint.commit(self.run_dir, tmp, self.state.step, self.config.checkpoint.keep_last)
 
         _on_rank_zero_everywhere(write)
@@ -179,6 +186,7 @@ class Session:
         }
         if self.metrics and self.folder:
             self.metrics.write("end", step=self.state.step)
+            reach("summary")
             write_json(self.run_dir / "summary.json", summary)
         self.console.final_table(result["channels"])
         return summary
@@ -311,7 +319,7 @@ def _on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
     return ranks.from_rank_zero(_on_rank_zero(action))
 
 
-def _reflector(config: Config, base: RolloutEngine, tokenizer: Any, log: Callable[[str], None]) -> Reflector:
+def _reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Reflector:
     """The configured reflector; rank 0 asks it and the others hear its replies."""
 
     def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
@@ -327,9 +335,9 @@ def _reflector(config: Config, base: RolloutEngine, tokenizer: Any, log: Callabl
             )
             for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
         ]
-        rollouts = base.generate(
-            requests, max_response_tokens=config.fast.reflection_tokens, temperature=1.0, policy_version=0
-        )
+        room = base.model.config.max_position_embeddings - max(len(q.prompt_ids) for q in requests)
+        tokens = max(1, min(config.fast.reflection_tokens, room))
+        rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
         return [
             Reply(
                 tokenizer.decode(r.response_ids, skip_special_tokens=True),
@@ -342,8 +350,12 @@ def _reflector(config: Config, base: RolloutEngine, tokenizer: Any, log: Callabl
 
     asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
 
+    def quiet(_: str) -> None:
+        """The fast phase logs what is wrong with the replies, on every process alike."""
+
     def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
-        return ranks.from_rank_zero(ask(asked, prompts, seeds, log) if ranks.rank() == 0 else None)
+        reach("reflection")
+        return ranks.from_rank_zero(ask(asked, prompts, seeds, quiet) if ranks.rank() == 0 else None)
 
     return reflect
 

@@ -21,6 +21,7 @@ from fst_fast.evaluate import evaluate
 from fst_fast.fast.phase import fast_phase
 from fst_fast.policy import ranks
 from fst_fast.policy.engine import NonFiniteError
+from fst_fast.run.faults import reach
 from fst_fast.session import Session
 from fst_fast.slow.groups import make_groups, plan_group
 from fst_fast.slow.step import optimise, sequences
@@ -30,7 +31,7 @@ from fst_fast.state import anchor_set, lookahead, minibatch
 def train(config: Config, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
     """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process)."""
     with Session.open(config, run_dir, resume=resume) as s:
-        if s.state.step == 0 and config.eval.every and not resume:
+        if s.state.step == 0 and config.eval.every and not s.continued:
             measure(s, final=False)
         while s.state.step < config.slow.steps:
             if config.method != "rl" and s.state.step % config.fast.cycle_steps == 0:
@@ -44,8 +45,8 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> dict[str, A
                 measure(s, final=False)
             if s.due(config.checkpoint.every) and not done:
                 s.checkpoint()
+        s.checkpoint()  # before the last evaluation: to continue a run that has ended is to measure it again, to the same figures
         result = measure(s, final=True)
-        s.checkpoint()
         return s.finish(result)
 
 
@@ -59,6 +60,7 @@ def evolve(s: Session) -> None:
     version = s.policy_version
 
     def score(wave: Sequence[tuple[Context, Problem, int]]) -> list[Sampled]:
+        reach("fast.wave")
         return s.sampler.spread(
             s.models.policy,
             wave,
@@ -79,6 +81,7 @@ def evolve(s: Session) -> None:
         seed=config.seed,
         log=s.console.note,
     )
+    reach("fast.end")
     state.fast, state.population = result.state, list(result.population)
     state.reusable = list(result.sampled) if config.fast.reuse_rollouts and config.method == "fst" else []
     state.counters.rollouts += len(result.sampled)
@@ -134,6 +137,7 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
     """Evaluate the four cells on validation problems and write the result."""
     config, state = s.config, s.state
     started = s.begin("evaluation")
+    reach("evaluation")
     problems = s.validation[: config.eval.final_problems if final else config.eval.problems]
     known = state.base_cells.get(str(len(problems)))
     result = evaluate(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fst_fast.config import Config
 from fst_fast.policy import head, ranks
 from fst_fast.policy.attention import load_model
+from fst_fast.run.faults import reach
 
 GATHER_BUCKET = 64 * 2**20  # elements of partitioned weights gathered at one time
 
@@ -137,6 +138,7 @@ class Policy:
                 loss = self.engine(**inputs).logits
             loss_sum += float(loss.detach())
             self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
+            reach("backward")
         self.engine.eval()
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms)).sum())
@@ -157,6 +159,7 @@ class Policy:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             plain = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
         self.engine.step()
+        reach("optimiser")
         norm = plain if plain is not None else float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise NonFiniteError(f"the gradient norm is {norm}")
@@ -173,6 +176,7 @@ class Policy:
             raise RuntimeError(
                 f"the processes hold different weights after the hand-over; checksums by rank: {sums}"
             )
+        reach("hand_over")
 
     def _gather(self, bucket: list[tuple[str, nn.Parameter]], copies: dict[str, nn.Parameter]) -> None:
         import deepspeed

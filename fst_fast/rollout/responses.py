@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fst_fast.run.faults import reach
 from fst_kernels import sample_tokens
 
 Ints = NDArray[np.int64]
@@ -57,6 +58,7 @@ class Responses:
 
         Returns the ids [S]. Raises FloatingPointError where a live row's logits give no probability (NaN or Inf among them).
         """
+        reach("rollout")
         offset = self.length[sequences]
         where = torch.as_tensor(np.stack([self.seeds[sequences], offset])).to(logits.device)
         how = self.sampling

@@ -20,6 +20,7 @@ from fst_fast.contracts import Context, Problem, Sampled
 from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
+from fst_fast.run.faults import reach
 from fst_fast.tasks.verify import VerifierPool
 
 Triple = tuple[Context, Problem, int]
@@ -109,6 +110,7 @@ class Sampler:
         )
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         sampled_at = time.perf_counter()
+        reach("verification")
         verdicts = self.pool.verify(
             [(problem, text) for (_, problem, _), text in zip(wave, texts, strict=True)]
         )

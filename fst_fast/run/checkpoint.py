@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_fast.errors import UserError
+from fst_fast.run.faults import reach
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 
 FORMAT = 1
@@ -51,6 +52,7 @@ def begin(run_dir: Path, step: int) -> Path:
             )
         temporary = root / f"{_TEMPORARY}step-{step:06d}"
         temporary.mkdir()
+    reach("save.begin")
     return temporary
 
 
@@ -66,6 +68,7 @@ def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
     with disk_errors(f"the checkpoint of step {step} cannot be written to {root}"):
         try:
             _seal(run_dir, tmp, step)
+            reach("save.manifest")
             if final.exists() and find_damage(final) is None:
                 shutil.rmtree(tmp)
             else:
@@ -73,7 +76,9 @@ def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
                     _remove(final)
                 os.rename(tmp, final)
             fsync_folder(root)
+            reach("save.rename")
             write_atomic(root / "latest", f"{final.name}\n".encode())
+            reach("save.latest")
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
@@ -182,6 +187,7 @@ def _remove(folder: Path) -> None:
     doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
     os.rename(folder, doomed)
     fsync_folder(folder.parent)
+    reach("save.cleanup")
     shutil.rmtree(doomed)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from fst_fast.config import TrackConfig
 from fst_fast.errors import UserError
 from fst_fast.run.checkpoint import log_sizes
+from fst_fast.run.faults import reach
 from fst_fast.run.folder import disk_errors
 from fst_fast.run.track import open_trackers
 
@@ -44,6 +45,7 @@ class MetricsWriter:
 
     def write(self, kind: str, /, **fields: Any) -> None:
         """One record of metrics.jsonl. Raises ValueError, naming the key, for a number that is not finite."""
+        reach("metrics")
         self._append(METRICS, {"kind": kind, **fields})
         self._track(kind, fields)
 

@@ -1,0 +1,86 @@
+"""Runs as children of a process that has already loaded torch and DeepSpeed: a run that is killed and continued costs seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.integration.launch import REPO, one_thread
+
+TINY = [
+    "--slow.steps=4", "--slow.problems_per_step=2", "--slow.group_size=4", "--slow.lr=1e-3", "--slow.warmup_steps=0",
+    "--fast.population=2", "--fast.cycle_steps=2", "--fast.anchor_size=2", "--fast.children=2", "--fast.samples=1",
+    "--fast.rollout_budget=16", "--fast.seed_context=first trace back from the goal . put the final path in the box .",
+    "--eval.every=2", "--eval.problems=2", "--eval.final_problems=2", "--eval.samples=1", "--eval.kl_problems=1",
+    "--checkpoint.every=1", "--rollout.max_response_tokens=32",
+]  # fmt: skip
+LAST = ("checkpoints", "step-000004", "model", "model.safetensors")
+
+_forkserver = multiprocessing.get_context("forkserver")
+_forkserver.set_forkserver_preload(["tests.integration.preload"])
+
+
+def train(run_dir: Path, *more: str, fault: str = "") -> tuple[int, str]:
+    """One run of `fst train` in a process of its own: its exit code (-9: killed) and what it printed."""
+    child, printed = start(run_dir, *more, fault=fault)
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode, printed.read_text()
+
+
+def train_two(run_dir: Path, *more: str, fault: str = "", limit_s: float = 120.0) -> tuple[list[int], str]:
+    """The same on two processes. As launchers do, a process is ended where it outlives by `limit_s` one that failed (exit code -15)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        start(run_dir, *more, fault=fault, name=f"{run_dir.name}.{rank}", env={
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        })
+        for rank in (0, 1)
+    ]  # fmt: skip
+    children = [child for child, _ in started]
+    multiprocessing.connection.wait([child.sentinel for child in children])
+    until = time.monotonic() + limit_s if any(child.exitcode for child in children) else None
+    for child in children:
+        child.join(None if until is None else max(until - time.monotonic(), 0.0))
+        if child.is_alive():
+            child.terminate()
+            child.join()
+    return [child.exitcode or 0 for child in children], "".join(p.read_text() for _, p in started)
+
+
+def start(
+    run_dir: Path, *more: str, fault: str = "", name: str = "", env: dict[str, str] | None = None
+) -> tuple[Any, Path]:
+    """A started run, and the file that gets what it prints."""
+    printed = run_dir.with_name(f"{name or run_dir.name}.out")
+    argv = ["train", "--run-dir", str(run_dir), *TINY, *more]
+    child = _forkserver.Process(target=_main, args=(argv, {"FST_FAULT": fault, **(env or {})}, printed))
+    child.start()
+    return child, printed
+
+
+def _main(argv: list[str], env: dict[str, str], printed: Path) -> None:
+    with open(printed, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(REPO)
+    os.environ |= {**one_thread(), **env}
+    from fst_fast.cli import main
+
+    sys.exit(main(argv))
+
+
+def same(run_dir: Path, unbroken: Path) -> None:
+    """The two runs have written the same metrics and the same weights, byte for byte, and both have ended."""
+    assert (run_dir / "summary.json").is_file()
+    assert (run_dir / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+    assert run_dir.joinpath(*LAST).read_bytes() == unbroken.joinpath(*LAST).read_bytes()

@@ -1,0 +1,15 @@
+"""What the server of the crash tests loads before it forks the first run: everything that is slow, with one thread."""
+
+import os
+
+from tests.integration.launch import one_thread
+
+os.environ |= one_thread()
+
+from fst_fast.cli import prepare_environment
+
+prepare_environment()
+
+import deepspeed  # noqa: E402, F401
+
+import fst_fast.trainer  # noqa: E402, F401

@@ -1,0 +1,86 @@
+"""kill -9 anywhere, then --resume: metrics and weights are those of an unbroken run, bit by bit.
+
+A sample of the points is in `make test`, all of them in `make chaos` (marker `chaos`).
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from fst_fast.run import faults
+from tests.integration.crash import same, train, train_two
+
+SAMPLE = ("fast.end", "rollout", "optimiser", "save.model", "save.rename")
+# Where the run is when it is killed: with nothing saved, between two checkpoints, and at its end.
+WHEN = {
+    "fast.wave": 4, "reflection": 2, "fast.end": 2, "rollout": 150, "verification": 9, "backward": 2, "optimiser": 3, "hand_over": 1,
+    "metrics": 6, "evaluation": 2, "save.begin": 2, "save.engine": 1, "save.state": 3, "save.model": 2, "save.manifest": 4,
+    "save.rename": 1, "save.latest": 4, "save.cleanup": 2, "summary": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    code, printed = train(folder)
+    assert code == 0, printed
+    return folder
+
+
+def all_points() -> list[object]:
+    return [
+        pytest.param(point, marks=() if point in SAMPLE else pytest.mark.chaos) for point in faults.POINTS
+    ]
+
+
+@pytest.mark.parametrize("point", all_points())
+def test_a_run_killed_at_this_point_continues_bit_equal(point: str, unbroken: Path, tmp_path: Path) -> None:
+    code, printed = train(tmp_path / "run", fault=f"{point}:{WHEN[point]}")
+    assert code == -signal.SIGKILL, printed
+    code, printed = train(tmp_path / "run", "--resume")
+    assert code == 0, printed
+    same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.chaos
+def test_a_run_that_is_killed_again_and_again_ends_bit_equal(unbroken: Path, tmp_path: Path) -> None:
+    code, _ = train(tmp_path / "run", fault="hand_over:2")
+    for fault in ("save.begin:1", "rollout:20", "save.latest:1", "save.cleanup:1", "summary:1"):
+        assert code == -signal.SIGKILL
+        code, printed = train(tmp_path / "run", "--resume", fault=fault)
+    assert code == -signal.SIGKILL
+    code, printed = train(tmp_path / "run", "--resume")
+    assert code == 0, printed
+    same(tmp_path / "run", unbroken)
+
+
+@pytest.fixture(scope="module")
+def unbroken_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two") / "run"
+    codes, printed = train_two(folder)
+    assert codes == [0, 0], printed
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "save.engine:2",
+        *(
+            pytest.param(fault, marks=pytest.mark.chaos)
+            for fault in (
+                "fast.wave:4", "rollout:60", "verification:9", "backward:2", "optimiser:3", "hand_over:1", "save.manifest:2:0",
+                "save.latest:4:0", "backward:2:1", "reflection:2:0", "evaluation:2:1",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_on_two_processes_continues_bit_equal(fault: str, unbroken_two: Path, tmp_path: Path) -> None:
+    codes, printed = train_two(tmp_path / "run", fault=fault, limit_s=60)
+    assert -signal.SIGKILL in codes, printed
+    codes, printed = train_two(tmp_path / "run", "--resume")
+    assert codes == [0, 0], printed
+    same(tmp_path / "run", unbroken_two)
