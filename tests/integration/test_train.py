@@ -168,3 +168,27 @@ def test_a_padded_run_takes_the_same_first_step_as_a_forest_run(
     for key in ("loss", "grad_norm", "kl", "entropy", "reward"):
         assert padded[key] == pytest.approx(forest[key], rel=1e-4, abs=1e-6), key
     assert forest["tokens_computed"] < padded["tokens_computed"]
+
+
+@pytest.mark.parametrize("reflector", ["self", "user"])
+def test_a_reflector_that_proposes_nothing_usable_or_fails_costs_its_proposals_only(
+    reflector: str, tmp_path: Path
+) -> None:
+    """The mini base cannot write a fenced instruction; the user's function raises."""
+    name = reflector
+    if reflector == "user":
+        (tmp_path / "mine.py").write_text("def reflect(prompt):\n    raise RuntimeError('no idea')\n")
+        name = f"{tmp_path / 'mine.py'}:reflect"
+    run(
+        tmp_path / "run",
+        f"--fast.reflector={name}",
+        "--slow.steps=2",
+        "--eval.every=0",
+        "--fast.reflection_tokens=32",
+    )
+    [cycle] = records(tmp_path / "run", "cycle")
+    assert cycle["proposed"] > 0
+    assert cycle["admitted"] == 0
+    assert sum(cycle["refused"].values()) == cycle["proposed"]
+    assert ("error" in cycle["refused"]) == (reflector == "user")
+    assert len(records(tmp_path / "run", "step")) == 2
