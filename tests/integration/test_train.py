@@ -184,7 +184,7 @@ def test_a_reflector_that_proposes_nothing_usable_or_fails_costs_its_proposals_o
         f"--fast.reflector={name}",
         "--slow.steps=2",
         "--eval.every=0",
-        "--fast.reflection_tokens=32",
+        "--fast.failures_shown=1",
     )
     [cycle] = records(tmp_path / "run", "cycle")
     assert cycle["proposed"] > 0
