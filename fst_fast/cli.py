@@ -193,8 +193,8 @@ def _train(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.trainer import train
 
-    train(config, args.run_dir, resume=args.resume)
-    if _is_first():
+    ended = train(config, args.run_dir, resume=args.resume)
+    if ended is not None and _is_first():
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
 
 

@@ -36,7 +36,7 @@ from fst_fast.policy.engine import NonFiniteError, Policy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import render_prompt
 from fst_fast.rollout.wave import Sampler, Triple
-from fst_fast.run import checkpoint
+from fst_fast.run import checkpoint, stop
 from fst_fast.run.console import Console
 from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, disk_errors, open_run, write_json
@@ -197,6 +197,10 @@ class Session:
     def policy_version(self) -> int:
         """Optimiser steps behind the weights that sample."""
         return 0 if self.policy is None else self.state.step
+
+    def stopping(self) -> bool:
+        """Whether a signal has told any process of the run to stop."""
+        return any(ranks.all_gather(stop.asked()))
 
     def due(self, every: int) -> bool:
         """Whether a thing done every `every` steps is due now. gepa moves a whole cycle at a time and is then due if it passed one."""

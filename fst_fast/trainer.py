@@ -21,6 +21,7 @@ from fst_fast.evaluate import evaluate
 from fst_fast.fast.phase import fast_phase
 from fst_fast.policy import ranks
 from fst_fast.policy.engine import NonFiniteError
+from fst_fast.run import stop
 from fst_fast.run.faults import reach
 from fst_fast.session import Session
 from fst_fast.slow.groups import make_groups, plan_group
@@ -28,12 +29,12 @@ from fst_fast.slow.step import optimise, sequences
 from fst_fast.state import anchor_set, lookahead, minibatch
 
 
-def train(config: Config, run_dir: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process)."""
-    with Session.open(config, run_dir, resume=resume) as s:
+def train(config: Config, run_dir: Path, *, resume: bool = False) -> dict[str, Any] | None:
+    """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None where a signal stopped it."""
+    with stop.listening(speak=ranks.rank() == 0), Session.open(config, run_dir, resume=resume) as s:
         if s.state.step == 0 and config.eval.every and not s.continued:
             measure(s, final=False)
-        while s.state.step < config.slow.steps:
+        while s.state.step < config.slow.steps and not s.stopping():
             if config.method != "rl" and s.state.step % config.fast.cycle_steps == 0:
                 evolve(s)
             if config.method == "gepa":
@@ -46,6 +47,11 @@ def train(config: Config, run_dir: Path, *, resume: bool = False) -> dict[str, A
             if s.due(config.checkpoint.every) and not done:
                 s.checkpoint()
         s.checkpoint()  # before the last evaluation: to continue a run that has ended is to measure it again, to the same figures
+        if s.state.step < config.slow.steps:
+            s.console.note(
+                f"stopped after step {s.state.step} of {config.slow.steps}; continue with: fst train --run-dir {run_dir} --resume"
+            )
+            return None
         result = measure(s, final=True)
         return s.finish(result)
 

@@ -5,13 +5,16 @@ A sample of the points is in `make test`, all of them in `make chaos` (marker `c
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
 from fst_fast.run import faults
-from tests.integration.crash import same, train, train_two
+from tests.integration.crash import same, start, start_two, train, train_two, until
+from tests.integration.launch import records
 
 SAMPLE = ("fast.end", "rollout", "optimiser", "save.model", "save.rename")
 # Where the run is when it is killed: with nothing saved, between two checkpoints, and at its end.
@@ -84,3 +87,51 @@ def test_a_run_on_two_processes_continues_bit_equal(fault: str, unbroken_two: Pa
     codes, printed = train_two(tmp_path / "run", "--resume")
     assert codes == [0, 0], printed
     same(tmp_path / "run", unbroken_two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    number: signal.Signals, unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    child, printed = start(folder, "--checkpoint.every=0")
+    until(child, lambda: "step 1/4" in printed.read_text())
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode == 0, printed.read_text()
+    lines = printed.read_text().splitlines()
+    assert f"fst: {number.name}: this step is finished, then the run saved; once more ends it now" in lines
+    stopped = re.fullmatch(
+        r"stopped after step ([123]) of 4; continue with: fst train --run-dir (.*) --resume", lines[-1]
+    )
+    assert stopped, lines
+    assert stopped[2] == str(folder)
+    assert int(stopped[1]) == records(folder, "step")[-1]["step"]
+    assert not (folder / "summary.json").exists()
+    code, output = train(folder, "--resume", "--checkpoint.every=0")
+    assert code == 0, output
+    same(folder, unbroken, but_for="config_hash")
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    child, printed = start(tmp_path / "run", "--slow.steps=100000", "--eval.every=0")
+    until(child, lambda: "step 1/" in printed.read_text())
+    os.kill(child.pid, signal.SIGTERM)
+    until(child, lambda: "fst: SIGTERM" in printed.read_text())
+    os.kill(child.pid, signal.SIGTERM)
+    child.join()
+    assert child.exitcode == -signal.SIGTERM
+    assert "stopped after" not in printed.read_text()
+
+
+@pytest.mark.chaos
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path: Path) -> None:
+    children = start_two(tmp_path / "run")
+    until(children[0][0], lambda: "step 1/4" in children[0][1].read_text())
+    os.kill(children[1][0].pid, signal.SIGTERM)
+    for child, printed in children:
+        child.join()
+        assert child.exitcode == 0, printed.read_text()
+    assert "stopped after step" in children[0][1].read_text()
+    codes, output = train_two(tmp_path / "run", "--resume")
+    assert codes == [0, 0], output
