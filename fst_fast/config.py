@@ -164,6 +164,11 @@ class CheckpointConfig(Section):
     """Checkpoints kept."""
 
 
+class RunConfig(Section):
+    timeout_s: float = Field(1800.0, gt=0)
+    """Longest wait of one process for another; past it the run stops and says which one is missing."""
+
+
 class TrackConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard events to RUN/tensorboard (extra `track`)."""
@@ -193,6 +198,7 @@ class Config(Section):
     verify: VerifyConfig = VerifyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
+    run: RunConfig = RunConfig()
     on_nonfinite: Literal["stop"] = "stop"
     """NaN or Inf in loss or gradient norm: the run stops before the weights take it."""
 

@@ -41,6 +41,7 @@ from fst_fast.run.console import Console
 from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, disk_errors, open_run, write_json
 from fst_fast.run.metrics import MetricsWriter
+from fst_fast.run.presence import Presence, missing
 from fst_fast.state import State
 from fst_fast.tasks.registry import check_gold, load_task
 
@@ -64,6 +65,7 @@ class Session:
     console: Console
     folder: RunFolder | None = None  # [rank 0]
     metrics: MetricsWriter | None = None  # [rank 0]
+    presence: Presence | None = None  # with several processes
     continued: bool = False  # whether it goes on from a checkpoint
     seconds_before: float = 0.0  # of the runs that this one resumes
     opened: float = field(default_factory=time.perf_counter)
@@ -76,7 +78,7 @@ class Session:
     def open(cls, config: Config, run_dir: Path, *, resume: bool) -> Session:
         """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
         arm(ranks.rank())
-        ranks.init()
+        ranks.init(config.run.timeout_s)
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(config.task, config.task_args)
         sampler = Sampler.open(config)
@@ -88,6 +90,7 @@ class Session:
                     run_dir, resume=resume, config_yaml=dump(config), config_hash=config_hash(config)
                 )
             )
+            presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
             policy = None if config.method == "gepa" else Policy(config)
             module = reference if policy is None else policy.rollout_model
             models = Models(sampler.engine(module), sampler.engine(reference), module, reference)
@@ -107,6 +110,7 @@ class Session:
                 state=State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
                 console=console,
                 folder=folder,
+                presence=presence,
             )
             session._begin(resume)
         except BaseException:
@@ -148,6 +152,14 @@ class Session:
             self.metrics.close()
         if self.folder:
             self.folder.close()
+        if ranks.lost_one(error):
+            who = missing(self.run_dir, rank=ranks.rank(), world=ranks.world_size())
+            raise UserError(
+                f"{who}; this one stops. Start all of them again with --resume; a wait is limited by run.timeout_s "
+                f"({self.config.run.timeout_s:g} s)"
+            ) from error
+        if self.presence:
+            self.presence.close()
 
     def checkpoint(self) -> None:
         """Write the whole run as it is now; on disk it is there whole or not at all."""
@@ -243,6 +255,8 @@ class Session:
 
     def begin(self, phase: str) -> float:
         self.console.phase(phase)
+        if self.presence:
+            self.presence.at(f"step {self.state.step}, {phase}")
         return time.perf_counter()
 
     def end(self, name: str, started: float) -> None:

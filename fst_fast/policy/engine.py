@@ -104,6 +104,7 @@ class Policy:
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             config=settings,
         )
+        ranks.limit_waiting(config.run.timeout_s)
         self.module: nn.Module = self.engine.module
         self._grad_norms: list[Tensor] = []
         for parameter in self.module.parameters():

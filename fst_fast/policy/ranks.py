@@ -5,6 +5,7 @@ Objects that cross processes are small (rollouts, verdicts, texts); tensors of t
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -34,8 +35,10 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init() -> None:
-    """Start torch.distributed (nccl with GPUs, gloo without); a lone process becomes a world of one."""
+def init(timeout_s: float = 1800.0) -> None:
+    """Start torch.distributed (nccl with GPUs, gloo without); a lone process becomes a world of one.
+
+    timeout_s: the longest a process waits for the others in a collective; then it raises what `lost_one` knows."""
     if dist.is_initialized():
         return
     where = device()
@@ -51,7 +54,25 @@ def init() -> None:
     # On a CPU DeepSpeed would compile a shared-memory all-reduce the first time: a compiler is needed, and a build killed half-way leaves a
     # lock for which every later run waits without end. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=backend, verbose=False, timeout=datetime.timedelta(seconds=timeout_s)
+    )
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """The same limit for the groups that DeepSpeed has made since, which take a default of their own."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
+def lost_one(error: BaseException | None) -> bool:
+    """Whether this error means that another process has ended or does not answer."""
+    if not isinstance(error, RuntimeError) or world_size() == 1:
+        return False
+    signs = ("gloo", "NCCL", "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def all_gather(value: T) -> list[T]:

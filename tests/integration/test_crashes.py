@@ -135,3 +135,38 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_pat
     assert "stopped after step" in children[0][1].read_text()
     codes, output = train_two(tmp_path / "run", "--resume")
     assert codes == [0, 0], output
+
+
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.chaos)])
+def test_where_one_process_is_killed_the_other_ends_with_a_line_that_names_it(
+    killed: int, tmp_path: Path
+) -> None:
+    codes, printed = train_two(tmp_path / "run", fault=f"backward:2:{killed}", limit_s=120)
+    expected = [2, 2]
+    expected[killed] = -signal.SIGKILL
+    assert codes == expected, printed
+    lines = re.findall(r"^fst: .*$", printed, re.MULTILINE)
+    own = "" if killed else "process 1: "
+    assert lines == [
+        f"fst: {own}process {killed} has ended (step 1, update); this one stops. Start all of them again with --resume; "
+        "a wait is limited by run.timeout_s (1800 s)"
+    ]
+    assert "Traceback" not in printed
+
+
+@pytest.mark.chaos
+def test_a_process_that_does_not_answer_is_named_after_the_time_limit(tmp_path: Path) -> None:
+    (first, printed), (second, _) = start_two(
+        tmp_path / "run", "--run.timeout_s=20", "--slow.steps=1000", "--eval.every=0"
+    )
+    until(first, lambda: "step 1/" in printed.read_text())
+    os.kill(second.pid, signal.SIGSTOP)
+    first.join()
+    second.kill()
+    second.join()
+    assert first.exitcode == 2, printed.read_text()
+    [line] = re.findall(r"^fst: .*$", printed.read_text(), re.MULTILINE)
+    assert re.match(
+        r"fst: a process does not answer; process 0 is at: step \d+, \w+; process 1 is at: step \d+, \w+; this",
+        line,
+    )
