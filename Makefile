@@ -23,7 +23,7 @@ test: $(STAMP)
 
 # Every crash and fault, of which `make test` runs a sample.
 chaos: $(STAMP)
-	@$(PY) -m pytest -m "" tests/integration/test_crashes.py $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "" tests/integration/test_crashes.py tests/integration/test_guard.py $(PYTEST_ARGS)
 
 install: $(STAMP)
 

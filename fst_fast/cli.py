@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | report | export | base build | doctor`.
+"""The command line: `fst train | eval | probe | report | export | replay | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -162,6 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT")
 
+    replay = command("replay", _replay, "repeat a step that gave NaN or Inf from what the run dumped of it")
+    replay.add_argument("dump", type=Path, metavar="DUMP", help="such as RUN/dumps/step-000012")
+
     base = command("base", _base, "the base model of the mini world")
     base.add_argument("action", choices=["build"], help="build: train it from scratch")
     base.add_argument(
@@ -235,6 +238,13 @@ def _export(args: argparse.Namespace) -> None:
 
     export(args.run_dir, args.out)
     print(args.out)
+
+
+def _replay(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.slow.dump import replay
+
+    replay(args.dump, print)
 
 
 def _base(args: argparse.Namespace) -> None:

@@ -199,8 +199,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
     run: RunConfig = RunConfig()
-    on_nonfinite: Literal["stop"] = "stop"
-    """NaN or Inf in loss or gradient norm: the run stops before the weights take it."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """NaN or Inf in a reward, log-prob, loss or gradient, never taken by the weights: `stop` ends the run, `skip` leaves the batch out and
+    counts it (skipped_steps). The batch is written to RUN/dumps either way."""
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Config:

@@ -152,6 +152,11 @@ class Session:
             self.metrics.close()
         if self.folder:
             self.folder.close()
+        if isinstance(error, FloatingPointError):
+            raise UserError(
+                f"step {self.state.step}: {error}; nothing can be sampled from these weights. Continue with --resume from the last "
+                "checkpoint; if it happens again its weights have it too"
+            ) from error
         if ranks.lost_one(error):
             who = missing(self.run_dir, rank=ranks.rank(), world=ranks.world_size())
             raise UserError(
@@ -244,12 +249,17 @@ class Session:
             self._problem_by_id = {p.id: p for p in self.train}
         return self._problem_by_id
 
-    def non_finite(self, error: NonFiniteError) -> UserError:
-        """What a NaN or Inf becomes for the person who runs this."""
-        return UserError(
-            f"step {self.state.step}: {error}; the weights were not touched, on_nonfinite=stop. Lower slow.lr "
-            f"({self.config.slow.lr:g}) or resume from the last checkpoint in {self.run_dir}"
-        )
+    def non_finite(self, error: NonFiniteError, dumped: Path) -> None:
+        """A step with NaN or Inf: the end of the run, or (on_nonfinite=skip) a step that is left out and counted."""
+        if self.config.on_nonfinite == "stop":
+            raise UserError(
+                f"step {self.state.step}: {error}; the weights were not touched, on_nonfinite=stop. The batch is in {dumped}, which "
+                "`fst replay` repeats; lower slow.lr or skip such batches, and continue with --resume --allow-config-change"
+            ) from None
+        assert self.policy is not None
+        self.policy.discard()
+        self.state.counters.skipped_steps += 1
+        self.console.note(f"step {self.state.step} is left out: {error}; the batch is in {dumped}")
 
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class Counters:
     fast_rollouts: int = 0
     reused_rollouts: int = 0  # fast-phase rollouts that RL groups claimed
     tokens_computed: int = 0  # tokens through a forward pass: rollouts, reference scoring, training
+    skipped_steps: int = 0  # on_nonfinite=skip
     tokens_unshared: int = 0  # the same work with no prefix shared
 
 

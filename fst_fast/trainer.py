@@ -24,8 +24,9 @@ from fst_fast.policy.engine import NonFiniteError
 from fst_fast.run import stop
 from fst_fast.run.faults import reach
 from fst_fast.session import Session
+from fst_fast.slow import dump
 from fst_fast.slow.groups import make_groups, plan_group
-from fst_fast.slow.step import optimise, sequences
+from fst_fast.slow.step import optimise, sequences, skipped
 from fst_fast.state import anchor_set, lookahead, minibatch
 
 
@@ -122,17 +123,21 @@ def learn(s: Session) -> None:
     kept = [g for g in groups if g.advantages is not None]
     prompts = [[s.prompt_of(m) for m in g.sampled] for g in kept]
     assert s.policy is not None
+    data = sequences(kept, prompts, config.slow.aggregation)
     try:
         numbers = optimise(
             s.policy,
             s.reference,
-            sequences(kept, prompts, config.slow.aggregation),
+            data,
             config,
             step=state.step,
             pad_id=s.sampler.pad_id,
         )
     except NonFiniteError as bad:
-        raise s.non_finite(bad) from None
+        s.non_finite(bad, dump.write(
+            s.run_dir, bad, data, kept, config, step=state.step, pad_id=s.sampler.pad_id, model=s.models.policy_module
+        ))  # fmt: skip
+        numbers = skipped(s.policy.lr(state.step))
     s.policy.hand_over()
     s.add_seconds("train_s", time.perf_counter() - training)
     state.step += 1

@@ -26,8 +26,15 @@ from fst_fast.run.faults import reach
 GATHER_BUCKET = 64 * 2**20  # elements of partitioned weights gathered at one time
 
 
+LARGEST_NORM = 1e17  # of one gradient tensor: the squares of a model full of them still fit into fp32
+
+
 class NonFiniteError(RuntimeError):
-    """Loss or gradients are NaN or Inf; raised before the weights take them."""
+    """Something of a step is NaN or Inf; raised before the weights take it. losses: of this process's micro-batches, as far as computed."""
+
+    def __init__(self, text: str, losses: Sequence[float] = ()) -> None:
+        super().__init__(text)
+        self.losses = list(losses)
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -132,22 +139,23 @@ class Policy:
         """
         self.engine.train()
         self._grad_norms.clear()
-        loss_sum = 0.0
+        losses = []
         for i, (inputs, job) in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with head.running(self.module, job):
                 loss = self.engine(**inputs).logits
-            loss_sum += float(loss.detach())
+            losses.append(float(loss.detach()))
             self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
             reach("backward")
         self.engine.eval()
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
-        bad_grads = int((~torch.isfinite(norms)).sum())
-        bad_loss = int(not math.isfinite(loss_sum))
+        bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
+        bad_loss = int(not all(map(math.isfinite, losses)))
         loss_bad, grads_bad = ranks.total([bad_loss, bad_grads])
         if loss_bad or grads_bad:
             raise NonFiniteError(
-                f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients"
+                f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients",
+                losses,
             )
 
     def step(self, lr: float) -> float:
@@ -162,9 +170,23 @@ class Policy:
         self.engine.step()
         reach("optimiser")
         norm = plain if plain is not None else float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"the gradient norm is {norm}")
+        assert math.isfinite(norm), f"the gradient norm is {norm} though no gradient was"
         return norm
+
+    def discard(self) -> None:
+        """Forget the gradients of a `forward_backward` that raised: the next step starts as if it had not been."""
+        optimizer, stage = self.engine.optimizer, self._config.policy.zero_stage
+        self.engine.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
+        if hasattr(optimizer, "clear_hp_grads"):
+            optimizer.clear_hp_grads()
+        if stage and self._config.policy.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+        elif stage in (1, 2) and hasattr(optimizer, "all_grad_tensors"):
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+        elif stage == 3:
+            optimizer.averaged_gradients = {}
 
     def hand_over(self) -> None:
         """Give the rollouts the weights as they are now, and check that every process samples from the same ones."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fst_fast.config import Config
 from fst_fast.forest import Leaf
 from fst_fast.policy import head, ranks
-from fst_fast.policy.engine import Policy
+from fst_fast.policy.engine import NonFiniteError, Policy
 from fst_fast.policy.packing import model_inputs
 from fst_fast.policy.scoring import MicroBatch, hidden_rows, logprobs, micro_batches
 from fst_fast.slow.groups import Group, token_weights
@@ -93,10 +93,10 @@ def optimise(
     [anywhere] = ranks.total([len(data.leaves)])
     if not anywhere:
         return {"grad_norm": 0.0, "lr": policy.lr(step), "tokens": 0, "unshared": 0, **_means(None)}
-    micros = micro_batches(data.leaves, config, pad_id) if data.leaves else []
+    check_finite(data)
+    micros, jobs = micro_jobs(data, config, reference, pad_id)
     # Every process runs the same number of micro-batches: ZeRO's collectives are inside them. A filler has zero weight.
     filler = Leaf(np.array([pad_id]), np.array([pad_id]))
-    jobs = [_job(micro, data, config, reference) for micro in micros]
     for _ in range(ranks.largest(len(micros)) - len(micros)):
         [micro] = micro_batches([filler], config, pad_id)
         jobs.append(_job(micro, _filler_data(filler), config, reference))
@@ -116,6 +116,28 @@ def optimise(
         "unshared": unshared,
         **_means(stats),
     }
+
+
+def check_finite(data: Sequences) -> None:
+    """Raises NonFiniteError, on all processes, where a log-prob or an advantage of any of them is NaN or Inf. All processes call it."""
+    bad = ranks.total([float((~np.isfinite(x)).sum()) for x in (data.behaviour, data.advantages)])
+    if any(bad):
+        raise NonFiniteError(
+            f"{int(bad[0])} non-finite log-probs of sampled tokens, {int(bad[1])} tokens with a non-finite advantage"
+        )
+
+
+def micro_jobs(
+    data: Sequences, config: Config, reference: nn.Module | None, pad_id: int
+) -> tuple[list[MicroBatch], list[tuple[dict[str, Any], head.LossJob]]]:
+    """This process's micro-batches, and the forward/backward jobs they are."""
+    micros = micro_batches(data.leaves, config, pad_id) if data.leaves else []
+    return micros, [_job(micro, data, config, reference) for micro in micros]
+
+
+def skipped(lr: float) -> dict[str, Any]:
+    """The numbers of a step that was not taken: none."""
+    return {"grad_norm": None, "lr": lr, "tokens": 0, "unshared": 0, **dict.fromkeys(_means(None))}
 
 
 def _filler_data(leaf: Leaf) -> Sequences:

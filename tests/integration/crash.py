@@ -28,17 +28,21 @@ _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["tests.integration.preload"])
 
 
-def train(run_dir: Path, *more: str, fault: str = "") -> tuple[int, str]:
+def train(
+    run_dir: Path, *more: str, fault: str = "", hook: Callable[[], None] | None = None
+) -> tuple[int, str]:
     """One run of `fst train` in a process of its own: its exit code (-9: killed) and what it printed."""
-    child, printed = start(run_dir, *more, fault=fault)
+    child, printed = start(run_dir, *more, fault=fault, hook=hook)
     child.join()
     assert child.exitcode is not None
     return child.exitcode, printed.read_text()
 
 
-def train_two(run_dir: Path, *more: str, fault: str = "", limit_s: float = 120.0) -> tuple[list[int], str]:
+def train_two(
+    run_dir: Path, *more: str, fault: str = "", limit_s: float = 120.0, hook: Callable[[], None] | None = None
+) -> tuple[list[int], str]:
     """The same on two processes. As launchers do, a process is ended where it outlives by `limit_s` one that failed (exit code -9)."""
-    started = start_two(run_dir, *more, fault=fault)
+    started = start_two(run_dir, *more, fault=fault, hook=hook)
     children = [child for child, _ in started]
     multiprocessing.connection.wait([child.sentinel for child in children])
     until = time.monotonic() + limit_s if any(child.exitcode for child in children) else None
@@ -50,13 +54,15 @@ def train_two(run_dir: Path, *more: str, fault: str = "", limit_s: float = 120.0
     return [child.exitcode or 0 for child in children], "".join(p.read_text() for _, p in started)
 
 
-def start_two(run_dir: Path, *more: str, fault: str = "") -> list[tuple[Any, Path]]:
+def start_two(
+    run_dir: Path, *more: str, fault: str = "", hook: Callable[[], None] | None = None
+) -> list[tuple[Any, Path]]:
     """A started run on two processes: each with the file that gets what it prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        start(run_dir, *more, fault=fault, name=f"{run_dir.name}.{rank}", env={
+        start(run_dir, *more, fault=fault, hook=hook, name=f"{run_dir.name}.{rank}", env={
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         })
@@ -65,23 +71,42 @@ def start_two(run_dir: Path, *more: str, fault: str = "") -> list[tuple[Any, Pat
 
 
 def start(
-    run_dir: Path, *more: str, fault: str = "", name: str = "", env: dict[str, str] | None = None
+    run_dir: Path,
+    *more: str,
+    fault: str = "",
+    name: str = "",
+    env: dict[str, str] | None = None,
+    hook: Callable[[], None] | None = None,
 ) -> tuple[Any, Path]:
-    """A started run, and the file that gets what it prints."""
+    """A started run, and the file that gets what it prints. hook: called in its process first, to break something."""
     printed = run_dir.with_name(f"{name or run_dir.name}.out")
-    printed.write_text("")
     argv = ["train", "--run-dir", str(run_dir), *TINY, *more]
-    child = _forkserver.Process(target=_main, args=(argv, {"FST_FAULT": fault, **(env or {})}, printed))
+    return _started(argv, {"FST_FAULT": fault, **(env or {})}, printed, hook), printed
+
+
+def fst(*argv: str, printed: Path) -> tuple[int, str]:
+    """One command of `fst`: its exit code and what it printed."""
+    child = _started(list(argv), {}, printed, None)
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode, printed.read_text()
+
+
+def _started(argv: list[str], env: dict[str, str], printed: Path, hook: Callable[[], None] | None) -> Any:
+    printed.write_text("")
+    child = _forkserver.Process(target=_main, args=(argv, env, printed, hook))
     child.start()
-    return child, printed
+    return child
 
 
-def _main(argv: list[str], env: dict[str, str], printed: Path) -> None:
+def _main(argv: list[str], env: dict[str, str], printed: Path, hook: Callable[[], None] | None) -> None:
     with open(printed, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(REPO)
     os.environ |= {**one_thread(), **env}
+    if hook is not None:
+        hook()
     from fst_fast.cli import main
 
     sys.exit(main(argv))
