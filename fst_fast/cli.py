@@ -21,6 +21,7 @@ from fst_fast.errors import UserError
 OPTIONS = {
     "--run-dir": True,
     "--resume": False,
+    "--allow-config-change": False,
     "--dry-run": False,
     "--debug": False,
     "--help": False,
@@ -119,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
         help="continue the run in DIR, with its own configuration unless CONFIG is given",
     )
     train.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="with --resume: continue although CONFIG or overrides differ from the run's own configuration",
+    )
+    train.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved configuration and its batch numbers, do nothing",
@@ -180,6 +186,8 @@ def _train(args: argparse.Namespace) -> None:
     from fst_fast import config_load
     from fst_fast.batches import derived
 
+    if args.allow_config_change and not args.resume:
+        raise UserError("--allow-config-change goes with --resume")
     saved = args.run_dir / "config.yaml" if args.run_dir else None
     if args.config is None and args.resume and saved and saved.is_file():
         args.config = saved
@@ -196,7 +204,7 @@ def _train(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.trainer import train
 
-    ended = train(config, args.run_dir, resume=args.resume)
+    ended = train(config, args.run_dir, resume=args.resume, allow_config_change=args.allow_config_change)
     if ended is not None and _is_first():
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
 

@@ -15,7 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ CONFIG = "config.yaml"
 _PROBE = ".tmp-probe"
 _PROBE_BYTES = 1 << 16
 _ABSENT = object()
+FIXED = (
+    "method ",
+    "task ",
+    "task_args",
+    "model.",
+    "policy.zero_stage ",
+    "policy.offload_optimizer ",
+    "fast.population ",
+    "fast.seed_context ",
+)
+"""How the changes begin that no permission allows: the weights, the optimiser's state or the population are those of the old value."""
 
 
 @dataclass
@@ -39,6 +50,7 @@ class RunFolder:
     path: Path
     resumed: bool
     _lock: int
+    changes: list[str] = field(default_factory=list)  # of the configuration, accepted by allow_config_change
 
     def close(self) -> None:
         """Give the lock back. May be called twice."""
@@ -53,10 +65,13 @@ class RunFolder:
         self.close()
 
 
-def open_run(path: str | Path, *, resume: bool, config_yaml: str, config_hash: str) -> RunFolder:
+def open_run(
+    path: str | Path, *, resume: bool, config_yaml: str, config_hash: str, allow_config_change: bool = False
+) -> RunFolder:
     """Make a new run folder, or with `resume` open the one that is there. Raises UserError where that cannot be done.
 
-    config_hash decides whether the configuration is the same; where it differs, the two YAML trees name the keys."""
+    config_hash decides whether the configuration is the same; where it differs, the two YAML trees name the keys. allow_config_change:
+    take the new one, unless a key of FIXED differs."""
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
@@ -80,9 +95,10 @@ def open_run(path: str | Path, *, resume: bool, config_yaml: str, config_hash: s
             path.mkdir(parents=True, exist_ok=True)
             _probe(path / _PROBE)
         lock = _take_lock(path)
+        changes: list[str] = []
         try:
             if ours:
-                _check_config(path, config_yaml, config_hash)
+                changes = _check_config(path, config_yaml, config_hash, allow_config_change)
             elif (path / MARKER).exists():
                 raise UserError(f"--run-dir {path} was made by another run just now; choose another folder")
             else:
@@ -95,7 +111,7 @@ def open_run(path: str | Path, *, resume: bool, config_yaml: str, config_hash: s
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    return RunFolder(path, resumed=ours, _lock=lock)
+    return RunFolder(path, resumed=ours, _lock=lock, changes=changes)
 
 
 def _probe(file: Path) -> None:
@@ -109,12 +125,16 @@ def _probe(file: Path) -> None:
 
 def _mark(path: Path, config_yaml: str, config_hash: str) -> None:
     try:
-        write_atomic(path / CONFIG, config_yaml.encode())
-        write_json(path / MARKER, {"format": FORMAT, "config_hash": config_hash})
+        _write_config(path, config_yaml, config_hash)
     except BaseException:
         for name in (CONFIG, LOCK):
             (path / name).unlink(missing_ok=True)
         raise
+
+
+def _write_config(path: Path, config_yaml: str, config_hash: str) -> None:
+    write_atomic(path / CONFIG, config_yaml.encode())
+    write_json(path / MARKER, {"format": FORMAT, "config_hash": config_hash})
 
 
 def _take_lock(path: Path) -> int:
@@ -140,7 +160,7 @@ def _take_lock(path: Path) -> int:
     return lock
 
 
-def _check_config(path: Path, config_yaml: str, config_hash: str) -> None:
+def _check_config(path: Path, config_yaml: str, config_hash: str, allow_change: bool) -> list[str]:
     try:
         marker = json.loads((path / MARKER).read_text())
         old_text = (path / CONFIG).read_text()
@@ -155,10 +175,21 @@ def _check_config(path: Path, config_yaml: str, config_hash: str) -> None:
             f"--resume: {path} was written in format {marker['format']}, this version of fst reads format {FORMAT}"
         )
     if marker.get("config_hash") == config_hash:
-        return
+        return []
     changes = changed_keys(old, yaml.safe_load(config_yaml))
+    if changes and not allow_change:
+        raise UserError(
+            f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}; "
+            "--allow-config-change continues with the new one"
+        )
+    fixed = [change for change in changes if change.startswith(FIXED)]
+    if fixed:
+        raise UserError(
+            f"--allow-config-change: what the checkpoints hold depends on {'; '.join(fixed)}; start a new run for it"
+        )
     if changes:
-        raise UserError(f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}")
+        _write_config(path, config_yaml, config_hash)
+    return changes
 
 
 def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:

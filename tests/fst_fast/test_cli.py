@@ -60,6 +60,7 @@ def test_help_names_every_command_and_exits_with_0(capsys):
         ([], "required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "--run-dir is missing"),
+        (["train", "--run-dir", "x", "--allow-config-change"], "--allow-config-change goes with --resume"),
         (["train", "none.yaml", "--dry-run"], "config file none.yaml does not exist"),
         (["train", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml"),
         (["train", "--dry-run", "--slow.lrr=1"], "unknown key --slow.lrr; did you mean slow.lr?"),
@@ -127,7 +128,9 @@ def test_train_gets_the_config_the_folder_and_resume(monkeypatch, tmp_path):
     seen = []
     replace_train(
         monkeypatch,
-        lambda config, run_dir, *, resume: seen.append((config.slow.lr, config.method, run_dir, resume)),
+        lambda config, run_dir, *, resume, allow_config_change: seen.append(
+            (config.slow.lr, config.method, run_dir, resume, allow_config_change)
+        ),
     )
     assert (
         cli.main(
@@ -140,17 +143,18 @@ def test_train_gets_the_config_the_folder_and_resume(monkeypatch, tmp_path):
                 "--method",
                 "rl",
                 "--resume",
+                "--allow-config-change",
             ]
         )
         == 0
     )
-    assert seen == [(5e-4, "rl", tmp_path / "run", True)]
+    assert seen == [(5e-4, "rl", tmp_path / "run", True, True)]
 
 
 def test_resume_without_a_config_takes_the_run_s_own(monkeypatch, tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 41\n")
     seen = []
-    replace_train(monkeypatch, lambda config, run_dir, *, resume: seen.append(config.seed))
+    replace_train(monkeypatch, lambda config, *_, **__: seen.append(config.seed))
     cli.main(["train", "--run-dir", str(tmp_path), "--resume"])
     assert seen == [41]
 

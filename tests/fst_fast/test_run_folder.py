@@ -94,6 +94,51 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
     start(tmp_path, resume=True, config="# the same, written otherwise\n" + CONFIG, config_hash="h2").close()
 
 
+def test_a_changed_configuration_is_taken_when_allowed_and_named(tmp_path: Path) -> None:
+    start(tmp_path).close()
+    other = CONFIG.replace("1.0e-06", "1.0e-05")
+    assert "--allow-config-change continues with the new one" in refusal(
+        tmp_path, resume=True, config=other, config_hash="h2"
+    )
+    with open_run(
+        tmp_path, resume=True, config_yaml=other, config_hash="h2", allow_config_change=True
+    ) as run:
+        assert run.changes == ["slow.lr was 1e-06, is 1e-05"]
+    assert (tmp_path / "config.yaml").read_text() == other
+    with start(tmp_path, resume=True, config=other, config_hash="h2") as run:  # it is the run's own now
+        assert run.changes == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("method: fst", "method: rl", "method"),
+        ("task: star_graph", "task: x", "task"),
+        ("{arms: 5}", "{arms: 6}", "task_args.arms"),
+        ("path: mini", "path: x", "model.path"),
+        ("zero_stage: 0", "zero_stage: 3", "policy.zero_stage"),
+        ("population: 4", "population: 2", "fast.population"),
+        ("seed_context: go", "seed_context: stop", "fast.seed_context"),
+    ],
+)
+def test_what_the_checkpoints_depend_on_cannot_be_changed(
+    tmp_path: Path, old: str, new: str, key: str
+) -> None:
+    config = CONFIG + (
+        "task: star_graph\ntask_args: {arms: 5}\nmodel: {path: mini}\npolicy: {zero_stage: 0}\n"
+        "fast: {population: 4, seed_context: go}\n"
+    )
+    start(tmp_path, config=config).close()
+    before = snapshot(tmp_path)
+    other = config.replace(old, new).replace("1.0e-06", "1.0e-05")
+    with pytest.raises(
+        UserError,
+        match=f"--allow-config-change: what the checkpoints hold depends on {key} was [^;]*; start a new",
+    ):
+        open_run(tmp_path, resume=True, config_yaml=other, config_hash="h2", allow_config_change=True)
+    assert snapshot(tmp_path) == before
+
+
 def test_true_and_one_are_different_values() -> None:
     assert changed_keys({"a": {"b": 1}}, {"a": {"b": True}}) == ["a.b was 1, is True"]
     assert changed_keys({"a": [1, 2]}, {"a": [1, 2]}) == []

@@ -5,16 +5,19 @@ A sample of the points is in `make test`, all of them in `make chaos` (marker `c
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from fst_fast.run import faults
 from tests.integration.crash import same, start, start_two, train, train_two, until
-from tests.integration.launch import records
+from tests.integration.launch import REPO, records
 
 SAMPLE = ("fast.end", "rollout", "optimiser", "save.model", "save.rename")
 # Where the run is when it is killed: with nothing saved, between two checkpoints, and at its end.
@@ -170,3 +173,47 @@ def test_a_process_that_does_not_answer_is_named_after_the_time_limit(tmp_path: 
         r"fst: a process does not answer; process 0 is at: step \d+, \w+; process 1 is at: step \d+, \w+; this",
         line,
     )
+
+
+def turn_the_clock_back() -> None:
+    """From the first question on the wall clock jumps a day back at every question."""
+    clock, asked = time.time, itertools.count()
+    time.time = lambda: clock() - 86400 * next(asked)
+
+
+@pytest.mark.chaos
+def test_a_wall_clock_that_jumps_back_changes_nothing(unbroken: Path, tmp_path: Path) -> None:
+    code, printed = train(tmp_path / "run", hook=turn_the_clock_back)
+    assert code == 0, printed
+    same(tmp_path / "run", unbroken)
+    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"] for line in timing]
+    assert seconds == sorted(seconds)
+    assert all(value >= 0 for line in timing for value in line.values())
+
+
+def test_nothing_of_the_program_asks_the_wall_clock() -> None:
+    assert not [
+        p
+        for p in (REPO / "fst_fast").rglob("*.py")
+        if re.search(r"\btime\.time\(|datetime\.now|utcnow", p.read_text())
+    ]
+
+
+@pytest.mark.chaos
+def test_a_run_that_has_ended_continues_with_more_steps_as_if_they_had_been_asked_for(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    code, printed = train(tmp_path / "run", "--slow.steps=2")
+    assert code == 0, printed
+    code, printed = train(tmp_path / "run", "--resume")
+    assert code == 2
+    assert "slow.steps was 2, is 4; --allow-config-change continues with the new one" in printed
+    code, printed = train(tmp_path / "run", "--resume", "--allow-config-change")
+    assert code == 0, printed
+    assert "the configuration has changed: slow.steps was 2, is 4" in printed
+    [change] = records(tmp_path / "run", "config")
+    assert change["changes"] == ["slow.steps was 2, is 4"]
+    assert records(tmp_path / "run", "step") == records(unbroken, "step")
+    last = ("checkpoints", "step-000004", "model", "model.safetensors")
+    assert (tmp_path / "run").joinpath(*last).read_bytes() == unbroken.joinpath(*last).read_bytes()
