@@ -92,11 +92,10 @@ def evolve(s: Session) -> None:
         policy_version=version,
         seed=config.seed,
         log=s.console.note,
-        fits=lambda context: s.fits(context, ahead),
     )
     reach("fast.end")
     state.fast, state.population = result.state, list(result.population)
-    state.reusable = s.reusable(result.sampled)
+    state.reusable = list(result.sampled) if config.fast.reuse_rollouts and config.method == "fst" else []
     state.counters.rollouts += len(result.sampled)
     state.counters.fast_rollouts += len(result.sampled)
     s.count_rollout_tokens()
@@ -110,11 +109,8 @@ def learn(s: Session) -> None:
     config, state = s.config, s.state
     started = s.begin("rollouts")
     problems = minibatch(s.train, state.step, config.slow.problems_per_step, config.seed)
-    plans = [plan_group(p, state.population, config.slow.group_size) for p in problems]
-    claims = [s.claim(plan) for plan in plans]  # for all problems on every process, so that all keep the same account
-    reused = sum(claim is not None for claims_of_problem in claims for claim in claims_of_problem)
-    plan = [t for plan_of_problem in ranks.mine(plans) for t in plan_of_problem]
-    claimed = [c for claims_of_problem in ranks.mine(claims) for c in claims_of_problem]
+    plan = [t for p in ranks.mine(problems) for t in plan_group(p, state.population, config.slow.group_size)]
+    claimed, reused = s.claim(plan)
     fresh = s.sampler.local(
         s.models.policy,
         [t for t, c in zip(plan, claimed, strict=True) if c is None],
@@ -130,7 +126,7 @@ def learn(s: Session) -> None:
     training = time.perf_counter()
     groups = make_groups(sampled, config.slow.advantage_eps)
     kept = [g for g in groups if g.advantages is not None]
-    prompts = [[s.prompt_of(m, problems) for m in g.sampled] for g in kept]
+    prompts = [[s.prompt_of(m) for m in g.sampled] for g in kept]
     assert s.policy is not None
     data = sequences(kept, prompts, config.slow.aggregation)
     try:
