@@ -12,12 +12,14 @@ from typing import TypedDict
 
 import torch
 
+from fst_kernels.library import missing
+
 NAMES = ("reference", "triton", "cuda", "host")
 
 # Operation -> the backends it has, best first.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("reference",),
-    "linear_policy_loss": ("reference",),
+    "linear_policy_loss": ("reference", "cuda", "host"),
     "tree_attention": ("reference",),
     "sample_tokens": ("reference",),
 }
@@ -46,10 +48,28 @@ def _triton_cannot(device: torch.device, dtype: torch.dtype | None) -> str | Non
     return None if major >= 8 else f"it needs compute capability 8.0, this device has {major}.{minor}"
 
 
+def _cuda_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return "its kernels sum in float32, the tensors are float64"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the tensors are on {device.type}"
+    return missing("cuda")
+
+
+def _host_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return "its kernels sum in float32, the tensors are float64"
+    if device.type != "cpu":
+        return f"it runs the CUDA sources on the CPU, the tensors are on {device.type}"
+    return missing("host")
+
+
 # Backend -> why it cannot run on tensors of this device and dtype (None: any); None if it can.
 CANNOT: dict[str, Callable[[torch.device, torch.dtype | None], str | None]] = {
     "reference": lambda device, dtype: None,
     "triton": _triton_cannot,
+    "cuda": _cuda_cannot,
+    "host": _host_cannot,
 }
 
 
@@ -65,6 +85,10 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype | None) -> str | 
         return "its interpreter is for tests"
     if name == "triton" and dtype == torch.float32:
         return "full float32 products are faster in cuBLAS"
+    if name == "cuda":
+        return "it has not been timed on a GPU yet"
+    if name == "host":
+        return "CPU threads play the GPU's there: for tests"
     return None
 
 

@@ -235,11 +235,12 @@ class Gradients:
         if self.weight is not None:
             h = operand(hidden)
             if _tensor_cores(h):
-                self.weight += matmul(d_logits.t(), h)
+                a = d_logits.to(h.dtype).t()
+                torch.addmm(self.weight, a, h, out_dtype=torch.float32, out=self.weight)
             else:
                 self.weight.addmm_(d_logits.t(), h)
         if self.bias is not None:
-            self.bias += d_logits.sum(0)
+            self.bias += d_logits.sum(0, dtype=self.bias.dtype)
 
 
 def pad_vector(x: Tensor, n: int) -> Tensor:

@@ -9,8 +9,20 @@ from fst_kernels.backends import choose_backend
 from fst_kernels.checks import FLOATS, check_finite, check_tensor, look_at_values
 from fst_kernels.linear_logprob.api import LogprobOutput, check_head, detached
 from fst_kernels.linear_logprob.reference import IGNORED, accumulate_, default_chunk_rows
+from fst_kernels.linear_policy_loss.cuda import (
+    HostRowKernelPolicyLoss,
+    RowKernelPolicyLoss,
+    device_chunk_rows,
+)
 from fst_kernels.linear_policy_loss.objective import PolicyObjective, PolicyStats, policy_sums, policy_terms
 from fst_kernels.linear_policy_loss.reference import LinearPolicyLoss
+
+# Backend -> what runs it. All take and save the same.
+FUNCTIONS: dict[str, type[LinearPolicyLoss]] = {
+    "reference": LinearPolicyLoss,
+    "cuda": RowKernelPolicyLoss,
+    "host": HostRowKernelPolicyLoss,
+}
 
 
 def linear_policy_loss(
@@ -43,7 +55,6 @@ def linear_policy_loss(
     What the objective does not need of the reference is not read. kind="gspo" needs whole sequences, which a chunk of rows does not
     have: ValueError; use linear_logprob and policy_loss.
     """
-    choose_backend("linear_policy_loss", backend)
     check_head(
         hidden, weight, labels, rows, bias, temperature, softcap, ref_hidden, ref_weight, ref_bias, chunk_rows
     )
@@ -60,7 +71,11 @@ def linear_policy_loss(
         needed = "ref_hidden or ref_logprob" if objective.kl == "k3" else "ref_hidden"
         raise ValueError(f"objective.kl={objective.kl!r} needs {needed}, which is None")
     grad = torch.is_grad_enabled()
-    loss, sums = LinearPolicyLoss.apply(  # type: ignore[no-untyped-call]
+    taken = choose_backend("linear_policy_loss", backend, hidden.device, hidden.dtype)
+    default_rows = default_chunk_rows(weight.shape[0])
+    if taken == "cuda":
+        default_rows = device_chunk_rows(weight.shape[0], 1 if ref_hidden is None else 2)
+    loss, sums = FUNCTIONS[taken].apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
         bias,
@@ -73,7 +88,7 @@ def linear_policy_loss(
         objective,
         temperature.detach() if isinstance(temperature, Tensor) else float(temperature),
         softcap,
-        chunk_rows or default_chunk_rows(weight.shape[0]),
+        chunk_rows or default_rows,
         tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)),
     )
     return loss, PolicyStats(sums)

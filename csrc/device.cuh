@@ -1,0 +1,120 @@
+// What a kernel may ask of its machine, in one list: place, barriers, exchange inside a warp, shared memory of its cluster, launch.
+// Kernels use these names only, so the same .cu file compiles with nvcc for a GPU and with g++ for host threads (host/threads.hpp).
+#pragma once
+
+#include <cstdint>
+
+#ifndef __CUDACC__
+#include "host/threads.hpp"
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#define FST_DEVICE __device__ __forceinline__
+#define FST_KERNEL __global__
+#define FST_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define FST_UNROLL _Pragma("unroll")
+
+namespace fst {
+
+using bf16 = __nv_bfloat16;
+
+FST_DEVICE int thread_index() { return threadIdx.x; }
+FST_DEVICE int block_threads() { return blockDim.x; }
+FST_DEVICE int block_index() { return blockIdx.x; }
+FST_DEVICE void block_sync() { __syncthreads(); }
+
+// Blocks of a cluster are neighbours in the grid. Before sm_90 every cluster is one block.
+FST_DEVICE int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+    return cooperative_groups::this_cluster().block_rank();
+#else
+    return 0;
+#endif
+}
+
+FST_DEVICE int cluster_blocks() {
+#if __CUDA_ARCH__ >= 900
+    return cooperative_groups::this_cluster().num_blocks();
+#else
+    return 1;
+#endif
+}
+
+FST_DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    cooperative_groups::this_cluster().sync();
+#else
+    __syncthreads();
+#endif
+}
+
+template <class T>
+FST_DEVICE const T* in_block(const T* shared, int rank) {  // the same place in the shared memory of another block of the cluster
+#if __CUDA_ARCH__ >= 900
+    return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+#else
+    return shared;
+#endif
+}
+
+FST_DEVICE char* shared_memory() {
+    extern __shared__ float4 fst_shared[];
+    return reinterpret_cast<char*>(fst_shared);
+}
+
+template <class T>
+FST_DEVICE T from_lane_above(T value, int distance) {  // T: a struct of 32-bit words
+    static_assert(sizeof(T) % 4 == 0);
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &value, sizeof(T));
+    FST_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) words[i] = __shfl_down_sync(0xffffffffu, words[i], distance);
+    memcpy(&value, words, sizeof(T));
+    return value;
+}
+
+FST_DEVICE float fast_exp(float x) { return __expf(x); }
+FST_DEVICE bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
+
+// ------------------------------------------------------------------------------------------------------------------ on the host
+
+struct Machine {
+    int64_t shared_bytes;  // a block may have
+    int max_cluster;
+    int threads;  // of a block, by default
+};
+
+inline int machine(Machine& out) {
+    int device = 0, bytes = 0, major = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    out = {bytes, major >= 9 ? 8 : 1, 512};
+    return error;
+}
+
+template <class Parameters>
+int launch(void (*kernel)(Parameters), int64_t blocks, int cluster, int threads, int64_t shared_bytes, void* stream, const Parameters& parameters) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, parameters);
+}
+
+inline const char* machine_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // namespace fst
+
+#endif
