@@ -40,8 +40,6 @@ class PolicyConfig(Section):
 
 
 class RolloutConfig(Section):
-    backend: Literal["native"] = "native"
-    """Which engine samples."""
     max_prompt_tokens: int = Field(256, ge=1)
     """A prompt (context + problem) longer than this is refused, naming the problem and the context."""
     max_response_tokens: int = Field(64, ge=1)
@@ -59,7 +57,7 @@ class SlowConfig(Section):
     """Problems of one step, over all processes."""
     group_size: int = Field(8, ge=2)
     """Rollouts of one problem (G), spread evenly over the population; one advantage group."""
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, le=1)
     """AdamW learning rate after warm-up, constant."""
     warmup_steps: int = Field(10, ge=0)
     """Steps of linear warm-up."""
@@ -88,8 +86,6 @@ class SlowConfig(Section):
     """Mean over tokens inside a problem then over problems (the paper); over all tokens; over tokens of a sequence then sequences."""
     advantage_eps: float = Field(1e-6, ge=0)
     """Added to the population standard deviation of a group's rewards."""
-    inner_steps: Literal[1] = 1
-    """Optimiser steps per batch of rollouts."""
     tokens_per_micro_batch: int = Field(8192, ge=1)
     """Forest tokens (padded: tokens of the padded batch) of one forward/backward on one process."""
     head_chunk_rows: int = Field(1024, ge=1)
@@ -128,7 +124,7 @@ class FastConfig(Section):
     reflection_tokens: int = Field(1024, ge=1)
     """reflector=self: the longest reply; a reply cut there is refused."""
     reuse_rollouts: bool = True
-    """RL groups claim the fast phase's rollouts of the same policy version first."""
+    """RL groups claim the rollouts of their cycle's fast phase first, each once; the importance ratio uses their stored log-probs."""
 
 
 class EvalConfig(Section):
@@ -216,6 +212,16 @@ class Config(Section):
                 f"policy.attention={self.policy.attention} does not go with policy.packing={self.policy.packing}; "
                 "tree goes with forest, sdpa and flash_attention_2 with padded"
             )
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.policy.packing == "forest" and self.slow.tokens_per_micro_batch < longest:
+            raise ValueError(
+                f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
+                f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
+            )
+        if self.policy.offload_optimizer and self.policy.zero_stage == 0:
+            raise ValueError("policy.offload_optimizer=true needs policy.zero_stage >= 1, which is 0")
+        if not all(0 <= beta < 1 for beta in self.slow.betas):
+            raise ValueError(f"slow.betas={list(self.slow.betas)}; each must be at least 0 and below 1")
         lookahead = self.slow.problems_per_step * self.fast.cycle_steps
         if self.method != "rl" and self.fast.anchor_size > lookahead:
             raise ValueError(

@@ -7,7 +7,7 @@ Functions that gather from several processes must be called on all of them; rank
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ def step(
         "response_tokens": tokens / max(n, 1),
         "length_stopped": cut / max(n, 1),
         "unjudged": int(n - judged),
+        **s.sampler.unverified(),
+        "verdict_metrics": _means([x.verdict.metrics for x in sampled]),
         **asdict(counters),
     }
     timing = {
@@ -89,6 +91,17 @@ def evaluation(s: Session, result: dict[str, Any], *, final: bool) -> None:
     s.console.evaluation(record)
 
 
+def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every number that verdicts carry, over all processes and over the verdicts that carry it."""
+    sums: dict[str, tuple[float, int]] = {}
+    for everywhere in ranks.all_gather([dict(m) for m in metrics]):
+        for verdict in everywhere:
+            for name, value in verdict.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + float(value), count + 1)
+    return {name: total / count for name, (total, count) in sorted(sums.items())}
+
+
 def _spread(sampled: Sequence[Sampled], count: int) -> list[Sampled]:
     """`count` of them, evenly spaced."""
     if not count or not sampled:
@@ -108,7 +121,7 @@ def _readable(s: Session, x: Sampled, phase: str, advantage: float | None) -> di
         "reward": x.verdict.reward,
         "advantage": advantage,
         "finish": r.finish,
-        "prompt": s.prompt_text(r.context_id, r.problem_id),
+        "prompt": s.prompt_text(r),
         "response": x.response,
         "feedback": x.verdict.feedback,
     }

@@ -6,10 +6,11 @@ then the run folder. All processes build the same session; only rank 0 has a run
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from fst_fast.config_load import config_hash, dump
 from fst_fast.contexts.population import FastState
 from fst_fast.contexts.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.contexts.reflectors import make_reflector
-from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.contracts import Context, Problem, Rollout, Sampled
 from fst_fast.errors import UserError
 from fst_fast.evaluate import Models
 from fst_fast.policy import engine as policy_engine
@@ -42,7 +43,8 @@ from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, disk_errors, open_run, write_json
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.presence import Presence, missing
-from fst_fast.state import State
+from fst_fast.run.track import check_trackers
+from fst_fast.state import State, minibatch
 from fst_fast.tasks.registry import check_gold, load_task
 
 
@@ -68,6 +70,7 @@ class Session:
     presence: Presence | None = None  # with several processes
     continued: bool = False  # whether it goes on from a checkpoint
     seconds_before: float = 0.0  # of the runs that this one resumes
+    at_hand: dict[str, Problem] = field(default_factory=dict)  # the problems of this phase, by id
     opened: float = field(default_factory=time.perf_counter)
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counted: tuple[int, int] = (0, 0)
@@ -87,6 +90,19 @@ class Session:
         try:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)
+            base = sampler.engine(reference)
+            reflect = _reflector(config, base, sampler.tokenizer)
+            check_trackers(config.track)
+            seed_context = Context.of(config.fast.seed_context)
+            train, validation = task.problems("train"), list(task.problems("validation"))
+            _check_room(
+                config,
+                reference,
+                sampler,
+                seed_context,
+                minibatch(train, 0, config.slow.problems_per_step, config.seed),
+            )
+            _check_room(config, reference, sampler, seed_context, validation[: config.eval.final_problems])
             folder = _on_rank_zero(
                 lambda: open_run(
                     run_dir,
@@ -99,21 +115,24 @@ class Session:
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
             policy = None if config.method == "gepa" else Policy(config)
             module = reference if policy is None else policy.rollout_model
-            models = Models(sampler.engine(module), sampler.engine(reference), module, reference)
-            seed_context = Context.of(config.fast.seed_context)
+            models = Models(sampler.engine(module), base, module, reference)
             session = cls(
                 config=config,
                 run_dir=run_dir,
-                train=task.problems("train"),
-                validation=list(task.problems("validation")),
+                train=train,
+                validation=validation,
                 seed_context=seed_context,
                 sampler=sampler,
                 models=models,
                 policy=policy,
                 reference=reference,
-                reflect=_reflector(config, models.base, sampler.tokenizer),
+                reflect=reflect,
                 count_tokens=lambda text: len(sampler.tokenizer(text, add_special_tokens=False)["input_ids"]),
-                state=State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
+                state=State(
+                    fast=FastState.initial(config.fast.seed_context),
+                    population=[seed_context],
+                    processes=ranks.world_size(),
+                ),
                 console=console,
                 folder=folder,
                 presence=presence,
@@ -135,6 +154,13 @@ class Session:
         if found:
             self.continued = True
             self.state = State.load(Path(found) / "state.json")
+            before, now = self.state.processes, ranks.world_size()
+            if self.policy is not None and self.config.policy.zero_stage and before != now:
+                raise UserError(
+                    f"--resume: {found} was written by {before} process(es) under policy.zero_stage={self.config.policy.zero_stage}, "
+                    f"this run has {now}; start {before}, since each holds a part of the optimiser's state"
+                )
+            self.state.processes = now
             if ranks.from_rank_zero(bool(self.folder.changes) if self.folder else None):
                 self.state.base_cells.clear()  # measured as the old configuration said
             if self.policy is not None:
@@ -243,28 +269,38 @@ class Session:
         stride = self.config.fast.cycle_steps if self.config.method == "gepa" else 1
         return self.state.step // every > (self.state.step - stride) // every
 
-    def claim(self, plan: Sequence[Triple]) -> tuple[list[Sampled | None], int]:
-        """For each planned sample a fast-phase rollout of the same context and problem, or None; each is used once.
+    def reusable(self, sampled: Sequence[Sampled]) -> list[Sampled]:
+        """Those of a fast phase's rollouts that RL groups of the cycle may claim: judged, under a context that was kept."""
+        if not self.config.fast.reuse_rollouts or self.config.method != "fst":
+            return []
+        kept = {c.id for c in self.state.population}
+        return [s for s in sampled if s.verdict.reward is not None and s.rollout.context_id in kept]
 
-        Returns the claims and how many there are over all processes.
-        """
-        waiting: dict[tuple[str, str], deque[Sampled]] = defaultdict(deque)
-        for s in self.state.reusable:
-            if s.verdict.reward is not None:
-                waiting[s.rollout.context_id, s.rollout.problem_id].append(s)
-        claims = [waiting[c.id, p.id].popleft() if waiting[c.id, p.id] else None for c, p, _ in plan]
-        return claims, int(ranks.total([sum(c is not None for c in claims)])[0])
+    def claim(self, plan: Sequence[Triple]) -> list[Sampled | None]:
+        """For each planned sample a fast-phase rollout of the same context and problem, or None. What is claimed is gone."""
+        claims: list[Sampled | None] = []
+        for context, problem, _ in plan:
+            wanted = (context.id, problem.id)
+            at = (
+                i
+                for i, s in enumerate(self.state.reusable)
+                if (s.rollout.context_id, s.rollout.problem_id) == wanted
+            )
+            found = next(at, None)
+            claims.append(None if found is None else self.state.reusable.pop(found))
+        return claims
 
-    def prompt_of(self, sampled: Sampled) -> NDArray[np.int64]:
-        """The prompt that a rollout of this step answered."""
-        context = next(c for c in self.state.population if c.id == sampled.rollout.context_id)
-        return self.sampler.prompts.ids(context, self._problems[sampled.rollout.problem_id])
+    def prompt_of(self, rollout: Rollout) -> NDArray[np.int64]:
+        """The prompt that a rollout of a problem at hand answered."""
+        return self.sampler.prompts.ids(self.context(rollout.context_id), self.at_hand[rollout.problem_id])
 
-    @property
-    def _problems(self) -> dict[str, Problem]:
-        if not hasattr(self, "_problem_by_id"):
-            self._problem_by_id = {p.id: p for p in self.train}
-        return self._problem_by_id
+    def fits(self, context: Context, problems: Sequence[Problem]) -> bool:
+        """Whether the context leaves room for the longest of these problems and of the validation problems that will be evaluated."""
+        evaluated = self.validation[: max(self.config.eval.problems, self.config.eval.final_problems)]
+        prompts = self.sampler.prompts
+        longest = max([*problems, *evaluated], key=lambda p: len(prompts.ids(self.seed_context, p)))
+        tokens = len(render_prompt(self.sampler.tokenizer, context, longest))
+        return tokens <= self.config.rollout.max_prompt_tokens
 
     def non_finite(self, error: NonFiniteError, dumped: Path) -> None:
         """A step with NaN or Inf: the end of the run, or (on_nonfinite=skip) a step that is left out and counted."""
@@ -325,11 +361,9 @@ class Session:
 
     # -- what a person reads -----------------------------------------------------------------------------------------------------
 
-    def prompt_text(self, context_id: str, problem_id: str) -> str:
+    def prompt_text(self, rollout: Rollout) -> str:
         """The prompt of a rollout as text, special tokens shown."""
-        problem = self._problems[problem_id]
-        context = self.context(context_id)
-        return str(self.sampler.tokenizer.decode(self.sampler.prompts.ids(context, problem)))
+        return str(self.sampler.tokenizer.decode(self.prompt_of(rollout)))
 
     def context(self, context_id: str) -> Context:
         """A context by its id, any that the run has ever seen."""
@@ -364,6 +398,21 @@ def _on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
     return ranks.from_rank_zero(_on_rank_zero(action))
 
 
+def _check_room(
+    config: Config, model: nn.Module, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
+) -> None:
+    """Refuse lengths that cannot be before anything is written: of the model's positions, and of the prompts under the seed context."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
+        )
+    for problem in problems:
+        sampler.prompts.ids(seed_context, problem)
+
+
 def _reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Reflector:
     """The configured reflector; rank 0 asks it and the others hear its replies."""
 
@@ -380,8 +429,9 @@ def _reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Reflector
             )
             for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
         ]
-        room = base.model.config.max_position_embeddings - max(len(q.prompt_ids) for q in requests)
-        tokens = max(1, min(config.fast.reflection_tokens, room))
+        positions = getattr(base.model.config, "max_position_embeddings", None)
+        room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
+        tokens = max(1, int(min(config.fast.reflection_tokens, room)))
         rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
         return [
             Reply(

@@ -29,8 +29,8 @@ class Counters:
     fast_rollouts: int = 0
     reused_rollouts: int = 0  # fast-phase rollouts that RL groups claimed
     tokens_computed: int = 0  # tokens through a forward pass: rollouts, reference scoring, training
-    skipped_steps: int = 0  # on_nonfinite=skip
     tokens_unshared: int = 0  # the same work with no prefix shared
+    skipped_steps: int = 0  # on_nonfinite=skip
 
 
 @dataclass
@@ -41,6 +41,7 @@ class State:
     population: list[Context]
     step: int = 0
     cycle: int = 0
+    processes: int = 1  # that the run has; with ZeRO each of them holds a part of the optimiser's state
     counters: Counters = field(default_factory=Counters)
     reusable: list[Sampled] = field(default_factory=list)  # this cycle's fast-phase rollouts, not yet claimed
     base_cells: dict[str, Any] = field(
@@ -53,6 +54,7 @@ class State:
             "format": FORMAT,
             "step": self.step,
             "cycle": self.cycle,
+            "processes": self.processes,
             "counters": asdict(self.counters),
             "population": [asdict(c) for c in self.population],
             "fast": self.fast.to_json(),
@@ -72,6 +74,7 @@ class State:
             population=[Context(**c) for c in tree["population"]],
             step=tree["step"],
             cycle=tree["cycle"],
+            processes=tree["processes"],
             counters=Counters(**tree["counters"]),
             reusable=[sampled_from_json(s) for s in tree["reusable"]],
             base_cells=tree["base_cells"],

@@ -69,6 +69,7 @@ def evolve(s: Session) -> None:
     ahead = lookahead(
         s.train, state.step, config.fast.cycle_steps, config.slow.problems_per_step, config.seed
     )
+    s.at_hand = {p.id: p for p in ahead}
     version = s.policy_version
 
     def score(wave: Sequence[tuple[Context, Problem, int]]) -> list[Sampled]:
@@ -92,10 +93,11 @@ def evolve(s: Session) -> None:
         policy_version=version,
         seed=config.seed,
         log=s.console.note,
+        fits=lambda context: s.fits(context, ahead),
     )
     reach("fast.end")
     state.fast, state.population = result.state, list(result.population)
-    state.reusable = list(result.sampled) if config.fast.reuse_rollouts and config.method == "fst" else []
+    state.reusable = s.reusable(result.sampled)
     state.counters.rollouts += len(result.sampled)
     state.counters.fast_rollouts += len(result.sampled)
     s.count_rollout_tokens()
@@ -109,8 +111,14 @@ def learn(s: Session) -> None:
     config, state = s.config, s.state
     started = s.begin("rollouts")
     problems = minibatch(s.train, state.step, config.slow.problems_per_step, config.seed)
-    plan = [t for p in ranks.mine(problems) for t in plan_group(p, state.population, config.slow.group_size)]
-    claimed, reused = s.claim(plan)
+    s.at_hand = {p.id: p for p in problems}
+    plans = [plan_group(p, state.population, config.slow.group_size) for p in problems]
+    claims = [
+        s.claim(plan) for plan in plans
+    ]  # for all problems on every process, so that all keep the same account
+    reused = sum(claim is not None for claims_of_problem in claims for claim in claims_of_problem)
+    plan = [t for plan_of_problem in ranks.mine(plans) for t in plan_of_problem]
+    claimed = [c for claims_of_problem in ranks.mine(claims) for c in claims_of_problem]
     fresh = s.sampler.local(
         s.models.policy,
         [t for t, c in zip(plan, claimed, strict=True) if c is None],
@@ -126,7 +134,7 @@ def learn(s: Session) -> None:
     training = time.perf_counter()
     groups = make_groups(sampled, config.slow.advantage_eps)
     kept = [g for g in groups if g.advantages is not None]
-    prompts = [[s.prompt_of(m) for m in g.sampled] for g in kept]
+    prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in kept]
     assert s.policy is not None
     data = sequences(kept, prompts, config.slow.aggregation)
     try:

@@ -101,8 +101,10 @@ def fast_phase(
     policy_version: int,
     seed: int,
     log: Log,
+    fits: Callable[[Context], bool] = lambda context: True,
 ) -> FastResult:
-    """Run one fast phase. anchor: the problems contexts are compared on; an id that occurs twice counts once.
+    """Run one fast phase. anchor: the problems contexts are compared on; an id that occurs twice counts once. fits: whether a context
+    leaves room for every problem it may meet; one that does not is refused as too long.
 
     cycle 0 is the first and runs config.first_generations waves, later ones config.generations. Never uses more than
     config.rollout_budget rollouts. A reflector that is down costs the wave its proposals and nothing else.
@@ -131,7 +133,7 @@ def fast_phase(
     tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
     born: list[str] = []
     refused: Counter[str] = Counter()
-    asked = waves = 0
+    asked = waves = read = written = 0
     for wave in range(config.first_generations if cycle == 0 else config.generations):
         width = min(config.children, (config.rollout_budget - round.spent) // size.rollouts)
         rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, wave]))
@@ -144,6 +146,8 @@ def fast_phase(
         replies = ask(reflect, prompts, seeds, functools.partial(_log_wave, log, cycle, wave))
         waves += 1
         asked += len(replies)
+        read += sum(reply.prompt_tokens for reply in replies)
+        written += sum(reply.completion_tokens for reply in replies)
 
         children: list[tuple[Context, Context]] = []  # (child, its parent)
         for parent, failures, reply in zip(parents, shown, replies, strict=True):
@@ -154,6 +158,9 @@ def fast_phase(
                 refused[text.reason] += 1
                 continue
             tried.add(text)
+            if not fits(Context.of(text)):
+                refused["too_long"] += 1
+                continue
             line = _birth(Context.of(text, parent=parent.id, born=cycle), failures, reply)
             line = lineage.setdefault(
                 line.context.id, line
@@ -191,6 +198,7 @@ def fast_phase(
         waves=waves,
         anchor_problems=size.problems,
         samples=size.samples,
+        reflection_tokens=(read, written),
         contexts=[_line(lineage[context_id], birth=True) for context_id in born],
     )
     after = FastState(state.seed_id, kept, lineage, round.scores.only(kept), cycle + 1)
@@ -329,11 +337,12 @@ def _record(
     waves: int = 0,
     anchor_problems: int = 0,
     samples: int = 0,
+    reflection_tokens: tuple[int, int] = (0, 0),
     contexts: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """proposed: reflections asked for, each of which was refused, scored and rejected, or admitted. best_mean: of the kept, on this
     cycle's anchor problems and on the samples that chose them, hence a little high. seed_mean: None once the seed is dropped.
-    contexts: every child scored in this cycle."""
+    contexts: every child scored in this cycle. reflection_tokens: read and written by the reflector, where it says so."""
     return {
         "cycle": cycle,
         "population": population,
@@ -341,6 +350,8 @@ def _record(
         "admitted": admitted,
         "refused": refused or {},
         "fast_rollouts": fast_rollouts,
+        "reflection_prompt_tokens": reflection_tokens[0],
+        "reflection_completion_tokens": reflection_tokens[1],
         "unjudged": unjudged,
         "best_mean": best_mean,
         "seed_mean": seed_mean,

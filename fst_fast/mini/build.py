@@ -62,6 +62,8 @@ def build_base(
     for name, value, least in (("steps", steps, 1), ("threads", threads, 1), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"base build: {name}={value} must be at least {least}")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"base build: {out} is not empty; choose a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -133,7 +134,12 @@ def load_model(
         raise UserError(
             f"policy.attention={attention} cannot run here: {_first_line(error)}; sdpa runs everywhere"
         ) from error
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # RuntimeError: weights of another shape
         raise UserError(f"model.path={str(path)!r} cannot be loaded: {_first_line(error)}") from error
     return model
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.errors import UserError
 from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
@@ -42,6 +43,7 @@ class Sampler:
     pool: VerifierPool
     pad_id: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
     def open(cls, config: Config) -> Sampler:
@@ -101,13 +103,18 @@ class Sampler:
             )
             for context, problem, sample in wave
         ]
-        rollouts = engine.generate(
-            requests,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            temperature=temperature,
-            top_p=None if top_p in (None, 1.0) else top_p,
-            policy_version=policy_version,
-        )
+        try:
+            rollouts = engine.generate(
+                requests,
+                max_response_tokens=self.config.rollout.max_response_tokens,
+                temperature=temperature,
+                top_p=None if top_p in (None, 1.0) else top_p,
+                policy_version=policy_version,
+            )
+        except FloatingPointError as error:
+            raise UserError(
+                f"{error}; the weights that sample (model.path={self.config.model.path}) are not usable"
+            ) from error
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         sampled_at = time.perf_counter()
         reach("verification")
@@ -117,6 +124,13 @@ class Sampler:
         self.seconds["rollout_s"] += sampled_at - started
         self.seconds["verify_s"] += time.perf_counter() - sampled_at
         return [Sampled(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
+
+    def unverified(self) -> dict[str, int]:
+        """Verifications since the last call that timed out or failed, over all processes. All processes must call it."""
+        now = (self.pool.timeouts, self.pool.failures)
+        new = ranks.total([a - b for a, b in zip(now, self._troubles, strict=True)])
+        self._troubles = now
+        return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
     def spread(self, engine: RolloutEngine, wave: Sequence[Triple], **how: Any) -> list[Sampled]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""

@@ -82,6 +82,15 @@ def open_trackers(run_dir: Path, config: TrackConfig, *, resume_step: int | None
     return trackers
 
 
+def check_trackers(config: TrackConfig) -> None:
+    """Refuse a tracker whose package is missing, before anything is written."""
+    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb, "trackio": config.trackio}
+    modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    for key, asked in wanted.items():
+        if asked:
+            _package(modules[key], key)
+
+
 def _start(key: str, project: str, make: Any) -> Tracker:
     try:
         tracker: Tracker = make()

@@ -238,4 +238,4 @@ def test_the_launcher_s_script_refuses_in_one_line_without_loading_torch():
     )
     assert answer.returncode == 2
     assert answer.stdout == "False\n"
-    assert answer.stderr == 'fst: --slow.lr="x" is refused; allowed: a number > 0\n'
+    assert answer.stderr == 'fst: --slow.lr="x" is refused; allowed: a number > 0 and <= 1\n'

@@ -630,3 +630,22 @@ def test_the_right_sentences_are_found_among_useless_and_harmful_ones_within_the
     assert all(sentence in best for sentence in helpful)
     assert not any(sentence in best for sentence in harmful)
     assert np.mean([additive(context.text, None) for context in result.population]) > 0.6
+
+
+def test_a_child_that_leaves_no_room_for_a_problem_is_refused_and_counted():
+    result = fast_phase(
+        start(),
+        anchor=problems(8),
+        score=World(half),
+        reflect=numbered(),
+        config=FastConfig(rollout_budget=200),
+        count_tokens=lambda text: len(text.split()),
+        cycle=0,
+        policy_version=0,
+        seed=0,
+        log=lambda line: None,
+        fits=lambda context: "variant" not in context.text,
+    )
+    assert result.record["refused"] == {"too_long": result.record["proposed"]}
+    assert result.record["proposed"] > 0
+    assert result.record["fast_rollouts"] == 8 * FastConfig().samples

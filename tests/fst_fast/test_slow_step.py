@@ -67,7 +67,8 @@ def data(config: Config, sampled: list[Sampled], prompts: dict[str, np.ndarray[A
 
 def config_of(models: tuple[Path, Path], **slow: Any) -> Config:
     settings = {"lr": 1e-2, "warmup_steps": 0, "max_grad_norm": 0.0, "kl_coef": 0.3, **slow}
-    return Config.model_validate({"model": {"path": str(models[0])}, "slow": settings})
+    lengths = {"max_prompt_tokens": 8, "max_response_tokens": 8}
+    return Config.model_validate({"model": {"path": str(models[0])}, "rollout": lengths, "slow": settings})
 
 
 def plain_loss(

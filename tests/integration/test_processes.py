@@ -61,6 +61,7 @@ def test_torchrun_and_small_micro_batches_give_the_curve_of_one_batch(
         [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={30700 + os.getpid() % 1000}"],
         tmp_path / "run",
         "--policy.zero_stage=2",
+        "--rollout.max_prompt_tokens=200",
         "--slow.tokens_per_micro_batch=300",
         "--slow.head_chunk_rows=64",
     )

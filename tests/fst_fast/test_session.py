@@ -1,0 +1,141 @@
+"""What a session refuses before anything is written, and the account of rollouts that RL groups may claim."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fst_fast.cli import main
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.session import Session
+
+SHORT = [
+    "--slow.steps=1",
+    "--slow.problems_per_step=4",
+    "--fast.anchor_size=4",
+    "--fast.cycle_steps=1",
+    "--eval.every=0",
+]
+TASK = """
+from fst_fast.contracts import Problem, Verdict
+
+class Small:
+    def problems(self, split):
+        return [Problem(f"{split}{i}", [{"role": "user", "content": "path from 1 to 2 ?"}], None) for i in range(8)]
+
+    def verify(self, problem, response):
+        return Verdict(0.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--fast.reflector=foo"], "fast.reflector=foo is unknown; allowed: mini, self, openai, or file.py:function"),
+        (["--fast.reflector=nofile.py:f"], "nofile.py"),
+        (["--fast.reflector=openai"], "model"),
+        (["--track.wandb=x"], "track.wandb needs a package that is not installed"),
+        (["--task={task}", "--task_args={{}}", "--slow.problems_per_step=9", "--method=rl"], "problems_per_step=9 is more than the 8"),
+        (["--rollout.max_prompt_tokens=20"], "prompt tokens; rollout.max_prompt_tokens=20 allows at most 20"),
+        (["--rollout.max_response_tokens=1000"], "are 1256 tokens; the model has 512 positions"),
+        (["--slow.betas=[0.9,1.5]"], "slow.betas=[0.9, 1.5]; each must be at least 0 and below 1"),
+        (["--slow.tokens_per_micro_batch=60"], "tokens_per_micro_batch=60 does not hold the longest sequence, 288 tokens"),
+        (["--policy.offload_optimizer=true"], "needs policy.zero_stage >= 1, which is 0"),
+        (["--slow.lr=1e300"], "slow.lr"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_leaves_no_folder(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.py").write_text(TASK)
+    run = tmp_path / "run"
+    words = [word.format(task=f"{tmp_path / 'small.py'}:Small") for word in words]
+    many = ["--slow.tokens_per_micro_batch=4096"] if "max_response" in words[0] else []
+    assert main(["train", "--run-dir", str(run), *SHORT, *many, *words]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert "Traceback" not in err
+    assert not run.exists()
+
+
+def test_weights_with_nan_end_the_run_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fst_fast import mini
+
+    model = AutoModelForCausalLM.from_pretrained(mini.path(), dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(mini.path()).save_pretrained(tmp_path / "model")
+    assert (
+        main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, f"--model.path={tmp_path / 'model'}"]) == 2
+    )
+    err = capsys.readouterr().err
+    assert "not usable" in err
+    assert "Traceback" not in err
+
+
+def test_damaged_weights_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    from fst_fast import mini
+
+    shutil.copytree(mini.path(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert (
+        main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, f"--model.path={tmp_path / 'model'}"]) == 2
+    )
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def sampled(context: Context, problem: str, reward: float | None, sample: int = 0) -> Sampled:
+    rollout = Rollout(problem, context.id, sample, np.array([1]), np.zeros(1, np.float32), "stop", 0, 1.0)
+    return Sampled(rollout, Verdict(reward), "")
+
+
+def test_a_rollout_is_claimed_once_and_only_under_its_own_context_and_problem() -> None:
+    a, b, gone = Context.of("a"), Context.of("b"), Context.of("gone")
+    problem = Problem("p", [{"role": "user", "content": "?"}], None)
+    offered = [
+        sampled(a, "p", 1.0, 0),
+        sampled(a, "p", 0.0, 1),
+        sampled(b, "q", 1.0),
+        sampled(gone, "p", 1.0),
+        sampled(a, "p", None),
+    ]
+    session: Any = types.SimpleNamespace(
+        config=Config(), state=types.SimpleNamespace(population=[a, b], reusable=[])
+    )
+    session.state.reusable = Session.reusable(session, offered)
+    assert session.state.reusable == offered[:3]  # judged, and under a context that was kept
+    plan = [(a, problem, 0), (a, problem, 1), (a, problem, 2), (b, problem, 0)]
+    assert Session.claim(session, plan) == [offered[0], offered[1], None, None]
+    assert session.state.reusable == [offered[2]]
+    assert Session.claim(session, plan) == [None] * 4
+
+
+def test_a_context_that_leaves_no_room_for_the_longest_problem_does_not_fit() -> None:
+    from fst_fast import mini
+    from fst_fast.rollout.prompt import PromptCache, load_tokenizer
+
+    tokenizer = load_tokenizer(mini.path())
+    short, long = (Problem(str(n), [{"role": "user", "content": "1 " * n}], None) for n in (5, 30))
+    seed = Context.of("solve the problem .")
+    room = len(PromptCache(tokenizer, max_prompt_tokens=999).ids(seed, long)) + 1
+    config = Config.model_validate({"rollout": {"max_prompt_tokens": room}})
+    session: Any = types.SimpleNamespace(config=config, validation=[], seed_context=seed)
+    session.sampler = types.SimpleNamespace(
+        tokenizer=tokenizer, prompts=PromptCache(tokenizer, max_prompt_tokens=room)
+    )
+    assert Session.fits(session, Context.of("solve the problem . ."), [short, long])
+    assert not Session.fits(session, Context.of("solve the problem . . ."), [short, long])
