@@ -18,8 +18,8 @@ NAMES = ("reference", "triton", "cuda", "host")
 
 # Operation -> the backends it has, best first.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "linear_logprob": ("reference",),
-    "linear_policy_loss": ("reference", "cuda", "host"),
+    "linear_logprob": ("triton", "reference"),
+    "linear_policy_loss": ("triton", "reference", "cuda", "host"),
     "tree_attention": ("reference",),
     "sample_tokens": ("reference",),
 }

@@ -45,11 +45,10 @@ def linear_logprob(
     float > 0 or [N], no gradient; softcap c > 0 maps a logit x to c tanh(x / c) before the temperature.
     ref_hidden [N, H'] with ref_weight [V, H'] (None: weight and bias, H' == H) and ref_bias give ref_logprob, and with kl="reverse"
     KL(policy || reference) or "forward" KL(reference || policy), over the whole vocabulary. No gradient flows into the reference.
-    chunk_rows: rows of logits that exist at one time; None: about 64 MiB of them.
-    First derivatives only. The reference backend on the CPU gives a row the same bits whatever rows are beside it and however they
-    are chunked.
+    chunk_rows: rows of logits that exist at one time; None: about 64 MiB of them, in Triton, which is for GPUs, under 1 GiB.
+    First derivatives only. A row gets the same bits whatever rows are beside it and however they are chunked, from the reference
+    backend on the CPU and from Triton.
     """
-    choose_backend("linear_logprob", backend)
     check_head(
         hidden, weight, labels, rows, bias, temperature, softcap, ref_hidden, ref_weight, ref_bias, chunk_rows
     )
@@ -57,7 +56,14 @@ def linear_logprob(
         raise ValueError(f"kl={kl!r}; allowed: None, 'reverse', 'forward'")
     if kl is not None and ref_hidden is None:
         raise ValueError(f"kl={kl!r} needs ref_hidden, which is None")
-    out = LinearLogprob.apply(  # type: ignore[no-untyped-call]
+    op: type[torch.autograd.Function] = LinearLogprob
+    default_rows = default_chunk_rows(weight.shape[0])
+    if choose_backend("linear_logprob", backend, hidden.device, hidden.dtype) == "triton":
+        from fst_kernels.linear_logprob import triton as kernels
+
+        op = kernels.LinearLogprobTriton
+        default_rows = kernels.default_chunk_rows(weight.shape[0], 1 if kl is None else 2)
+    out = op.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
         bias,
@@ -69,7 +75,7 @@ def linear_logprob(
         temperature.detach() if isinstance(temperature, Tensor) else float(temperature),
         softcap,
         kl,
-        chunk_rows or default_chunk_rows(weight.shape[0]),
+        chunk_rows or default_rows,
     )
     return LogprobOutput(*out)
 

@@ -17,7 +17,7 @@ from fst_kernels.linear_policy_loss.cuda import (
 from fst_kernels.linear_policy_loss.objective import PolicyObjective, PolicyStats, policy_sums, policy_terms
 from fst_kernels.linear_policy_loss.reference import LinearPolicyLoss
 
-# Backend -> what runs it. All take and save the same.
+# Backend -> what runs it; triton, an optional package, is imported when it is taken. All take and save the same.
 FUNCTIONS: dict[str, type[LinearPolicyLoss]] = {
     "reference": LinearPolicyLoss,
     "cuda": RowKernelPolicyLoss,
@@ -72,10 +72,17 @@ def linear_policy_loss(
         raise ValueError(f"objective.kl={objective.kl!r} needs {needed}, which is None")
     grad = torch.is_grad_enabled()
     taken = choose_backend("linear_policy_loss", backend, hidden.device, hidden.dtype)
+    op: type[torch.autograd.Function] = FUNCTIONS.get(taken, LinearPolicyLoss)
     default_rows = default_chunk_rows(weight.shape[0])
     if taken == "cuda":
         default_rows = device_chunk_rows(weight.shape[0], 1 if ref_hidden is None else 2)
-    loss, sums = FUNCTIONS[taken].apply(  # type: ignore[no-untyped-call]
+    elif taken == "triton":
+        from fst_kernels.linear_logprob.triton import default_chunk_rows as triton_chunk_rows
+        from fst_kernels.linear_policy_loss.triton import LinearPolicyLossTriton
+
+        op = LinearPolicyLossTriton
+        default_rows = triton_chunk_rows(weight.shape[0], 2 if objective.kl in ("reverse", "forward") else 1)
+    loss, sums = op.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
         bias,

@@ -1,0 +1,229 @@
+"""Compiles the Triton kernels for GPUs that need not be there and says what they take: registers, spills, shared memory, instructions.
+
+    python scripts/aot_report.py [--arch 80 90 100] [--only head_statistics] [--json FILE]
+
+Exit code 1 if a kernel does not compile, spills, needs more shared memory than a block can have, or lacks the instructions that it
+was written for. A kernel's cases stand in a function of its own below and are listed in CASES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+os.environ.pop("TRITON_INTERPRET", None)  # kernels defined under it cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
+# What is looked for in the PTX, by architecture.
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TMA = {90: "cp.async.bulk.tensor", 100: "cp.async.bulk.tensor"}
+
+
+class Case(NamedTuple):
+    name: str
+    kernel: Any  # a triton.jit function
+    signature: dict[str, str]  # argument -> type ("*bf16", "i32", ...) of those that are no constant
+    constants: dict[str, Any]  # argument -> value, None for a tensor that is not given
+    unaligned: tuple[str, ...] = ()  # integers that are not multiples of 16; all others and all pointers are
+    archs: tuple[int, ...] = (80, 90, 100)
+    warps: int = 4
+    stages: int = 3
+    tensor_cores: bool = False
+    tma: bool = False
+    spills: int = 0  # bytes of local memory per thread that are accepted
+
+
+class Found(NamedTuple):
+    case: str
+    arch: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    complaints: list[str]
+
+
+def linear_logprob_cases() -> Iterator[Case]:
+    from fst_kernels.linear_logprob import triton as op
+
+    rows = dict.fromkeys(("temperature", "peak", "log_total", "ref_peak", "ref_log_total"), "*fp32")
+    partial = dict.fromkeys(("peaks", "totals", "moments"), "*fp32")
+    for tiles, archs in ((op.AMPERE, (80, 90, 100)), (op.HOPPER, (90,)), (op.BLACKWELL, (100,))):
+        # Tensors that are not given are None. What the last two spill is spilled once per tile, not per step of the product.
+        for what, optional, softcap, spills in (
+            ("", {"bias": None, "products": None}, {"softcap": None}, 0),
+            (" stored", {"bias": None, "products": "*fp32"}, {"softcap": None}, 0),
+            (" bias stored", {"bias": "*bf16", "products": "*fp32"}, {"softcap": None}, 32),
+            (" bias softcap stored", {"bias": "*bf16", "products": "*fp32"}, {"softcap": "fp32"}, 256),
+        ):
+            arguments = (
+                dict.fromkeys(("hidden", "weight"), "*bf16")
+                | optional
+                | {"temperature": "*fp32", "starts": "*i64", "labels": "*i64", "label_logits": "*fp32"}
+                | partial
+                | dict.fromkeys(("num_rows", "vocabulary", "size", "hidden_stride", "weight_stride"), "i32")
+                | {"products_stride": "i32"}
+                | softcap
+            )
+            yield Case(
+                f"head_statistics {tiles.rows}x{tiles.columns}x{tiles.depth}{' TMA' if tiles.tma else ''}{what}",
+                op.head_statistics_kernel,
+                {name: kind for name, kind in arguments.items() if kind is not None},
+                {name: None for name, kind in arguments.items() if kind is None}
+                | {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "SPLIT": tiles.split}
+                | {"TMA": tiles.tma, "UPCAST": False},
+                unaligned=("num_rows",),
+                archs=archs,
+                warps=tiles.warps,
+                stages=tiles.stages,
+                tensor_cores=True,
+                tma=tiles.tma,
+                spills=spills,
+            )
+    yield Case(
+        "combine",
+        op.combine_kernel,
+        partial
+        | dict.fromkeys(("peak", "log_total", "entropy"), "*fp32")
+        | {"num_rows": "i32", "splits": "i32"},
+        {"ROWS": 128},
+        unaligned=("num_rows", "splits"),
+    )
+    pair = dict.fromkeys(("products", "ref_products"), "*fp32") | dict.fromkeys(("bias", "ref_bias"), "*bf16")
+    strides = dict.fromkeys(("vocabulary", "products_stride", "ref_stride"), "i32")
+    for forward in (False, True):
+        yield Case(
+            f"divergence {'forward' if forward else 'reverse'} softcap",
+            op.divergence_kernel,
+            pair | rows | {"kl": "*fp32", "softcap": "fp32"} | strides,
+            {"FORWARD": forward, "COLUMNS": op.BLOCK},
+        )
+    labels = {"starts": "*i64", "labels": "*i64", "coefficients": "*fp32"}
+    out = {"out": "*bf16", "out_stride": "i32"} | strides
+    unused = (
+        "ref_products",
+        "bias",
+        "ref_bias",
+        "ref_peak",
+        "ref_log_total",
+        "b1",
+        "d_kl",
+        "acting",
+        "softcap",
+    )
+    yield Case(
+        "logits_gradient",
+        op.logits_gradient_kernel,
+        {"products": "*fp32", "b0": "*fp32"}
+        | labels
+        | out
+        | {k: v for k, v in rows.items() if k not in unused},
+        dict.fromkeys(unused) | {"FORWARD": False, "COLUMNS": op.BLOCK},
+    )
+    for forward in (False, True):
+        yield Case(
+            f"logits_gradient {'forward' if forward else 'reverse'} KL, all options",
+            op.logits_gradient_kernel,
+            pair
+            | rows
+            | dict.fromkeys(("b0", "b1", "d_kl"), "*fp32")
+            | labels
+            | out
+            | {"acting": "*i64", "softcap": "fp32"},
+            {"FORWARD": forward, "COLUMNS": op.BLOCK},
+        )
+
+
+CASES: list[Callable[[], Iterator[Case]]] = [linear_logprob_cases]
+
+
+def compile_case(case: Case, arch: int) -> Found:
+    names = case.kernel.arg_names
+    missing = [n for n in names if n not in case.signature and n not in case.constants]
+    assert not missing, f"{case.name}: no type and no value for {', '.join(missing)}"
+    signature = {n: case.signature.get(n, "constexpr") for n in names}
+    aligned = [
+        n
+        for n, kind in case.signature.items()
+        if kind[0] == "*" or (kind[0] == "i" and n not in case.unaligned)
+    ]
+    source = ASTSource(
+        case.kernel,
+        signature,
+        {(names.index(n),): value for n, value in case.constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True},
+    )
+    registers, local = resource_usage(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    complaints = []
+    if local > case.spills:
+        complaints.append(f"{local} bytes of local memory per thread, {case.spills} accepted")
+    if shared > SHARED_LIMIT[arch]:
+        complaints.append(f"{shared} bytes of shared memory, a block has {SHARED_LIMIT[arch]}")
+    ptx = compiled.asm["ptx"]
+    for wanted, table in ((case.tensor_cores, TENSOR_CORES), (case.tma and arch in TMA, TMA)):
+        if wanted and table[arch] not in ptx:
+            complaints.append(f"no {table[arch]} in the PTX")
+    return Found(case.name, arch, registers, local, shared, complaints)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory (stack and spills) per thread, read by the cuobjdump that Triton brings along."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"aot_report_{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+    try:
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+    finally:
+        path.unlink()
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    given = parser.parse_args()
+    print(f"Triton {triton.__version__}\n{'registers':>9} {'local B':>7} {'shared B':>8}  kernel", flush=True)
+    found = []
+    for case in (case for cases in CASES for case in cases() if given.only in case.name):
+        for arch in sorted(set(case.archs) & set(given.arch)):
+            one = compile_case(case, arch)
+            found.append(one)
+            print(
+                f"{one.registers:9} {one.local_bytes:7} {one.shared_bytes:8}  sm_{arch} {one.case}",
+                flush=True,
+            )
+            for complaint in one.complaints:
+                print(f"          !! {complaint}", flush=True)
+    if given.json:
+        given.json.write_text(json.dumps([one._asdict() for one in found], indent=1) + "\n")
+    if not found:
+        print(f"no kernel is called {given.only!r} on these architectures")
+    return int(not found or any(one.complaints for one in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
