@@ -20,7 +20,7 @@ NAMES = ("reference", "triton", "cuda", "host")
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("triton", "reference"),
     "linear_policy_loss": ("triton", "reference", "cuda", "host"),
-    "tree_attention": ("reference",),
+    "tree_attention": ("triton", "reference"),
     "sample_tokens": ("reference",),
 }
 

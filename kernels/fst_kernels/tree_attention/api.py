@@ -58,16 +58,21 @@ def tree_attention(
     of a token depends on the tokens it sees alone, bitwise.
 
     Raises ValueError for shapes, types or devices that do not fit and for a mask that is no forest; RuntimeError for a backend that is
-    asked for by name and is not built.
+    asked for by name and cannot run here.
     """
-    choose_backend("tree_attention", backend)
     mask = subtree_end if isinstance(subtree_end, TreeMask) else TreeMask.from_subtree_end(subtree_end)
-    mask = _check(q, k, v, mask)
-    out, lse = reference.tree_attention(q, k, v, mask, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    _check(q, k, v, mask)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if choose_backend("tree_attention", backend, q.device, q.dtype) == "triton":
+        from fst_kernels.tree_attention import triton  # only here: it is not installed everywhere
+
+        out, lse = triton.tree_attention(q, k, v, mask, scale)
+    else:
+        out, lse = reference.tree_attention(q, k, v, mask.expand(len(q)), scale)
     return (out, lse) if return_lse else out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask) -> TreeMask:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; [B, heads, N, D] is needed")
@@ -96,4 +101,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask) -> TreeMask:
         raise ValueError(
             f"subtree_end has {len(mask.subtree_end)} rows and q has a batch of {batch}; 1 or {batch} rows are allowed"
         )
-    return mask if len(mask.subtree_end) == batch else mask.expand(batch)

@@ -56,10 +56,10 @@ class TreeMask:
         return cls(rows, start + shifts, end + shifts, last + shifts, level)
 
     def expand(self, batch: int) -> TreeMask:
-        """The same tree for every row of a batch; a mask of one row only."""
-        assert len(self.subtree_end) == 1
-        if batch == 1:
+        """A mask of `batch` rows: this one, or its only row repeated."""
+        if len(self.subtree_end) == batch:
             return self
+        assert len(self.subtree_end) == 1
         if batch not in self.prepared:
             self.prepared[batch] = TreeMask.from_subtree_end(self.subtree_end.expand(batch, -1).contiguous())
         repeated: TreeMask = self.prepared[batch]

@@ -1,0 +1,107 @@
+"""What the Triton kernels know of a forest: built on its device without waiting for it, once per mask, kept in `TreeMask.prepared`.
+
+*Per block of keys*: the largest and smallest subtree_end in it.
+*Per block of queries* (forward, dQ): the key blocks that concern it. Each block of queries tests every key block up to its own, 1024 at
+a time. That is quadratic in N / block, but with a constant so small (86k tokens: 672 programs of two vector steps; a million: 134 million
+comparisons) that it costs less than one step of attention, and it spares each of the heads, layers and passes that share the mask a scan
+of their own: at 86k tokens a scan in the attention loop would test 1344 blocks to find about 40. A row of the table is as wide as the
+longest path in blocks, which the host knows from the mask's segments.
+*Units of work* (dK/dV): a block of keys with its range of queries, [b0, largest end), longest first. Ranges longer than `chunk` are cut.
+With chunk = (sum of all ranges) / TARGET there are at most KB + TARGET units and at most 2 TARGET partial sums in float32 whatever the
+forest, so the host can size the grid and the buffers without asking; and the longest unit is at most 1 / TARGET of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fst_kernels.tree_attention.mask import TreeMask
+
+
+@dataclass(frozen=True)
+class KeyBlocks:
+    largest: Tensor  # [R, KB] int32: max of subtree_end; R = 1 or B rows
+    smallest: Tensor  # [R, KB] int32: min; 0 for a block that N ends in
+
+
+@dataclass(frozen=True)
+class Lists:
+    lists: Tensor  # [R, QB, width] int32: mask-free key blocks from the left end, the others from the right
+    counts: Tensor  # [2, R, QB] int32
+    order: Tensor  # [R, QB] int32: blocks of queries, longest list first
+
+
+@dataclass(frozen=True)
+class Units:
+    units: Tensor  # [R, U, 4] int32: key block (-1: none), first query, last query + 1, slot of its partial sums (-1: no cut)
+    splits: Tensor  # [R, target, 3] int32: key block that was cut (-1: none), first slot, number of slots
+    slots: int  # at most so many partial sums per row
+
+
+def key_blocks(mask: TreeMask, size: int) -> KeyBlocks:
+    key = ("key blocks", size)
+    if key not in mask.prepared:
+        end = mask.subtree_end
+        padded = torch.nn.functional.pad(end, (0, -end.shape[1] % size)).view(len(end), -1, size)
+        mask.prepared[key] = KeyBlocks(padded.amax(2), padded.amin(2))
+    found: KeyBlocks = mask.prepared[key]
+    return found
+
+
+def list_width(mask: TreeMask, queries: int, keys: int) -> int:
+    """At most so many blocks of `keys` tokens concern one block of `queries` tokens. On the host, from the segments."""
+    n = mask.subtree_end.shape[1]
+    if not n:
+        return 0
+    origin = mask.start // n * n
+    touched = (mask.end - 1 - origin) // keys - (mask.start - origin) // keys + 1
+    change = np.zeros(len(touched) + 1, np.int64)
+    np.add.at(change, np.arange(len(touched)), touched)
+    np.add.at(change, np.searchsorted(mask.start, mask.last), -touched)
+    path = int(np.cumsum(change)[:-1].max())  # blocks on the path to a segment, its own included
+    return min(path + -(-queries // keys) + 1, -(-n // keys))
+
+
+def units(mask: TreeMask, keys: int, queries: int, target: int) -> Units:
+    """`target` units of work are wanted at least, if ranges have to be cut for it; parts are whole multiples of `queries` tokens."""
+    key = ("units", keys, queries, target)
+    if key not in mask.prepared:
+        mask.prepared[key] = _units(key_blocks(mask, keys).largest, keys, queries, target)
+    found: Units = mask.prepared[key]
+    return found
+
+
+def _units(largest: Tensor, keys: int, queries: int, target: int) -> Units:
+    rows, blocks = largest.shape
+    device = largest.device
+    first = torch.arange(blocks, device=device) * keys
+    length = largest - first  # [R, KB] int64, at least 1
+    chunk = -(-length.sum(1, keepdim=True) // target)
+    chunk = -(-chunk // queries) * queries  # [R, 1]
+    parts = -(-length // chunk)
+    behind = parts.cumsum(1)
+    cut = parts > 1
+    slots_behind = (parts * cut).cumsum(1)
+    first_slot = slots_behind - parts
+
+    at = torch.arange(blocks + target, device=device).expand(rows, -1).contiguous()
+    block = torch.searchsorted(behind, at, right=True)
+    real = block < blocks
+    block = block.clamp(max=blocks - 1)
+    part = at - (behind - parts).gather(1, block)
+    low = block * keys + part * chunk
+    high = torch.minimum(low + chunk, largest.gather(1, block))
+    slot = torch.where(cut.gather(1, block), first_slot.gather(1, block) + part, -1)
+    order = torch.where(real, high - low, -1).sort(dim=1, descending=True, stable=True).indices
+    table = torch.stack([torch.where(real, block, -1), low, high, slot], 2).to(torch.int32)
+    table = table.gather(1, order[..., None].expand(-1, -1, 4))
+
+    most = min(target, blocks)
+    chosen = cut.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :most]
+    names = torch.where(cut.gather(1, chosen), chosen, -1)
+    splits = torch.stack([names, first_slot.gather(1, chosen), parts.gather(1, chosen)], 2).to(torch.int32)
+    return Units(table.contiguous(), splits.contiguous(), 2 * target)

@@ -1,0 +1,154 @@
+"""Compiles the Triton kernels of tree attention for GPUs that need not be there and says what they take.
+
+    python scripts/aot_tree_attention.py [--arch 80 90 100] [--dim 64 80 96 128 256] [--dtype bf16 fp16 fp32]
+
+One line per kernel: registers, bytes of local memory per thread, shared memory of a block, tensor-core and TMA instructions. Exit code 1
+if a kernel does not compile, spills, needs more shared memory than a block has, or lacks tensor cores (16-bit types) or TMA where asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+os.environ.pop("TRITON_INTERPRET", None)  # kernels defined under it cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fst_kernels.tree_attention import triton as op
+from fst_kernels.tree_attention import triton_kernels as kernels
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TMA = "cp.async.bulk.tensor"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INT_POINTERS = ("end", "lists", "counts", "order", "units", "splits", "block_max", "block_min")
+FLOAT_POINTERS = ("lse2", "delta", "partials")
+TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+TILED = {
+    "q": "queries",
+    "dout": "queries",
+    "k": "keys",
+    "v": "keys",
+}  # read through descriptors where there is TMA
+
+
+def passes(tiles: op.Tiling) -> Iterator[tuple[str, Any, op.Tile, bool, dict[str, Any]]]:
+    """Name, kernel, tile, TMA, constants of its own."""
+    plain = op.Tile(64, tiles.dkdv.keys, 4, 3)
+    yield (
+        "list",
+        kernels.list_kernel,
+        op.Tile(tiles.forward.queries, tiles.forward.keys, 4, 3),
+        False,
+        {"SCAN": op.SCAN},
+    )
+    yield "forward", kernels.forward_kernel, tiles.forward, tiles.tma, {}
+    yield "delta", kernels.delta_kernel, plain, False, {}
+    yield "dq", kernels.dq_kernel, tiles.dq, tiles.tma, {}
+    for dk, dv in ((True, False), (False, True)) if tiles.apart else ((True, True),):
+        name = "dk" * dk + "dv" * dv
+        yield name, kernels.dkdv_kernel, tiles.dkdv, tiles.tma, {"DK": dk, "DV": dv}
+    yield "reduce", kernels.reduce_kernel, op.Tile(64, tiles.dkdv.keys, 8, 3), False, {}
+
+
+def compile_one(
+    kernel: Any, tile: op.Tile, tma: bool, own: dict[str, Any], dim: int, dtype: str, arch: int
+) -> Any:
+    wide = op.padded(dim)
+    constants = {
+        "D": dim,
+        "DIM": wide,
+        "BM": tile.queries,
+        "BN": tile.keys,
+        "TMA": tma,
+        "PRECISION": "ieee",
+    } | own
+    signature, aligned = {}, []
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif tma and name in TILED:
+            signature[name] = f"tensordesc<{dtype}[1,1,{getattr(tile, TILED[name])},{wide}]>"
+        else:
+            pointer = (
+                "i32"
+                if name in INT_POINTERS
+                else "fp32"
+                if name in FLOAT_POINTERS
+                else dtype
+                if name in TENSORS
+                else ""
+            )
+            signature[name] = "*" + pointer if pointer else "fp32" if name.startswith("scale") else "i32"
+            if pointer or name.startswith("stride"):
+                aligned.append(position)
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items() if n in kernel.arg_names}
+    source = ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=tile.launch)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory (stack and spills) per thread, read by the cuobjdump that Triton brings along."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--dim", type=int, nargs="+", default=[64, 80, 96, 128, 256])
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    given = parser.parse_args()
+    print(
+        f"Triton {triton.__version__}\n{'registers':>9} {'local B':>7} {'shared B':>8} {'tensor':>6} {'TMA':>3}",
+        flush=True,
+    )
+    failed = 0
+    for arch, dtype, dim in ((a, t, d) for a in given.arch for t in given.dtype for d in given.dim):
+        tiles = op.tiling(dim, DTYPES[dtype], (arch // 10, arch % 10))
+        for name, kernel, tile, tma, own in passes(tiles):
+            compiled = compile_one(kernel, tile, tma, own, dim, dtype, arch)
+            ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
+            registers, local = resource_usage(compiled.asm["cubin"])
+            products, bulk = ptx.count(TENSOR_CORES[arch]), ptx.count(TMA)
+            multiplies = dtype != "fp32" and "PRECISION" in kernel.arg_names
+            complaints = [
+                f"{local} bytes of local memory" * bool(local),
+                f"more than the {SHARED_LIMIT[arch]} bytes of shared memory a block has"
+                * (shared > SHARED_LIMIT[arch]),
+                f"no {TENSOR_CORES[arch]}" * (multiplies and not products),
+                f"no {TMA}" * (tma and not bulk),
+            ]
+            said = ", ".join(c for c in complaints if c)
+            failed += bool(said)
+            shape = f"{tile.queries}x{tile.keys} {tile.warps} warps {tile.stages} stages"
+            print(
+                f"{registers:9} {local:7} {shared:8} {products:6} {bulk:3}  sm_{arch} {dtype} D={dim} {name} {shape}{said and '  !! ' + said}",
+                flush=True,
+            )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
