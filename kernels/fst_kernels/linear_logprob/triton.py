@@ -376,9 +376,9 @@ def default_chunk_rows(vocabulary: int, products: int) -> int:
     return max(128, CHUNK_BYTES // (4 * max(vocabulary, 1) * products) // 128 * 128)
 
 
-def _operand(x: Tensor, tma: bool) -> Tensor:
-    """Adjacent columns, and for a descriptor aligned rows."""
-    if x.stride(1) != 1 and x.shape[1] > 1:
+def _operand(x: Tensor, tma: bool, tile_rows: int) -> Tensor:
+    """Adjacent columns, offsets inside a tile that fit 32 bits, and for a descriptor aligned rows."""
+    if (x.stride(1) != 1 and x.shape[1] > 1) or (tile_rows - 1) * x.stride(0) + x.shape[1] >= 2**31:
         return x.contiguous()
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) > 0
     return x.clone(memory_format=torch.contiguous_format) if tma and not aligned else x
@@ -449,7 +449,7 @@ def head_statistics_(
     """Fills `out`; its label_logits in the places that the rows' label ranges name. Returns h W^T [n, V] in fp32 if it is to be stored."""
     (n, size), vocabulary = hidden.shape, head.weight.shape[0]
     tiles = choose_tiles(hidden)
-    hidden, weight = _operand(hidden, tiles.tma), _operand(head.weight, tiles.tma)
+    hidden, weight = _operand(hidden, tiles.tma, tiles.rows), _operand(head.weight, tiles.tma, tiles.columns)
     splits = triton.cdiv(vocabulary, tiles.split)
     partial = hidden.new_empty((3, splits, n), dtype=torch.float32)
     products = None
