@@ -10,14 +10,16 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from fst_fast.run import faults
-from tests.integration.crash import same, start, start_two, train, train_two, until
-from tests.integration.launch import REPO, records
+from tests.integration.crash import TINY, same, start, start_two, train, train_two, until
+from tests.integration.launch import REPO, one_thread, records
 
 SAMPLE = ("fast.end", "rollout", "optimiser", "save.model", "save.rename")
 # Where the run is when it is killed: with nothing saved, between two checkpoints, and at its end.
@@ -217,3 +219,31 @@ def test_a_run_that_has_ended_continues_with_more_steps_as_if_they_had_been_aske
     assert records(tmp_path / "run", "step") == records(unbroken, "step")
     last = ("checkpoints", "step-000004", "model", "model.safetensors")
     assert (tmp_path / "run").joinpath(*last).read_bytes() == unbroken.joinpath(*last).read_bytes()
+
+
+@pytest.mark.chaos
+def test_under_torchrun_a_killed_process_is_named_and_the_run_continues_bit_equal(
+    unbroken_two: Path, tmp_path: Path
+) -> None:
+    """The other tests start their two processes themselves, with the variables that torchrun sets."""
+    torchrun = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+    ]
+
+    def launch(fault: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*torchrun, "--run-dir", str(tmp_path / "run"), *TINY, *more],
+            cwd=REPO, env={**one_thread(), "FST_FAULT": fault}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = launch("backward:2:1")
+    assert done.returncode != 0
+    said = re.findall(r"^fst: process .*$", done.stderr, re.MULTILINE)
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("fst: process 1 has ended (step 1, update); this one stops.")
+    done = launch("", "--resume")
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "run", unbroken_two)
