@@ -24,7 +24,7 @@ from tests.integration.launch import REPO, one_thread, records
 SAMPLE = ("fast.end", "rollout", "optimiser", "save.model", "save.rename")
 # Where the run is when it is killed: with nothing saved, between two checkpoints, and at its end.
 WHEN = {
-    "fast.wave": 4, "reflection": 2, "fast.end": 2, "rollout": 150, "verification": 9, "backward": 2, "optimiser": 3, "hand_over": 1,
+    "fast.wave": 4, "reflection": 2, "fast.end": 1, "rollout": 150, "verification": 9, "backward": 2, "optimiser": 3, "hand_over": 1,
     "metrics": 6, "evaluation": 2, "save.begin": 2, "save.engine": 1, "save.state": 3, "save.model": 2, "save.manifest": 4,
     "save.rename": 1, "save.latest": 4, "save.cleanup": 2, "summary": 1,
 }  # fmt: skip
