@@ -87,10 +87,13 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (None: all defaults), apply the overrides in order, check everything.
 
-    overrides: `--slow.lr=1e-3`, or `--slow.lr` followed by `1e-3`. Raises UserError, one sentence per mistake.
+    overrides: `--slow.lr=1e-3`, or `--slow.lr` followed by `1e-3`. A `--task` that is not the file's leaves the file's task_args behind.
+    Raises UserError, one sentence per mistake.
     """
     tree = {} if path is None else read_yaml(path)
     given = list(pairs(overrides))
+    if any(key == "task" and _value(key, text) != tree.get("task") for key, text in given):
+        tree.pop("task_args", None)  # they are the other task's
     for key, text in given:
         _assign(tree, key, _value(key, text))
     return check(tree, "" if path is None else f"{path}: ", {key for key, _ in given})

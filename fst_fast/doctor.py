@@ -61,13 +61,13 @@ def _gpus() -> Iterator[str]:
 def _nvcc() -> str:
     path = shutil.which("nvcc")
     if path is None:
-        return "not found (not needed: there is no CUDA source to compile)"
+        return "not found (not needed, unless you build csrc/)"
     answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     release = next(
         (line for line in answer.stdout.splitlines() if "release" in line),
         "answers nothing about its release",
     )
-    return f"{path}: {release.strip()} (not needed: there is no CUDA source to compile)"
+    return f"{path}: {release.strip()} (not needed, unless you build csrc/)"
 
 
 def _kernels() -> Iterator[str]:

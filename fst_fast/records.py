@@ -43,7 +43,7 @@ def step(
     mean = total / max(judged, 1)
     record = {
         "step": s.state.step,
-        "cycle": s.state.cycle,
+        "cycle": max(s.state.cycle - 1, 0),  # the one it belongs to; state.cycle counts those begun
         "reward": mean,
         "reward_std": math.sqrt(max(squares / max(judged, 1) - mean * mean, 0.0)),
         "groups": int(all_groups),

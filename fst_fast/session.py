@@ -46,6 +46,7 @@ from fst_fast.run.presence import Presence, missing
 from fst_fast.run.track import check_trackers
 from fst_fast.state import State, minibatch
 from fst_fast.tasks.registry import check_gold, load_task
+from fst_kernels.backends import choose_backend
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Session:
     ) -> Session:
         """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
         arm(ranks.rank())
+        _check_kernels(config)
         ranks.init(config.run.timeout_s)
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(config.task, config.task_args)
@@ -396,6 +398,16 @@ def _on_rank_zero(action: Callable[[], Any]) -> Any:
 def _on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
     """Like `_on_rank_zero`, the result (small, picklable) on every process."""
     return ranks.from_rank_zero(_on_rank_zero(action))
+
+
+def _check_kernels(config: Config) -> None:
+    """Refuse a kernel path forced by FST_KERNELS that this machine cannot take."""
+    operations = ["linear_logprob", "linear_policy_loss", "sample_tokens"]
+    for operation in operations + (["tree_attention"] if config.policy.attention == "tree" else []):
+        try:
+            choose_backend(operation, None, ranks.device(), policy_engine.dtype_of(config))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(str(error)) from error
 
 
 def _check_room(

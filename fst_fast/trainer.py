@@ -54,8 +54,10 @@ def train(
                 s.checkpoint()
         s.checkpoint()  # before the last evaluation: to continue a run that has ended is to measure it again, to the same figures
         if s.state.step < config.slow.steps:
+            n = ranks.world_size()
+            how = "fst train" if n == 1 else f"the same launcher, {n} processes and train.py"
             s.console.note(
-                f"stopped after step {s.state.step} of {config.slow.steps}; continue with: fst train --run-dir {run_dir} --resume"
+                f"stopped after step {s.state.step} of {config.slow.steps}; continue with: {how} --run-dir {run_dir} --resume"
             )
             return None
         result = measure(s, final=True)

@@ -99,7 +99,7 @@ def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
         if verdict.reward != 1:
             raise UserError(
                 f"the grader fails its own gold: it gives the gold response {gold[:200]!r} of problem {problem.id!r} "
-                f"reward {verdict.reward:g} instead of 1{said}"
+                f"reward {verdict.reward:g} instead of 1{said}; a JSONL task says what its gold looks like with task_args.gold"
             )
 
 

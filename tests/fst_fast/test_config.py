@@ -253,3 +253,12 @@ def test_every_key_has_a_description():
         field = field_at(key)
         assert field is not None, key
         assert field.description or "." not in key, f"{key} has no docstring"
+
+
+def test_another_task_leaves_the_file_s_task_args_behind(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("task: star_graph\ntask_args: {form: mini}\n")
+    assert load(path, ["--task_args.arms=4"]).task_args == {"form": "mini", "arms": 4}
+    assert load(path, ["--task=star_graph"]).task_args == {"form": "mini"}
+    for words in (["--task=my.py:T", "--task_args.size=3"], ["--task_args.size=3", "--task=my.py:T"]):
+        assert load(path, words).task_args == {"size": 3}

@@ -139,3 +139,12 @@ def test_a_context_that_leaves_no_room_for_the_longest_problem_does_not_fit() ->
     )
     assert Session.fits(session, Context.of("solve the problem . ."), [short, long])
     assert not Session.fits(session, Context.of("solve the problem . . ."), [short, long])
+
+
+def test_a_kernel_path_that_cannot_run_here_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FST_KERNELS", "cuda")
+    assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT]) == 2
+    assert "FST_KERNELS" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
