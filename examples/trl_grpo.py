@@ -6,7 +6,7 @@
 checkpoints stay TRL's. Two methods are replaced, and neither ever has logits of more than a chunk of rows:
 
     _compute_loss                       the training pass: linear_policy_loss, which makes the gradients in its forward
-    _get_per_token_logps_and_entropies  old and reference log-probabilities: linear_logprob, so that on policy the ratio is exactly 1
+    _get_per_token_logps_and_entropies  old and reference log-probabilities: linear_logprob, the same arithmetic
 
 Both run inside the forward of the model's own lm_head, where the weight is whole also under DeepSpeed ZeRO-3. What TRL offers and this
 trainer does not reproduce is refused by name when it is made. docs/kernels/own_trainer.md explains the mapping.
@@ -60,6 +60,7 @@ Job = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 def head_computes(model: nn.Module, job: Job) -> Iterator[None]:
     """While open, model(...).logits is job(hidden [B, T, H], weight [V, H], bias [V] | None)."""
     head = model.get_output_embeddings()
+    before = head.__dict__.get("forward")  # None: that of its class
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
@@ -71,7 +72,9 @@ def head_computes(model: nn.Module, job: Job) -> Iterator[None]:
     try:
         yield
     finally:
-        del head.forward  # the class's forward again
+        del head.forward
+        if before is not None:
+            head.forward = before
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -148,22 +151,17 @@ class FusedGRPOTrainer(GRPOTrainer):
             return model(input_ids=ids, attention_mask=attention, logits_to_keep=keep, use_cache=False).logits
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        mask = (
-            inputs["completion_mask"] * inputs["tool_mask"]
-            if "tool_mask" in inputs
-            else inputs["completion_mask"]
-        )
-        mask = mask.bool()  # [B, C]
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()  # [B, C]
 
         def of_tokens(x: Tensor | None) -> Tensor | None:  # [B], [B, 1] or [B, C] -> [M]
             return None if x is None else (x.unsqueeze(1) if x.dim() == 1 else x).expand(mask.shape)[mask]
 
         labels, advantages = of_tokens(inputs["completion_ids"]), of_tokens(inputs["advantages"])
-        weight_n = of_tokens(self.token_weight(mask, inputs))
+        n = of_tokens(self.token_weight(mask, inputs))
         old = of_tokens(inputs.get("old_per_token_logps"))  # None: the policy has not moved since it sampled
         ref = of_tokens(inputs.get("ref_per_token_logps"))
         objective = self.objective()
-        of_loss = {"objective": objective, "token_weight": weight_n, "old_logprob": old, "ref_logprob": ref}
+        of_loss = {"objective": objective, "token_weight": n, "old_logprob": old, "ref_logprob": ref}
         if self.use_vllm and self.vllm_importance_sampling_correction:
             of_loss["rollout_weight"] = of_tokens(inputs["importance_sampling_ratio"])
 
@@ -181,7 +179,7 @@ class FusedGRPOTrainer(GRPOTrainer):
                 return loss, stats.sums
             ratio = torch.exp(out.logprob - (out.logprob.detach() if old is None else old))
             d = ref - out.logprob
-            kl = (weight_n * ratio * (torch.expm1(d) - d)).sum()
+            kl = (n * ratio * (torch.expm1(d) - d)).sum()
             stats.sums[2] += kl.detach()  # the place of the KL in PolicyStats.sums
             return loss + self.beta * kl, stats.sums
 

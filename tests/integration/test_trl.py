@@ -1,15 +1,17 @@
 """examples/trl_grpo.py gives the losses, gradients and runs of TRL's own GRPOTrainer, which is the oracle here."""
 
 import importlib.util
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -17,6 +19,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 import fst_fast.mini
 from fst_kernels import PolicyObjective
+
+# TRL 1.16 sets a training argument under the name that transformers 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_grpo.py"
 STEPS, STEPS_PER_GENERATION = 3, 6  # micro-batches of one optimiser step and of one generation
@@ -40,6 +45,16 @@ example = load_example()
 
 def length_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [len(ids) / 10 + (ids[0] % 3) for ids in completion_ids]
+
+
+@pytest.fixture(autouse=True)
+def leave_no_traces() -> Iterator[None]:
+    """A trainer writes into the environment and into accelerate's shared state."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
