@@ -65,8 +65,7 @@ def head_computes(model: nn.Module, job: Job) -> Iterator[None]:
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-        with torch.autocast(device, enabled=False):  # it would round the fp32 statistics
-            return job(hidden.to(dtype), head.weight.to(dtype), head.bias)
+        return job(hidden.to(dtype), head.weight.to(dtype), head.bias)
 
     head.forward = forward
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch import Tensor
@@ -49,9 +50,11 @@ def length_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def leave_no_traces() -> Iterator[None]:
-    """A trainer writes into the environment and into accelerate's shared state."""
-    before = dict(os.environ)
+    """A trainer writes into the environment and into accelerate's shared state. One thread: the tensors are tiny."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -211,6 +214,19 @@ def test_evaluation_knows_no_accumulation(make: Make, loss_type: str) -> None:
     assert abs(loss_and_gradients(fused, batch)[0] / trained - 1) > 0.4
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_the_number_of_processes_counts_as_in_trl(
+    make: Make, loss_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trl, fused = (make(kind, **loss_config(loss_type)) for kind in (GRPOTrainer, example.FusedGRPOTrainer))
+    batch = micro_batch(trl, moved=True)
+    alone = loss_and_gradients(fused, batch)[0]
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 3))
+    assert difference(fused, trl, batch) < 2e-5
+    factor = loss_and_gradients(fused, batch)[0] / alone
+    assert factor == pytest.approx(3 if loss_type == "dapo" else 1, rel=1e-5)
+
+
 def test_advantages_per_token_and_a_batch_without_live_tokens(make: Make) -> None:
     trl, fused = (make(kind, **loss_config("dapo")) for kind in (GRPOTrainer, example.FusedGRPOTrainer))
     batch = micro_batch(trl, moved=True)
@@ -329,7 +345,8 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(make: Make) -
 
 def test_the_example_runs_and_prints_loss_and_reward() -> None:
     command = [sys.executable, EXAMPLE, "--steps", "2", "--beta", "0.01", "--completions", "16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
     assert len(lines) == 2
