@@ -318,6 +318,7 @@ def test_a_whole_run_is_trls(make: Make, loss_type: str, kl: str) -> None:
         ({"entropy_coef": 0.01}, "entropy_coef=0.01"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True"),
         ({"importance_sampling_level": "sequence", "beta": 0.1}, "importance_sampling_level='sequence'"),
         (
             {"importance_sampling_level": "sequence", "loss_type": "cispo"},
@@ -330,16 +331,22 @@ def test_what_is_not_reproduced_is_refused_by_name(make: Make, config: dict[str,
         make(example.FusedGRPOTrainer, **config)
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(make: Make) -> None:
-    trainer = make(GRPOTrainer)
-    trainer.model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"model.config.final_logit_softcapping=30.0"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"final_logit_softcapping": 30.0}, r"model.config.final_logit_softcapping=30.0"),
+        ({"logits_scaling": 8.0}, r"model.config.logits_scaling=8.0"),
+        ({"output_router_logits": True, "router_aux_loss_coef": 0.01}, r"router_aux_loss_coef=0.01"),
+    ],
+)
+def test_a_model_whose_loss_is_more_than_its_head_is_refused(
+    make: Make, config: dict[str, Any], message: str
+) -> None:
+    trl = make(GRPOTrainer)
+    trl.model.config.update(config)
+    with pytest.raises(ValueError, match=message):
         example.FusedGRPOTrainer(
-            trainer.model,
-            length_reward,
-            trainer.args,
-            trainer.train_dataset,
-            processing_class=trainer.processing_class,
+            trl.model, length_reward, trl.args, trl.train_dataset, processing_class=trl.processing_class
         )
 
 
