@@ -116,8 +116,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def objective(self) -> PolicyObjective:
         """epsilon_high is cispo's absolute cap of the ratio, and the upper half of the others' clip around 1."""
-        k3 = self.beta != 0.0 and not self.corrects_kl
-        kl = {"kl": "k3", "kl_coef": self.beta} if k3 else {}
+        kl = {"kl": "k3", "kl_coef": self.beta, "kl_unbiased": self.corrects_kl} if self.beta != 0.0 else {}
         if self.loss_type == "cispo":
             return PolicyObjective("cispo", ratio_cap=self.epsilon_high, **kl)
         kind = "gspo" if self.importance_sampling_level == "sequence" else "grpo"
@@ -171,18 +170,12 @@ class FusedGRPOTrainer(GRPOTrainer):
             return loss, stats.sums
 
         def composed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            """What the fused loss does not have: one more product with the head, and any loss of log-probabilities."""
+            """Ratios of whole sequences, which the fused loss does not see: one more product with the head."""
             out = linear_logprob(hidden, weight, labels, bias=bias, temperature=self.temperature)
             loss, stats = policy_loss(out, labels, advantages, sequence=mask.nonzero()[:, 0], **of_loss)
-            if not self.corrects_kl:
-                return loss, stats.sums
-            ratio = torch.exp(out.logprob - (out.logprob.detach() if old is None else old))
-            d = ref - out.logprob
-            kl = (n * ratio * (torch.expm1(d) - d)).sum()
-            stats.sums[2] += kl.detach()  # the place of the KL in PolicyStats.sums
-            return loss + self.beta * kl, stats.sums
+            return loss, stats.sums
 
-        job = composed if self.corrects_kl or objective.kind == "gspo" else fused
+        job = composed if objective.kind == "gspo" else fused
         ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)
         attention = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
         loss, sums = self.at_head(model, ids, attention, mask, job)
