@@ -133,6 +133,7 @@ class VerifierPool:
     def _start_missing(self) -> None:
         """Replace children that something else ended while they were idle, and start those that are not there yet."""
         for worker in [w for w in self._workers if w.process.poll() is not None]:
+            self._see_off(worker, worker.receive())
             worker.kill()
             self._workers.remove(worker)
         while len(self._workers) < self._size:
@@ -153,13 +154,13 @@ class VerifierPool:
         poll.poll(None if first is None else max(0, math.ceil((first - time.monotonic()) * 1000)))
         for place, worker in enumerate(self._workers):
             worker.send()
-            for reply in worker.receive():
+            replies = worker.receive()
+            self._see_off(worker, replies)
+            for reply in replies:
+                if "leaving" in reply:
+                    continue
                 if "taken" in reply:
                     worker.taken = True
-                elif "leaving" in reply:
-                    worker.leaving = True
-                    self.replaced += 1
-                    self._note(f"a verifying process is replaced: {reply['leaving']}")
                 elif worker.ready and not worker.todo:
                     worker.ended = True  # an answer to nothing
                 elif worker.ready:
@@ -175,6 +176,14 @@ class VerifierPool:
             if worker.ended or late:
                 self._bury(worker, batch, late)
                 self._workers[place] = self._start()
+
+    def _see_off(self, worker: _Worker, replies: Sequence[Mapping[str, Any]]) -> None:
+        """Note that a child ends of its own accord, and why."""
+        for reply in replies:
+            if "leaving" in reply:
+                worker.leaving = True
+                self.replaced += 1
+                self._note(f"a verifying process is replaced: {reply['leaving']}")
 
     def _bury(self, worker: _Worker, batch: _Batch, late: bool) -> None:
         """Kill it, blame the item it was at, put the others back."""
@@ -292,10 +301,12 @@ class _Worker:
     def receive(self) -> list[dict[str, Any]]:
         """Read what there is, within bounds; the complete replies."""
         with contextlib.suppress(BlockingIOError):
-            while len(self._received) < 4 * REPLY_LIMIT and not self.ended:
+            while len(self._received) < 4 * REPLY_LIMIT:
                 data = os.read(self._out, 65536)
+                if not data:
+                    self.ended = True
+                    break
                 self._received += data
-                self.ended = not data
         replies: list[dict[str, Any]] = []
         while len(self._received) >= HEADER.size:
             (size,) = HEADER.unpack_from(self._received)
