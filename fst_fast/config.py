@@ -151,6 +151,8 @@ class VerifyConfig(Section):
     """Wall-clock limit of one verification; past it the verdict has reward None."""
     memory_mib: int = Field(2048, ge=64)
     """Address-space limit of a verifying process."""
+    isolation: Literal["available", "required"] = "available"
+    """Of programs that a grader runs with run_code: what the system offers, or no run where a layer is missing (`fst doctor` lists them)."""
 
 
 class CheckpointConfig(Section):

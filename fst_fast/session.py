@@ -88,7 +88,7 @@ class Session:
         ranks.init(config.run.timeout_s)
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(config.task, config.task_args)
-        sampler = Sampler.open(config)
+        sampler = Sampler.open(config, console.note)
         try:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)

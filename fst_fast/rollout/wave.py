@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,17 @@ class Sampler:
     _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
-    def open(cls, config: Config) -> Sampler:
-        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use."""
+    def open(cls, config: Config, log: Callable[[str], None] = lambda _: None) -> Sampler:
+        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use.
+
+        log: gets what the children's programs are isolated by, where they run any, and the first trouble of each kind."""
+        if config.verify.isolation == "required":
+            from fst_fast.tasks.code import missing_layers
+
+            if missing := missing_layers():
+                raise UserError(
+                    f"verify.isolation=required, but this system cannot isolate a program: {missing}; allowed here is available"
+                )
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
         pool = VerifierPool(
@@ -56,7 +65,13 @@ class Sampler:
             workers=config.verify.workers,
             timeout_s=config.verify.timeout_s,
             memory_mib=config.verify.memory_mib,
+            isolation=config.verify.isolation,
+            log=log,
         )
+        if pool.runs_code:
+            from fst_fast.tasks.code import isolation
+
+            log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(config, tokenizer, prompts, pool, pad_id)
 

@@ -137,6 +137,14 @@ def missing_layers() -> str:
     return probe.missing
 
 
+def isolation() -> str:
+    """One sentence on what confines a program here."""
+    missing = missing_layers()
+    if not missing:
+        return "no network, no files, no processes (seccomp, Landlock, rlimits)"
+    return f"NOT isolated as a whole: {missing}"
+
+
 def _exchange(
     process: subprocess.Popen[bytes], data: bytes, deadline: float
 ) -> tuple[Literal["timeout", "output"] | None, bytes, bytes]:
