@@ -68,20 +68,22 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
     """Run the Python program `source` with `stdin` as its standard input.
 
     timeout_s: wall-clock limit; keep it well below verify.timeout_s. memory_mib: address space. May be called from any thread.
-    Raises IsolationError (see verify.isolation), ValueError for limits that cannot be, RuntimeError where no interpreter starts."""
+    Raises IsolationError (see verify.isolation), ValueError for limits that cannot be, RuntimeError where no interpreter starts, and on other systems than Linux."""
     if not timeout_s > 0 or not math.isfinite(timeout_s):
         raise ValueError(f"timeout_s={timeout_s} must be a number > 0")
     if memory_mib < 64:
         raise ValueError(f"memory_mib={memory_mib} must be at least 64: the interpreter itself needs some")
+    if sys.platform != "linux":
+        raise RuntimeError(f"run_code needs Linux, this is {sys.platform}")
     deadline = time.monotonic() + timeout_s
     # -S, -s: no site-packages; -P: nothing from the working folder; -B: no byte code written
     process = subprocess.Popen(
-        [sys.executable, "-SsPB", confine.__file__],
+        [sys.executable, "-SsPB", "-c", _beginning()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
-        cwd="/",
+        cwd=_nowhere(),
         env=_ENVIRONMENT,
     )
     required = os.environ.get(ISOLATION_VARIABLE) == "required"
@@ -92,7 +94,6 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
         "memory_bytes": memory_mib << 20,
         "cpu_s": math.ceil(timeout_s) + 1,
         "open_files": _OPEN_FILES,
-        "temporary": tempfile.gettempdir(),
         "readable": _readable(),
         "filter": seccomp.program_filter(process.pid) if seccomp.supported() else None,
         "seccomp": seccomp.number("seccomp") if seccomp.supported() else None,
@@ -185,6 +186,22 @@ def _exchange(
     except subprocess.TimeoutExpired:
         return "timeout", bytes(taken[process.stdout]), bytes(taken[process.stderr])
     return None, bytes(taken[process.stdout]), bytes(taken[process.stderr])
+
+
+@functools.cache
+def _beginning() -> str:
+    """confine.py as a program that need not be compiled again."""
+    code = compile(Path(confine.__file__).read_bytes(), confine.__file__, "exec")
+    return f"exec(__import__('marshal').loads(bytes.fromhex('{marshal.dumps(code).hex()}')))"
+
+
+@functools.cache
+def _nowhere() -> str:
+    """A working folder that is empty, has no name any more and takes no file."""
+    folder = tempfile.mkdtemp(prefix="fst-code-")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    os.rmdir(folder)
+    return f"/proc/self/fd/{descriptor}"
 
 
 @functools.cache

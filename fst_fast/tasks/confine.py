@@ -4,9 +4,9 @@
     Landlock   no file opened for reading, but for the interpreter's own library
     rlimits    address space, processor seconds, open files; not one byte into a file; no core dump
 
-Standard library only and no import of the package: run as a script, by run_code (code.py), this file is all that stands between a bare
-interpreter and the program. It reads one frame on stdin (length, then a marshalled dict), confines itself, says on stderr which layers
-it could not get, and becomes the program, whose stdin is the rest. The working folder is empty and already removed.
+Standard library only, of that little (typing and signal take longer to import than all the rest), and no import of the package: run_code
+(code.py) starts a bare interpreter with this file as its program. It reads one frame on stdin (length, then a marshalled dict), confines itself, says on stderr which layers
+it could not get, and becomes the program, whose stdin is the rest.
 Sources: seccomp(2), landlock(7), kernel headers linux/seccomp.h and linux/landlock.h.
 """
 
@@ -16,11 +16,14 @@ import ctypes
 import marshal
 import os
 import resource
-import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+_SIGKILL = 9
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
@@ -114,11 +117,6 @@ def _confine(job: dict[str, Any]) -> list[str]:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(name, (limit, limit))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    folder = f"{job['temporary']}/fst-code-{os.getpid()}-{os.urandom(8).hex()}"
-    os.mkdir(folder, 0o700)
-    os.chdir(folder)
-    os.rmdir(folder)
     try:
         restrict_files(job["readable"])
     except OSError as error:
@@ -134,7 +132,7 @@ def _confine(job: dict[str, Any]) -> list[str]:
 
 def _main() -> None:
     job = marshal.loads(_read(int.from_bytes(_read(HEADER), "big")))
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, _SIGKILL)
     if os.getppid() != job["parent"]:  # it died before the line above
         os._exit(1)
     missing = _confine(job)

@@ -109,9 +109,9 @@ class Grader:
         if response == "fork":
             os.fork()
         if response == "ppid":
-            os.kill(os.getppid(), 9)
+            os.kill(os.getppid(), 0)
         if response.startswith("kill "):
-            os.kill(int(response[5:]), 9)
+            os.kill(int(response[5:]), 0)  # 0: only asks whether it may
         if response == "threads":
             import threading
             for _ in range(20):
