@@ -10,7 +10,7 @@ import math
 import platform
 import resource
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fst_fast import __version__
+from fst_fast import __version__, records
 from fst_fast.config import Config
 from fst_fast.config_load import config_hash, dump
 from fst_fast.contexts.population import FastState
@@ -75,6 +75,7 @@ class Session:
     opened: float = field(default_factory=time.perf_counter)
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counted: tuple[int, int] = (0, 0)
+    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=records.SPIKE_STEPS))
 
     # -- opening and closing ----------------------------------------------------------------------------------------------------
 
@@ -173,6 +174,7 @@ class Session:
                 self.run_dir, resume_at_step=self.state.step if found else None, track=self.config.track
             )
             self.seconds_before = self.metrics.last_seconds
+            self.grad_norms = records.grad_norms(self.run_dir)
             if self.folder.changes:
                 self.console.note(f"the configuration has changed: {'; '.join(self.folder.changes)}")
             if found and self.folder.changes:
