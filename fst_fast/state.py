@@ -1,7 +1,8 @@
 """What a run is at a given step, besides the weights: everything that a resumed run needs, as JSON.
 
-Random numbers, minibatches and anchor sets derive from (seed, step, cycle), so no generator state is kept: the step number is the data
-cursor.
+Random numbers, minibatches and anchor sets derive from (seed, step, cycle), so no generator state is kept (run/randomness.py) and the step number
+is the data cursor. Nothing here belongs to one process: with another number of them the problems of a step are dealt out anew, whole groups
+each, and every rollout is still the same one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ class State:
     population: list[Context]
     step: int = 0
     cycle: int = 0
-    processes: int = 1  # that the run has; with ZeRO each of them holds a part of the optimiser's state
     counters: Counters = field(default_factory=Counters)
     reusable: list[Sampled] = field(default_factory=list)  # this cycle's fast-phase rollouts, not yet claimed
     base_cells: dict[str, Any] = field(
@@ -54,7 +54,6 @@ class State:
             "format": FORMAT,
             "step": self.step,
             "cycle": self.cycle,
-            "processes": self.processes,
             "counters": asdict(self.counters),
             "population": [asdict(c) for c in self.population],
             "fast": self.fast.to_json(),
@@ -74,7 +73,6 @@ class State:
             population=[Context(**c) for c in tree["population"]],
             step=tree["step"],
             cycle=tree["cycle"],
-            processes=tree["processes"],
             counters=Counters(**tree["counters"]),
             reusable=[sampled_from_json(s) for s in tree["reusable"]],
             base_cells=tree["base_cells"],

@@ -6,7 +6,6 @@ on one process or on many, whole or in parts.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,15 +21,10 @@ from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
 from fst_fast.run.faults import reach
+from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.verify import VerifierPool
 
 Triple = tuple[Context, Problem, int]
-
-
-def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' text: the random stream of one sequence, whatever process or batch it runs in."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass

@@ -35,8 +35,6 @@ FIXED = (
     "task ",
     "task_args",
     "model.",
-    "policy.zero_stage ",
-    "policy.offload_optimizer ",
     "fast.population ",
     "fast.seed_context ",
 )

@@ -116,7 +116,6 @@ def test_a_changed_configuration_is_taken_when_allowed_and_named(tmp_path: Path)
         ("task: star_graph", "task: x", "task"),
         ("{arms: 5}", "{arms: 6}", "task_args.arms"),
         ("path: mini", "path: x", "model.path"),
-        ("zero_stage: 0", "zero_stage: 3", "policy.zero_stage"),
         ("population: 4", "population: 2", "fast.population"),
         ("seed_context: go", "seed_context: stop", "fast.seed_context"),
     ],
