@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import nn
 
 from fst_fast import __version__, records
@@ -163,7 +164,12 @@ class Session:
                 d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))
             ]
             if self.policy is not None:
-                self.policy.load(Path(found))
+                try:
+                    self.policy.load(Path(found))
+                except (SafetensorError, KeyError, TypeError, ValueError) as error:  # only where a manifest from elsewhere vouches for it
+                    raise UserError(
+                        f"--resume: {found} does not hold the optimiser's state: {type(error).__name__}: {error}"
+                    ) from error
                 self.policy.hand_over()
         if self.folder:
             self.metrics = MetricsWriter(

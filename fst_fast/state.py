@@ -64,19 +64,24 @@ class State:
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Read what `save` wrote. Raises UserError where another version of the program wrote it."""
-        tree = json.loads(path.read_text())
-        if tree.get("format") != FORMAT:
-            raise UserError(f"{path} has format {tree.get('format')!r}; this version reads {FORMAT}")
-        return cls(
-            fast=FastState.from_json(tree["fast"]),
-            population=[Context(**c) for c in tree["population"]],
-            step=tree["step"],
-            cycle=tree["cycle"],
-            counters=Counters(**tree["counters"]),
-            reusable=[sampled_from_json(s) for s in tree["reusable"]],
-            base_cells=tree["base_cells"],
-        )
+        """Read what `save` wrote. Raises UserError where another version of the program, or another program, wrote it."""
+        try:
+            tree = json.loads(path.read_text())
+            if tree["format"] != FORMAT:
+                raise UserError(f"{path} has format {tree['format']!r}; this version reads {FORMAT}")
+            return cls(
+                fast=FastState.from_json(tree["fast"]),
+                population=[Context(**c) for c in tree["population"]],
+                step=tree["step"],
+                cycle=tree["cycle"],
+                counters=Counters(**tree["counters"]),
+                reusable=[sampled_from_json(s) for s in tree["reusable"]],
+                base_cells=tree["base_cells"],
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not the state of a run: {type(error).__name__}: {str(error)[:200]}"
+            ) from error
 
 
 def sampled_to_json(sampled: Sampled) -> dict[str, Any]:

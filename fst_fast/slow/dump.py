@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -84,7 +85,7 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
         shares = [
             _sequences(load_file(folder / f"rank-{rank}.safetensors")) for rank in range(len(tree["losses"]))
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole dump of a step, such as RUN/dumps/step-000012 ({error})"
         ) from None
