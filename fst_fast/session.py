@@ -166,7 +166,12 @@ class Session:
             if self.policy is not None:
                 try:
                     self.policy.load(Path(found))
-                except (SafetensorError, KeyError, TypeError, ValueError) as error:  # only where a manifest from elsewhere vouches for it
+                except (
+                    SafetensorError,
+                    KeyError,
+                    TypeError,
+                    ValueError,
+                ) as error:  # only where a manifest from elsewhere vouches for it
                     raise UserError(
                         f"--resume: {found} does not hold the optimiser's state: {type(error).__name__}: {error}"
                     ) from error

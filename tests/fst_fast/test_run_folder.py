@@ -225,6 +225,15 @@ def test_a_full_disk_is_recognised_in_the_errors_of_torch_and_safetensors(text: 
         raise RuntimeError(text)
 
 
+def test_what_else_the_system_refuses_safetensors_is_said_as_it_is() -> None:
+    text = "Error while serializing: I/O error: Disk quota exceeded (os error 122)"
+    with (
+        pytest.raises(UserError, match=r"x cannot be written: Error while .* quota"),
+        disk_errors("x cannot be written"),
+    ):
+        raise RuntimeError(text)
+
+
 def test_an_error_that_is_not_the_disks_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match="something else"), disk_errors("x cannot be written"):
         raise RuntimeError("something else")

@@ -57,7 +57,7 @@ def on_a_disk_of_its_own(folder: Path, result: Path) -> None:
     if user:
         for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
             Path(f"/proc/self/{name}").write_text(text)
-    if libc.mount(b"none", b"/", None, _PRIVATE, None) != 0 or not disk("size=12m", 0):
+    if libc.mount(b"none", b"/", None, _PRIVATE, None) != 0 or not disk("size=20m", 0):
         os._exit(REFUSED)
     argv = ["train", "--run-dir", str(folder / "run"), *TINY]
     assert run(argv) == 2
