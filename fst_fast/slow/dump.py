@@ -82,7 +82,8 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
     try:
         tree = json.loads((folder / "dump.json").read_text())
         shares = [
-            arrays_to_sequences(load_file(folder / f"rank-{rank}.safetensors")) for rank in range(len(tree["losses"]))
+            arrays_to_sequences(load_file(folder / f"rank-{rank}.safetensors"))
+            for rank in range(len(tree["losses"]))
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

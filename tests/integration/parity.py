@@ -34,7 +34,7 @@ RUN = [
     "--slow.kl_coef=0.01", "--fast.population=2", "--fast.cycle_steps=10", "--fast.anchor_size=4", "--fast.children=2", "--fast.samples=1",
     "--fast.rollout_budget=24", "--fast.seed_context=first trace back from the goal . put the final path in the box .",
     "--eval.every=0", "--eval.final_problems=1", "--eval.samples=1", "--eval.kl_problems=1", "--checkpoint.every=0",
-    "--rollout.max_prompt_tokens=200", "--rollout.max_response_tokens=32",
+    "--rollout.max_prompt_tokens=100", "--rollout.max_response_tokens=32",
 ]  # fmt: skip
 CURVES = ("loss", "grad_norm")
 
@@ -53,7 +53,7 @@ class Setting:
         return f"{self.processes}p-zero{self.stage}{'-offload' * self.offload}-{self.packing}-{self.tokens}"
 
 
-TOKENS = (8192, 640, 240)  # forest: 1, about 3, about 8 micro-batches of a step on one process
+TOKENS = (8192, 240, 140)  # forest: 1, about 2, about 4 micro-batches of a step on one process
 SETTINGS = [
     Setting(n, stage, offload, packing, tokens)
     for n in (1, 2)
@@ -108,7 +108,9 @@ def share(recorded: dict[str, NDArray[Any]], step: int, rank: int, world: int) -
     whole = arrays_to_sequences(arrays)
     mine = np.flatnonzero(group % world == rank)
     lengths = np.array([len(leaf.response_ids) for leaf in whole.leaves], np.int64)
-    tokens = np.concatenate([np.arange(whole.start[i], whole.start[i] + lengths[i]) for i in mine] or [np.zeros(0, np.int64)])
+    tokens = np.concatenate(
+        [np.arange(whole.start[i], whole.start[i] + lengths[i]) for i in mine] or [np.zeros(0, np.int64)]
+    )
     return Sequences(
         leaves=[whole.leaves[i] for i in mine], start=np.cumsum(lengths[mine]) - lengths[mine],
         advantages=whole.advantages[tokens], weights=whole.weights[tokens], behaviour=whole.behaviour[tokens],
@@ -133,7 +135,9 @@ def record() -> dict[str, NDArray[Any]]:
     with tempfile.TemporaryDirectory() as folder:
         trainer.train(config_load.load(default_config(), RUN), Path(folder) / "run")
     assert len(kept) == STEPS
-    return {f"{step}/{name}": narrow(array) for step, arrays in enumerate(kept) for name, array in arrays.items()}
+    return {
+        f"{step}/{name}": narrow(array) for step, arrays in enumerate(kept) for name, array in arrays.items()
+    }
 
 
 def narrow(array: NDArray[Any]) -> NDArray[Any]:
@@ -161,7 +165,15 @@ def main() -> None:
 def cpu() -> str:
     """The processor's name, where the system tells it."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return f"{names[0] if names else platform.processor()}, one thread"
 
 
