@@ -92,9 +92,9 @@ def start(
     return _started(_fst, (_argv(run_dir, more),), {"FST_FAULT": fault}, printed, hook), printed
 
 
-def fst(*argv: str, printed: Path) -> tuple[int, str]:
+def fst(*argv: str, printed: Path, hook: Callable[[], None] | None = None) -> tuple[int, str]:
     """One command of `fst`: its exit code and what it printed."""
-    child = _started(_fst, (list(argv),), {}, printed, None)
+    child = _started(_fst, (list(argv),), {}, printed, hook)
     child.join()
     assert child.exitcode is not None
     return child.exitcode, printed.read_text()

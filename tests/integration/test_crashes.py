@@ -77,25 +77,35 @@ def unbroken_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "save.engine:2",
-        *(
-            pytest.param(fault, marks=pytest.mark.chaos)
-            for fault in (
-                "fast.wave:4", "rollout:60", "verification:9", "backward:2", "optimiser:3", "hand_over:1", "save.manifest:2:0",
-                "save.latest:4:0", "backward:2:1", "reflection:2:0", "evaluation:2:1",
-            )
-        ),
-    ],
-)  # fmt: skip
+def faults_of_two() -> list[object]:
+    """Every point, and some where one process alone is killed."""
+    when = {**WHEN, "rollout": 60}  # each process samples half
+    alone = ["backward:2:1", "evaluation:2:1", "hand_over:3:0"]
+    return [
+        pytest.param(fault, marks=() if fault.startswith("save.engine") else pytest.mark.chaos)
+        for fault in [*(f"{point}:{when[point]}" for point in faults.POINTS), *alone]
+    ]
+
+
+@pytest.mark.parametrize("fault", faults_of_two())
 def test_a_run_on_two_processes_continues_bit_equal(fault: str, unbroken_two: Path, tmp_path: Path) -> None:
     codes, printed = train_two(tmp_path / "run", fault=fault, limit_s=60)
     assert -signal.SIGKILL in codes, printed
     codes, printed = train_two(tmp_path / "run", "--resume")
     assert codes == [0, 0], printed
     same(tmp_path / "run", unbroken_two)
+
+
+@pytest.mark.chaos
+def test_a_run_under_zero_3_with_offload_continues_bit_equal(tmp_path: Path) -> None:
+    how = ("--policy.zero_stage=3", "--policy.offload_optimizer=true")
+    codes, printed = train_two(tmp_path / "whole", *how)
+    assert codes == [0, 0], printed
+    codes, printed = train_two(tmp_path / "run", *how, fault="optimiser:3", limit_s=60)
+    assert -signal.SIGKILL in codes, printed
+    codes, printed = train_two(tmp_path / "run", "--resume")
+    assert codes == [0, 0], printed
+    same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
