@@ -64,7 +64,7 @@ def fork_supervised(control: socket.socket, trainer: int) -> None:
         if os.getppid() != supervisor:
             os._exit(1)
     with theirs:
-        listener = _limit_starts([trainer, supervisor])
+        listener = _limit_starts([trainer, os.getpgid(trainer), supervisor])
         socket.send_fds(theirs, [b"."], [] if listener is None else [listener])
         if listener is not None:
             os.close(listener)

@@ -243,7 +243,7 @@ def test_the_limit_works_from_any_thread_and_against_c_code_that_holds_the_lock(
             "verify raised PermissionError: [Errno 1] Operation not permitted (grader.py:",
         ),
         (
-            f"kill -{os.getpid()}",
+            f"kill -{os.getpgid(0)}",
             "verify raised PermissionError: [Errno 1] Operation not permitted (grader.py:",
         ),
         ("pipes", "the verifying process died (signal 9, SIGKILL)"),
