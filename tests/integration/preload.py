@@ -17,4 +17,6 @@ import fst_fast.trainer  # noqa: E402, F401
 from fst_fast import mini  # noqa: E402
 from fst_fast.policy.attention import load_model  # noqa: E402
 
-load_model(str(mini.path()), torch.float32, attention="tree")  # transformers compiles a thousand patterns for the first model
+load_model(
+    str(mini.path()), torch.float32, attention="tree"
+)  # transformers compiles a thousand patterns for the first model
