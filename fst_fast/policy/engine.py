@@ -214,9 +214,6 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write the weights in fp32 and the optimiser's moments under the checkpoint `folder`; all processes call it."""
-        if ranks.rank() == 0:
-            (folder / optimiser_state.FOLDER).mkdir()
-        ranks.barrier()
         optimiser_state.save(self.engine, folder / optimiser_state.FOLDER)
 
     def load(self, folder: Path) -> None:

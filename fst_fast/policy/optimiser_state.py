@@ -98,7 +98,8 @@ def reset(engine: Any) -> None:
 
 
 def save(engine: Any, folder: Path) -> None:
-    """Write this process's files into `folder`, durable. All processes call it; the folder is there."""
+    """Write this process's files into `folder`, durable. All processes call it."""
+    folder.mkdir(exist_ok=True)
     held = fragments(engine)
     if engine.zero_optimization_stage() == 0:  # every process holds everything: they take turns
         held = ranks.mine(held)

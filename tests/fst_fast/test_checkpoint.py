@@ -105,6 +105,12 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew_over_them(tmp_
         latest(tmp_path)
 
 
+def test_a_checkpoint_says_what_wrote_it(tmp_path: Path) -> None:
+    who = {"config_hash": "abc", "processes": 2, "versions": {"torch": "2.13.0"}}
+    folder = commit(tmp_path, begin(tmp_path, 20), 20, keep_last=2, written_by=who)
+    assert checkpoint.written_by(folder) == who
+
+
 def test_every_mth_step_is_kept_for_good_beside_the_newest(tmp_path: Path) -> None:
     for step in range(10, 100, 10):
         save(tmp_path, step, keep_every=30)

@@ -25,8 +25,6 @@ LIMITS = {"bound": 2e-5, "bias": 2e-6, "drift": 6e-6}
 SAMPLE = [
     Setting(1, 0, False, "padded", 240),
     Setting(1, 2, True, "forest", 140),
-    Setting(1, 3, False, "forest", 140),
-    Setting(2, 0, False, "forest", 140),
     Setting(2, 1, False, "forest", 8192),
     Setting(2, 3, True, "padded", 240),
 ]
