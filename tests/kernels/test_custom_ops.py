@@ -12,7 +12,9 @@ N, H, V = 7, 6, 13
 
 def case(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    hidden, weight, bias, ref = (torch.randn(*s, generator=g, dtype=dtype) for s in ((N, H), (V, H), (V,), (N, H)))
+    hidden, weight, bias, ref = (
+        torch.randn(*s, generator=g, dtype=dtype) for s in ((N, H), (V, H), (V,), (N, H))
+    )
     labels = torch.randint(0, V, (12,), generator=g)
     labels[4] = -100
     return {
@@ -43,7 +45,8 @@ def composed(c, objective, hidden, weight, bias):
 
 def run(function, c, objective, needed=(True, True, True)):
     inputs = [
-        c[name].clone().requires_grad_(need) for name, need in zip(("hidden", "weight", "bias"), needed, strict=True)
+        c[name].clone().requires_grad_(need)
+        for name, need in zip(("hidden", "weight", "bias"), needed, strict=True)
     ]
     loss, *numbers = function(c, objective, *inputs)
     (3 * loss).backward()

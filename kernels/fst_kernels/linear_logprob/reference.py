@@ -46,21 +46,15 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     softcap: float | None
 
-    def logits(self, hidden: Tensor, temperature: Temperature) -> Tensor:  # [n, H] -> [n, V]
-        z = matmul(hidden, self.weight.t())
+    def logits(
+        self, hidden: Tensor, temperature: Temperature, out: Tensor | None
+    ) -> Tensor:  # [n, H] -> [n, V]
+        z = matmul(hidden, self.weight.t(), out)
         if self.bias is not None:
             z += self.bias
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z.div_(temperature)
-
-    def gradient(self, d_z: Tensor, z: Tensor | None, temperature: Temperature) -> Tensor:
-        """dLoss/d(h W^T + b) from dLoss/dz, in place; z [n, V] is needed with a soft-cap."""
-        d_z.div_(temperature)
-        if self.softcap is not None:
-            assert z is not None
-            d_z.mul_(1 - (z * temperature / self.softcap).square_())
-        return d_z
 
 
 def make_heads(heads: Heads) -> tuple[Head, Head]:
@@ -85,8 +79,27 @@ def padded_temperature(temperature: Temperature, dtype: torch.dtype) -> Temperat
     return torch.cat((column, column.new_ones(-column.shape[0] % ROW_BLOCK, 1)))
 
 
+class Scratch:
+    """Matrices [n, V] that are used again for every chunk: on a CPU a fresh one costs more, in page faults, than what is computed in it.
+
+    None on other devices, whose allocators keep their memory: torch makes a fresh one.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: an operand() [V, H]."""
+        self.like = weight
+        self.kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int) -> Tensor | None:
+        if self.like.device.type != "cpu":
+            return None
+        if name not in self.kept or self.kept[name].shape[0] < rows:
+            self.kept[name] = self.like.new_empty(rows, self.like.shape[0])
+        return self.kept[name][:rows]
+
+
 class RowStatistics(NamedTuple):
-    """Row quantities [n padded] and the log-probabilities they come from [n padded, V]."""
+    """Row quantities [n] and the log-probabilities they come from [n, V]."""
 
     lse: Tensor
     log_p: Tensor
@@ -95,20 +108,29 @@ class RowStatistics(NamedTuple):
     kl: Tensor | None
 
 
-def row_statistics(z: Tensor, r: Tensor | None, kl: str | None) -> RowStatistics:
+def log_softmax_(z: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """z [n, V] becomes log p; its log-sum-exp [n], and log p's mean under p [n], that is minus the entropy."""
+    peak = z.amax(-1, keepdim=True)
+    z.sub_(peak)
+    p = torch.exp(z, out=scratch)
+    total = p.sum(-1, keepdim=True)
+    log_total = total.log()
+    mean = p.mul_(z).sum(-1, keepdim=True).div_(total).sub_(log_total)
+    z.sub_(log_total)
+    return (peak + log_total).squeeze(1), mean.squeeze(1), z
+
+
+def row_statistics(z: Tensor, r: Tensor | None, kl: str | None, scratch: Scratch) -> RowStatistics:
     """Takes z and r [n, V] over."""
-    lse = torch.logsumexp(z, -1)
-    log_p = z.sub_(lse.unsqueeze(1))
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(-1)
+    lse, mean, log_p = log_softmax_(z, scratch("p", len(z)))
     log_q = divergence = None
     if r is not None:
-        log_q = r.sub_(torch.logsumexp(r, -1, keepdim=True))
-        if kl == "reverse":
-            divergence = (log_p - log_q).mul_(p).sum(-1)
-        elif kl == "forward":
-            divergence = (log_q - log_p).mul_(log_q.exp()).sum(-1)
-    return RowStatistics(lse, log_p, entropy, log_q, divergence)
+        _, _, log_q = log_softmax_(r, scratch("p", len(z)))
+        if kl is not None:
+            of, other = (log_p, log_q) if kl == "reverse" else (log_q, log_p)
+            term = torch.sub(of, other, out=scratch("term", len(z)))
+            divergence = term.mul_(torch.exp(of, out=scratch("p", len(z)))).sum(-1)
+    return RowStatistics(lse, log_p, -mean, log_q, divergence)
 
 
 def logits_gradient(
@@ -117,12 +139,13 @@ def logits_gradient(
     c_label: Tensor,  # [l] dLoss/d(log-prob of the label)
     label_rows: Tensor,  # [l] its row in the chunk
     labels: Tensor,  # [l]
-    d_entropy: Tensor | None,  # [n padded] dLoss/dentropy; None = 0
-    d_kl: Tensor | None,  # [n padded] dLoss/dKL; None = 0
+    d_entropy: Tensor | None,  # [n] dLoss/dentropy; None = 0
+    d_kl: Tensor | None,  # [n] dLoss/dKL; None = 0
+    scratch: Scratch,
 ) -> Tensor:
-    """dLoss/dz [n padded, V]: the closed form above."""
-    vocabulary = rows.log_p.shape[1]
-    p = rows.log_p.exp()
+    """dLoss/dz [n, V]: the closed form above. Takes rows over."""
+    log_p, log_q, vocabulary = rows.log_p, rows.log_q, rows.log_p.shape[1]
+    d_z = torch.exp(log_p, out=scratch("p", len(log_p)))
     b0 = -accumulate_(torch.zeros_like(rows.lse), label_rows, c_label)
     b1: Tensor | None = None
     if d_entropy is not None:
@@ -135,16 +158,16 @@ def logits_gradient(
     if d_kl is not None and kl == "forward":
         b0 = b0 + d_kl
     if b1 is None:
-        d_z = p.mul_(b0.unsqueeze(1))
+        d_z.mul_(b0.unsqueeze(1))
     else:
-        form = rows.log_p * b1.unsqueeze(1)
+        form = log_p.mul_(b1.unsqueeze(1))
         if d_kl is not None and kl == "reverse":
-            assert rows.log_q is not None
-            form.addcmul_(rows.log_q, d_kl.unsqueeze(1), value=-1)
-        d_z = form.add_(b0.unsqueeze(1)).mul_(p)
+            assert log_q is not None
+            form.addcmul_(log_q, d_kl.unsqueeze(1), value=-1)
+        d_z.mul_(form.add_(b0.unsqueeze(1)))
     if d_kl is not None and kl == "forward":
-        assert rows.log_q is not None
-        d_z.addcmul_(rows.log_q.exp(), d_kl.unsqueeze(1), value=-1)
+        assert log_q is not None
+        d_z.addcmul_(log_q.exp_(), d_kl.unsqueeze(1), value=-1)
     accumulate_(d_z.view(-1), label_rows * vocabulary + labels, c_label)
     return d_z
 
@@ -155,13 +178,16 @@ class ReferenceRows:
     def __init__(self, heads: Heads) -> None:
         self.head, self.ref_head = make_heads(heads)
         self.kl = heads.kl
+        self.scratch = Scratch(self.head.weight)
 
     def evaluate(self, rows: Rows, *, keep: bool) -> RowValues:
         t = padded_temperature(rows.temperature, accumulator(rows.hidden.dtype))
-        z = self.head.logits(pad_rows(rows.hidden), t)
-        r = None if rows.ref_hidden is None else self.ref_head.logits(pad_rows(rows.ref_hidden), t)
-        scaled = z.clone() if keep and self.head.softcap is not None else None
-        statistics = row_statistics(z, r, self.kl)
+        z = self._logits("z", self.head, rows.hidden, t)
+        r = None if rows.ref_hidden is None else self._logits("r", self.ref_head, rows.ref_hidden, t)
+        scaled = None
+        if keep and self.head.softcap is not None:  # the gradient of the soft-cap is 1 - scaled^2
+            scaled = torch.mul(z, t, out=self.scratch("scaled", len(z))).div_(self.head.softcap)
+        statistics = row_statistics(z, r, self.kl, self.scratch)
         n, at = rows.hidden.shape[0], (rows.label_rows, rows.labels)
         if keep:
             self.last = rows, t, scaled, statistics
@@ -181,7 +207,7 @@ class ReferenceRows:
     ) -> Tensor:
         rows, t, scaled, statistics = self.last
         del self.last
-        d_z = logits_gradient(
+        d_logits = logits_gradient(
             statistics,
             self.kl,
             coefficient,
@@ -189,6 +215,13 @@ class ReferenceRows:
             rows.labels,
             None if d_entropy is None else pad_rows(d_entropy),
             None if d_kl is None else pad_rows(d_kl),
-        )
-        d_logits = self.head.gradient(d_z, scaled, t)[: rows.hidden.shape[0]]
+            self.scratch,
+        ).div_(t)
+        if scaled is not None:
+            d_logits.mul_(scaled.square_().neg_().add_(1))
+        d_logits = d_logits[: rows.hidden.shape[0]]
         return d_logits if acting is None else d_logits[acting]
+
+    def _logits(self, name: str, head: Head, hidden: Tensor, temperature: Temperature) -> Tensor:
+        padded = pad_rows(hidden)
+        return head.logits(padded, temperature, self.scratch(name, len(padded)))

@@ -108,11 +108,11 @@ def operand(x: Tensor) -> Tensor:
     return x if tensor_cores(x) else x.to(accumulator(x.dtype))
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with sums and result in fp32 (fp64 for fp64); b is an operand()."""
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with sums and result in fp32 (fp64 for fp64), in `out` if given; b is an operand()."""
     if tensor_cores(b):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return torch.mm(a.to(b.dtype), b)
+    return torch.mm(a.to(b.dtype), b, out=out)
 
 
 class Gradients:
