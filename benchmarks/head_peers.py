@@ -16,7 +16,7 @@ import itertools
 import math
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -354,6 +354,15 @@ class Work(NamedTuple):
     errors: Callable[[str, str, Case], measure.Row]  # columns of accuracy of the same
 
 
+SLOW = ("torch.compile", "ours, reference")
+
+
+def cases_to_run(names: Iterable[str], variants: Iterable[str]) -> list[tuple[str, str]]:
+    """(variant, implementation), what takes long last: a run that is cut short has measured the rest."""
+    every = [(variant, name) for variant in variants for name in names]
+    return sorted(every, key=lambda case: case[1] in SLOW)
+
+
 def dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
@@ -363,7 +372,7 @@ def two_cases(size: Size) -> tuple[Case, Case]:
     return make_case(size, dtype(), 0), make_case(size, dtype(), 1)
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(2)
 def truth_of_case(size: Size, loss: Callable[[Values, Case], Tensor], kl: bool) -> Truth:
     return truth(two_cases(size)[0], loss, kl)
 
@@ -406,7 +415,7 @@ def _measured(
         call = work.call(name, variant, next(turn))
         return lambda: _drop(call)
 
-    times = measure.timed_rounds(benchmark, prepared, rounds)
+    times = measure.timed_rounds(benchmark, prepared, rounds, 1.5 if torch.cuda.is_available() else 30)
     seconds, cpu = (statistics.median(x) for x in times)
     spent = seconds if torch.cuda.is_available() else cpu
     floor = work.operations[variant] * math.prod(size) / rate

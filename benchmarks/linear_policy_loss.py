@@ -87,8 +87,7 @@ def in_child(name: str, variant: str, size: list[int]) -> tuple[measure.Run, mea
 
 
 @pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("variant", OPERATIONS)
+@pytest.mark.parametrize(("variant", "name"), heads.cases_to_run(NAMES, OPERATIONS))
 def test_linear_policy_loss(
     variant: str, name: str, benchmark: Any, results: measure.Results, size: Size, rounds: int
 ) -> None:

@@ -61,8 +61,17 @@ class Times(NamedTuple):
     cpu_seconds: list[float]
 
 
-def timed_rounds(benchmark: Any, prepare: Callable[[], Run], rounds: int, warmup: int = 1) -> Times:
-    """Times by the pytest-benchmark fixture; prepare() gives each round its call, on other inputs than the last round's."""
+def timed_rounds(benchmark: Any, prepare: Callable[[], Run], rounds: int, budget_s: float) -> Times:
+    """Times by the pytest-benchmark fixture; prepare() gives each round its call, on other inputs than the last round's.
+
+    After two calls to warm up, of which the first compiles what there is to compile; fewer rounds than asked for, but at least two, where
+    the second says that they would take longer than budget_s.
+    """
+    prepare()()
+    warm = prepare()
+    begin = clock()
+    warm()
+    rounds = max(2, min(rounds, int(budget_s / max(clock() - begin, 1e-9))))
     cpu: list[float] = []
 
     def call(run: Run) -> None:
@@ -70,8 +79,8 @@ def timed_rounds(benchmark: Any, prepare: Callable[[], Run], rounds: int, warmup
         run()
         cpu.append(time.process_time() - begin)
 
-    benchmark.pedantic(call, setup=lambda: ((prepare(),), {}), rounds=rounds, warmup_rounds=warmup)
-    return Times([float(s) for s in benchmark.stats.stats.data], cpu[warmup:])
+    benchmark.pedantic(call, setup=lambda: ((prepare(),), {}), rounds=rounds)
+    return Times([float(s) for s in benchmark.stats.stats.data], cpu)
 
 
 def matmul_rate(n: int, k: int, m: int, dtype: torch.dtype, rounds: int = 5) -> float:
