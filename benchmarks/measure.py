@@ -13,6 +13,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -61,7 +62,9 @@ class Times(NamedTuple):
     cpu_seconds: list[float]
 
 
-def timed_rounds(benchmark: Any, prepare: Callable[[], Run], rounds: int, budget_s: float) -> Times:
+def timed_rounds(
+    benchmark: Any, prepare: Callable[[], Run], rounds: int, budget_s: float = math.inf
+) -> Times:
     """Times by the pytest-benchmark fixture; prepare() gives each round its call, on other inputs than the last round's.
 
     After two calls to warm up, of which the first compiles what there is to compile; fewer rounds than asked for, but at least two, where
@@ -71,7 +74,8 @@ def timed_rounds(benchmark: Any, prepare: Callable[[], Run], rounds: int, budget
     warm = prepare()
     begin = clock()
     warm()
-    rounds = max(2, min(rounds, int(budget_s / max(clock() - begin, 1e-9))))
+    seconds = max(clock() - begin, 1e-9)
+    rounds = rounds if rounds * seconds <= budget_s else max(2, int(budget_s / seconds))
     cpu: list[float] = []
 
     def call(run: Run) -> None:

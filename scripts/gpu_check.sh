@@ -64,7 +64,7 @@ command_of() {
             if grep -q "^def test_" "benchmarks/$1.py"; then
                 echo "$python -m pytest -p no:cacheprovider -q --tb=short benchmarks/$1.py --out ${out@Q}"
             else
-                echo "$python benchmarks/$1.py"
+                echo "$python -m benchmarks.$1 --out ${out@Q}"
             fi
             ;;
     esac
