@@ -22,6 +22,7 @@ from fst_kernels.linear_logprob.rows import (
     Rows,
     accumulator,
     every_label,
+    gathered_rows,
     label_table,
     operand,
     refuse_second_derivatives,
@@ -221,7 +222,11 @@ def linear_logprob_backward_op(
     compact = torch.searchsorted(selected, table.rows)  # [L]
     every = selected.shape[0] == hidden.shape[0]
     head = head_rows(backend, Heads(weight, bias, ref_weight, ref_bias, softcap, kl))
-    out = Gradients(hidden, operand(weight), need_hidden, need_weight, need_bias)
+    taken = operand(weight)
+    out = Gradients(
+        hidden, taken, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
+        gathered_rows=gathered_rows(taken, selected.shape[0], chunk_rows),
+    )  # fmt: skip
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in row_chunks(None if every else selected, selected.shape[0], compact, chunk_rows):
             at, h, origin = chunk.rows, hidden[chunk.rows], table.origin[chunk.labels]
@@ -234,9 +239,10 @@ def linear_logprob_backward_op(
                 kept[:, at],
             )
             d_logits = head.gradient(
-                d_logprob[origin], optional(d_entropy, at), optional(d_kl, at), acting=None
+                d_logprob[origin], optional(d_entropy, at), optional(d_kl, at), None, out.room(chunk.size)
             )
             out.add(at, d_logits, h)
+        out.flush()
     return results(out, weight, bias)
 
 

@@ -203,7 +203,12 @@ class ReferenceRows:
         self.evaluate(rows, keep=True)
 
     def gradient(
-        self, coefficient: Tensor, d_entropy: Tensor | None, d_kl: Tensor | None, acting: Tensor | None
+        self,
+        coefficient: Tensor,
+        d_entropy: Tensor | None,
+        d_kl: Tensor | None,
+        acting: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         rows, t, scaled, statistics = self.last
         del self.last
@@ -220,7 +225,8 @@ class ReferenceRows:
         if scaled is not None:
             d_logits.mul_(scaled.square_().neg_().add_(1))
         d_logits = d_logits[: rows.hidden.shape[0]]
-        return d_logits if acting is None else d_logits[acting]
+        d_logits = d_logits if acting is None else d_logits[acting]
+        return d_logits if out is None else out.copy_(d_logits)
 
     def _logits(self, name: str, head: Head, hidden: Tensor, temperature: Temperature) -> Tensor:
         padded = pad_rows(hidden)
