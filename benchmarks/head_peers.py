@@ -123,8 +123,8 @@ def _ours(
 def _torch_fused(
     chunked: bool, hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor | None, __: bool
 ) -> Values:
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    nll = torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
+    options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
+    nll = torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction="none", **options)
     return Values(-nll.float())
 
 
@@ -177,10 +177,12 @@ def _compile_cannot(_: torch.dtype) -> str | None:
     return None
 
 
-def _torch_fused_cannot(_: torch.dtype) -> str | None:
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return None
-    return f"torch {torch.__version__} has no linear_cross_entropy"
+def _torch_fused_cannot(chunked: bool, _: torch.dtype) -> str | None:
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy"
+    if chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no LinearCrossEntropyOptions"
+    return None
 
 
 def _liger_cannot(_: torch.dtype) -> str | None:
@@ -207,10 +209,10 @@ LOGPROBS: dict[str, Peer] = {
     "torch eager": Peer(eager, lambda _: None, kl=True),
     "torch.compile": Peer(_compiled_values, _compile_cannot, kl=True),
     "F.linear_cross_entropy": Peer(
-        functools.partial(_torch_fused, False), _torch_fused_cannot, entropy=False
+        functools.partial(_torch_fused, False), functools.partial(_torch_fused_cannot, False), entropy=False
     ),
     "F.linear_cross_entropy, chunked": Peer(
-        functools.partial(_torch_fused, True), _torch_fused_cannot, entropy=False
+        functools.partial(_torch_fused, True), functools.partial(_torch_fused_cannot, True), entropy=False
     ),
     "Liger scaled cross-entropy": Peer(_liger_scaled, _liger_cannot),
     "cut-cross-entropy": Peer(functools.partial(_cut, "high"), _cut_cannot, entropy=False),
