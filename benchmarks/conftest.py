@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _command(config: pytest.Config) -> str:
             next(arguments, None)
         elif not argument.startswith("--out=") and argument not in ("-q", "-s", "-v"):
             given.append(argument)
-    return " ".join(["python -m pytest", *given])
+    return "python -m pytest " + shlex.join(given)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
