@@ -30,9 +30,9 @@ class Parity:
 def reflect(prompt):
     return "```\\nput the final path in the box " + "." * (len(str(prompt)) % 5 + 1) + "\\n```"
 """
-WARM = 0.2  # share of the steps after which nothing may grow any more
+WARM = 0.25  # share of the steps after which nothing may grow any more
 EVERY = 10  # steps between two looks
-LIMIT_KIB = 2.0  # that memory may grow in a step: 4 MiB over 2,000; the lineage of contexts is kept, and the allocator breathes
+LIMIT_KIB = 4.0  # that memory may grow in a step: 8 MiB over 2,000; a batch or a graph kept by mistake is 10 times as much
 
 
 def watch(out: str) -> None:
