@@ -74,15 +74,16 @@ def run(
     scale: float = 0.5,
     tiles: Tiling | None = None,
     target: int = 3,
+    window: int | None = None,
 ) -> list[Tensor]:
     """out, lse, and with dout also dq, dk, dv."""
-    q, k, v = (x.detach().clone().requires_grad_(dout is not None) for x in inputs)
-    mask = TreeMask.from_subtree_end(subtree_end)
-    out, lse = triton_backend.tree_attention(q, k, v, mask, scale, tiles or tiling(), target)
+    mask, tiles = TreeMask.from_subtree_end(subtree_end), tiles or tiling()
+    out, total = triton_backend.forward(*inputs, mask, scale, window, tiles)
+    lse = triton_backend.natural(total)
     if dout is None:
         return [out, lse]
-    out.backward(dout)
-    return [out.detach(), lse, q.grad, k.grad, v.grad]
+    grads = triton_backend.backward(dout, *inputs, out, total, mask, scale, window, tiles, target)
+    return [out, lse, *grads]
 
 
 def assert_like_dense(
@@ -92,15 +93,16 @@ def assert_like_dense(
     batch: int = 1,
     tiles: Tiling | None = None,
     target: int = 3,
+    window: int | None = None,
     **sizes: int,
 ) -> None:
     rows = subtree_end if subtree_end.ndim == 2 else subtree_end.expand(batch, -1)
     sizes = {"heads": 2, "kv_heads": 1, "dim": 8, **sizes}
-    inputs = trees.qkv(len(rows), rows.shape[1], F32, **sizes)
-    exact = [x.detach().to(F64).requires_grad_() for x in inputs]
+    inputs = [x.detach() for x in trees.qkv(len(rows), rows.shape[1], F32, **sizes)]
+    exact = [x.to(F64).requires_grad_() for x in inputs]
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=F64)
-    got = run(subtree_end, inputs, dout.float(), scale=scale, tiles=tiles, target=target)
-    expected, expected_lse = trees.dense_attention(*exact, rows, scale)
+    got = run(subtree_end, inputs, dout.float(), scale=scale, tiles=tiles, target=target, window=window)
+    expected, expected_lse = trees.dense_attention(*exact, rows, scale, window)
     expected.backward(dout)
     want = [expected.detach(), expected_lse.detach(), *(x.grad for x in exact)]
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
@@ -164,12 +166,27 @@ def test_a_branch_and_a_root_at_every_residue_of_the_block(offset: int) -> None:
 
 
 @interpreted
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.2, 0.7, 0.95]), st.sampled_from([1, 4, 50])
+    st.integers(0, 10**6),
+    st.integers(1, 60),
+    st.sampled_from([0.2, 0.7, 0.95]),
+    st.sampled_from([1, 4, 50]),
+    trees.WINDOWS,
 )
-def test_random_forests_match_the_dense_mask(seed: int, n: int, run_on: float, target: int) -> None:
-    assert_like_dense(trees.random_forest(seed, n, run_on), target=target)
+def test_random_forests_match_the_dense_mask(
+    seed: int, n: int, run_on: float, target: int, window: int | None
+) -> None:
+    assert_like_dense(trees.random_forest(seed, n, run_on), target=target, window=window)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [1, 5, 17, 33])
+def test_a_sliding_window_by_depth_matches_the_dense_mask(window: int) -> None:
+    """A chain of several blocks, a prefix out of reach of the deep leaves, a shallow sibling behind a deep one."""
+    tree = trees.side_by_side(trees.nested([1, 3], [40, 20]), trees.from_parents([*range(-1, 30), 2, 31]))
+    assert_like_dense(tree, window=window, target=5)
+    assert_like_dense(tree, window=window, tiles=tiling((32, 16), (16, 32), (16, 32), tma=True, apart=True))
 
 
 @interpreted
@@ -286,10 +303,14 @@ def test_subtree_end_off_by_one_changes_one_query_and_its_gradient(error: int) -
 @interpreted
 def test_the_public_function_takes_the_backend_when_named() -> None:
     tree = trees.random_forest(7, 20, 0.8)
-    q, k, v = (x.detach() for x in trees.qkv(2, 20, F32, heads=2, kv_heads=1))
-    named = tree_attention(q, k, v, tree, backend="triton", return_lse=True)
-    plain = tree_attention(q, k, v, tree, return_lse=True)
-    torch.testing.assert_close(named, plain, rtol=1e-5, atol=1e-5)
+    for window in (None, 4):
+        results = []
+        for backend in ("triton", "reference"):
+            q, k, v = trees.qkv(2, 20, F32, heads=2, kv_heads=1)
+            out, lse = tree_attention(q, k, v, tree, backend=backend, return_lse=True, window=window)
+            out.square().sum().backward()
+            results.append((out.detach(), lse, q.grad, k.grad, v.grad))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="head size 257"):
         tree_attention(
             *(torch.zeros(1, 1, 2, 257) for _ in range(3)), tree[:2].clamp(max=2), backend="triton"
@@ -308,14 +329,9 @@ def test_no_token_and_no_head_give_empty_results() -> None:
 # ---------------------------------------------------------------- what the kernels know of a forest: any tile size, plain arrays
 
 
-def visible(tree: Tensor) -> np.ndarray:
-    at = np.arange(len(tree))
-    return (at[None, :] <= at[:, None]) & (at[:, None] < tree.numpy()[None, :])  # [query, key]
-
-
-def assert_lists_are_exact(tree: Tensor, queries: int, keys: int) -> None:
-    seen, mask = visible(tree), TreeMask.from_subtree_end(tree)
-    known = triton_backend.lists(mask, Tile(queries, keys, 4, 1))
+def assert_lists_are_exact(tree: Tensor, queries: int, keys: int, window: int | None = None) -> None:
+    seen, mask = trees.visible_pairs(tree, window).numpy(), TreeMask.from_subtree_end(tree)
+    known = triton_backend.lists(mask, Tile(queries, keys, 4, 1), window)
     counts = known.counts[:, 0].numpy()
     assert counts.sum(0)[known.order[0].numpy()].tolist() == sorted(counts.sum(0).tolist(), reverse=True)
     for b, row in enumerate(known.lists[0].numpy()):
@@ -332,7 +348,7 @@ def assert_lists_are_exact(tree: Tensor, queries: int, keys: int) -> None:
 
 def assert_units_are_exact(tree: Tensor, keys: int, queries: int, target: int) -> None:
     """Every (query, block of keys) with a visible pair in exactly one unit; bounds on units, cuts and slots kept; longest first."""
-    seen, mask = visible(tree), TreeMask.from_subtree_end(tree)
+    seen, mask = trees.visible_pairs(tree).numpy(), TreeMask.from_subtree_end(tree)
     work = blocks.units(mask, keys, queries, target)
     done = np.zeros((len(tree), -(-len(tree) // keys)), int)
     slots: dict[int, list[int]] = {}
@@ -358,6 +374,31 @@ def assert_units_are_exact(tree: Tensor, keys: int, queries: int, target: int) -
     assert len(set(used)) == len(used)
     assert all(s < work.slots for s in used)
     assert max(lengths) <= -(-int(done.sum()) // target) + queries
+
+
+def assert_tile_lists_are_exact(tree: Tensor, keys: int, queries: int, target: int, window: int) -> None:
+    """Every tile with a visible pair in exactly one list, once, mask-free exactly where all pairs are visible; longest list first."""
+    seen, mask = trees.visible_pairs(tree, window).numpy(), TreeMask.from_subtree_end(tree)
+    near = triton_backend.tile_lists(mask, Tile(queries, keys, 4, 1), target, window)
+    found: dict[int, list[tuple[int, bool]]] = {b: [] for b in range(-(-len(tree) // keys))}
+    lengths = []
+    for unit, (left, right), (free, masked) in zip(
+        near.units[0].tolist(), near.bounds[:, 0].T.tolist(), near.counts[:, 0].T.tolist(), strict=True
+    ):
+        own = near.tiles[0].tolist()
+        tiles = [(t, True) for t in own[left : left + free]] + [(t, False) for t in own[right - masked : right]]
+        assert all(unit[1] <= t * queries < unit[2] for t, _ in tiles)
+        lengths.append(len(tiles))
+        if unit[0] >= 0:
+            found[unit[0]] += tiles
+    assert lengths == sorted(lengths, reverse=True)
+    for b, tiles in found.items():
+        keys_seen = seen[:, b * keys : (b + 1) * keys]
+        for t in range(-(-len(tree) // queries)):
+            pairs = keys_seen[t * queries : (t + 1) * queries]
+            whole = pairs.shape == (queries, keys) and bool(pairs.all())
+            assert tiles.count((t, True)) == whole
+            assert tiles.count((t, False)) == (bool(pairs.any()) and not whole)
 
 
 @interpreted
@@ -393,19 +434,25 @@ def test_lists_and_units_of_a_branch_at_offsets_57_to_63_of_64(tile: tuple[int, 
     st.sampled_from([16, 32, 64]),
     st.sampled_from([16, 32, 64]),
     st.integers(1, 40),
+    st.sampled_from([1, 10, 40, 100]),
 )
 def test_lists_and_units_of_random_forests(
-    seed: int, n: int, run_on: float, a: int, b: int, target: int
+    seed: int, n: int, run_on: float, a: int, b: int, target: int, window: int
 ) -> None:
     tree = trees.random_forest(seed, n, run_on)
     assert_lists_are_exact(tree, a, b)
+    assert_lists_are_exact(tree, a, b, window)
     assert_units_are_exact(tree, a, b, target)
+    assert_tile_lists_are_exact(tree, max(a, b), min(a, b), target, window)
 
 
 @interpreted
 def test_lists_are_found_in_more_than_one_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "SCAN", 4)
-    assert_lists_are_exact(trees.random_forest(5, 300, 0.95), 16, 16)
+    tree = trees.random_forest(5, 300, 0.95)
+    assert_lists_are_exact(tree, 16, 16)
+    assert_lists_are_exact(tree, 16, 16, 30)
+    assert_tile_lists_are_exact(tree, 16, 16, 3, 30)
 
 
 def test_rows_of_lists_are_as_wide_as_the_longest_path_not_as_the_forest() -> None:
