@@ -50,6 +50,9 @@ def list_kernel(
     here = lists + at.to(tl.int64) * width
     free, masked = 0, 0
     stop = tl.cdiv(q1, BN)
+    shallow, deep = 0, 0
+    if WINDOW:
+        shallow, deep = tl.load(query_low + at), tl.load(query_high + at)
     for first in range(0, stop, SCAN):
         block = first + tl.arange(0, SCAN)
         inside = block < stop
@@ -60,8 +63,8 @@ def list_kernel(
         if WINDOW:
             low = tl.load(key_low + row * key_blocks + block, mask=inside, other=0)
             high = tl.load(key_high + row * key_blocks + block, mask=inside, other=0)
-            matters = matters & (tl.load(query_low + at) - high < window)
-            whole = whole & (tl.load(query_high + at) - low < window)
+            matters = matters & (shallow - high < window)
+            whole = whole & (deep - low < window)
         part = matters & (whole == 0)
         whole_rank = tl.cumsum(whole.to(tl.int32), 0)
         part_rank = tl.cumsum(part.to(tl.int32), 0)
