@@ -198,7 +198,7 @@ def _visible(query, key, key_end):
 
 @triton.jit
 def _attend(
-    acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, query_depth, block, scale2, n, window,
+    acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -213,6 +213,7 @@ def _attend(
         key_end = tl.load(end + key, mask=key < n, other=0)
         seen = _visible(query[:, None], key[None, :], key_end[None, :])
         if WINDOW:
+            query_depth = tl.load(depth + query, mask=query < n, other=0)
             key_depth = tl.load(depth + key, mask=key < n, other=0)
             seen = seen & (query_depth[:, None] - key_depth[None, :] < window)
         score = tl.where(seen, score, float("-inf"))
@@ -263,21 +264,18 @@ def forward_kernel(
 
     first = block_of_queries * BM
     query = first + tl.arange(0, BM)
-    query_depth = query
-    if WINDOW:
-        query_depth = tl.load(depth + query, mask=query < n, other=0)
     q_tile = _tile(q, batch, head, first, stride_qb, stride_qh, stride_qn, n, D, DIM, BM, True, TMA)
     acc = tl.zeros([BM, DIM], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     for t in range(0, free):
         acc, total, top = _attend(
-            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, query_depth, tl.load(here + t), scale2, n, window,
+            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, tl.load(here + t), scale2, n, window,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION, WINDOW,
         )
     for t in range(0, masked):
         acc, total, top = _attend(
-            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, query_depth, tl.load(here + width - 1 - t), scale2, n, window,
+            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, tl.load(here + width - 1 - t), scale2, n, window,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION, WINDOW,
         )
     safe = tl.where(total == 0.0, 1.0, total)  # rows behind the last token saw nothing
@@ -306,7 +304,7 @@ def delta_kernel(
 
 @triton.jit
 def _dq_block(
-    dq, q_tile, dout_tile, lse2, delta, k, v, end, depth, batch, kv_head, query, query_depth, block, scale2, n, window,
+    dq, q_tile, dout_tile, lse2, delta, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -322,6 +320,7 @@ def _dq_block(
         key_end = tl.load(end + key, mask=key < n, other=0)
         seen = _visible(query[:, None], key[None, :], key_end[None, :])
         if WINDOW:
+            query_depth = tl.load(depth + query, mask=query < n, other=0)
             key_depth = tl.load(depth + key, mask=key < n, other=0)
             seen = seen & (query_depth[:, None] - key_depth[None, :] < window)
         weight = tl.where(seen, weight, 0.0)
@@ -358,9 +357,6 @@ def dq_kernel(
 
     first = block_of_queries * BM
     query = first + tl.arange(0, BM)
-    query_depth = query
-    if WINDOW:
-        query_depth = tl.load(depth + query, mask=query < n, other=0)
     line = (batch * heads + head).to(tl.int64) * n
     q_tile = _tile(q, batch, head, first, stride_qb, stride_qh, stride_qn, n, D, DIM, BM, True, TMA)
     dout_tile = _tile(dout, batch, head, first, stride_db, stride_dh, stride_dn, n, D, DIM, BM, True, TMA)
@@ -369,12 +365,12 @@ def dq_kernel(
     acc = tl.zeros([BM, DIM], tl.float32)
     for t in range(0, free):
         acc = _dq_block(
-            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query, query_depth, tl.load(here + t), scale2, n, window,
+            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query, tl.load(here + t), scale2, n, window,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION, WINDOW,
         )
     for t in range(0, masked):
         acc = _dq_block(
-            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query, query_depth,
+            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query,
             tl.load(here + width - 1 - t), scale2, n, window, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION, WINDOW,
         )
     _keep(dq, acc * scale, batch, head, first, stride_gb, stride_gh, stride_gn, n, D, DIM, BM)
