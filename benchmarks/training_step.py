@@ -147,9 +147,7 @@ def sides(leaves: list[Leaf], samples: int) -> dict[str, dict[str, Callable[[], 
         return [one_level_batch(groups[i : i + n]) for i in range(0, len(groups), n)]
 
     def padded(n: int) -> list[PackedBatch]:
-        return [
-            padded_batch(leaves[i : i + n], pad_id=0, device=where) for i in range(0, len(leaves), n)
-        ]
+        return [padded_batch(leaves[i : i + n], pad_id=0, device=where) for i in range(0, len(leaves), n)]
 
     kind = where.type
     return {
@@ -231,7 +229,11 @@ def in_child(side: str, name: str, batch: dict[str, int]) -> tuple[measure.Run, 
     leaves = make_leaves(Batch(**batch), shape.vocabulary)
     model = make_model(shape, attention_of(side))
     small = leaves[: batch["samples"]]
-    warm = [one_level_batch([small])] if side != "forest" else [forest_batch(small, share="prompts", device="cpu")]
+    warm = (
+        [one_level_batch([small])]
+        if side != "forest"
+        else [forest_batch(small, share="prompts", device="cpu")]
+    )
     if side.startswith("padded"):
         warm = [padded_batch(small[:1], pad_id=0, device="cpu")]
     batches = sides(leaves, batch["samples"])[side][name]()
@@ -270,7 +272,9 @@ def main() -> None:
     times: dict[str, list[Time]] = {side: [] for side in made}
     failed: dict[str, str] = {}
     for round_ in range(args.rounds):
-        for side in made:  # forest and padded are the last of a round on their models: their gradients are compared below
+        for side in (
+            made
+        ):  # forest and padded are the last of a round on their models: their gradients are compared below
             if side in failed or (side == "padded, one batch" and kind == "cpu" and round_ >= 2):
                 continue  # it takes as long as all others together
             try:
@@ -293,7 +297,9 @@ def main() -> None:
         if kind == "cuda":
             peak: int | None = measure.cuda_peak_bytes(lambda s=side: step(model_of[s], batches[s], labels))
         elif side in ("forest", "padded, one batch"):
-            peak = measure.in_child("benchmarks.training_step", "in_child", side, best[side], asdict(batch)).peak_bytes
+            peak = measure.in_child(
+                "benchmarks.training_step", "in_child", side, best[side], asdict(batch)
+            ).peak_bytes
         else:
             peak = None
         tokens = sum(b.tokens for b in batches[side])

@@ -34,7 +34,19 @@ TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 TMA = "cp.async.bulk.tensor"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT_POINTERS = (
-    *("end", "depth", "lists", "counts", "order", "units", "splits", "block_max", "block_min", "key_low", "key_high"),
+    *(
+        "end",
+        "depth",
+        "lists",
+        "counts",
+        "order",
+        "units",
+        "splits",
+        "block_max",
+        "block_min",
+        "key_low",
+        "key_high",
+    ),
     *("query_low", "query_high", "tiles", "bounds", "entries", "owner"),
 )
 LONG_POINTERS = ("ends",)

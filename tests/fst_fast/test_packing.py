@@ -275,7 +275,9 @@ def test_a_plan_without_windows_is_refused_by_a_layer_that_has_one() -> None:
             return q.transpose(1, 2)
 
     tree, _ = models("mistral")
-    with pytest.raises(UserError, match=r"MistralAttention has a sliding window of 4 .* Plan .*policy.packing=padded"):
+    with pytest.raises(
+        UserError, match=r"MistralAttention has a sliding window of 4 .* Plan .*policy.packing=padded"
+    ):
         tree(input_ids=torch.ones(1, 3, dtype=torch.int64), plan=Plan())
 
 

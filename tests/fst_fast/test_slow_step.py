@@ -199,20 +199,25 @@ def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh
 ) -> None:
     config = config_of(models)
     sampled, prompts = rollouts()
-    runs: list[tuple[int, Tensor, Any]] = []
-    for most in (1, 3):
-        monkeypatch.setattr(ranks, "largest", lambda own, most=most: max(own, most))
-        policy = Policy(config)
-        forward_backward, counts = policy.forward_backward, []
-        monkeypatch.setattr(policy, "forward_backward", lambda jobs: counts.append(len(jobs)) or forward_backward(jobs))
+
+    def run(most: int) -> tuple[int, Tensor, list[float]]:
+        """With another process that has `most` micro-batches: how many this one runs, its weights and numbers afterwards."""
+        monkeypatch.setattr(ranks, "largest", lambda own: max(own, most))
+        policy, count = Policy(config), []
+        forward_backward = policy.forward_backward
+        monkeypatch.setattr(
+            policy, "forward_backward", lambda jobs: count.append(len(jobs)) or forward_backward(jobs)
+        )
         got = optimise(
             policy, engine.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
         )
         weights = torch.cat([p.detach().flatten() for p in policy.module.parameters()])
-        runs.append((counts[0], weights, (got["loss"], got["grad_norm"], got["tokens"])))
-    assert [count for count, _, _ in runs] == [1, 3]
-    assert torch.equal(runs[0][1], runs[1][1])
-    assert runs[0][2] == pytest.approx(runs[1][2], rel=1e-6)
+        return count[0], weights, [got["loss"], got["grad_norm"], got["tokens"]]
+
+    (alone, weights, numbers), (beside, same_weights, same_numbers) = run(1), run(3)
+    assert (alone, beside) == (1, 3)
+    assert torch.equal(weights, same_weights)
+    assert numbers == pytest.approx(same_numbers, rel=1e-6)
 
 
 def test_a_step_without_reward_variance_leaves_the_weights(models: tuple[Path, Path]) -> None:

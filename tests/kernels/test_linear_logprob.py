@@ -377,7 +377,9 @@ def test_bad_arguments_are_named(change, message):
 def test_hidden_states_that_are_not_finite_are_named_where_a_label_reads_them(value):
     hidden, weight, labels, _ = make()
     hidden[3, 2] = value
-    with pytest.raises(ValueError, match=r"hidden\[3\] holds NaN or Inf under a live label; it must be finite"):
+    with pytest.raises(
+        ValueError, match=r"hidden\[3\] holds NaN or Inf under a live label; it must be finite"
+    ):
         linear_logprob(hidden, weight, labels)
     with pytest.raises(ValueError, match=r"ref_hidden\[3\] holds NaN or Inf"):
         linear_logprob(torch.zeros_like(hidden), weight, labels, ref_hidden=hidden)

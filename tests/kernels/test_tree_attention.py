@@ -442,7 +442,10 @@ def test_a_device_tensor_is_looked_at_only_when_asked_to(monkeypatch: pytest.Mon
     monkeypatch.undo()
     seen = TreeMask.from_subtree_end(tree)
     assert seen.binding(1000) is None
-    assert all(torch.equal(x, tree_attention(q, k, v, seen, window=w)) for x, w in zip(got, (None, 3, 1000), strict=True))
+    assert all(
+        torch.equal(x, tree_attention(q, k, v, seen, window=w))
+        for x, w in zip(got, (None, 3, 1000), strict=True)
+    )
     assert torch.equal(unseen.depth, seen.depth)
 
 
@@ -492,7 +495,9 @@ def test_it_needs_torch_alone() -> None:
     """numpy is installed here, so it is hidden from the import."""
     code = "import sys; sys.modules['numpy'] = None; from fst_kernels.tree_attention import *; import torch\n"
     code += "q = torch.ones(1, 1, 4, 2); print(tree_attention(q, q, q, TreeMask.causal(4), window=2).sum())"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "tensor(8.)"
 

@@ -386,7 +386,9 @@ def assert_tile_lists_are_exact(tree: Tensor, keys: int, queries: int, target: i
         near.units[0].tolist(), near.bounds[:, 0].T.tolist(), near.counts[:, 0].T.tolist(), strict=True
     ):
         own = near.tiles[0].tolist()
-        tiles = [(t, True) for t in own[left : left + free]] + [(t, False) for t in own[right - masked : right]]
+        tiles = [(t, True) for t in own[left : left + free]] + [
+            (t, False) for t in own[right - masked : right]
+        ]
         assert all(unit[1] <= t * queries < unit[2] for t, _ in tiles)
         lengths.append(len(tiles))
         if unit[0] >= 0:

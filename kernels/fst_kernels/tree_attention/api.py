@@ -115,9 +115,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> None:
             f"q has {heads} heads and k has {k.shape[1]}; the heads of q must be a multiple of those of k"
         )
     if ends.shape[1] != n:
-        raise ValueError(
-            f"subtree_end has {ends.shape[1]} tokens and q has {n}; they must be equal"
-        )
+        raise ValueError(f"subtree_end has {ends.shape[1]} tokens and q has {n}; they must be equal")
     if len(ends) not in (1, batch):
         raise ValueError(
             f"subtree_end has {len(ends)} rows and q has a batch of {batch}; 1 or {batch} rows are allowed"

@@ -162,5 +162,8 @@ def longest_first(work: Units, tiles: Tensor, bounds: Tensor, counts: Tensor) ->
     pairs = order.expand(2, -1, -1)
     ordered = work.units.gather(1, order[..., None].expand(-1, -1, 4))
     return Tiles(
-        ordered.contiguous(), tiles, bounds.gather(2, pairs).contiguous(), counts.gather(2, pairs).contiguous()
+        ordered.contiguous(),
+        tiles,
+        bounds.gather(2, pairs).contiguous(),
+        counts.gather(2, pairs).contiguous(),
     )

@@ -29,7 +29,13 @@ backward = torch.ops.fst_kernels.tree_attention_backward
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, window: int | None, scale: float, backend: str | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    window: int | None,
+    scale: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(subtree_end)
     if choose_backend("tree_attention", backend, q.device, q.dtype) == "triton":
@@ -67,15 +73,19 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, window: int | None, scale: float, backend: str | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    window: int | None,
+    scale: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, kind = _like(q), torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=kind)
 
 
-def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q), _like(k), _like(v)
 
 

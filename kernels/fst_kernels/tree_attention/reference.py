@@ -80,7 +80,9 @@ class Block:
     keys: Rows
     own: bool
     key_bias: Tensor | None = None  # [count, 1, 1, nk]: 0, and -inf at padded keys
-    nearness: Tensor | None = None  # [count, 1, nq, 1] int32, with `limit`: key visible where nearness < limit
+    nearness: Tensor | None = (
+        None  # [count, 1, nq, 1] int32, with `limit`: key visible where nearness < limit
+    )
     limit: Tensor | None = None  # [count, 1, 1, nk] int32: the key's depth + window; lowest at padded keys
 
     def bias(self) -> Tensor | None:
@@ -373,7 +375,13 @@ def _token_major(x: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, window: int | None, kernel: Kernel | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None,
+    kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments already checked. out [B,Hq,N,D] and lse [B,Hq,N] in float32, float64 for float64; out is token-major underneath."""
     kernel, (batch, heads, n, dim) = kernel or kernel_for(q), q.shape

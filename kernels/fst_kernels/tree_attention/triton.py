@@ -107,8 +107,13 @@ def tile_lists(mask: TreeMask, tile: Tile, target: int, window: int) -> blocks.T
     """Which tiles of queries concern which unit of dK/dV under a window, likewise."""
     key = ("tile lists", tile.queries, tile.keys, target, window)
     if key not in mask.prepared:
-        assert tile.keys % tile.queries == 0, f"tiles of {tile.queries} queries do not divide blocks of {tile.keys} keys"
-        work, per_block = blocks.units(mask, tile.keys, tile.queries, target), blocks.key_blocks(mask, tile.keys)
+        assert tile.keys % tile.queries == 0, (
+            f"tiles of {tile.queries} queries do not divide blocks of {tile.keys} keys"
+        )
+        work, per_block = (
+            blocks.units(mask, tile.keys, tile.queries, target),
+            blocks.key_blocks(mask, tile.keys),
+        )
         of_keys, of_queries = blocks.depths(mask, tile.keys), blocks.depths(mask, tile.queries)
         rows, count = work.units.shape[:2]
         total = blocks.tile_total(mask, tile.keys, tile.queries)
@@ -129,7 +134,14 @@ def tile_lists(mask: TreeMask, tile: Tile, target: int, window: int) -> blocks.T
 
 
 def _thin(
-    mask: TreeMask, entries: Tensor, ends: Tensor, owner: Tensor, counts: Tensor, tile: Tile, window: int, of_keys: bool
+    mask: TreeMask,
+    entries: Tensor,
+    ends: Tensor,
+    owner: Tensor,
+    counts: Tensor,
+    tile: Tile,
+    window: int,
+    of_keys: bool,
 ) -> None:
     rows, lines = owner.shape
     triton_kernels.thin_kernel[(lines, rows)](
@@ -265,7 +277,11 @@ def backward(
         smallest = blocks.key_blocks(mask, tile.keys).smallest
         work = blocks.units(mask, tile.keys, tile.queries, target)
         if window is None:
-            units, tables, total = work.units, (work.units, work.units, work.units), 0  # the tables are not read
+            units, tables, total = (
+                work.units,
+                (work.units, work.units, work.units),
+                0,
+            )  # the tables are not read
         else:
             near = tile_lists(mask, tile, target, window)
             units, tables, total = near.units, (near.tiles, near.bounds, near.counts), near.tiles.shape[1]
