@@ -244,6 +244,24 @@ def test_identical_responses_get_identical_outputs() -> None:
 
 
 @interpreted
+def test_a_query_head_reads_the_key_head_of_its_group() -> None:
+    tree = trees.random_forest(3, 20, 0.8)
+    q, k, v = (x.detach() for x in trees.qkv(1, 20, F32, heads=4, kv_heads=2))
+    out, turned = run(tree, [q, k, v])[0], run(tree, [q, k.roll(1, 1), v.roll(1, 1)])[0]
+    for head in range(4):
+        alone = run(tree, [q[:, [head]], k[:, [head // 2]], v[:, [head // 2]]])[0]
+        torch.testing.assert_close(out[:, [head]], alone)
+        assert (turned[:, head] - out[:, head]).abs().max() > 0.1
+
+
+@interpreted
+def test_lists_of_a_star_of_512_leaves_are_exact() -> None:
+    tree = trees.from_parents([-1] + [0] * 512)
+    assert_lists_are_exact(tree, 64, 64)
+    assert_units_are_exact(tree, 64, 64, 4)
+
+
+@interpreted
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_scores_of_ten_thousand_stay_finite_and_right(size: float) -> None:
     tree = trees.nested([2, 3], [11, 5])
@@ -256,7 +274,8 @@ def test_scores_of_ten_thousand_stay_finite_and_right(size: float) -> None:
 
 
 @interpreted
-def test_editing_one_branch_changes_no_other_branch_by_a_bit() -> None:
+@pytest.mark.parametrize("window", [None, 8])
+def test_editing_one_branch_changes_no_other_branch_by_a_bit(window: int | None) -> None:
     tree = trees.nested([2, 3], [9, 6])  # branch b of tree 0 is 9 + 6 b .. 15 + 6 b
     edited = slice(15, 21)
     elsewhere = torch.ones(len(tree), dtype=torch.bool)
@@ -268,7 +287,7 @@ def test_editing_one_branch_changes_no_other_branch_by_a_bit() -> None:
     for x in changed:
         x[:, :, edited] += 1.5
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
-    before, after = run(tree, inputs, dout), run(tree, changed, dout)
+    before, after = (run(tree, x, dout, window=window) for x in (inputs, changed))
     for n, (x, y) in enumerate(zip(before, after, strict=True)):
         rows = elsewhere if n < 3 else out_of_path  # out, lse, dq | dk, dv
         assert torch.equal(x[:, :, rows], y[:, :, rows])

@@ -15,12 +15,12 @@ from fst_kernels.backends import choose_backend
 from fst_kernels.tree_attention import reference
 from fst_kernels.tree_attention.mask import mask_of
 
-_LIBRARY = torch.library.Library("fst_kernels", "FRAGMENT")
-_LIBRARY.define(
+_LIBRARY = torch.library.Library("fst_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor subtree_end, int? window, float scale, str? backend)"
     " -> (Tensor out, Tensor lse, Tensor total)"
 )
-_LIBRARY.define(
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "tree_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor total, Tensor subtree_end, int? window,"
     " float scale, str? backend) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
@@ -112,7 +112,7 @@ for _name, _run, _fake in (
     ("tree_attention", _forward, _fake_forward),
     ("tree_attention_backward", _backward, _fake_backward),
 ):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fst_kernels::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("fst_kernels::tree_attention", _autograd, setup_context=_setup, lib=_LIBRARY)
 torch.library.register_autograd("fst_kernels::tree_attention_backward", _once, lib=_LIBRARY)

@@ -198,7 +198,7 @@ def _target_for(k: Tensor) -> int:
     if k.device.type == "cpu":
         return 1
     processors = torch.cuda.get_device_properties(k.device).multi_processor_count
-    return max(1, triton.cdiv(UNITS_PER_PROCESSOR * processors, k.shape[0] * k.shape[1]))
+    return max(1, -(-UNITS_PER_PROCESSOR * processors // (k.shape[0] * k.shape[1])))
 
 
 def forward(
