@@ -78,6 +78,8 @@ FOREST, ONE_LEVEL, PADDED = (
     {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (4, 16, 64)},
 )
 
+LARGEST_PADDED = 16384  # tokens of a padded micro-batch tried on a CPU: larger ones only got slower
+
 
 def make_leaves(batch: Batch, vocabulary: int) -> list[Leaf]:
     rng = np.random.default_rng(0)
@@ -154,7 +156,11 @@ def sides(leaves: list[Leaf], samples: int) -> dict[str, dict[str, Callable[[], 
         "one level": {f"{n} groups": lambda n=n: one_level(n) for n in ONE_LEVEL[kind] if n <= len(groups)},
         "forest": {f"{n} micro-batches": lambda n=n: forest(n) for n in FOREST[kind]},
         "padded, one batch": {f"{len(leaves)} rows": lambda: padded(len(leaves))},
-        "padded": {f"{n} rows": lambda n=n: padded(n) for n in PADDED[kind]},
+        "padded": {
+            f"{n} rows": lambda n=n: padded(n)
+            for n in PADDED[kind]
+            if kind == "cuda" or n * max(map(len, leaves)) <= LARGEST_PADDED
+        },
     }
 
 
