@@ -132,7 +132,7 @@ def test_it_compiles_for_hopper_with_tensor_cores_and_tma_and_without_spills() -
     command = [sys.executable, str(script), "--arch", "90", "--dim", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("sm_90 bf16 D=64") == 6
+    assert done.stdout.count("sm_90 bf16 D=64") == 6 + 7  # without a window, with one
 
 
 # ------------------------------------------------------------------------------------------- attention, interpreted
@@ -520,25 +520,29 @@ def gpu_forest() -> Tensor:
     return trees.side_by_side(trees.side_by_side(*parts[:2]), parts[2]).cuda()
 
 
-def on_gpu(inputs: list[Tensor], tree: Tensor, dout: Tensor, backend: str) -> list[Tensor]:
+def on_gpu(
+    inputs: list[Tensor], tree: Tensor, dout: Tensor, backend: str, window: int | None = None
+) -> list[Tensor]:
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
-    out, lse = tree_attention(q, k, v, tree, return_lse=True, backend=backend)
+    out, lse = tree_attention(q, k, v, tree, return_lse=True, backend=backend, window=window)
     out.backward(dout)
     return [out.detach(), lse, q.grad, k.grad, v.grad]  # type: ignore[list-item]
 
 
 @compiled
 @pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32])
-def test_on_a_gpu_it_is_as_close_as_dense_attention_of_the_same_type(dim: int, dtype: torch.dtype) -> None:
+def test_on_a_gpu_it_is_as_close_as_dense_attention_of_the_same_type(
+    dim: int, dtype: torch.dtype, window: int | None
+) -> None:
     tree = gpu_forest()
     inputs = [x.detach().cuda() for x in trees.qkv(1, len(tree), dtype, heads=4, kv_heads=2, dim=dim)]
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
-    got = on_gpu(inputs, tree, dout, "triton")
-    exact = on_gpu([x.to(F64) for x in inputs], tree, dout.to(F64), "reference")
-    at = torch.arange(len(tree), device="cuda")
-    seen = (at <= at[:, None]) & (at[:, None] < tree)
+    got = on_gpu(inputs, tree, dout, "triton", window)
+    exact = on_gpu([x.to(F64) for x in inputs], tree, dout.to(F64), "reference", window)
+    seen = trees.visible_pairs(tree.cpu(), window).cuda()
     plain = [x.clone().requires_grad_() for x in inputs]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         rough = torch.nn.functional.scaled_dot_product_attention(*plain, attn_mask=seen, enable_gqa=True)
@@ -578,14 +582,20 @@ def test_on_a_gpu_it_is_bitwise_the_same_twice_and_branches_do_not_touch() -> No
 @compiled
 @pytest.mark.gpu
 def test_on_a_gpu_a_step_waits_for_nothing() -> None:
-    """Lists, units and launches without a single synchronisation, once the mask is made."""
+    """From a forest on the host to the gradients without a single synchronisation: mask, lists, units and launches."""
     tree = gpu_forest()
     inputs = [x.detach().cuda() for x in trees.qkv(1, len(tree), torch.bfloat16, heads=4, kv_heads=2, dim=64)]
-    mask, other = TreeMask.from_subtree_end(tree), TreeMask.from_subtree_end(tree)
     q, k, v = (x.requires_grad_() for x in inputs)
-    tree_attention(q, k, v, other, backend="triton").sum().backward()  # compiles
+    host = tree.cpu()
+
+    def step() -> None:
+        mask = TreeMask.from_subtree_end(host, device="cuda")
+        for window in (None, 100):
+            tree_attention(q, k, v, mask, backend="triton", window=window).sum().backward()
+
+    step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tree_attention(q, k, v, mask, backend="triton").sum().backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
