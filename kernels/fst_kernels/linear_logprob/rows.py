@@ -115,21 +115,65 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.to(b.dtype), b, out=out)
 
 
+GATHERED_BYTES = 800 * 10**6
+GATHERED_CHUNKS = 10
+
+
 class Gradients:
-    """Sums of dLoss over chunks: d_hidden [N, H] in the type of hidden, d_weight [V, H] and d_bias [V] in fp32; None where not wanted."""
+    """Sums of dLoss over chunks: d_hidden [N, H] in the type of hidden, d_weight [V, H] and d_bias [V] in fp32; None where not wanted.
+
+    On tensor cores the fp32 d_weight is read and written once per product, and a product over the few rows of one chunk is short: the
+    gradients of several chunks are gathered (`room`), at most GATHERED_CHUNKS of them or GATHERED_BYTES, and multiplied together.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,  # [V, H], an operand()
+        *,
+        need_hidden: bool,
+        need_weight: bool,
+        need_bias: bool,
+        gathered_rows: int,  # 0: each chunk is multiplied by itself
     ) -> None:
-        """weight: an operand()."""
         dtype = accumulator(hidden.dtype)
         self.operand = weight
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
         self.weight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device) if need_weight else None
         self.bias = torch.zeros(weight.shape[0], dtype=dtype, device=hidden.device) if need_bias else None
+        self.gathered = weight.new_empty(gathered_rows, weight.shape[0]) if gathered_rows else None
+        self.pending: list[tuple[RowIndex, Tensor]] = []  # rows and hidden states of what is gathered
+        self.filled = 0
+
+    def room(self, rows: int) -> Tensor | None:
+        """[rows, V] for the dLoss/dlogits of the next add(); None: no place is kept for it."""
+        if self.gathered is None:
+            return None
+        if self.filled + rows > self.gathered.shape[0]:
+            self.flush()
+        return self.gathered[self.filled : self.filled + rows]
 
     def add(self, rows: RowIndex, d_logits: Tensor, hidden: Tensor) -> None:
-        """d_logits [n, V] and hidden [n, H] of the same rows."""
+        """d_logits [n, V], in the room that was given if one was, and hidden [n, H] of the same rows."""
+        if self.gathered is None:
+            self._multiply(rows, d_logits, hidden)
+        else:
+            self.pending.append((rows, hidden))
+            self.filled += hidden.shape[0]
+
+    def flush(self) -> None:
+        """What is gathered goes into the sums. Called at the end, too."""
+        if self.gathered is None or not self.pending:
+            return
+        device = self.gathered.device
+        index = torch.cat([
+            torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+            for rows, _ in self.pending
+        ])  # fmt: skip
+        self._multiply(index, self.gathered[: self.filled], torch.cat([h for _, h in self.pending]))
+        self.pending, self.filled = [], 0
+
+    def _multiply(self, rows: RowIndex, d_logits: Tensor, hidden: Tensor) -> None:
         if self.hidden is not None:
             self.hidden[rows] = matmul(d_logits, self.operand).to(self.hidden.dtype)
         if self.weight is not None:
@@ -141,6 +185,14 @@ class Gradients:
                 self.weight.addmm_(d_logits.t(), h)
         if self.bias is not None:
             self.bias += d_logits.sum(0, dtype=self.bias.dtype)
+
+
+def gathered_rows(weight: Tensor, num_rows: int, chunk_rows: int) -> int:
+    """How many rows' gradients are gathered for one product. weight: an operand() [V, H]."""
+    if not tensor_cores(weight):
+        return 0
+    most = GATHERED_BYTES // (weight.element_size() * max(weight.shape[0], 1))
+    return min(max(most, chunk_rows), GATHERED_CHUNKS * chunk_rows, num_rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- what a backend does
@@ -176,7 +228,9 @@ class RowValues(NamedTuple):
     lse: Tensor  # [n]
     ref_logprob: Tensor | None  # [l]
     kl: Tensor | None  # [n]
-    kept: Tensor | None = None  # [k, n] what recall() needs of these rows
+    kept: Tensor | None = (
+        None  # [4, n] what recall() needs: peak and log of the sum relative to it, the policy's and the reference's
+    )
     coefficient: Tensor | None = None  # [l] dLoss/dlogprob, from a backend that computes it itself
 
 
@@ -187,11 +241,16 @@ class HeadRows(Protocol):
         """keep: gradient() follows."""
 
     def gradient(
-        self, coefficient: Tensor, d_entropy: Tensor | None, d_kl: Tensor | None, acting: Tensor | None
+        self,
+        coefficient: Tensor,
+        d_entropy: Tensor | None,
+        d_kl: Tensor | None,
+        acting: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         """dLoss/d(h W^T + b) [n or a, V] from dLoss/dlogprob [l], dLoss/dentropy [n] and dLoss/dKL [n] (None: 0).
 
-        acting [a]: ascending rows that are wanted; None: all.
+        acting [a]: ascending rows that are wanted; None: all. out: where to put it; None: anywhere, until the next call.
         """
 
 
@@ -199,7 +258,7 @@ class RecallableRows(HeadRows, Protocol):
     """One that can also come back to rows evaluated earlier: what mode A's backward needs."""
 
     def recall(self, rows: Rows, entropy: Tensor, kl: Tensor | None, kept: Tensor) -> None:
-        """As after evaluate(rows, keep=True), which gave this entropy [n], kl [n] and kept [k, n]: logits are computed again."""
+        """As after evaluate(rows, keep=True), which gave this entropy [n], kl [n] and kept [4, n]: logits are computed again."""
 
 
 def refuse_second_derivatives(op: str) -> None:

@@ -26,7 +26,7 @@ from fst_kernels.linear_logprob.triton_kernels import (
     logits_gradient_kernel,
 )
 
-CHUNK_BYTES = 960 * 2**20
+CHUNK_BYTES = 320 * 10**6
 BLOCK = 1024  # columns of a row that the row kernels take at a time
 
 
@@ -38,15 +38,19 @@ class Tiles(NamedTuple):
     depth: int
     split: int  # columns of the vocabulary that one program walks through
     tma: bool
+    halves: bool  # of a tile are read one after the other
     warps: int
     stages: int
 
 
-INTERPRETED = Tiles(16, 64, 32, 256, False, 4, 1)
-FULL_PRECISION = Tiles(64, 64, 32, 4096, False, 4, 2)  # float32 operands
-AMPERE = Tiles(128, 64, 64, 4096, False, 8, 3)
-HOPPER = Tiles(128, 256, 64, 4096, True, 8, 3)
-BLACKWELL = Tiles(128, 128, 64, 4096, True, 8, 4)
+# A split is short, so that the last wave of programs is nearly full: 512 rows of a vocabulary of 151,936 are 4 x 297 programs of the
+# Hopper tile, exactly 9 waves over 132 multiprocessors; 4 x 38 programs of 4096 columns would be 1.15 waves.
+INTERPRETED = Tiles(16, 64, 32, 256, False, True, 4, 1)
+FULL_PRECISION = Tiles(64, 64, 32, 512, False, False, 4, 2)  # float32 operands
+AMPERE = Tiles(128, 64, 64, 512, False, False, 8, 3)
+HOPPER = Tiles(128, 256, 64, 512, True, True, 8, 3)
+BLACKWELL = Tiles(128, 128, 64, 512, True, True, 8, 4)
+COMBINED_ROWS, COMBINED_SPLITS = 16, 64  # of the partial statistics, at a time
 
 
 def choose_tiles(hidden: Tensor) -> Tiles:
@@ -62,7 +66,7 @@ def choose_tiles(hidden: Tensor) -> Tiles:
 
 
 def default_chunk_rows(vocabulary: int, products: int) -> int:
-    """Rows whose fp32 products, so many per row, take under 1 GiB together."""
+    """Rows whose fp32 products, so many per row, take 320 MB together: what is gathered for the gradient's products is larger (Gradients)."""
     return max(128, CHUNK_BYTES // (4 * max(vocabulary, 1) * products) // 128 * 128)
 
 
@@ -152,9 +156,11 @@ def head_statistics_(
                 *partial, n, vocabulary, size, hidden.stride(0), weight.stride(0),
                 0 if products is None else products.stride(0), softcap,
                 ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, SPLIT=tiles.split, TMA=tiles.tma,
-                UPCAST=not hidden.is_cuda, num_warps=tiles.warps, num_stages=tiles.stages,
+                HALVES=tiles.halves, UPCAST=not hidden.is_cuda, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
-            combine_kernel[(triton.cdiv(n, 128),)](*partial, *out[:3], n, splits, ROWS=128, num_warps=4)
+            combine_kernel[(triton.cdiv(n, COMBINED_ROWS),)](
+                *partial, *out[:3], n, splits, ROWS=COMBINED_ROWS, SPLITS=COMBINED_SPLITS, num_warps=4
+            )
     return products
 
 
@@ -206,9 +212,10 @@ def logits_gradient_(
     labels: LabelRanges,
     d_entropy: Tensor | None,  # [n] dLoss/dentropy; None = 0
     d_kl: Tensor | None,  # [n] dLoss/dKL; None = 0
-    acting: Tensor | None = None,  # ascending rows; None: all
+    acting: Tensor | None = None,  # [a] ascending rows; None: all
+    out: Tensor | None = None,  # [n or a, V] where to write it; None: over the products, if all rows act
 ) -> Tensor:
-    """dLoss/d(h W^T + b) of the acting rows, [n or number acting, V], in the type in which its products are taken."""
+    """dLoss/d(h W^T + b) of the acting rows, [n or a, V]."""
     n, vocabulary = products.shape
     b0 = -accumulate_(torch.zeros_like(rows.peak), labels.rows, coefficients)
     b1: Tensor | None = None
@@ -221,9 +228,11 @@ def logits_gradient_(
         b1 = d_kl if b1 is None else b1 + d_kl
     if d_kl is not None and kl == "forward":
         b0 = b0 + d_kl
-    half = head.weight.is_cuda and head.weight.dtype == torch.bfloat16
-    out = products.view(torch.bfloat16)[:, :vocabulary] if half else products
+    # Autograd hands on one number for all rows as a tensor without strides.
+    b1, d_kl = (None if x is None else x.contiguous() for x in (b1, d_kl))
     count = n if acting is None else acting.shape[0]
+    if out is None:
+        out = products if acting is None else torch.empty_like(products[:count])
     if count and vocabulary:
         with _on(products):
             logits_gradient_kernel[(count,)](
@@ -233,7 +242,7 @@ def logits_gradient_(
                 0 if ref_products is None else ref_products.stride(0), out.stride(0), softcap,
                 FORWARD=kl == "forward", COLUMNS=BLOCK, num_warps=4,
             )  # fmt: skip
-    return out if acting is None else out[acting]
+    return out
 
 
 class TritonRows:
@@ -291,13 +300,18 @@ class TritonRows:
         self.last = products(rows.hidden, self.head), ref_products, ranges, numbers
 
     def gradient(
-        self, coefficient: Tensor, d_entropy: Tensor | None, d_kl: Tensor | None, acting: Tensor | None
+        self,
+        coefficient: Tensor,
+        d_entropy: Tensor | None,
+        d_kl: Tensor | None,
+        acting: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         products, ref_products, ranges, numbers = self.last
         del self.last
         return logits_gradient_(
             products, ref_products, self.head, self.ref_head, numbers, self.softcap, self.kl, coefficient, ranges,
-            d_entropy, d_kl, acting,
+            d_entropy, d_kl, acting, out,
         )  # fmt: skip
 
 

@@ -3,14 +3,13 @@
 `head_statistics` is the one product in front of everything: for a tile of rows and a fixed split of the vocabulary it keeps, in fp32,
     m = max z,   s = sum exp(z - m),   e = sum exp(z - m) (z - m)
 online over the tiles of the split (when m grows by d: e <- (e - d s) exp(-d), s <- s exp(-d)), picks the labels' logits out of the same
-registers, and, if asked, stores the raw product h W^T in fp32. The splits depend on the vocabulary alone and are combined in ascending
+registers, and, if asked, stores the raw product h W^T in fp32. The splits depend on the vocabulary alone and are combined in a fixed
 order by `combine`, without atomics: a row's numbers have the same bits in any batch, with or without a reference, with the product
 stored or not. e is kept relative to m: entropy = log s - e / s loses nothing where logits are large. For the same reason log p is
 (z - m) - log s.
 
 What needs two distributions or a gradient works on stored products, a row at a time: `divergence` (exact KL) and `logits_gradient`,
-which overwrites the products with dLoss/d(h W^T + b); the closed form is the one at the top of reference.py. In bfloat16 the gradient
-takes the first half of its row's bytes; block i of a row writes before the place that block i reads, block 0 is guarded by a barrier.
+which writes dLoss/d(h W^T + b) of the rows that have one, without gaps; the closed form is the one at the top of reference.py.
 """
 
 # Kernels take pointers and constants that Python's types do not describe.
@@ -26,13 +25,12 @@ LOWEST = tl.constexpr(-1e30)  # finite: 0 times it is 0
 
 @triton.jit
 def _tanh(x):
-    a = tl.abs(x)
-    decay = tl.exp(-2.0 * a)
     square = x * x
-    series = -17.0 / 315.0 + square * (62.0 / 2835.0)
-    series = a + a * square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * series))
-    value = tl.where(a < 0.3, series, (1.0 - decay) / (1.0 + decay))
-    return tl.where(x < 0, -value, value)
+    series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
+    series = x + x * square * (-1.0 / 3.0 + square * series)
+    decay = tl.exp(-2.0 * tl.abs(x))
+    value = (1.0 - decay) / (1.0 + decay)
+    return tl.where(square < 0.09, series, tl.where(x < 0, -value, value))
 
 
 @triton.jit
@@ -41,6 +39,50 @@ def _scale(x, temperature, softcap):
     if softcap is not None:
         x = softcap * _tanh(x / softcap)
     return x / temperature
+
+
+@triton.jit
+def _read_tile(
+    x,  # [ROWS, COLUMNS] of h W^T
+    column_start,
+    bias,
+    temperature,
+    starts,
+    labels,
+    label_logits,
+    most,  # labels that a row of the tile has
+    peak,  # [ROWS] running statistics, as are the next two
+    total,
+    moment,
+    rows,
+    in_rows,
+    vocabulary,
+    softcap,
+    COLUMNS: tl.constexpr,
+):
+    """The running statistics with these columns in them; picks the labels' logits on the way."""
+    in_tile = tl.arange(0, COLUMNS)
+    in_columns = in_tile < vocabulary - column_start
+    if bias is not None:
+        x += tl.load(bias + column_start + in_tile, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    t = tl.load(temperature + rows, mask=in_rows, other=1.0)
+    z = tl.where(in_columns[None, :], _scale(x, t[:, None], softcap), float("-inf"))
+    for j in range(most):
+        first = tl.load(starts + rows, mask=in_rows, other=0)
+        count = tl.load(starts + rows + 1, mask=in_rows, other=0) - first
+        label = tl.load(labels + first + j, mask=j < count, other=-1).to(tl.int32) - column_start
+        found = (label >= 0) & (label < COLUMNS)
+        if tl.max(found.to(tl.int32), 0) > 0:
+            at = in_tile[None, :] == label[:, None]
+            tl.store(label_logits + first + j, tl.sum(tl.where(at, z, 0.0), 1), mask=found)
+    higher = tl.maximum(peak, tl.max(z, 1))
+    z = z - higher[:, None]
+    p = tl.exp(z)
+    rise = peak - higher
+    decay = tl.exp(rise)
+    moment = decay * (moment + rise * total) + tl.sum(p * tl.where(p > 0, z, 0.0), 1)
+    total = decay * total + tl.sum(p, 1)
+    return higher, total, moment
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -68,6 +110,7 @@ def head_statistics_kernel(
     DEPTH: tl.constexpr,
     SPLIT: tl.constexpr,  # columns, a multiple of COLUMNS
     TMA: tl.constexpr,
+    HALVES: tl.constexpr,  # of a tile, read one after the other; always with TMA
     UPCAST: tl.constexpr,
 ):
     row_start = tl.program_id(0) * ROWS
@@ -123,40 +166,34 @@ def head_statistics_kernel(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             x = tl.dot(a, tl.trans(b), x, input_precision="ieee")
-        if products is not None:
-            if TMA:  # in halves, whose staging area fits beside the stages of the product
-                left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+        if products is not None and not TMA:
+            tl.store(
+                products + column_start + (rows - row_start)[:, None] * products_stride + in_tile[None, :],
+                x,
+                mask=in_rows[:, None] & in_columns[None, :],
+            )
+        if (
+            HALVES
+        ):  # each needs half the registers, and half the staging area beside the stages of the product
+            left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+            if products is not None and TMA:
                 product_tiles.store([row_start, column_start], left)
-                product_tiles.store([row_start, column_start + COLUMNS // 2], right)
-            else:
-                tl.store(
-                    products
-                    + column_start
-                    + (rows - row_start)[:, None] * products_stride
-                    + in_tile[None, :],
-                    x,
-                    mask=in_rows[:, None] & in_columns[None, :],
-                )
-        if bias is not None:
-            x += tl.load(bias + column_start + in_tile, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-        t = tl.load(temperature + rows, mask=in_rows, other=1.0)
-        z = tl.where(in_columns[None, :], _scale(x, t[:, None], softcap), float("-inf"))
-        for j in range(most):
-            first = tl.load(starts + rows, mask=in_rows, other=0)
-            count = tl.load(starts + rows + 1, mask=in_rows, other=0) - first
-            label = tl.load(labels + first + j, mask=j < count, other=-1).to(tl.int32) - column_start
-            found = (label >= 0) & (label < COLUMNS)
-            if tl.max(found.to(tl.int32), 0) > 0:
-                at = in_tile[None, :] == label[:, None]
-                tl.store(label_logits + first + j, tl.sum(tl.where(at, z, 0.0), 1), mask=found)
-        higher = tl.maximum(peak, tl.max(z, 1))
-        z = z - higher[:, None]
-        p = tl.exp(z)
-        rise = peak - higher
-        decay = tl.exp(rise)
-        moment = decay * (moment + rise * total) + tl.sum(p * tl.where(p > 0, z, 0.0), 1)
-        total = decay * total + tl.sum(p, 1)
-        peak = higher
+            peak, total, moment = _read_tile(
+                left, column_start, bias, temperature, starts, labels, label_logits, most, peak, total, moment,
+                rows, in_rows, vocabulary, softcap, COLUMNS // 2,
+            )  # fmt: skip
+            right_start = column_start + COLUMNS // 2
+            if products is not None and TMA:
+                product_tiles.store([row_start, right_start], right)
+            peak, total, moment = _read_tile(
+                right, right_start, bias, temperature, starts, labels, label_logits, most, peak, total, moment,
+                rows, in_rows, vocabulary, softcap, COLUMNS // 2,
+            )  # fmt: skip
+        else:
+            peak, total, moment = _read_tile(
+                x, column_start, bias, temperature, starts, labels, label_logits, most, peak, total, moment,
+                rows, in_rows, vocabulary, softcap, COLUMNS,
+            )  # fmt: skip
     place = split.to(tl.int64) * num_rows + rows
     tl.store(peaks + place, peak, mask=in_rows)
     tl.store(totals + place, total, mask=in_rows)
@@ -174,23 +211,27 @@ def combine_kernel(
     num_rows,
     splits,
     ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,  # taken at a time
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < num_rows
     m = tl.full([ROWS], LOWEST, tl.float32)
     s = tl.zeros([ROWS], tl.float32)
     e = tl.zeros([ROWS], tl.float32)
-    for split in range(splits):
-        place = tl.cast(split, tl.int64) * num_rows + rows
-        next_m = tl.load(peaks + place, mask=in_rows, other=0.0)
-        next_s = tl.load(totals + place, mask=in_rows, other=1.0)
-        next_e = tl.load(moments + place, mask=in_rows, other=0.0)
-        higher = tl.maximum(m, next_m)
-        rise, next_rise = m - higher, next_m - higher
-        decay, next_decay = tl.exp(rise), tl.exp(next_rise)
-        e = decay * (e + rise * s) + next_decay * (next_e + next_rise * next_s)
-        s = decay * s + next_decay * next_s
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        place = split.to(tl.int64)[:, None] * num_rows + rows[None, :]
+        mask = (split < splits)[:, None] & in_rows[None, :]
+        part_m = tl.load(peaks + place, mask=mask, other=LOWEST)
+        part_s = tl.load(totals + place, mask=mask, other=0.0)
+        part_e = tl.load(moments + place, mask=mask, other=0.0)
+        higher = tl.maximum(m, tl.max(part_m, 0))
+        rise, part_rise = m - higher, part_m - higher[None, :]
+        decay, part_decay = tl.exp(rise), tl.exp(part_rise)
+        e = decay * (e + rise * s) + tl.sum(part_decay * (part_e + part_rise * part_s), 0)
+        s = decay * s + tl.sum(part_decay * part_s, 0)
         m = higher
+    s = tl.where(in_rows, s, 1.0)
     tl.store(peak + rows, m, mask=in_rows)
     tl.store(log_total + rows, tl.log(s), mask=in_rows)
     tl.store(entropy + rows, tl.log(s) - e / s, mask=in_rows)
@@ -263,7 +304,7 @@ def logits_gradient_kernel(
     labels,  # [l]
     coefficients,  # [l] fp32
     acting,  # rows to be worked on, or None: all
-    out,  # the bytes of products, with out_stride elements a row
+    out,  # [a, V], the i-th for the i-th acting row; may be products where all act
     vocabulary,
     products_stride,  # elements from row to row, as are the next two
     ref_stride,
@@ -273,6 +314,7 @@ def logits_gradient_kernel(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    out += row * out_stride
     if acting is not None:
         row = tl.load(acting + row)
     t = tl.load(temperature + row)
@@ -308,5 +350,4 @@ def logits_gradient_kernel(
         if softcap is not None:
             cap = _tanh(x / softcap)
             gradient = gradient * (1.0 - cap * cap)
-        tl.debug_barrier()
-        tl.store(out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=mask)

@@ -235,11 +235,17 @@ class RowKernel:
         )
 
     def gradient(
-        self, coefficient: Tensor, d_entropy: Tensor | None, d_kl: Tensor | None, acting: Tensor | None
+        self,
+        coefficient: Tensor,
+        d_entropy: Tensor | None,
+        d_kl: Tensor | None,
+        acting: Tensor | None,
+        out: Tensor | None,
     ) -> Tensor:
         d_logits, self.last = self.last, None
         assert d_logits is not None
-        return d_logits if acting is None else d_logits[acting]
+        d_logits = d_logits if acting is None else d_logits[acting]
+        return d_logits if out is None else out.copy_(d_logits)
 
 
 def device_chunk_rows(vocabulary: int, matrices: int) -> int:

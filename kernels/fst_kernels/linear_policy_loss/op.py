@@ -25,6 +25,7 @@ from fst_kernels.linear_logprob.rows import (
     accumulate_,
     accumulator,
     acting_rows,
+    gathered_rows,
     label_table,
     operand,
     refuse_second_derivatives,
@@ -45,7 +46,7 @@ _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
     "Tensor? row_temperature, Tensor advantages, Tensor token_weight, Tensor? old_logprob, Tensor? rollout_weight, Tensor? ref_logprob, *, "
     "float temperature, float? softcap, str kind, float ratio_cap, float clip_low, float clip_high, str? kl, float kl_coef, "
-    "float entropy_coef, str backend, int chunk_rows, bool need_hidden, bool need_weight, bool need_bias)"
+    "float entropy_coef, bool kl_unbiased, str backend, int chunk_rows, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -103,7 +104,11 @@ def linear_policy_loss_op(
     head = backend_rows(
         backend, Heads(weight, bias, ref_weight, ref_bias, softcap, objective.exact_kl), objective
     )
-    out = Gradients(hidden, operand(weight), need_hidden, need_weight, need_bias)
+    taken = operand(weight)
+    out = Gradients(
+        hidden, taken, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
+        gathered_rows=gathered_rows(taken, selected.shape[0], chunk_rows) if backend == "triton" else 0,
+    )  # fmt: skip
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     with torch.autocast(device.type, enabled=False):
         for chunk in row_chunks(None if every else selected, selected.shape[0], compact, chunk_rows):
@@ -133,7 +138,8 @@ def linear_policy_loss_op(
                     acting = None
                 else:
                     at, h = acting_rows(chunk, acting), h[acting]
-            out.add(at, head.gradient(coefficient, d_entropy, d_kl, acting), h)
+            out.add(at, head.gradient(coefficient, d_entropy, d_kl, acting, out.room(len(h))), h)
+        out.flush()
     absent = hidden.new_empty(0)
     return (
         sums[0].to(dtype, copy=True),
