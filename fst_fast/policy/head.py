@@ -60,10 +60,11 @@ class Labels:
     labels: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, labels: Tensor, device: torch.device | str) -> Labels:
-        """From host tensors, for work on `device`."""
+    def of(cls, rows: Tensor, labels: Tensor, device: torch.device | str | None = None) -> Labels:
+        """From host tensors, for work on `device` (None: where they lie)."""
         unique, row_of = torch.unique(rows, return_inverse=True)
-        return cls(*(send(x, device) for x in (unique, row_of, labels)))
+        parts = (unique, row_of, labels)
+        return cls(*(parts if device is None else (send(x, device) for x in parts)))
 
 
 @dataclass
