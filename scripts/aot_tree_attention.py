@@ -147,8 +147,12 @@ def main() -> int:
     )
     failed = 0
     for arch, dtype, dim in ((a, t, d) for a in given.arch for t in given.dtype for d in given.dim):
-        tiles = op.tiling(dim, DTYPES[dtype], (arch // 10, arch % 10))
-        for name, kernel, tile, tma, own in (p for w in given.window for p in passes(tiles, w == "yes")):
+        variants = [
+            part
+            for window in (w == "yes" for w in given.window)
+            for part in passes(op.tiling(dim, DTYPES[dtype], (arch // 10, arch % 10), window), window)
+        ]
+        for name, kernel, tile, tma, own in variants:
             compiled = compile_one(kernel, tile, tma, own, dim, dtype, arch)
             ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
             registers, local = resource_usage(compiled.asm["cubin"])

@@ -65,14 +65,20 @@ TILES = {
 }
 
 
-def tiling(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiling:
-    """The tiles for a head size, a dtype and a compute capability."""
+# The comparison of depths takes registers: where it makes a pass of TILES spill, that pass under a window.
+WINDOW_DQ = {(HOPPER, 256): Tile(64, 32, 8, 2)}
+
+
+def tiling(dim: int, dtype: torch.dtype, capability: tuple[int, int], window: bool = False) -> Tiling:
+    """The tiles for a head size, a dtype and a compute capability; with `window` for attention through a sliding one."""
     wide = max(64, padded(dim))
     if dtype == torch.float32:  # no tensor cores: products in full float32
         small = Tile(32, 32, 8, 1) if wide <= 128 else Tile(16, 16, 8, 1)
         return Tiling(small, small, small, False)
     generation = HOPPER if capability[0] == 9 else BLACKWELL if capability[0] in (10, 11) else AMPERE
     tiles = TILES[generation, wide]
+    if window:
+        tiles = replace(tiles, dq=WINDOW_DQ.get((generation, wide), tiles.dq))
     return tiles if dim % 8 == 0 else replace(tiles, tma=False)  # TMA reads rows of whole 16 bytes
 
 
@@ -187,11 +193,11 @@ def _check(q: Tensor) -> None:
         )
 
 
-def _tiles_for(q: Tensor) -> Tiling:
+def _tiles_for(q: Tensor, window: int | None) -> Tiling:
     if q.device.type == "cpu":  # interpreted
         small = Tile(16, 16, 4, 1)
         return Tiling(small, small, small, False)
-    return tiling(q.shape[3], q.dtype, torch.cuda.get_device_capability(q.device))
+    return tiling(q.shape[3], q.dtype, torch.cuda.get_device_capability(q.device), window is not None)
 
 
 def _target_for(k: Tensor) -> int:
@@ -221,7 +227,8 @@ def forward(
     if not q.numel():
         return out, lse2
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        tiles, window = tiles or _tiles_for(q), mask.binding(window)
+        window = mask.binding(window)
+        tiles = tiles or _tiles_for(q, window)
         q, k, v = (_readable(x, tiles.tma) for x in (q, k, v))
         tile, known = tiles.forward, lists(mask, tiles.forward, window)
         rows, query_blocks, width = known.lists.shape
@@ -255,7 +262,8 @@ def backward(
     batch, heads, n, dim = q.shape
     kv_heads, wide = k.shape[1], padded(q.shape[3])
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        tiles, target, window = tiles or _tiles_for(q), target or _target_for(k), mask.binding(window)
+        window = mask.binding(window)
+        tiles, target = tiles or _tiles_for(q, window), target or _target_for(k)
         tma, windowed = tiles.tma, window is not None
         q, k, v, dout = (_readable(x, tma) for x in (q, k, v, dout))
         delta = torch.empty_like(lse2)
