@@ -35,6 +35,8 @@ from torch import Tensor
 from fst_kernels.tree_attention.mask import TreeMask
 
 LAUNCH_PAIRS = 2048  # (query, key) pairs that cost about as much as launching one block more
+ALONE = 300  # queries + keys of a block beyond which to gather it into a batch costs more than a launch; alone, it is a view
+BATCH_TOKENS = 8192  # queries + keys of a batch: larger ones leave the caches
 DP_ITEMS = 256  # the dynamic program is quadratic; longer lists of distinct lengths are cut
 QUERY_SLICE = 1024  # queries of one block whose scores exist at one time, matmul path
 
@@ -185,7 +187,9 @@ def _group(items: Tensor, keys: Tensor, queries: Tensor) -> Iterator[Tensor]:
         chunk = bounds[begin : begin + DP_ITEMS + 1]
         cuts = chunk[_cheapest_cuts(k[chunk[:-1]], q[chunk[:-1]], chunk)].tolist()
         for i, j in pairwise(cuts):
-            yield items[i:j].sort().values
+            group = items[i:j].sort().values
+            tokens = int(keys[group].max() + queries[group].max())
+            yield from group.split(1 if tokens > ALONE else BATCH_TOKENS // tokens)
 
 
 def _cheapest_cuts(k: Tensor, q: Tensor, bounds: Tensor) -> list[int]:
