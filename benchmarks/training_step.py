@@ -1,222 +1,359 @@
-"""Forward + backward of one training batch: the forest against the padded batch, each at its best micro-batch size, in one run.
+"""Forward + backward of one training batch: the forest against one-level sharing and against the padded batch, in one run.
 
-The batch is 4 contexts x 256 tokens, 8 problems x 48, 4 samples of 32 tokens for every (context, problem): 128 sequences. The model is a
-Qwen3 of hidden 256, 4 layers, 8/4 heads, in float32. Both sides run the same transformers model and the same cross-entropy over the
-labelled rows only; they differ in packing and attention. The padded side has no padding at all here (equal lengths) and uses causal
-scaled-dot-product attention without a mask, its fastest path.
+    python -m benchmarks.training_step [--context 256] [--trees 4] [--threads T] [--rounds 3] [--out benchmarks/results]
 
-    python benchmarks/training_step.py [--threads 2] [--rounds 5] [--context 256] [--write]
+All sides run the same transformers model and the same loss (`linear_policy_loss`, the training path) over the same labels; they differ in
+packing and attention. `forest` computes every shared prefix once, at any depth; `one level` gives each (context, problem) its own copy
+of the context and shares it among its samples only; `padded` is causal scaled-dot-product attention without a mask, its fastest path, and
+here has no padding at all (equal lengths). Every side runs at its best micro-batch size, found by a sweep; `padded, one batch` is the
+whole batch at once.
 
-The sweep times each candidate once after a warm-up; then the two winners run in turn, and the medians are compared, in seconds and in
-CPU seconds (the figure to trust where other programs share the machine, and then with --threads 1: waiting threads spin). The ratio of
-operations (multiply-adds of the layers' matrices, of the head's and of visible attention pairs) is what packing alone can give.
+On a CPU: contexts of 256 or 1024 tokens, 8 problems x 48, 4 samples x 32, a Qwen3 of hidden 256 and 4 layers, float32. On a GPU:
+contexts of 1536 tokens, 64 problems x 300, 2 samples x 512, a Qwen3-1.7B's shape in bfloat16 with activation checkpointing.
+
+The sides take turns and the medians are compared: on a CPU in CPU seconds (the figure to trust where other programs share the machine,
+with one thread: waiting threads spin) and wall-clock seconds, on a GPU in seconds. Ratio of operations: multiply-adds of the
+layers' matrices, of the head's and of visible attention pairs; it is what packing alone can give. MFU: operations computed per second over
+those of a large matrix product in the same type. Peak memory: on a CPU of child processes, for the forest and for the padded batch at
+once, on a GPU by torch's allocator for all sides.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from benchmarks import measure
 from fst_fast.forest import Leaf, pack, split
-from fst_fast.policy.attention import NAME
+from fst_fast.policy import head
+from fst_fast.policy.attention import NAME, TreePlan
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
-
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 256, 4, 8, 4, 32, 768, 512
-RESULTS = Path(__file__).parent / "results"
+from fst_kernels import PolicyObjective
 
 
-def make_leaves(
-    contexts: int, context: int, problems: int, problem: int, samples: int, response: int
-) -> list[Leaf]:
+@dataclass(frozen=True)
+class Batch:
+    """`contexts` x `problems` x `samples` sequences; the others are tokens."""
+
+    contexts: int
+    context: int
+    problems: int
+    problem: int
+    samples: int
+    response: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    dtype: str
+
+
+BATCH = {"cpu": Batch(4, 256, 8, 48, 4, 32), "cuda": Batch(1, 1536, 64, 300, 2, 512)}
+SHAPE = {
+    "cpu": Shape(256, 4, 8, 4, 32, 768, 512, "float32"),
+    "cuda": Shape(2048, 28, 16, 8, 128, 6144, 151936, "bfloat16"),
+}
+# Micro-batches tried: parts of the forest; groups of samples, or sequences, at a time.
+FOREST, ONE_LEVEL, PADDED = (
+    {"cpu": (1, 2, 4), "cuda": (1, 2)},
+    {"cpu": (4, 8, 32), "cuda": (8, 32)},
+    {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (4, 16, 64)},
+)
+
+LARGEST_PADDED = 16384  # tokens of a padded micro-batch tried on a CPU: larger ones only got slower
+
+
+def make_leaves(batch: Batch, vocabulary: int) -> list[Leaf]:
     rng = np.random.default_rng(0)
-    context_ids = [rng.integers(0, VOCAB, context) for _ in range(contexts)]
-    problem_ids = [rng.integers(0, VOCAB, problem) for _ in range(problems)]
+    contexts = [rng.integers(0, vocabulary, batch.context) for _ in range(batch.contexts)]
+    problems = [rng.integers(0, vocabulary, batch.problem) for _ in range(batch.problems)]
     return [
-        Leaf(np.concatenate([c, p]), rng.integers(0, VOCAB, response))
-        for c in context_ids
-        for p in problem_ids
-        for _ in range(samples)
+        Leaf(np.concatenate([c, p]), rng.integers(0, vocabulary, batch.response))
+        for c in contexts
+        for p in problems
+        for _ in range(batch.samples)
     ]
 
 
-def make_model(attention: str) -> PreTrainedModel:
+def make_model(shape: Shape, attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         tie_word_embeddings=True,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model
+    with measure.device():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=getattr(torch, shape.dtype)
+        )
+    if measure.device().type == "cuda":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    head.install(model)
+    return model.train()
 
 
-def step(model: PreTrainedModel, batches: Sequence[PackedBatch]) -> tuple[float, float, float]:
-    """Seconds, CPU seconds and loss of forward + backward over all micro-batches; gradients add up in the model."""
+def one_level_batch(groups: Sequence[Sequence[Leaf]]) -> PackedBatch:
+    """One row per group, a forest of its own: what all of a group share is computed once per group."""
+    packed = [forest_batch(group, share="prompts", device="cpu") for group in groups]
+    n = packed[0].tokens
+    assert all(p.tokens == n for p in packed), "rows of one batch are of one length here"
+    ends = torch.stack([torch.from_numpy(pack(group).subtree_end) for group in groups])
+    sizes = np.cumsum([0, *(len(group) for group in groups)])
+    return replace(
+        packed[0],
+        input_ids=torch.cat([p.input_ids for p in packed]).to(measure.device()),
+        position_ids=torch.cat([p.position_ids for p in packed]).to(measure.device()),
+        plan=TreePlan(ends, device=measure.device()),
+        rows=torch.cat([p.rows + i * n for i, p in enumerate(packed)]),
+        labels=torch.cat([p.labels for p in packed]),
+        leaf=torch.cat([p.leaf + int(size) for p, size in zip(packed, sizes, strict=False)]),
+        offset=torch.cat([p.offset for p in packed]),
+        tokens=n * len(groups),
+        unshared=sum(p.unshared for p in packed),
+    )
+
+
+def sides(leaves: list[Leaf], samples: int) -> dict[str, dict[str, Callable[[], list[PackedBatch]]]]:
+    """Side -> name of a micro-batch size -> the micro-batches, smallest first."""
+    where, whole = measure.device(), len(pack(leaves).token_ids)
+    groups = [leaves[i : i + samples] for i in range(0, len(leaves), samples)]
+
+    def forest(n: int) -> list[PackedBatch]:
+        parts = split(leaves, whole // n + (n > 1) * max(map(len, leaves)))
+        return [forest_batch([leaves[i] for i in p], share="prompts", device=where) for p in parts]
+
+    def one_level(n: int) -> list[PackedBatch]:
+        return [one_level_batch(groups[i : i + n]) for i in range(0, len(groups), n)]
+
+    def padded(n: int) -> list[PackedBatch]:
+        return [padded_batch(leaves[i : i + n], pad_id=0, device=where) for i in range(0, len(leaves), n)]
+
+    kind = where.type
+    return {
+        "one level": {f"{n} groups": lambda n=n: one_level(n) for n in ONE_LEVEL[kind] if n <= len(groups)},
+        "forest": {f"{n} micro-batches": lambda n=n: forest(n) for n in FOREST[kind]},
+        "padded, one batch": {f"{len(leaves)} rows": lambda: padded(len(leaves))},
+        "padded": {
+            f"{n} rows": lambda n=n: padded(n)
+            for n in PADDED[kind]
+            if kind == "cuda" or n * max(map(len, leaves)) <= LARGEST_PADDED
+        },
+    }
+
+
+def attention_of(side: str) -> str:
+    return "sdpa" if side.startswith("padded") else NAME
+
+
+@dataclass(frozen=True)
+class Time:
+    seconds: float
+    cpu_seconds: float
+    loss: float
+
+    @property
+    def trusted(self) -> float:
+        return self.seconds if torch.cuda.is_available() else self.cpu_seconds
+
+
+def step(model: PreTrainedModel, batches: Sequence[PackedBatch], labels: int) -> Time:
+    """Forward + backward over all micro-batches; gradients add up in the model."""
     model.zero_grad(set_to_none=True)
-    total, labels = 0.0, sum(len(b.labels) for b in batches)
-    begin, cpu_begin = time.perf_counter(), time.process_time()
+    losses = []
+    begin, cpu_begin = measure.clock(), time.process_time()
     for batch in batches:
-        hidden = model.model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)
-        loss = torch.zeros(())
-        for rows, targets in zip(batch.rows.split(1024), batch.labels.split(1024), strict=True):
-            logits = model.lm_head(hidden.index_select(0, rows)).float()
-            loss = loss + torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / labels
+        at = head.Labels.of(batch.rows, batch.labels, measure.device())
+        one = torch.ones(len(batch.labels), device=measure.device())
+        job = head.LossJob(at, PolicyObjective("reinforce"), one, one / labels, None, 1.0, 1024)  # type: ignore[arg-type]
+        with head.running(model, job):
+            loss = model(**model_inputs(batch)).logits
         loss.backward()
-        total += loss.item()
-    return time.perf_counter() - begin, time.process_time() - cpu_begin, total
+        losses.append(loss.detach())
+    seconds, cpu_seconds = measure.clock() - begin, time.process_time() - cpu_begin
+    return Time(seconds, cpu_seconds, float(torch.stack(losses).sum()))
 
 
-def operations(leaves: Sequence[Leaf]) -> tuple[float, float]:
-    """Multiply-adds of one forward, forest and padded. Backward is about twice as much for both."""
-    matrices = HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) + 3 * HIDDEN * INTERMEDIATE
-    head = sum(len(leaf.response_ids) for leaf in leaves) * HIDDEN * VOCAB
+def operations(shape: Shape, tokens: int, pairs: int, rows: int) -> float:
+    """Floating-point operations of forward + backward (twice the forward): layers' matrices, attention, head."""
+    matrices = shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    matrices += 3 * shape.hidden * shape.intermediate
+    attention = pairs * 2 * shape.heads * shape.head_dim
+    return 6.0 * (shape.layers * (tokens * matrices + attention) + rows * shape.hidden * shape.vocabulary)
 
-    def total(tokens: int, pairs: float) -> float:
-        return LAYERS * (tokens * matrices + pairs * 2 * HEADS * HEAD_DIM) + head
 
-    forest, width = pack(leaves), max(len(leaf) for leaf in leaves)
-    packed = total(len(forest.token_ids), float(np.sum(forest.depth.astype(np.int64) + 1)))
-    return packed, total(width * len(leaves), len(leaves) * width * (width + 1) / 2)
+def side_operations(shape: Shape, batches: Sequence[PackedBatch]) -> float:
+    tokens = sum(b.tokens for b in batches)
+    pairs = sum(int(b.position_ids.sum()) + b.tokens for b in batches)  # a token at depth d sees d + 1 keys
+    rows = sum(len(torch.unique(b.rows)) for b in batches)
+    return operations(shape, tokens, pairs, rows)
 
 
 def sweep(
-    model: PreTrainedModel, candidates: dict[str, list[PackedBatch]], part: float
+    model: PreTrainedModel, candidates: dict[str, Callable[[], list[PackedBatch]]], labels: int
 ) -> tuple[str, dict[str, float]]:
-    """CPU seconds of every candidate, over the first `part` of its micro-batches (they are all alike) and scaled up."""
-    seconds = {}
-    for name, batches in candidates.items():
-        some = batches[: max(1, round(len(batches) * part))]
-        step(model, some[:1])
-        seconds[name] = step(model, some)[1] * len(batches) / len(some)
-        print(f"  {name:28s} {seconds[name]:7.3f} CPU s")
-    return min(seconds, key=seconds.__getitem__), seconds
+    """Seconds of every candidate, over a sixteenth of its micro-batches where it has many (they are alike), scaled up."""
+    if len(candidates) == 1:
+        return next(iter(candidates)), {}
+    found = {}
+    for name, make in candidates.items():
+        batches = make()
+        some = batches[: max(1, len(batches) // 16)]
+        step(model, some[:1], labels)
+        found[name] = step(model, some, labels).trusted * sum(b.tokens for b in batches)
+        found[name] /= sum(b.tokens for b in some)
+        print(f"  {name:28s} {found[name]:8.3f} s", flush=True)
+    return min(found, key=found.__getitem__), found
+
+
+def in_child(side: str, name: str, batch: dict[str, int]) -> tuple[measure.Run, measure.Run]:
+    """One side in a process of its own, for its peak memory: (warm up with a small part, the step)."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    shape = SHAPE[measure.device().type]
+    leaves = make_leaves(Batch(**batch), shape.vocabulary)
+    model = make_model(shape, attention_of(side))
+    small = leaves[: batch["samples"]]
+    warm = (
+        [one_level_batch([small])]
+        if side != "forest"
+        else [forest_batch(small, share="prompts", device="cpu")]
+    )
+    if side.startswith("padded"):
+        warm = [padded_batch(small[:1], pad_id=0, device="cpu")]
+    batches = sides(leaves, batch["samples"])[side][name]()
+    return lambda: step(model, warm, 1), lambda: step(model, batches, 1)
 
 
 def main() -> None:
+    kind = measure.device().type
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--context", type=int, default=256, help="tokens of a context")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/training_step.json")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--context", type=int, default=BATCH[kind].context, help="tokens of a context")
+    parser.add_argument("--trees", type=int, default=BATCH[kind].contexts, help="contexts")
+    parser.add_argument("--out", type=Path, help="folder for the result as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
-    leaves = make_leaves(4, args.context, 8, 48, 4, 32)
-    forest_model, padded_model = make_model(NAME), make_model("sdpa")
-    whole = len(pack(leaves).token_ids)
-    forest_candidates = {
-        f"forest, {len(parts)} micro-batches": [
-            forest_batch([leaves[i] for i in p], share="prompts", device="cpu") for p in parts
-        ]
-        for parts in (split(leaves, whole // n + n) for n in (1, 2, 4))
-    }
-    padded_candidates = {
-        f"padded, {size} rows": [
-            padded_batch(leaves[i : i + size], pad_id=0, device="cpu") for i in range(0, len(leaves), size)
-        ]
-        for size in (1, 2, 4, 8, 16, 32)
-    }
+    batch, shape = replace(BATCH[kind], context=args.context, contexts=args.trees), SHAPE[kind]
+    leaves = make_leaves(batch, shape.vocabulary)
+    labels = sum(len(leaf.response_ids) for leaf in leaves)
+    made = sides(leaves, batch.samples)
+    models = {name: make_model(shape, name) for name in (NAME, "sdpa")}
+    model_of = {side: models[attention_of(side)] for side in made}
+    dtype = getattr(torch, shape.dtype)
+    rate = measure.matmul_rate(4096, shape.hidden, shape.intermediate, dtype)
     print(f"{len(leaves)} sequences, {args.threads} threads; sweep:")
-    best_forest, forest_sweep = sweep(forest_model, forest_candidates, 1.0)
-    best_padded, padded_sweep = sweep(padded_model, padded_candidates, 0.25)
+    best, swept, batches = {}, {}, {}
+    for side, candidates in made.items():
+        print(f" {side}")
+        best[side], swept[side] = sweep(model_of[side], candidates, labels)
+        batches[side] = candidates[best[side]]()
 
-    times: dict[str, list[float]] = {"forest": [], "padded": []}
-    cpu_times: dict[str, list[float]] = {"forest": [], "padded": []}
-    losses = {}
-    for _ in range(args.rounds):
-        for side, model, batches in (
-            ("forest", forest_model, forest_candidates[best_forest]),
-            ("padded", padded_model, padded_candidates[best_padded]),
-        ):
-            seconds, cpu_seconds, losses[side] = step(model, batches)
-            times[side].append(seconds)
-            cpu_times[side].append(cpu_seconds)
+    times: dict[str, list[Time]] = {side: [] for side in made}
+    failed: dict[str, str] = {}
+    for round_ in range(args.rounds):
+        for side in (
+            made
+        ):  # forest and padded are the last of a round on their models: their gradients are compared below
+            if side in failed or (side == "padded, one batch" and kind == "cpu" and round_ >= 2):
+                continue  # it takes as long as all others together
+            try:
+                times[side].append(step(model_of[side], batches[side], labels))
+            except torch.cuda.OutOfMemoryError:
+                failed[side] = "out of memory"
     gradient = max(
         (a.grad - b.grad).abs().max().item()
-        for a, b in zip(forest_model.parameters(), padded_model.parameters(), strict=True)
+        for a, b in zip(models[NAME].parameters(), models["sdpa"].parameters(), strict=True)
         if a.grad is not None and b.grad is not None
     )
-    forest_ops, padded_ops = operations(leaves)
-    medians = {side: statistics.median(values) for side, values in times.items()}
-    cpu_medians = {side: statistics.median(values) for side, values in cpu_times.items()}
-    result = {
-        "benchmark": "training_step",
-        "cpu": cpu_name(),
-        "threads": args.threads,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "batch": {
-            "contexts": 4,
-            "context": args.context,
-            "problems": 8,
-            "problem": 48,
-            "samples": 4,
-            "response": 32,
-        },
-        "model": {
-            "hidden": HIDDEN,
-            "layers": LAYERS,
-            "heads": [HEADS, KV_HEADS],
-            "intermediate": INTERMEDIATE,
-            "vocabulary": VOCAB,
-        },
-        "tokens": {"forest": whole, "padded": len(leaves) * max(map(len, leaves))},
-        "sweep_cpu_s": {**forest_sweep, **padded_sweep},
-        "best": {"forest": best_forest, "padded": best_padded},
-        "seconds": times,
-        "cpu_seconds": cpu_times,
-        "median_s": medians,
-        "median_cpu_s": cpu_medians,
-        "speedup": medians["padded"] / medians["forest"],
-        "speedup_cpu": cpu_medians["padded"] / cpu_medians["forest"],
-        "speedup_of_each_round": [p / f for f, p in zip(times["forest"], times["padded"], strict=True)],
-        "operations_ratio": padded_ops / forest_ops,
-        "loss": losses,
-        "largest_gradient_difference": gradient,
-    }
-    print(
-        f"{best_forest}: {medians['forest']:.3f} s; {best_padded}: {medians['padded']:.3f} s; median of {args.rounds}"
-    )
-    print(f"speed-up {result['speedup']:.2f}x, by CPU seconds {result['speedup_cpu']:.2f}x")
-    print(f"operations ratio {result['operations_ratio']:.2f}x, gradients differ by {gradient:.1e}")
-    if args.write:
-        RESULTS.mkdir(exist_ok=True)
-        name = "training_step.json" if args.context == 256 else f"training_step_context{args.context}.json"
-        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
 
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
+    rows: dict[str, dict[str, Any]] = {}
+    for side, own in times.items():
+        if side in failed:
+            rows[side] = {"micro_batch": best[side], "skipped": failed[side]}
+            continue
+        trusted = statistics.median(t.trusted for t in own)
+        computed = side_operations(shape, batches[side])
+        if kind == "cuda":
+            peak: int | None = measure.cuda_peak_bytes(lambda s=side: step(model_of[s], batches[s], labels))
+        elif side in ("forest", "padded, one batch"):
+            peak = measure.in_child(
+                "benchmarks.training_step", "in_child", side, best[side], asdict(batch)
+            ).peak_bytes
+        else:
+            peak = None
+        tokens = sum(b.tokens for b in batches[side])
+        rows[side] = {
+            "micro_batch": best[side],
+            "median_s": statistics.median(t.seconds for t in own),
+            "median_cpu_s": statistics.median(t.cpu_seconds for t in own),
+            "rounds": [[t.seconds, t.cpu_seconds] for t in own],
+            "tokens_computed": tokens,
+            "sequence_tokens_per_s": sum(map(len, leaves)) / trusted,
+            "computed_tokens_per_s": tokens / trusted,
+            "operations": computed,
+            "mfu": computed / trusted / rate,
+            "peak_bytes": peak,
+            "loss": own[-1].loss,
+            "sweep_s": swept[side],
+        }
+    forest = rows["forest"]
+    for side, row in rows.items():
+        if "skipped" in row:
+            print(f"{side:18s} {row['micro_batch']:16s} skipped: {row['skipped']}")
+            continue
+        clock = "median_cpu_s" if kind == "cpu" else "median_s"
+        row["times_forest"] = row[clock] / forest[clock]
+        row["operations_times_forest"] = row["operations"] / forest["operations"]
+        row["peak_times_forest"] = row["peak_bytes"] / forest["peak_bytes"] if row["peak_bytes"] else None
+        print(
+            f"{side:18s} {row['micro_batch']:16s} {row['median_s']:8.3f} s {row['median_cpu_s']:8.3f} CPU s"
+            f" {row['times_forest']:6.2f}x (operations {row['operations_times_forest']:5.2f}x)"
+            f" {row['sequence_tokens_per_s']:9.0f} sequence tokens/s  MFU {row['mfu']:5.1%}"
+            + (f"  peak {row['peak_bytes'] / 2**20:7.0f} MiB" if row["peak_bytes"] else "")
+        )
+    print(f"largest gradient difference, forest and padded: {gradient:.1e}")
+    if args.out is not None:
+        result = {
+            "benchmark": "training_step",
+            "hardware": measure.hardware(),
+            "versions": measure.versions(),
+            "batch": asdict(batch),
+            "model": asdict(shape),
+            "matmul_operations_per_s": rate,
+            "largest_gradient_difference": gradient,
+            "sides": rows,
+        }
+        args.out.mkdir(parents=True, exist_ok=True)
+        threads = f"_{args.threads}threads" if kind == "cpu" else ""
+        name = f"training_step_{kind}_{batch.contexts}x{batch.context}{threads}.json"
+        (args.out / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

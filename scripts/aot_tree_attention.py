@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of tree attention for GPUs that need not be there and says what they take.
 
-    python scripts/aot_tree_attention.py [--arch 80 90 100] [--dim 64 80 96 128 256] [--dtype bf16 fp16 fp32]
+    python scripts/aot_tree_attention.py [--arch 80 90 100] [--dim 64 80 96 128 256] [--dtype bf16 fp16 fp32] [--window no yes]
 
 One line per kernel: registers, bytes of local memory per thread, shared memory of a block, tensor-core and TMA instructions. Exit code 1
 if a kernel does not compile, spills, needs more shared memory than a block has, or lacks tensor cores (16-bit types) or TMA where asked for.
@@ -33,7 +33,23 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 TMA = "cp.async.bulk.tensor"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INT_POINTERS = ("end", "lists", "counts", "order", "units", "splits", "block_max", "block_min")
+INT_POINTERS = (
+    *(
+        "end",
+        "depth",
+        "lists",
+        "counts",
+        "order",
+        "units",
+        "splits",
+        "block_max",
+        "block_min",
+        "key_low",
+        "key_high",
+    ),
+    *("query_low", "query_high", "tiles", "bounds", "entries", "owner"),
+)
+LONG_POINTERS = ("ends",)
 FLOAT_POINTERS = ("lse2", "delta", "partials")
 TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 TILED = {
@@ -44,23 +60,25 @@ TILED = {
 }  # read through descriptors where there is TMA
 
 
-def passes(tiles: op.Tiling) -> Iterator[tuple[str, Any, op.Tile, bool, dict[str, Any]]]:
-    """Name, kernel, tile, TMA, constants of its own."""
+def passes(tiles: op.Tiling, window: bool) -> Iterator[tuple[str, Any, op.Tile, bool, dict[str, Any]]]:
+    """Name, kernel, tile, TMA, constants of its own. With `window` the variants that a sliding window takes, and no others."""
     plain = op.Tile(64, tiles.dkdv.keys, 4, 3)
-    yield (
-        "list",
-        kernels.list_kernel,
-        op.Tile(tiles.forward.queries, tiles.forward.keys, 4, 3),
-        False,
-        {"SCAN": op.SCAN},
-    )
-    yield "forward", kernels.forward_kernel, tiles.forward, tiles.tma, {}
-    yield "delta", kernels.delta_kernel, plain, False, {}
-    yield "dq", kernels.dq_kernel, tiles.dq, tiles.tma, {}
+    queries = op.Tile(tiles.forward.queries, tiles.forward.keys, 4, 3)
+    suffix, own = (" window", {"WINDOW": True}) if window else ("", {"WINDOW": False})
+    yield "list" + suffix, kernels.list_kernel, queries, False, {"SCAN": op.SCAN, **own}
+    yield "forward" + suffix, kernels.forward_kernel, tiles.forward, tiles.tma, own
+    yield "dq" + suffix, kernels.dq_kernel, tiles.dq, tiles.tma, own
     for dk, dv in ((True, False), (False, True)) if tiles.apart else ((True, True),):
-        name = "dk" * dk + "dv" * dv
-        yield name, kernels.dkdv_kernel, tiles.dkdv, tiles.tma, {"DK": dk, "DV": dv}
-    yield "reduce", kernels.reduce_kernel, op.Tile(64, tiles.dkdv.keys, 8, 3), False, {}
+        name = "dk" * dk + "dv" * dv + suffix
+        yield name, kernels.dkdv_kernel, tiles.dkdv, tiles.tma, {"DK": dk, "DV": dv, **own}
+    if window:
+        near = op.Tile(tiles.dkdv.queries, tiles.dkdv.keys, 4, 3)
+        yield "tile list", kernels.tile_list_kernel, near, False, {"SCAN": op.SCAN}
+        yield "thin, of keys", kernels.thin_kernel, near, False, {"OF_KEYS": True}
+        yield "thin, of queries", kernels.thin_kernel, queries, False, {"OF_KEYS": False}
+    else:
+        yield "delta", kernels.delta_kernel, plain, False, {}
+        yield "reduce", kernels.reduce_kernel, op.Tile(64, tiles.dkdv.keys, 8, 3), False, {}
 
 
 def compile_one(
@@ -85,6 +103,8 @@ def compile_one(
             pointer = (
                 "i32"
                 if name in INT_POINTERS
+                else "i64"
+                if name in LONG_POINTERS
                 else "fp32"
                 if name in FLOAT_POINTERS
                 else dtype
@@ -119,6 +139,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 80, 96, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--window", nargs="+", default=["no", "yes"], choices=["no", "yes"])
     given = parser.parse_args()
     print(
         f"Triton {triton.__version__}\n{'registers':>9} {'local B':>7} {'shared B':>8} {'tensor':>6} {'TMA':>3}",
@@ -126,8 +147,12 @@ def main() -> int:
     )
     failed = 0
     for arch, dtype, dim in ((a, t, d) for a in given.arch for t in given.dtype for d in given.dim):
-        tiles = op.tiling(dim, DTYPES[dtype], (arch // 10, arch % 10))
-        for name, kernel, tile, tma, own in passes(tiles):
+        variants = [
+            part
+            for window in (w == "yes" for w in given.window)
+            for part in passes(op.tiling(dim, DTYPES[dtype], (arch // 10, arch % 10), window), window)
+        ]
+        for name, kernel, tile, tma, own in variants:
             compiled = compile_one(kernel, tile, tma, own, dim, dtype, arch)
             ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
             registers, local = resource_usage(compiled.asm["cubin"])

@@ -37,7 +37,11 @@ Attention = Literal["tree", "sdpa", "flash_attention_2"]
 
 
 class AttentionPlan(Protocol):
-    """What the attention of one forward does. `layer` counts from 0; q [B,Hq,N,D], k and v [B,Hkv,N,D], rotary embedding applied."""
+    """What the attention of one forward does. `layer` counts from 0; q [B,Hq,N,D], k and v [B,Hkv,N,D], rotary embedding applied.
+
+    A plan that sees through sliding windows says so with an attribute `windows = True`, and `attend` then takes `window` (int) by name in
+    the layers that have one: a token sees itself and the window - 1 tokens before it on its path.
+    """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...  # [B,N,Hq,D]
 
@@ -45,15 +49,24 @@ class AttentionPlan(Protocol):
 class TreePlan:
     """Every token of a forest attends to its ancestors. One plan serves all layers, forward and backward."""
 
-    def __init__(self, subtree_end: Tensor) -> None:
-        self.mask = TreeMask.from_subtree_end(subtree_end)  # int32 [N] or [B, N]
+    windows = True
+
+    def __init__(
+        self, subtree_end: Tensor, *, depth: Tensor | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """subtree_end int32 [N] or [B, N]; see TreeMask.from_subtree_end."""
+        self.mask = TreeMask.from_subtree_end(subtree_end, depth=depth, device=device)
 
     @classmethod
     def of(cls, forest: Forest, device: torch.device | str) -> TreePlan:
-        return cls(torch.from_numpy(forest.subtree_end).to(device))
+        """Checked and analysed on the host, then sent to the device: nobody waits for the device."""
+        end, depth = (torch.from_numpy(x) for x in (forest.subtree_end, forest.depth))
+        return cls(end, depth=depth, device=device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return tree_attention(q, k, v, self.mask, scale=scale).transpose(1, 2)
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        return tree_attention(q, k, v, self.mask, scale=scale, window=window).transpose(1, 2)
 
 
 def _attention(
@@ -78,7 +91,6 @@ def _attention(
         )
     unsupported = {
         "attention_mask": attention_mask,
-        "sliding_window": sliding_window,
         "softcap": softcap,
         "s_aux": s_aux,
     }
@@ -89,7 +101,14 @@ def _attention(
                 f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {WAY_OUT}"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return plan.attend(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+    more = {}
+    if sliding_window is not None:
+        if not getattr(plan, "windows", False):
+            raise UserError(
+                f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which a {type(plan).__name__} does not do; {WAY_OUT}"
+            )
+        more["window"] = sliding_window
+    return plan.attend(int(module.layer_idx), query, key, value, scale, **more), None  # type: ignore[arg-type]
 
 
 def _no_mask(*_args: Any, **_kwargs: Any) -> None:
@@ -162,19 +181,16 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
+# Architectures (model_type) that a test has compared with the padded pass, loss and gradients; others may compute something of their own.
+PACKABLE = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
 def cannot_pack(config: PreTrainedConfig) -> str | None:
     """Why a model of this config cannot be packed as a forest, or None. Known from the config, before any weight is read."""
     text = config.get_text_config()
-    other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
+    other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if other:
         return f"it has layers of type {', '.join(other)}"
-    window = getattr(text, "sliding_window", None)
-    if (
-        window is not None
-        and getattr(text, "use_sliding_window", True)
-        and not getattr(text, "layer_types", None)
-    ):
-        return f"it attends through a sliding window (sliding_window={window})"
     for key in ("attn_logit_softcapping", "attn_logit_softcap"):
         if getattr(text, key, None) is not None:
             return f"it caps attention scores ({key}={getattr(text, key)})"
@@ -182,12 +198,28 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
         return f"its value heads have a size of their own (v_head_dim={text.v_head_dim})"
     if getattr(text, "attention_dropout", 0.0):
         return f"it drops attention weights (attention_dropout={text.attention_dropout})"
+    if getattr(text, "use_bidirectional_attention", False):
+        return "its tokens see later ones (use_bidirectional_attention)"
+    if config.model_type == "gpt_oss":
+        return "it has attention sinks"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is not None and getattr(model_class, "_is_stateful", False):
         return "it carries a recurrent state (state space)"
     if model_class is not None and not model_class._supports_attention_backend:
         return "its attention cannot be swapped in transformers"
+    if config.model_type not in PACKABLE:
+        return f"it has not been tested as a forest; tested are {', '.join(PACKABLE)}"
     return None
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The sliding window of this model's layers, None where no layer has one."""
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    if window is None or not getattr(text, "use_sliding_window", True):
+        return None
+    types = getattr(text, "layer_types", None)
+    return int(window) if not types or "sliding_attention" in types else None
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fst_fast.policy.packing import send
 from fst_kernels import LogprobOutput, PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss
 
 Job = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -59,9 +60,11 @@ class Labels:
     labels: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, labels: Tensor) -> Labels:
+    def of(cls, rows: Tensor, labels: Tensor, device: torch.device | str | None = None) -> Labels:
+        """From host tensors, for work on `device` (None: where they lie)."""
         unique, row_of = torch.unique(rows, return_inverse=True)
-        return cls(unique, row_of, labels)
+        parts = (unique, row_of, labels)
+        return cls(*(parts if device is None else (send(x, device) for x in parts)))
 
 
 @dataclass

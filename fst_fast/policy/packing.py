@@ -20,9 +20,9 @@ from fst_fast.policy.attention import AttentionPlan, TreePlan
 
 @dataclass
 class PackedBatch:
-    """M labels of some leaves over B x N tokens."""
+    """M labels of some leaves over B x N tokens. What the model reads lies on the device, what the labels say on the host."""
 
-    input_ids: Tensor  # [B, N] int64
+    input_ids: Tensor  # [B, N] int64, on the device like position_ids and the plan
     position_ids: Tensor  # [B, N] int64
     plan: AttentionPlan | None  # None: padded, plain causal attention
     rows: Tensor  # [M] int64, flat index into B * N of the token that predicts the label
@@ -33,21 +33,25 @@ class PackedBatch:
     unshared: int  # of the same leaves, nothing shared and no padding
 
 
+def send(host: Tensor, device: torch.device | str) -> Tensor:
+    """A host tensor on `device`; nobody waits for a GPU to take it."""
+    if torch.device(device).type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
 def forest_batch(leaves: Sequence[Leaf], *, share: Share, device: torch.device | str) -> PackedBatch:
     """All leaves as one row of N tokens in depth-first order; positions are depths."""
     forest = pack(leaves, share=share)
 
-    def put(x: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(x).to(device)
-
     return PackedBatch(
-        input_ids=put(forest.token_ids)[None],
-        position_ids=put(forest.depth).long()[None],
+        input_ids=send(torch.from_numpy(forest.token_ids)[None], device),
+        position_ids=send(torch.from_numpy(forest.depth).long()[None], device),
         plan=TreePlan.of(forest, device),
-        rows=put(forest.rows),
-        labels=put(forest.labels),
-        leaf=put(forest.leaf),
-        offset=put(forest.offset),
+        rows=torch.from_numpy(forest.rows),
+        labels=torch.from_numpy(forest.labels),
+        leaf=torch.from_numpy(forest.leaf),
+        offset=torch.from_numpy(forest.offset),
         tokens=len(forest.token_ids),
         unshared=unshared_tokens(leaves),
     )
@@ -64,17 +68,16 @@ def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | 
     first = np.array([i * width + len(leaf.prompt_ids) - 1 for i, leaf in enumerate(leaves)], np.int64)
     offset = np.concatenate([np.empty(0, np.int64), *(np.arange(n) for n in responses)])
 
-    def put(x: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(x).to(device)
-
     return PackedBatch(
-        input_ids=put(input_ids),
+        input_ids=send(torch.from_numpy(input_ids), device),
         position_ids=torch.arange(width, device=device).expand(len(leaves), width),
         plan=None,
-        rows=put(np.repeat(first, responses) + offset),
-        labels=put(np.concatenate([np.empty(0, np.int64), *(leaf.response_ids for leaf in leaves)])),
-        leaf=put(np.repeat(np.arange(len(leaves)), responses)),
-        offset=put(offset),
+        rows=torch.from_numpy(np.repeat(first, responses) + offset),
+        labels=torch.from_numpy(
+            np.concatenate([np.empty(0, np.int64), *(leaf.response_ids for leaf in leaves)])
+        ),
+        leaf=torch.from_numpy(np.repeat(np.arange(len(leaves)), responses)),
+        offset=torch.from_numpy(offset),
         tokens=input_ids.size,
         unshared=sum(lengths),
     )

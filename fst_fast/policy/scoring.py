@@ -38,7 +38,7 @@ def micro_batches(leaves: Sequence[Leaf], config: Config, pad_id: int) -> list[M
         batch = forest_batch(chosen, share="prompts", device=ranks.device()) if forest else padded_batch(
             chosen, pad_id=pad_id, device=ranks.device()
         )  # fmt: skip
-        out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels)))
+        out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels, ranks.device())))
     return out
 
 

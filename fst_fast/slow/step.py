@@ -20,7 +20,7 @@ from fst_fast.config import Config
 from fst_fast.forest import Leaf
 from fst_fast.policy import head, ranks
 from fst_fast.policy.engine import NonFiniteError, Policy
-from fst_fast.policy.packing import model_inputs
+from fst_fast.policy.packing import model_inputs, send
 from fst_fast.policy.scoring import MicroBatch, hidden_rows, logprobs, micro_batches
 from fst_fast.slow.groups import Group, token_weights
 from fst_kernels import PolicyObjective, PolicyStats
@@ -149,11 +149,11 @@ def _job(
     micro: MicroBatch, data: Sequences, config: Config, reference: nn.Module | None
 ) -> tuple[dict[str, Any], head.LossJob]:
     device = micro.at.labels.device
-    leaf = np.asarray(micro.leaves)[micro.batch.leaf.cpu().numpy()]
-    at = torch.from_numpy(data.start[leaf] + micro.batch.offset.cpu().numpy())
+    leaf = np.asarray(micro.leaves)[micro.batch.leaf.numpy()]
+    at = torch.from_numpy(data.start[leaf] + micro.batch.offset.numpy())
 
     def tokens(values: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(values)[at].to(device)
+        return send(torch.from_numpy(values)[at], device)
 
     job = head.LossJob(
         at=micro.at,

@@ -16,26 +16,52 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from fst_fast.errors import UserError
 from fst_fast.forest import Leaf, Share, pack
-from fst_fast.policy.attention import NAME, TreePlan, cannot_pack, load_model, model_folder
+from fst_fast.policy.attention import (
+    NAME,
+    PACKABLE,
+    TreePlan,
+    cannot_pack,
+    load_model,
+    model_folder,
+    sliding_window,
+)
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
 
 VOCAB = 23
-CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+# Name -> config class and what is not common to all. Leaves of random_leaves are up to 27 tokens long, so that a window of 4 hides a lot.
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen3": (Qwen3Config, {}),
+    "qwen2": (Qwen2Config, {}),
+    "llama": (LlamaConfig, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    ),
+    "mistral": (MistralConfig, {"sliding_window": 4}),
+    "gemma3_text": (Gemma3TextConfig, {"query_pre_attn_scalar": 8, **SLIDING}),
+    "qwen2, sliding": (Qwen2Config, {"use_sliding_window": True, **SLIDING}),
+    "qwen3, sliding": (Qwen3Config, {"use_sliding_window": True, **SLIDING}),
+}
 
 
 def tiny_config(architecture: str, **more: Any) -> Any:
-    heads = {} if architecture == "qwen2" else {"head_dim": 8}
-    return CONFIGS[architecture](
+    kind, own = CONFIGS[architecture]
+    heads = {} if kind is Qwen2Config else {"head_dim": 8}
+    return kind(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
@@ -45,6 +71,7 @@ def tiny_config(architecture: str, **more: Any) -> Any:
         pad_token_id=0,
         initializer_range=0.2,  # so that attention is far from uniform
         **heads,
+        **own,
         **more,
     )
 
@@ -203,9 +230,11 @@ def test_load_model_gives_the_saved_weights_in_the_type_asked_for(tmp_path: Path
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MistralConfig(sliding_window=4096), r"sliding window \(sliding_window=4096\)"),
-        (Gemma2Config(), "layers of type sliding_attention"),
-        (Gemma2Config(layer_types=["full_attention"] * 26), "attn_logit_softcapping=50.0"),
+        (Gemma2Config(), "caps attention scores .attn_logit_softcapping=50.0"),
+        (GptOssConfig(), "attention sinks"),
+        (AutoConfig.for_model("llama4_text"), "layers of type chunked_attention"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "see later ones"),
+        (AutoConfig.for_model("olmo2"), "not been tested as a forest; tested are gemma3_text, llama"),
         (MambaConfig(), "linear_attention|recurrent state|swapped"),
         (AutoConfig.for_model("deepseek_v3"), "v_head_dim=128"),
         (AutoConfig.for_model("bloom"), "cannot be swapped"),
@@ -223,9 +252,33 @@ def test_architectures_that_cannot_be_packed_are_named_with_the_reason(
         load_model(tmp_path, "float32", attention="tree")
 
 
-def test_plain_architectures_can_be_packed() -> None:
-    assert [cannot_pack(tiny_config(name)) for name in CONFIGS] == [None] * 3
-    assert cannot_pack(MistralConfig(sliding_window=None)) is None
+def test_every_packable_architecture_is_compared_with_the_padded_pass_here() -> None:
+    assert [cannot_pack(tiny_config(name)) for name in CONFIGS] == [None] * len(CONFIGS)
+    assert {tiny_config(name).model_type for name in CONFIGS} == set(PACKABLE)
+
+
+def test_the_window_of_a_model_is_known_from_its_config() -> None:
+    windows = {name: sliding_window(tiny_config(name)) for name in CONFIGS}
+    assert {name for name, window in windows.items() if window == 4} == {
+        "mistral",
+        "gemma3_text",
+        "qwen2, sliding",
+        "qwen3, sliding",
+    }
+    assert set(windows.values()) == {None, 4}
+    assert sliding_window(MistralConfig(sliding_window=None)) is None
+
+
+def test_a_plan_without_windows_is_refused_by_a_layer_that_has_one() -> None:
+    class Plan:
+        def attend(self, layer: int, q: Any, k: Any, v: Any, scale: float) -> Any:
+            return q.transpose(1, 2)
+
+    tree, _ = models("mistral")
+    with pytest.raises(
+        UserError, match=r"MistralAttention has a sliding window of 4 .* Plan .*policy.packing=padded"
+    ):
+        tree(input_ids=torch.ones(1, 3, dtype=torch.int64), plan=Plan())
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:

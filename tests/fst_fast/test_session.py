@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,16 @@ class Small:
 """
 
 
+def mini_with_a_window(folder: Path) -> Path:
+    from fst_fast import mini
+
+    made = shutil.copytree(mini.path(), folder / "window")
+    config = json.loads((made / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4}
+    (made / "config.json").write_text(json.dumps(config))
+    return made
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -48,6 +60,7 @@ class Small:
         (["--slow.tokens_per_micro_batch=60"], "tokens_per_micro_batch=60 does not hold the longest sequence, 288 tokens"),
         (["--policy.offload_optimizer=true"], "needs policy.zero_stage >= 1, which is 0"),
         (["--slow.lr=1e300"], "slow.lr"),
+        (["--model.path={window}"], "a sliding window of 64 tokens, which training over a forest does and rollouts over one do not; use policy"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_leaves_no_folder(
@@ -55,7 +68,10 @@ def test_bad_input_is_one_sentence_and_leaves_no_folder(
 ) -> None:
     (tmp_path / "small.py").write_text(TASK)
     run = tmp_path / "run"
-    words = [word.format(task=f"{tmp_path / 'small.py'}:Small") for word in words]
+    words = [
+        word.format(task=f"{tmp_path / 'small.py'}:Small", window=mini_with_a_window(tmp_path))
+        for word in words
+    ]
     many = ["--slow.tokens_per_micro_batch=4096"] if "max_response" in words[0] else []
     assert main(["train", "--run-dir", str(run), *SHORT, *many, *words]) == 2
     err = capsys.readouterr().err

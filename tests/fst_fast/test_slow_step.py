@@ -16,7 +16,7 @@ from fst_fast.contracts import Rollout, Sampled, Verdict
 from fst_fast.policy import engine, ranks
 from fst_fast.policy.engine import NonFiniteError, Policy
 from fst_fast.slow.groups import make_groups
-from fst_fast.slow.step import Sequences, optimise, sequences
+from fst_fast.slow.step import Sequences, micro_jobs, optimise, sequences
 
 VOCABULARY = 50
 
@@ -161,6 +161,63 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(models: tuple[Path, P
     torch.testing.assert_close(
         weights[0][0], weights[1][0], rtol=0, atol=1e-4
     )  # Adam's first step has size lr = 1e-2
+
+
+def gradient(
+    config: Config, sampled: list[Sampled], prompts: dict[str, np.ndarray[Any, Any]], reference: Path
+) -> tuple[int, dict[str, Tensor]]:
+    """How many micro-batches a step took, and the gradient of every parameter."""
+    policy = Policy(config)
+    micros, jobs = micro_jobs(data(config, sampled, prompts), config, engine.load(config, reference), 0)
+    policy.forward_backward(jobs)
+    grads = {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None}
+    assert grads.keys() == dict(policy.module.named_parameters()).keys()
+    return len(micros), grads
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept activations", "recomputed activations"])
+@pytest.mark.parametrize("kl", ["k3", "reverse"])
+def test_the_gradient_of_a_forest_cut_into_micro_batches_is_that_of_the_whole(
+    models: tuple[Path, Path], checkpointing: bool, kl: str
+) -> None:
+    sampled, prompts = rollouts()
+    whole, expected = gradient(config_of(models, kl=kl), sampled, prompts, models[1])
+    config = config_of(models, kl=kl, tokens_per_micro_batch=16)
+    settings = config.policy.model_copy(update={"activation_checkpointing": checkpointing})
+    config = config.model_copy(update={"policy": settings})
+    parts, grads = gradient(config, sampled, prompts, models[1])
+    assert (whole, parts) == (1, 5)
+    for name, grad in grads.items():
+        assert grad.abs().max() > 1e-3, name
+        torch.testing.assert_close(
+            grad, expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh_nothing(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(models)
+    sampled, prompts = rollouts()
+
+    def run(most: int) -> tuple[int, Tensor, list[float]]:
+        """With another process that has `most` micro-batches: how many this one runs, its weights and numbers afterwards."""
+        monkeypatch.setattr(ranks, "largest", lambda own: max(own, most))
+        policy, count = Policy(config), []
+        forward_backward = policy.forward_backward
+        monkeypatch.setattr(
+            policy, "forward_backward", lambda jobs: count.append(len(jobs)) or forward_backward(jobs)
+        )
+        got = optimise(
+            policy, engine.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
+        )
+        weights = torch.cat([p.detach().flatten() for p in policy.module.parameters()])
+        return count[0], weights, [got["loss"], got["grad_norm"], got["tokens"]]
+
+    (alone, weights, numbers), (beside, same_weights, same_numbers) = run(1), run(3)
+    assert (alone, beside) == (1, 3)
+    assert torch.equal(weights, same_weights)
+    assert numbers == pytest.approx(same_numbers, rel=1e-6)
 
 
 def test_a_step_without_reward_variance_leaves_the_weights(models: tuple[Path, Path]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,18 +12,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fst_kernels.tree_attention import TreeMask, reference, tree_attention
+from fst_kernels.tree_attention import TreeMask, ops, reference, tree_attention
+from fst_kernels.tree_attention import mask as mask_module
 
 F64, F32 = torch.float64, torch.float32
+few = settings(max_examples=25, deadline=None)
 TOLERANCE = {F64: 1e-11, F32: 1e-5}
 
 
+def visible_pairs(subtree_end: Tensor, window: int | None = None) -> Tensor:
+    """The definition, [..., query, key]. What a token sees without a window is its path, so the pairs count its depth."""
+    at = torch.arange(subtree_end.shape[-1])
+    visible = (at <= at[:, None]) & (at[:, None] < subtree_end[..., None, :])
+    depth = visible.sum(-1) - 1
+    return visible if window is None else visible & (depth[..., :, None] - depth[..., None, :] < window)
+
+
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition: softmax over an N x N mask. q [B,Hq,N,D]; subtree_end [B,N]"""
-    at = torch.arange(q.shape[2])
-    visible = (at <= at[:, None]) & (at[:, None] < subtree_end[:, None, :])  # [B, query, key]
+    """Softmax over an N x N mask. q [B,Hq,N,D]; subtree_end [B,N]"""
+    visible = visible_pairs(subtree_end, window)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     score = (q @ k.mT * scale).masked_fill(~visible[:, None], -torch.inf)
     return score.softmax(-1) @ v, score.logsumexp(-1)
@@ -73,7 +85,7 @@ def side_by_side(first: Tensor, second: Tensor) -> Tensor:
 SHAPES = {
     "one token": from_parents([-1]),
     "chain": from_parents(list(range(-1, 69))),
-    "star: one root, many leaves of one token": from_parents([-1] + [0] * 150),
+    "star: one root, 512 leaves of one token": from_parents([-1] + [0] * 512),
     "only roots of one token": from_parents([-1] * 40),
     "caterpillar": from_parents([-1] + [x for i in range(100) for x in (2 * i, 2 * i)]),
     "two trees": side_by_side(nested([1, 3, 2], [5, 3, 2]), nested([1, 2, 4], [7, 1, 3])),
@@ -103,26 +115,34 @@ def qkv(
 
 
 def assert_like_dense(
-    subtree_end: Tensor, dtype: torch.dtype, kernel: reference.Kernel | None = None, **sizes: int
+    subtree_end: Tensor,
+    dtype: torch.dtype,
+    kernel: reference.Kernel | None = None,
+    window: int | None = None,
+    **sizes: int,
 ) -> None:
     rows = subtree_end if subtree_end.ndim == 2 else subtree_end[None]
     given_ = qkv(len(rows), rows.shape[1], dtype, **sizes)
     exact = [x.detach().to(F64).requires_grad_() for x in given_]
-    scale = 0.7
-    out, lse = reference.tree_attention(*given_, TreeMask.from_subtree_end(rows), scale, kernel)
-    expected, expected_lse = dense_attention(*exact, rows, scale)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
-    out.backward(dout.to(dtype))
-    expected.backward(dout.to(dtype).to(F64))
-    assert lse.dtype == F32
+    scale, mask = 0.7, TreeMask.from_subtree_end(rows)
+    plain = [x.detach() for x in given_]
+    out, lse = reference.forward(*plain, mask, scale, window, kernel)
+    expected, expected_lse = dense_attention(*exact, rows, scale, window)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(dtype)
+    expected.backward(dout.to(F64))
+    grads = reference.backward(dout, *plain, out, lse, mask, scale, window, kernel)
+    assert lse.dtype == dtype
     torch.testing.assert_close(lse.to(F64), expected_lse, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.to(F64), expected, rtol=0, atol=TOLERANCE[dtype])
-    for name, got, want in zip("qkv", given_, exact, strict=True):
-        assert got.grad is not None
+    for name, got, want in zip("qkv", grads, exact, strict=True):
         assert want.grad is not None
-        assert name != "v" or bool(got.grad.any(-1).all())
+        assert name != "v" or bool(got.any(-1).all())
         torch.testing.assert_close(
-            got.grad.to(F64), want.grad, rtol=0, atol=3 * TOLERANCE[dtype], msg=lambda m, n=name: f"d{n}: {m}"
+            got.to(F64),
+            want.grad,
+            rtol=TOLERANCE[dtype],
+            atol=3 * TOLERANCE[dtype],
+            msg=lambda m, n=name: f"d{n}: {m}",
         )
 
 
@@ -143,12 +163,54 @@ def test_every_shape_of_tree_matches_the_dense_mask(
     assert_like_dense(SHAPES[name], dtype, kernel)
 
 
-@settings(max_examples=25, deadline=None)
+WINDOWS = st.sampled_from([None, 1, 2, 3, 8, 30])
+
+
+@settings(max_examples=40, deadline=None)
 @given(
-    st.integers(0, 10**6), st.integers(1, 160), st.sampled_from([0.2, 0.7, 0.95]), st.sampled_from([F64, F32])
+    st.integers(0, 10**6),
+    st.integers(1, 160),
+    st.sampled_from([0.2, 0.7, 0.95]),
+    st.sampled_from([F64, F32]),
+    WINDOWS,
 )
-def test_random_forests_match_the_dense_mask(seed: int, n: int, run: float, dtype: torch.dtype) -> None:
-    assert_like_dense(random_forest(seed, n, run), dtype)
+def test_random_forests_match_the_dense_mask(
+    seed: int, n: int, run: float, dtype: torch.dtype, window: int | None
+) -> None:
+    assert_like_dense(random_forest(seed, n, run), dtype, window=window)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("window", [1, 2, 7, 20])
+@pytest.mark.parametrize(
+    ("dtype", "kernel"),
+    [(F64, reference.Matmul()), (F32, reference.Flash())],
+    ids=["matmul float64", "flash float32"],
+)
+def test_a_sliding_window_by_depth_matches_the_dense_mask(
+    name: str, window: int, dtype: torch.dtype, kernel: reference.Kernel
+) -> None:
+    assert_like_dense(SHAPES[name], dtype, kernel, window)
+
+
+def test_a_window_of_one_is_a_token_alone_and_one_as_deep_as_the_forest_is_none() -> None:
+    tree = SHAPES["contexts, problems, samples"]
+    q, k, v = (x.detach() for x in qkv(1, len(tree), F32))
+    alone = tree_attention(q, k, v, tree, window=1)
+    torch.testing.assert_close(alone, v.repeat_interleave(2, dim=1))
+    depth = int(TreeMask.from_subtree_end(tree).depth.max())
+    whole = tree_attention(q, k, v, tree)
+    assert torch.equal(tree_attention(q, k, v, tree, window=depth + 1), whole)
+    changed = ((tree_attention(q, k, v, tree, window=depth) - whole).abs() > 1e-4).any(dim=3).all(dim=(0, 1))
+    assert torch.equal(changed, TreeMask.from_subtree_end(tree).depth[0] == depth)
+
+
+def test_a_window_computes_about_the_pairs_it_leaves() -> None:
+    tree, window = nested([2, 8], [1200, 100]), 200
+    blocks = reference.blocks(TreeMask.from_subtree_end(tree), window)
+    computed = sum(b.queries.count * b.queries.length * b.keys.length / (2 if b.own else 1) for b in blocks)
+    visible = int(visible_pairs(tree, window).sum())
+    assert visible < computed < 1.5 * visible
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 1), (6, 2, 3), (8, 1, 32), (3, 3, 80)])
@@ -170,16 +232,18 @@ def test_one_mask_serves_every_row_of_a_batch() -> None:
     torch.testing.assert_close(once[1], tree_attention(q[1:2], k[1:2], v[1:2], tree)[0])
 
 
-def test_queries_in_slices_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [None, 12])
+def test_queries_in_slices_give_the_same(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     monkeypatch.setattr(reference, "QUERY_SLICE", 7)
     for name in ("chain", "hot prefix"):
-        assert_like_dense(SHAPES[name], F64, reference.Matmul())
+        assert_like_dense(SHAPES[name], F64, reference.Matmul(), window)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("window", [None, 2])
+def test_gradcheck(window: int | None) -> None:
     mask = TreeMask.from_subtree_end(random_forest(5, 12, 0.6))
     q, k, v = qkv(1, 12, F64, heads=2, kv_heads=1, dim=3)
-    assert torch.autograd.gradcheck(lambda *x: tree_attention(*x, mask), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: tree_attention(*x, mask, window=window), (q, k, v))
 
 
 def test_bfloat16_is_as_close_as_dense_bfloat16() -> None:
@@ -201,10 +265,40 @@ def test_bfloat16_is_as_close_as_dense_bfloat16() -> None:
         assert (got - want).norm() <= 2 * (rough - want).norm() + 1e-5 * want.norm()
 
 
-def test_scores_of_ten_thousand_stay_finite_and_right() -> None:
+@pytest.mark.parametrize("offset", range(128))
+def test_a_branch_and_a_root_at_every_residue_of_128(offset: int) -> None:
+    """A path forks at the given offset in its second 128 tokens, then again; a second tree begins right behind it."""
+    fork = 128 + offset
+    first = from_parents([*range(-1, fork), *range(fork, fork + 40), fork, *range(fork + 41, fork + 60)])
+    tree = side_by_side(first, from_parents([-1, 0, 0, 0, 3]))
+    assert_like_dense(tree, F32, heads=2, kv_heads=1, dim=4)
+    assert_like_dense(tree, F32, window=70, heads=2, kv_heads=1, dim=4)
+
+
+def test_identical_responses_get_identical_outputs() -> None:
+    tree = nested([1, 2], [16, 16])
+    inputs = [x.detach().clone() for x in qkv(1, 48, F32)]
+    for x in inputs:
+        x[:, :, 32:] = x[:, :, 16:32]
+    out = tree_attention(*inputs, tree)
+    assert torch.equal(out[:, :, 32:], out[:, :, 16:32])
+
+
+def test_a_query_head_reads_the_key_head_of_its_group() -> None:
+    tree = random_forest(3, 40, 0.8)
+    q, k, v = (x.detach() for x in qkv(1, 40, F32, heads=6, kv_heads=3))
+    out, turned = tree_attention(q, k, v, tree), tree_attention(q, k.roll(1, 1), v.roll(1, 1), tree)
+    for head in range(6):
+        alone = tree_attention(*(x[:, [i]] for x, i in ((q, head), (k, head // 2), (v, head // 2))), tree)
+        torch.testing.assert_close(out[:, [head]], alone)
+        assert (turned[:, head] - out[:, head]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_scores_of_ten_thousand_stay_finite_and_right(size: float) -> None:
     tree = SHAPES["contexts, problems, samples"]
     q, k, v = (x.detach() for x in qkv(1, len(tree), F64))
-    q = q * 1e4
+    q = q * size
     out, lse = tree_attention(q, k, v, tree, scale=1.0, return_lse=True)
     expected, expected_lse = dense_attention(q, k, v, tree[None], 1.0)
     torch.testing.assert_close(out, expected)
@@ -214,8 +308,9 @@ def test_scores_of_ten_thousand_stay_finite_and_right() -> None:
     assert all(bool(torch.isfinite(x.grad).all()) for x in single)
 
 
+@pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16])
-def test_editing_one_branch_changes_no_other_branch_by_a_bit(dtype: torch.dtype) -> None:
+def test_editing_one_branch_changes_no_other_branch_by_a_bit(dtype: torch.dtype, window: int | None) -> None:
     tree = nested([2, 3], [9, 6])  # branch b of tree 0 is 9 + 6 b .. 15 + 6 b
     edited = slice(15, 21)
     elsewhere = torch.ones(len(tree), dtype=torch.bool)
@@ -228,7 +323,7 @@ def test_editing_one_branch_changes_no_other_branch_by_a_bit(dtype: torch.dtype)
         for x in inputs:
             x[:, :, edited] += change
             x.requires_grad_()
-        out = tree_attention(*inputs, tree)
+        out = tree_attention(*inputs, tree, window=window)
         (out * out).sum().backward()
         return [out.detach(), *(x.grad for x in inputs)]  # type: ignore[misc]
 
@@ -282,6 +377,164 @@ def test_pairs_computed_are_near_the_pairs_visible() -> None:
     visible = sum(int(end) - i for i, end in enumerate(tree))
     assert visible < computed < 1.5 * visible < n * n / 2
     assert len(blocks) < 20
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_a_causal_mask_is_ordinary_causal_attention() -> None:
+    q, k, v = (x.detach() for x in qkv(1, 20, F32))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(tree_attention(q, k, v, TreeMask.causal(20)), expected, rtol=0, atol=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    lengths = [3, 1, 9]
+    q, k, v = (x.detach() for x in qkv(1, 13, F32))
+    out = tree_attention(q, k, v, TreeMask.documents(lengths))
+    each = [
+        torch.nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
+        for a, b, c in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    ]
+    torch.testing.assert_close(out, torch.cat(each, 2), rtol=0, atol=1e-5)
+
+
+def test_a_shared_prefix_is_seen_by_each_suffix_and_suffixes_do_not_see_each_other() -> None:
+    mask = TreeMask.shared_prefixes([(4, [2, 3]), (2, []), (0, [1])])
+    parents = [-1, 0, 1, 2, 3, 4, 3, 6, 7, -1, 9, -1]
+    assert torch.equal(mask.subtree_end[0], from_parents(parents))
+    assert mask.depth[0].tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"lengths 4 and \[-1\]; none may be negative"):
+        TreeMask.shared_prefixes([(4, [-1])])
+
+
+@few
+@given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.2, 0.9]))
+def test_depth_follows_from_subtree_end_and_one_that_differs_is_refused(
+    seed: int, n: int, run: float
+) -> None:
+    trees = torch.stack([random_forest(seed, n, run), random_forest(seed + 1, n, run)])
+    depth = visible_pairs(trees).sum(-1) - 1
+    mask = TreeMask.from_subtree_end(trees, depth=depth)
+    assert torch.equal(mask.depth, depth.int())
+    assert torch.equal(mask_module._depth_on_device(trees), depth.int())
+    wrong = depth.clone()
+    wrong[1, n - 1] += 1
+    with pytest.raises(ValueError, match=rf"depth\[{n - 1}\] of row 1 is {int(wrong[1, -1])}, but"):
+        TreeMask.from_subtree_end(trees, depth=wrong)
+    q, k, v = (x.detach() for x in qkv(2, n, F32, dim=2))
+    for given_ in (trees, mask):
+        tree_attention(q, k, v, given_, depth=depth)
+        with pytest.raises(ValueError, match="of row 1 is"):
+            tree_attention(q, k, v, given_, depth=wrong)
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        (torch.zeros(3), "depth is torch.float32"),
+        ([0, 1, 2], "depth is list"),
+        (torch.arange(2), r"depth has shape \[2\] and subtree_end \[1, 3\]"),
+    ],
+)
+def test_a_malformed_depth_is_refused_by_name(depth: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TreeMask.from_subtree_end(END, depth=depth)  # type: ignore[arg-type]
+
+
+def test_a_mask_is_a_copy_and_a_write_to_it_is_noticed() -> None:
+    tree = from_parents([-1, 0, 0])
+    mask = TreeMask.from_subtree_end(tree)
+    q, k, v = (x.detach() for x in qkv(1, 3, F32))
+    before = tree_attention(q, k, v, mask)
+    tree[1] = 3
+    assert torch.equal(tree_attention(q, k, v, mask), before)
+    mask.subtree_end[0, 1] = 3
+    assert torch.equal(tree_attention(q, k, v, mask), tree_attention(q, k, v, tree))
+
+
+def test_layers_that_share_a_mask_share_its_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, calls = random_forest(1, 50, 0.8), []
+    analyse = mask_module._segments
+    monkeypatch.setattr(mask_module, "_segments", lambda x: calls.append(1) or analyse(x))
+    mask = TreeMask.from_subtree_end(tree)
+    for _ in range(3):
+        tree_attention(*qkv(1, 50, F32), mask).sum().backward()
+    assert len(calls) == 1
+    tree_attention(*qkv(1, 50, F32), tree).sum().backward()
+    assert len(calls) == 2
+
+
+def test_a_device_tensor_is_looked_at_only_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU tensor stands for the device's: look_at_values says which are looked at."""
+    monkeypatch.setattr(mask_module, "look_at_values", lambda device: False)
+    tree = random_forest(1, 50, 0.8)
+    unseen = TreeMask.from_subtree_end(tree, depth=torch.zeros(50, dtype=torch.int32))  # wrong, and not read
+    assert unseen.known is None
+    assert unseen.binding(1000) == 1000
+    q, k, v = (x.detach() for x in qkv(1, 50, F32))
+    got = [tree_attention(q, k, v, unseen, window=w) for w in (None, 3, 1000)]
+    monkeypatch.undo()
+    seen = TreeMask.from_subtree_end(tree)
+    assert seen.binding(1000) is None
+    assert all(
+        torch.equal(x, tree_attention(q, k, v, seen, window=w))
+        for x, w in zip(got, (None, 3, 1000), strict=True)
+    )
+    assert torch.equal(unseen.depth, seen.depth)
+
+
+# ------------------------------------------------------------------------------------------------- as a torch operator
+
+
+@pytest.mark.parametrize("given_as", ["tensor", "mask"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_it_compiles_into_one_graph(given_as: str, window: int | None) -> None:
+    tree = random_forest(3, 40, 0.8)
+    mask = tree if given_as == "tensor" else TreeMask.from_subtree_end(tree)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | TreeMask) -> Tensor:
+        return tree_attention(q * 2, k, v, mask, window=window).transpose(1, 2).flatten(2).square()
+
+    plain, compiled = qkv(1, 40, F32), qkv(1, 40, F32)
+    expected = run(*plain, mask)
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(*compiled, mask)
+    expected.sum().backward(), out.sum().backward()
+    torch.testing.assert_close(out, expected)
+    assert out.any()
+    for a, b in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_operator_keeps_torchs_rules() -> None:
+    tree = random_forest(3, 30, 0.8)[None]
+    q, k, v = qkv(1, 30, F64, dim=4)
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.forward, (q, k, v, tree, 5, 0.5, "reference"), test_utils=checks)
+    with torch.no_grad():
+        out, _, total = ops.forward(q, k, v, tree, None, 0.5, "reference")
+        given_ = (out, q, k, v, out, total, tree, None, 0.5, "reference")
+        torch.library.opcheck(ops.backward, given_, test_utils=checks[:2])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    q, k, v = qkv(1, 10, F64)
+    [once] = torch.autograd.grad(
+        tree_attention(q, k, v, TreeMask.causal(10)).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="tree_attention is differentiable once"):
+        once.sum().backward()
+
+
+def test_it_needs_torch_alone() -> None:
+    """numpy is installed here, so it is hidden from the import."""
+    code = "import sys; sys.modules['numpy'] = None; from fst_kernels.tree_attention import *; import torch\n"
+    code += "q = torch.ones(1, 1, 4, 2); print(tree_attention(q, q, q, TreeMask.causal(4), window=2).sum())"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "tensor(8.)"
 
 
 def test_lse_carries_no_gradient_but_out_does() -> None:
@@ -338,6 +591,12 @@ def test_wrong_arguments_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         tree_attention(q, k, v, end)
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0])
+def test_a_window_below_one_is_refused(window: object) -> None:
+    with pytest.raises(ValueError, match=f"window={window}; an integer of at least 1"):
+        tree_attention(Q, KV, KV, END, window=window)  # type: ignore[call-overload]
 
 
 def test_a_backend_asked_for_by_name_runs_or_raises() -> None:

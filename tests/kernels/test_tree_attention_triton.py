@@ -74,15 +74,16 @@ def run(
     scale: float = 0.5,
     tiles: Tiling | None = None,
     target: int = 3,
+    window: int | None = None,
 ) -> list[Tensor]:
     """out, lse, and with dout also dq, dk, dv."""
-    q, k, v = (x.detach().clone().requires_grad_(dout is not None) for x in inputs)
-    mask = TreeMask.from_subtree_end(subtree_end)
-    out, lse = triton_backend.tree_attention(q, k, v, mask, scale, tiles or tiling(), target)
+    mask, tiles = TreeMask.from_subtree_end(subtree_end), tiles or tiling()
+    out, total = triton_backend.forward(*inputs, mask, scale, window, tiles)
+    lse = triton_backend.natural(total)
     if dout is None:
         return [out, lse]
-    out.backward(dout)
-    return [out.detach(), lse, q.grad, k.grad, v.grad]
+    grads = triton_backend.backward(dout, *inputs, out, total, mask, scale, window, tiles, target)
+    return [out, lse, *grads]
 
 
 def assert_like_dense(
@@ -92,15 +93,16 @@ def assert_like_dense(
     batch: int = 1,
     tiles: Tiling | None = None,
     target: int = 3,
+    window: int | None = None,
     **sizes: int,
 ) -> None:
     rows = subtree_end if subtree_end.ndim == 2 else subtree_end.expand(batch, -1)
     sizes = {"heads": 2, "kv_heads": 1, "dim": 8, **sizes}
-    inputs = trees.qkv(len(rows), rows.shape[1], F32, **sizes)
-    exact = [x.detach().to(F64).requires_grad_() for x in inputs]
+    inputs = [x.detach() for x in trees.qkv(len(rows), rows.shape[1], F32, **sizes)]
+    exact = [x.to(F64).requires_grad_() for x in inputs]
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=F64)
-    got = run(subtree_end, inputs, dout.float(), scale=scale, tiles=tiles, target=target)
-    expected, expected_lse = trees.dense_attention(*exact, rows, scale)
+    got = run(subtree_end, inputs, dout.float(), scale=scale, tiles=tiles, target=target, window=window)
+    expected, expected_lse = trees.dense_attention(*exact, rows, scale, window)
     expected.backward(dout)
     want = [expected.detach(), expected_lse.detach(), *(x.grad for x in exact)]
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
@@ -130,7 +132,7 @@ def test_it_compiles_for_hopper_with_tensor_cores_and_tma_and_without_spills() -
     command = [sys.executable, str(script), "--arch", "90", "--dim", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("sm_90 bf16 D=64") == 6
+    assert done.stdout.count("sm_90 bf16 D=64") == 6 + 7  # without a window, with one
 
 
 # ------------------------------------------------------------------------------------------- attention, interpreted
@@ -164,12 +166,27 @@ def test_a_branch_and_a_root_at_every_residue_of_the_block(offset: int) -> None:
 
 
 @interpreted
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.2, 0.7, 0.95]), st.sampled_from([1, 4, 50])
+    st.integers(0, 10**6),
+    st.integers(1, 60),
+    st.sampled_from([0.2, 0.7, 0.95]),
+    st.sampled_from([1, 4, 50]),
+    trees.WINDOWS,
 )
-def test_random_forests_match_the_dense_mask(seed: int, n: int, run_on: float, target: int) -> None:
-    assert_like_dense(trees.random_forest(seed, n, run_on), target=target)
+def test_random_forests_match_the_dense_mask(
+    seed: int, n: int, run_on: float, target: int, window: int | None
+) -> None:
+    assert_like_dense(trees.random_forest(seed, n, run_on), target=target, window=window)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [1, 5, 17, 33])
+def test_a_sliding_window_by_depth_matches_the_dense_mask(window: int) -> None:
+    """A chain of several blocks, a prefix out of reach of the deep leaves, a shallow sibling behind a deep one."""
+    tree = trees.side_by_side(trees.nested([1, 3], [40, 20]), trees.from_parents([*range(-1, 30), 2, 31]))
+    assert_like_dense(tree, window=window, target=5)
+    assert_like_dense(tree, window=window, tiles=tiling((32, 16), (16, 32), (16, 32), tma=True, apart=True))
 
 
 @interpreted
@@ -227,6 +244,24 @@ def test_identical_responses_get_identical_outputs() -> None:
 
 
 @interpreted
+def test_a_query_head_reads_the_key_head_of_its_group() -> None:
+    tree = trees.random_forest(3, 20, 0.8)
+    q, k, v = (x.detach() for x in trees.qkv(1, 20, F32, heads=4, kv_heads=2))
+    out, turned = run(tree, [q, k, v])[0], run(tree, [q, k.roll(1, 1), v.roll(1, 1)])[0]
+    for head in range(4):
+        alone = run(tree, [q[:, [head]], k[:, [head // 2]], v[:, [head // 2]]])[0]
+        torch.testing.assert_close(out[:, [head]], alone)
+        assert (turned[:, head] - out[:, head]).abs().max() > 0.1
+
+
+@interpreted
+def test_lists_of_a_star_of_512_leaves_are_exact() -> None:
+    tree = trees.from_parents([-1] + [0] * 512)
+    assert_lists_are_exact(tree, 64, 64)
+    assert_units_are_exact(tree, 64, 64, 4)
+
+
+@interpreted
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_scores_of_ten_thousand_stay_finite_and_right(size: float) -> None:
     tree = trees.nested([2, 3], [11, 5])
@@ -239,7 +274,8 @@ def test_scores_of_ten_thousand_stay_finite_and_right(size: float) -> None:
 
 
 @interpreted
-def test_editing_one_branch_changes_no_other_branch_by_a_bit() -> None:
+@pytest.mark.parametrize("window", [None, 8])
+def test_editing_one_branch_changes_no_other_branch_by_a_bit(window: int | None) -> None:
     tree = trees.nested([2, 3], [9, 6])  # branch b of tree 0 is 9 + 6 b .. 15 + 6 b
     edited = slice(15, 21)
     elsewhere = torch.ones(len(tree), dtype=torch.bool)
@@ -251,7 +287,7 @@ def test_editing_one_branch_changes_no_other_branch_by_a_bit() -> None:
     for x in changed:
         x[:, :, edited] += 1.5
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
-    before, after = run(tree, inputs, dout), run(tree, changed, dout)
+    before, after = (run(tree, x, dout, window=window) for x in (inputs, changed))
     for n, (x, y) in enumerate(zip(before, after, strict=True)):
         rows = elsewhere if n < 3 else out_of_path  # out, lse, dq | dk, dv
         assert torch.equal(x[:, :, rows], y[:, :, rows])
@@ -286,10 +322,14 @@ def test_subtree_end_off_by_one_changes_one_query_and_its_gradient(error: int) -
 @interpreted
 def test_the_public_function_takes_the_backend_when_named() -> None:
     tree = trees.random_forest(7, 20, 0.8)
-    q, k, v = (x.detach() for x in trees.qkv(2, 20, F32, heads=2, kv_heads=1))
-    named = tree_attention(q, k, v, tree, backend="triton", return_lse=True)
-    plain = tree_attention(q, k, v, tree, return_lse=True)
-    torch.testing.assert_close(named, plain, rtol=1e-5, atol=1e-5)
+    for window in (None, 4):
+        results = []
+        for backend in ("triton", "reference"):
+            q, k, v = trees.qkv(2, 20, F32, heads=2, kv_heads=1)
+            out, lse = tree_attention(q, k, v, tree, backend=backend, return_lse=True, window=window)
+            out.square().sum().backward()
+            results.append((out.detach(), lse, q.grad, k.grad, v.grad))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="head size 257"):
         tree_attention(
             *(torch.zeros(1, 1, 2, 257) for _ in range(3)), tree[:2].clamp(max=2), backend="triton"
@@ -308,14 +348,9 @@ def test_no_token_and_no_head_give_empty_results() -> None:
 # ---------------------------------------------------------------- what the kernels know of a forest: any tile size, plain arrays
 
 
-def visible(tree: Tensor) -> np.ndarray:
-    at = np.arange(len(tree))
-    return (at[None, :] <= at[:, None]) & (at[:, None] < tree.numpy()[None, :])  # [query, key]
-
-
-def assert_lists_are_exact(tree: Tensor, queries: int, keys: int) -> None:
-    seen, mask = visible(tree), TreeMask.from_subtree_end(tree)
-    known = triton_backend.lists(mask, Tile(queries, keys, 4, 1))
+def assert_lists_are_exact(tree: Tensor, queries: int, keys: int, window: int | None = None) -> None:
+    seen, mask = trees.visible_pairs(tree, window).numpy(), TreeMask.from_subtree_end(tree)
+    known = triton_backend.lists(mask, Tile(queries, keys, 4, 1), window)
     counts = known.counts[:, 0].numpy()
     assert counts.sum(0)[known.order[0].numpy()].tolist() == sorted(counts.sum(0).tolist(), reverse=True)
     for b, row in enumerate(known.lists[0].numpy()):
@@ -332,7 +367,7 @@ def assert_lists_are_exact(tree: Tensor, queries: int, keys: int) -> None:
 
 def assert_units_are_exact(tree: Tensor, keys: int, queries: int, target: int) -> None:
     """Every (query, block of keys) with a visible pair in exactly one unit; bounds on units, cuts and slots kept; longest first."""
-    seen, mask = visible(tree), TreeMask.from_subtree_end(tree)
+    seen, mask = trees.visible_pairs(tree).numpy(), TreeMask.from_subtree_end(tree)
     work = blocks.units(mask, keys, queries, target)
     done = np.zeros((len(tree), -(-len(tree) // keys)), int)
     slots: dict[int, list[int]] = {}
@@ -358,6 +393,33 @@ def assert_units_are_exact(tree: Tensor, keys: int, queries: int, target: int) -
     assert len(set(used)) == len(used)
     assert all(s < work.slots for s in used)
     assert max(lengths) <= -(-int(done.sum()) // target) + queries
+
+
+def assert_tile_lists_are_exact(tree: Tensor, keys: int, queries: int, target: int, window: int) -> None:
+    """Every tile with a visible pair in exactly one list, once, mask-free exactly where all pairs are visible; longest list first."""
+    seen, mask = trees.visible_pairs(tree, window).numpy(), TreeMask.from_subtree_end(tree)
+    near = triton_backend.tile_lists(mask, Tile(queries, keys, 4, 1), target, window)
+    found: dict[int, list[tuple[int, bool]]] = {b: [] for b in range(-(-len(tree) // keys))}
+    lengths = []
+    for unit, (left, right), (free, masked) in zip(
+        near.units[0].tolist(), near.bounds[:, 0].T.tolist(), near.counts[:, 0].T.tolist(), strict=True
+    ):
+        own = near.tiles[0].tolist()
+        tiles = [(t, True) for t in own[left : left + free]] + [
+            (t, False) for t in own[right - masked : right]
+        ]
+        assert all(unit[1] <= t * queries < unit[2] for t, _ in tiles)
+        lengths.append(len(tiles))
+        if unit[0] >= 0:
+            found[unit[0]] += tiles
+    assert lengths == sorted(lengths, reverse=True)
+    for b, tiles in found.items():
+        keys_seen = seen[:, b * keys : (b + 1) * keys]
+        for t in range(-(-len(tree) // queries)):
+            pairs = keys_seen[t * queries : (t + 1) * queries]
+            whole = pairs.shape == (queries, keys) and bool(pairs.all())
+            assert tiles.count((t, True)) == whole
+            assert tiles.count((t, False)) == (bool(pairs.any()) and not whole)
 
 
 @interpreted
@@ -403,9 +465,31 @@ def test_lists_and_units_of_random_forests(
 
 
 @interpreted
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 150),
+    st.sampled_from([0.7, 0.97]),
+    st.sampled_from([16, 32]),
+    st.sampled_from([16, 32]),
+    st.integers(1, 20),
+    st.sampled_from([1, 10, 40]),
+)
+def test_lists_of_random_forests_under_a_window(
+    seed: int, n: int, run_on: float, a: int, b: int, target: int, window: int
+) -> None:
+    tree = trees.random_forest(seed, n, run_on)
+    assert_lists_are_exact(tree, a, b, window)
+    assert_tile_lists_are_exact(tree, max(a, b), min(a, b), target, window)
+
+
+@interpreted
 def test_lists_are_found_in_more_than_one_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "SCAN", 4)
-    assert_lists_are_exact(trees.random_forest(5, 300, 0.95), 16, 16)
+    tree = trees.random_forest(5, 300, 0.95)
+    assert_lists_are_exact(tree, 16, 16)
+    assert_lists_are_exact(tree, 16, 16, 30)
+    assert_tile_lists_are_exact(tree, 16, 16, 3, 30)
 
 
 def test_rows_of_lists_are_as_wide_as_the_longest_path_not_as_the_forest() -> None:
@@ -436,25 +520,29 @@ def gpu_forest() -> Tensor:
     return trees.side_by_side(trees.side_by_side(*parts[:2]), parts[2]).cuda()
 
 
-def on_gpu(inputs: list[Tensor], tree: Tensor, dout: Tensor, backend: str) -> list[Tensor]:
+def on_gpu(
+    inputs: list[Tensor], tree: Tensor, dout: Tensor, backend: str, window: int | None = None
+) -> list[Tensor]:
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
-    out, lse = tree_attention(q, k, v, tree, return_lse=True, backend=backend)
+    out, lse = tree_attention(q, k, v, tree, return_lse=True, backend=backend, window=window)
     out.backward(dout)
     return [out.detach(), lse, q.grad, k.grad, v.grad]  # type: ignore[list-item]
 
 
 @compiled
 @pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32])
-def test_on_a_gpu_it_is_as_close_as_dense_attention_of_the_same_type(dim: int, dtype: torch.dtype) -> None:
+def test_on_a_gpu_it_is_as_close_as_dense_attention_of_the_same_type(
+    dim: int, dtype: torch.dtype, window: int | None
+) -> None:
     tree = gpu_forest()
     inputs = [x.detach().cuda() for x in trees.qkv(1, len(tree), dtype, heads=4, kv_heads=2, dim=dim)]
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
-    got = on_gpu(inputs, tree, dout, "triton")
-    exact = on_gpu([x.to(F64) for x in inputs], tree, dout.to(F64), "reference")
-    at = torch.arange(len(tree), device="cuda")
-    seen = (at <= at[:, None]) & (at[:, None] < tree)
+    got = on_gpu(inputs, tree, dout, "triton", window)
+    exact = on_gpu([x.to(F64) for x in inputs], tree, dout.to(F64), "reference", window)
+    seen = trees.visible_pairs(tree.cpu(), window).cuda()
     plain = [x.clone().requires_grad_() for x in inputs]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         rough = torch.nn.functional.scaled_dot_product_attention(*plain, attn_mask=seen, enable_gqa=True)
@@ -494,14 +582,20 @@ def test_on_a_gpu_it_is_bitwise_the_same_twice_and_branches_do_not_touch() -> No
 @compiled
 @pytest.mark.gpu
 def test_on_a_gpu_a_step_waits_for_nothing() -> None:
-    """Lists, units and launches without a single synchronisation, once the mask is made."""
+    """From a forest on the host to the gradients without a single synchronisation: mask, lists, units and launches."""
     tree = gpu_forest()
     inputs = [x.detach().cuda() for x in trees.qkv(1, len(tree), torch.bfloat16, heads=4, kv_heads=2, dim=64)]
-    mask, other = TreeMask.from_subtree_end(tree), TreeMask.from_subtree_end(tree)
     q, k, v = (x.requires_grad_() for x in inputs)
-    tree_attention(q, k, v, other, backend="triton").sum().backward()  # compiles
+    host = tree.cpu()
+
+    def step() -> None:
+        mask = TreeMask.from_subtree_end(host, device="cuda")
+        for window in (None, 100):
+            tree_attention(q, k, v, mask, backend="triton", window=window).sum().backward()
+
+    step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tree_attention(q, k, v, mask, backend="triton").sum().backward()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

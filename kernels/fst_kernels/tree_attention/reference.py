@@ -8,6 +8,10 @@ Each block gives a normalised output and its log-sum-exp; blocks of one query ar
 The backward of softmax attention needs only the final out and lse of a query: p = exp(score - lse), ds = p (dout v - dout out). So each
 block's backward is called with the *merged* out and lse and yields that block's exact share of dq, dk and dv.
 
+Under a sliding window segments are first cut into pieces of at most half a window, so that an own block needs no window. Of a piece's
+descendants those that are near enough see all of its keys, some see the last few (a block with a mask of its own size), and the rest
+are left out; all by depth, which inside a piece grows by one.
+
 Small blocks are gathered into batches and padded to equal lengths, because on a CPU a launch costs as much as thousands of (query, key)
 pairs; an exact dynamic program over the sorted lengths chooses which blocks go together. A padded query repeats the last real token of
 its own block and gets dout = 0, so nothing it touches is finite-but-wrong; padded keys are behind every real query in an own block, and
@@ -22,17 +26,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fst_kernels.tree_attention.mask import TreeMask
 
 LAUNCH_PAIRS = 2048  # (query, key) pairs that cost about as much as launching one block more
+ALONE = 300  # queries + keys of a block beyond which to gather it into a batch costs more than a launch; alone, it is a view
+BATCH_TOKENS = 8192  # queries + keys of a batch: larger ones leave the caches
 DP_ITEMS = 256  # the dynamic program is quadratic; longer lists of distinct lengths are cut
 QUERY_SLICE = 1024  # queries of one block whose scores exist at one time, matmul path
 
@@ -77,74 +81,145 @@ class Block:
     queries: Rows
     keys: Rows
     own: bool
-    key_bias: Tensor | None  # [count, 1, 1, length]: 0, and -inf at padded keys
+    key_bias: Tensor | None = None  # [count, 1, 1, nk]: 0, and -inf at padded keys
+    nearness: Tensor | None = (
+        None  # [count, 1, nq, 1] int32, with `limit`: key visible where nearness < limit
+    )
+    limit: Tensor | None = None  # [count, 1, 1, nk] int32: the key's depth + window; lowest at padded keys
+
+    def bias(self) -> Tensor | None:
+        """What is added to the scores: [count, 1, 1 or nq, nk]"""
+        if self.nearness is None or self.limit is None:
+            return self.key_bias
+        hidden = self.nearness >= self.limit
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
-def blocks(mask: TreeMask) -> list[Block]:
+def blocks(mask: TreeMask, window: int | None = None) -> list[Block]:
     """All blocks of a mask, own blocks first, then by level: computed once, kept in the mask."""
-    if "blocks" not in mask.prepared:
-        mask.prepared["blocks"] = list(_blocks(mask))
-    prepared: list[Block] = mask.prepared["blocks"]
+    window = mask.binding(window)
+    key = ("blocks", window)
+    if key not in mask.prepared:
+        mask.prepared[key] = list(_blocks(mask) if window is None else _windowed_blocks(mask, window))
+    prepared: list[Block] = mask.prepared[key]
     return prepared
 
 
 def _blocks(mask: TreeMask) -> Iterator[Block]:
-    device = mask.subtree_end.device
-    length, below = mask.end - mask.start, mask.last - mask.end
-    for group in _group(np.arange(len(length)), length, length):
-        rows = _rows(mask.start[group], length[group], device)
-        yield Block(rows, rows, True, None)
-    for level in range(int(mask.level.max(initial=0)) + 1):
-        inner = np.flatnonzero((mask.level == level) & (below > 0))
+    segments, device = mask.segments, mask.subtree_end.device
+    length, below = segments.end - segments.start, segments.last - segments.end
+    yield from _own_blocks(segments.start, length, device)
+    for level in range(int(segments.level.max()) + 1 if len(length) else 0):
+        inner = ((segments.level == level) & (below > 0)).nonzero()[:, 0]
         for group in _group(inner, length, below):
-            queries = _rows(mask.end[group], below[group], device)
-            keys = _rows(mask.start[group], length[group], device)
-            key_bias = None
-            if keys.padding is not None:
-                key_bias = torch.zeros(keys.count * keys.length, device=device)
-                key_bias[keys.padding] = -torch.inf
-                key_bias = key_bias.view(keys.count, 1, 1, keys.length)
-            yield Block(queries, keys, False, key_bias)
+            queries = _rows(segments.end[group], below[group], device)
+            keys = _rows(segments.start[group], length[group], device)
+            yield Block(queries, keys, False, _key_bias(keys, device))
 
 
-def _group(
-    items: NDArray[np.int64], keys: NDArray[np.int64], queries: NDArray[np.int64]
-) -> Iterator[NDArray[np.int64]]:
-    """Which segments to compute together: sorted by size and cut so that padded pairs + launches are fewest."""
-    items = items[np.lexsort((queries[items], keys[items]))]
+def _own_blocks(start: Tensor, length: Tensor, device: torch.device) -> Iterator[Block]:
+    for group in _group(torch.arange(len(length)), length, length):
+        rows = _rows(start[group], length[group], device)
+        yield Block(rows, rows, True)
+
+
+def _windowed_blocks(mask: TreeMask, window: int) -> Iterator[Block]:
+    segments, device = mask.segments, mask.subtree_end.device
+    size = -(-window // 2)
+    lengths = segments.end - segments.start
+    count = -(-lengths // size)
+    of = torch.repeat_interleave(count)  # [P] the segment of each piece
+    nth = torch.arange(len(of)) - (count.cumsum(0) - count)[of]
+    start = segments.start[of] + nth * size
+    end = torch.minimum(start + size, segments.end[of])
+    level, piece_depth = (segments.path_sum(count) - count)[of] + nth, segments.depth[of] + nth * size
+    length, depth = end - start, mask.depth.flatten().cpu().long()
+    yield from _own_blocks(start, length, device)
+
+    # The descendants of every piece that see all of it, and those that see its end only: places in `depth`, one piece after the other.
+    near: list[Tensor] = []
+    far: list[Tensor] = []
+    for from_, to, at, long in zip(
+        end.tolist(), segments.last[of].tolist(), piece_depth.tolist(), length.tolist(), strict=True
+    ):
+        below = depth[from_:to]
+        near.append((below < at + window).nonzero()[:, 0] + from_)
+        far.append(((below >= at + window) & (below < at + window + long - 1)).nonzero()[:, 0] + from_)
+    for at in range(int(level.max()) + 1 if len(level) else 0):
+        for part, partial in ((near, False), (far, True)):
+            seen = torch.tensor([len(x) for x in part])
+            for group in _group(((level == at) & (seen > 0)).nonzero()[:, 0], length, seen):
+                tokens = torch.cat([part[i] for i in group.tolist()])
+                queries = _rows(seen[group].cumsum(0) - seen[group], seen[group], device, tokens)
+                keys = _rows(start[group], length[group], device)
+                if not partial:
+                    yield Block(queries, keys, False, _key_bias(keys, device))
+                    continue
+                all_depths = mask.depth.flatten()[:, None]
+                limit = keys.take(all_depths) + window  # [b, 1, nk]
+                if keys.padding is not None:
+                    limit = limit.flatten().index_fill(0, keys.padding, torch.iinfo(torch.int32).min)
+                    limit = limit.view(keys.count, 1, keys.length)
+                yield Block(
+                    queries, keys, False, None, queries.take(all_depths)[..., None], limit[:, :, None]
+                )
+
+
+def _key_bias(keys: Rows, device: torch.device) -> Tensor | None:
+    if keys.padding is None:
+        return None
+    bias = torch.zeros(keys.count * keys.length, device=device)
+    bias[keys.padding] = -torch.inf
+    return bias.view(keys.count, 1, 1, keys.length)
+
+
+def _group(items: Tensor, keys: Tensor, queries: Tensor) -> Iterator[Tensor]:
+    """Which pieces to compute together: sorted by size and cut so that padded pairs + launches are fewest."""
     if not len(items):
         return
-    sizes = np.stack([keys[items], queries[items]], axis=1)
-    first = np.flatnonzero(
-        np.any(np.diff(sizes, axis=0, prepend=-1) != 0, axis=1)
-    )  # first of each distinct size
-    bounds = np.append(first, len(items))
-    for begin in range(0, len(first), DP_ITEMS):
+    items = items[queries[items].argsort(stable=True)]
+    items = items[keys[items].argsort(stable=True)]
+    k, q = keys[items], queries[items]
+    new = torch.ones(len(items), dtype=torch.bool)
+    new[1:] = (k[1:] != k[:-1]) | (q[1:] != q[:-1])
+    bounds = torch.cat([new.nonzero()[:, 0], torch.tensor([len(items)])])  # of the distinct sizes
+    for begin in range(0, len(bounds) - 1, DP_ITEMS):
         chunk = bounds[begin : begin + DP_ITEMS + 1]
-        k, q = sizes[chunk[:-1], 0], sizes[chunk[:-1], 1]
-        best, cut = (
-            [0.0],
-            [0],
-        )  # cheapest way to cover the first j distinct sizes, and where its last group begins
-        for j in range(1, len(chunk)):
-            widest = np.maximum.accumulate(q[:j][::-1])[::-1]  # of sizes i..j-1, for each i
-            cost = np.array(best) + LAUNCH_PAIRS + (chunk[j] - chunk[:j]) * widest * float(k[j - 1])
-            cut.append(int(cost.argmin()))
-            best.append(float(cost[cut[-1]]))
-        j, groups = len(chunk) - 1, []
-        while j:
-            groups.append(np.sort(items[chunk[cut[j]] : chunk[j]]))
-            j = cut[j]
-        yield from reversed(groups)
+        cuts = chunk[_cheapest_cuts(k[chunk[:-1]], q[chunk[:-1]], chunk)].tolist()
+        for i, j in pairwise(cuts):
+            group = items[i:j].sort().values
+            tokens = int(keys[group].max() + queries[group].max())
+            yield from group.split(1 if tokens > ALONE else BATCH_TOKENS // tokens)
 
 
-def _rows(start: NDArray[np.int64], length: NDArray[np.int64], device: torch.device) -> Rows:
+def _cheapest_cuts(k: Tensor, q: Tensor, bounds: Tensor) -> list[int]:
+    """k, q [n]: sizes, ascending by k; bounds [n + 1]: how many come before each. Where the groups begin and end: 0, ..., n."""
+    n = len(k)
+    widest = q.expand(n, n).triu().cummax(1).values  # [i, j] of sizes i..j
+    cost = (LAUNCH_PAIRS + (bounds[None, 1:] - bounds[:-1, None]) * widest * k).double().T.contiguous()
+    best = torch.zeros(n + 1, dtype=torch.float64)  # the cheapest way to cover the first j sizes
+    begins = [0]  # where its last group begins
+    for j in range(1, n + 1):
+        least = (best[:j] + cost[j - 1, :j]).min(0)
+        best[j] = least.values
+        begins.append(int(least.indices))
+    cuts = [n]
+    while cuts[-1]:
+        cuts.append(begins[cuts[-1]])
+    return cuts[::-1]
+
+
+def _rows(start: Tensor, length: Tensor, device: torch.device, tokens: Tensor | None = None) -> Rows:
+    """Runs of tokens, or with `tokens` runs of places in it."""
     width = int(length.max())
     if len(start) == 1:
-        return Rows(1, width, slice(int(start[0]), int(start[0]) + width), None, None, None, None)
-    column = np.arange(width)
-    table = torch.from_numpy(start[:, None] + np.minimum(column, length[:, None] - 1)).flatten()
-    padded = torch.from_numpy(column >= length[:, None]).flatten()
+        first, final = (int(start), int(start) + width - 1) if tokens is None else tokens[[0, -1]].tolist()
+        if final - first == width - 1:
+            return Rows(1, width, slice(first, final + 1), None, None, None, None)
+    column = torch.arange(width)
+    table = (start[:, None] + torch.minimum(column, length[:, None] - 1)).flatten()
+    table = table if tokens is None else tokens[table]
+    padded = (column >= length[:, None]).flatten()
     if not padded.any():
         table = table.to(device)
         return Rows(len(start), width, None, table, None, None, table)
@@ -153,7 +228,7 @@ def _rows(start: NDArray[np.int64], length: NDArray[np.int64], device: torch.dev
 
 
 class Kernel(Protocol):
-    """One batch of blocks: q [b,Hq,nq,D], k and v [b,Hkv,nk,D], bias [b,1,1,nk] or None."""
+    """One batch of blocks: q [b,Hq,nq,D], k and v [b,Hkv,nk,D], bias [b,1,1 or nq,nk] or None."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float
@@ -256,7 +331,10 @@ class Matmul:
                     > torch.arange(part.start, part.stop, device=q.device)[:, None]
                 )
                 score = score.masked_fill(later, -torch.inf)
-            yield part, score if bias is None else score + bias[:, :, None].to(kind)
+            if bias is not None:
+                here = bias if bias.shape[2] == 1 else bias[:, :, part]
+                score = score + here[:, :, None].to(kind)
+            yield part, score
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -300,62 +378,74 @@ def _token_major(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3])
 
 
-class TreeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, kernel: Kernel
-    ) -> tuple[Tensor, Tensor]:
-        batch, heads, n, dim = q.shape
-        q_, k_, v_ = _token_major(q), _token_major(k), _token_major(v)  # [T,H,D]
-        kind = _accumulator(q.dtype)
-        out, lse = q_.new_empty(q_.shape, dtype=kind), q_.new_empty(q_.shape[:2], dtype=kind)
-        for block in blocks(mask):
-            rows = block.queries
-            part_out, part_lse = kernel.forward(
-                rows.take(q_), block.keys.take(k_), block.keys.take(v_), block.own, block.key_bias, scale
-            )
-            part_out, part_lse = rows.flat(part_out).to(kind), rows.flat(part_lse)
-            if block.own:
-                rows.put(out, part_out)
-                rows.put(lse, part_lse)
-            else:
-                _merge(rows, out, lse, part_out, part_lse)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q_, k_, v_, out, lse)
-        ctx.mask, ctx.scale, ctx.kernel, ctx.shape = mask, scale, kernel, (batch, n)
-        lse_out = lse.float().view(batch, n, heads).transpose(1, 2)
-        ctx.mark_non_differentiable(lse_out)
-        return out.view(batch, n, heads, dim).transpose(1, 2), lse_out
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None,
+    kernel: Kernel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments already checked. out [B,Hq,N,D] and lse [B,Hq,N] in float32, float64 for float64; out is token-major underneath."""
+    kernel, (batch, heads, n, dim) = kernel or kernel_for(q), q.shape
+    q_, k_, v_ = _token_major(q), _token_major(k), _token_major(v)  # [T,H,D]
+    kind = _accumulator(q.dtype)
+    out, lse = q_.new_empty(q_.shape, dtype=kind), q_.new_empty(q_.shape[:2], dtype=kind)
+    for block in blocks(mask, window):
+        rows = block.queries
+        part_out, part_lse = kernel.forward(
+            rows.take(q_), block.keys.take(k_), block.keys.take(v_), block.own, block.bias(), scale
+        )
+        part_out, part_lse = rows.flat(part_out).to(kind), rows.flat(part_lse)
+        if block.own:
+            rows.put(out, part_out)
+            rows.put(lse, part_lse)
+        else:
+            _merge(rows, out, lse, part_out, part_lse)
+    out = out.to(q.dtype).view(batch, n, heads, dim)
+    return out.transpose(1, 2), lse.view(batch, n, heads).transpose(1, 2).contiguous()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        dout = _token_major(dout)
-        dq, dk, dv = (torch.empty_like(x, dtype=lse.dtype) for x in (q, k, v))
-        for block in blocks(ctx.mask):
-            queries, keys = block.queries, block.keys
-            go = queries.take(dout)
-            if queries.padding is not None:
-                # take() returned a gathered copy, token-major underneath
-                go.transpose(1, 2).view(-1, *dout.shape[1:]).index_fill_(0, queries.padding, 0)
-            gq, gk, gv = ctx.kernel.backward(
-                go,
-                queries.take(q),
-                keys.take(k),
-                keys.take(v),
-                queries.take(out),
-                queries.take(lse),
-                block.own,
-                block.key_bias,
-                ctx.scale,
-            )
-            write: Callable[[Rows, Tensor, Tensor], None] = Rows.put if block.own else Rows.add
-            for rows, total, share in ((queries, dq, gq), (keys, dk, gk), (keys, dv, gv)):
-                write(rows, total, rows.flat(share))
-        batch, n = ctx.shape
-        grads = (g.to(q.dtype).view(batch, n, *g.shape[1:]).transpose(1, 2) for g in (dq, dk, dv))
-        return (*grads, None, None, None)
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None,
+    kernel: Kernel | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtype of q; out and lse are those of `forward`."""
+    kernel, (batch, heads, n, _) = kernel or kernel_for(q), q.shape
+    dout, q, k, v, out = (_token_major(x) for x in (dout, q, k, v, out))
+    lse = lse.transpose(1, 2).reshape(batch * n, heads)
+    dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    for block in blocks(mask, window):
+        queries, keys = block.queries, block.keys
+        go = queries.take(dout)
+        if queries.padding is not None:
+            # take() returned a gathered copy, token-major underneath
+            go.transpose(1, 2).view(-1, *dout.shape[1:]).index_fill_(0, queries.padding, 0)
+        gq, gk, gv = kernel.backward(
+            go,
+            queries.take(q),
+            keys.take(k),
+            keys.take(v),
+            queries.take(out),
+            queries.take(lse),
+            block.own,
+            block.bias(),
+            scale,
+        )
+        write: Callable[[Rows, Tensor, Tensor], None] = Rows.put if block.own else Rows.add
+        for rows, total, share in ((queries, dq, gq), (keys, dk, gk), (keys, dv, gv)):
+            write(rows, total, rows.flat(share))
+    dq, dk, dv = (g.to(q.dtype).view(batch, n, *g.shape[1:]).transpose(1, 2) for g in (dq, dk, dv))
+    return dq, dk, dv
 
 
 def _merge(rows: Rows, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
@@ -365,11 +455,3 @@ def _merge(rows: Rows, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Ten
         out_before, lse_before = out.index_select(0, rows.tokens), lse.index_select(0, rows.tokens)
     rows.put(out, torch.lerp(out_before, part_out, torch.sigmoid(part_lse - lse_before)[..., None]))
     rows.put(lse, torch.logaddexp(lse_before, part_lse))
-
-
-def tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, kernel: Kernel | None = None
-) -> tuple[Tensor, Tensor]:
-    """Arguments already checked. Returns out [B,Hq,N,D] and lse [B,Hq,N] float32."""
-    out, lse = TreeAttention.apply(q, k, v, mask, scale, kernel or kernel_for(q))  # type: ignore[no-untyped-call]
-    return out, lse

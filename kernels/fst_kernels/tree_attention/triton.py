@@ -1,4 +1,4 @@
-"""Tree attention in Triton: which tiles, the launches, and the autograd function. The device code is in triton_kernels.py, what it knows
+"""Tree attention in Triton: which tiles, the lists that the device builds, and the launches. The device code is in triton_kernels.py, what it knows
 of the forest in blocks.py; docs/kernels/tree_attention.md tells why it is built so.
 """
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fst_kernels.tree_attention import blocks, triton_kernels
@@ -66,37 +65,95 @@ TILES = {
 }
 
 
-def tiling(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiling:
-    """The tiles for a head size, a dtype and a compute capability."""
+# The comparison of depths takes registers: where it makes a pass of TILES spill, that pass under a window.
+WINDOW_DQ = {(HOPPER, 256): Tile(64, 32, 8, 2)}
+
+
+def tiling(dim: int, dtype: torch.dtype, capability: tuple[int, int], window: bool = False) -> Tiling:
+    """The tiles for a head size, a dtype and a compute capability; with `window` for attention through a sliding one."""
     wide = max(64, padded(dim))
     if dtype == torch.float32:  # no tensor cores: products in full float32
         small = Tile(32, 32, 8, 1) if wide <= 128 else Tile(16, 16, 8, 1)
         return Tiling(small, small, small, False)
     generation = HOPPER if capability[0] == 9 else BLACKWELL if capability[0] in (10, 11) else AMPERE
     tiles = TILES[generation, wide]
+    if window:
+        tiles = replace(tiles, dq=WINDOW_DQ.get((generation, wide), tiles.dq))
     return tiles if dim % 8 == 0 else replace(tiles, tma=False)  # TMA reads rows of whole 16 bytes
 
 
-def lists(mask: TreeMask, tile: Tile) -> blocks.Lists:
+def lists(mask: TreeMask, tile: Tile, window: int | None = None) -> blocks.Lists:
     """Which key blocks concern which block of queries, built on the mask's device."""
-    key = ("lists", tile.queries, tile.keys)
+    key = ("lists", tile.queries, tile.keys, window)
     if key not in mask.prepared:
         rows, n = mask.subtree_end.shape
         per_block = blocks.key_blocks(mask, tile.keys)
-        width, count = (
-            blocks.list_width(mask, tile.queries, tile.keys),
-            triton.cdiv(n, tile.queries),
-        )
+        of_keys = of_queries = blocks.Depths(per_block.smallest, per_block.largest)  # not read
+        if window is not None:
+            of_keys, of_queries = blocks.depths(mask, tile.keys), blocks.depths(mask, tile.queries)
+        width, count = blocks.list_width(mask, tile.queries, tile.keys), triton.cdiv(n, tile.queries)
         table = torch.empty((rows, count, width), dtype=torch.int32, device=mask.subtree_end.device)
         counts = torch.empty((2, rows, count), dtype=torch.int32, device=table.device)
         triton_kernels.list_kernel[(count, rows)](
-            per_block.largest, per_block.smallest, table, counts, n, rows, width, per_block.largest.shape[1],
-            BM=tile.queries, BN=tile.keys, SCAN=min(SCAN, padded(triton.cdiv(n, tile.keys))),
+            per_block.largest, per_block.smallest, of_keys.smallest, of_keys.largest, of_queries.smallest, of_queries.largest,
+            table, counts, n, rows, width, per_block.largest.shape[1], window or 0,
+            BM=tile.queries, BN=tile.keys, SCAN=min(SCAN, padded(triton.cdiv(n, tile.keys))), WINDOW=window is not None,
         )  # fmt: skip
+        if window is not None:
+            owner = torch.arange(count, dtype=torch.int32, device=table.device).repeat(rows, 1)
+            ends = torch.arange(1, rows * count + 1, device=table.device) * width
+            _thin(mask, table, ends, owner, counts, tile, window, of_keys=False)
         order = counts.sum(0).sort(dim=1, descending=True, stable=True).indices.to(torch.int32)
         mask.prepared[key] = blocks.Lists(table, counts, order)
     found: blocks.Lists = mask.prepared[key]
     return found
+
+
+def tile_lists(mask: TreeMask, tile: Tile, target: int, window: int) -> blocks.Tiles:
+    """Which tiles of queries concern which unit of dK/dV under a window, likewise."""
+    key = ("tile lists", tile.queries, tile.keys, target, window)
+    if key not in mask.prepared:
+        assert tile.keys % tile.queries == 0, (
+            f"tiles of {tile.queries} queries do not divide blocks of {tile.keys} keys"
+        )
+        work, per_block = (
+            blocks.units(mask, tile.keys, tile.queries, target),
+            blocks.key_blocks(mask, tile.keys),
+        )
+        of_keys, of_queries = blocks.depths(mask, tile.keys), blocks.depths(mask, tile.queries)
+        rows, count = work.units.shape[:2]
+        total = blocks.tile_total(mask, tile.keys, tile.queries)
+        bounds = blocks.tile_bounds(work, tile.queries)
+        table = torch.empty((rows, total), dtype=torch.int32, device=bounds.device)
+        counts = torch.empty_like(bounds)
+        query_blocks = of_queries.smallest.shape[1]
+        triton_kernels.tile_list_kernel[(count, rows)](
+            work.units, per_block.smallest, of_keys.smallest, of_keys.largest, of_queries.smallest, of_queries.largest,
+            table, bounds, counts, rows, per_block.smallest.shape[1], query_blocks, total, window,
+            BM=tile.queries, BN=tile.keys, SCAN=min(SCAN, padded(query_blocks)),
+        )  # fmt: skip
+        ends = bounds[1].long() + torch.arange(rows, device=bounds.device)[:, None] * total
+        _thin(mask, table, ends, work.units[..., 0].contiguous(), counts, tile, window, of_keys=True)
+        mask.prepared[key] = blocks.longest_first(work, table, bounds, counts)
+    found: blocks.Tiles = mask.prepared[key]
+    return found
+
+
+def _thin(
+    mask: TreeMask,
+    entries: Tensor,
+    ends: Tensor,
+    owner: Tensor,
+    counts: Tensor,
+    tile: Tile,
+    window: int,
+    of_keys: bool,
+) -> None:
+    rows, lines = owner.shape
+    triton_kernels.thin_kernel[(lines, rows)](
+        mask.subtree_end, mask.depth, entries, ends, owner, counts, mask.subtree_end.shape[1], rows, window,
+        BM=tile.queries, BN=tile.keys, OF_KEYS=of_keys,
+    )  # fmt: skip
 
 
 def _operand(x: Tensor, rows: int, tma: bool) -> Any:
@@ -124,20 +181,64 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [s for x in tensors for s in x.stride()[:3]]
 
 
+def natural(total: Tensor) -> Tensor:
+    """The log-sum-exp, from its value in units of log2."""
+    return total * math.log(2)
+
+
+def _check(q: Tensor) -> None:
+    if q.shape[3] > LARGEST_DIM:
+        raise ValueError(
+            f"head size {q.shape[3]}: the triton backend computes up to {LARGEST_DIM}, backend='reference' any"
+        )
+
+
+def _tiles_for(q: Tensor, window: int | None) -> Tiling:
+    if q.device.type == "cpu":  # interpreted
+        small = Tile(16, 16, 4, 1)
+        return Tiling(small, small, small, False)
+    return tiling(q.shape[3], q.dtype, torch.cuda.get_device_capability(q.device), window is not None)
+
+
+def _target_for(k: Tensor) -> int:
+    if k.device.type == "cpu":
+        return 1
+    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
+    return max(1, -(-UNITS_PER_PROCESSOR * processors // (k.shape[0] * k.shape[1])))
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, tiles: Tiling
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None = None,
+    tiles: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,N,D] and the log-sum-exp in units of log2 [B,Hq,N] float32."""
+    """out [B,Hq,N,D] and the log-sum-exp in units of log2 [B,Hq,N] float32.
+
+    Arguments already checked; the mask may have one row for the whole batch. tiles are chosen from the device unless given. Raises
+    ValueError for a head size over 256.
+    """
+    _check(q)
     batch, heads, n, dim = q.shape
     out, lse2 = _tokens_first(q), torch.empty((batch, heads, n), dtype=torch.float32, device=q.device)
-    tile, known = tiles.forward, lists(mask, tiles.forward)
-    rows, query_blocks, width = known.lists.shape
-    triton_kernels.forward_kernel[(query_blocks * batch * heads,)](
-        _operand(q, tile.queries, tiles.tma), _operand(k, tile.keys, tiles.tma), _operand(v, tile.keys, tiles.tma),
-        mask.subtree_end, known.lists, known.counts, known.order, out, lse2,
-        scale * LOG2E, n, batch, heads, heads // k.shape[1], rows, width, query_blocks, *_strides(q, k, v, out),
-        D=dim, DIM=padded(dim), BM=tile.queries, BN=tile.keys, TMA=tiles.tma, PRECISION="ieee", **tile.launch,
-    )  # fmt: skip
+    if not q.numel():
+        return out, lse2
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        window = mask.binding(window)
+        tiles = tiles or _tiles_for(q, window)
+        q, k, v = (_readable(x, tiles.tma) for x in (q, k, v))
+        tile, known = tiles.forward, lists(mask, tiles.forward, window)
+        rows, query_blocks, width = known.lists.shape
+        triton_kernels.forward_kernel[(query_blocks * batch * heads,)](
+            _operand(q, tile.queries, tiles.tma), _operand(k, tile.keys, tiles.tma), _operand(v, tile.keys, tiles.tma),
+            mask.subtree_end, mask.depth, known.lists, known.counts, known.order, out, lse2,
+            scale * LOG2E, n, window or 0, batch, heads, heads // k.shape[1], rows, width, query_blocks, *_strides(q, k, v, out),
+            D=dim, DIM=padded(dim), BM=tile.queries, BN=tile.keys, TMA=tiles.tma, PRECISION="ieee",
+            WINDOW=window is not None, **tile.launch,
+        )  # fmt: skip
     return out, lse2
 
 
@@ -150,97 +251,62 @@ def backward(
     lse2: Tensor,
     mask: TreeMask,
     scale: float,
-    tiles: Tiling,
-    target: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; at least `target` units of dK/dV work per row where long ranges have to be cut for it."""
-    batch, heads, n, dim = q.shape
-    kv_heads, wide, tma = k.shape[1], padded(q.shape[3]), tiles.tma
-    delta = torch.empty_like(lse2)
-    triton_kernels.delta_kernel[(triton.cdiv(n, 64), batch * heads)](
-        out, dout, delta, n, heads, *_strides(out, dout), D=dim, DIM=wide, BM=64
-    )
-
-    dq, dk, dv = _tokens_first(q), _tokens_first(k), _tokens_first(v)
-    tile, known = tiles.dq, lists(mask, tiles.dq)
-    rows, query_blocks, width = known.lists.shape
-    triton_kernels.dq_kernel[(query_blocks * batch * heads,)](
-        _operand(q, tile.queries, tma), _operand(k, tile.keys, tma), _operand(v, tile.keys, tma),
-        _operand(dout, tile.queries, tma), lse2, delta, mask.subtree_end, known.lists, known.counts, known.order, dq,
-        scale, scale * LOG2E, n, batch, heads, heads // kv_heads, rows, width, query_blocks, *_strides(q, k, v, dout, dq),
-        D=dim, DIM=wide, BM=tile.queries, BN=tile.keys, TMA=tma, PRECISION="ieee", **tile.launch,
-    )  # fmt: skip
-
-    tile = tiles.dkdv
-    ends, work = blocks.key_blocks(mask, tile.keys), blocks.units(mask, tile.keys, tile.queries, target)
-    partials = torch.empty(
-        (batch, kv_heads, work.slots, 2, tile.keys, wide), dtype=torch.float32, device=q.device
-    )
-    for do_dk, do_dv in ((True, False), (False, True)) if tiles.apart else ((True, True),):
-        triton_kernels.dkdv_kernel[(work.units.shape[1] * batch * kv_heads,)](
-            _operand(q, tile.queries, tma), _operand(k, tile.keys, tma), _operand(v, tile.keys, tma),
-            _operand(dout, tile.queries, tma), lse2, delta, mask.subtree_end, ends.largest, ends.smallest, work.units, dk, dv,
-            partials, scale, scale * LOG2E, n, batch, kv_heads, heads // kv_heads, rows, ends.largest.shape[1],
-            work.units.shape[1], work.slots, *_strides(q, k, v, dout, dk, dv),
-            D=dim, DIM=wide, BM=tile.queries, BN=tile.keys, TMA=tma, PRECISION="ieee", DK=do_dk, DV=do_dv, **tile.launch,
-        )  # fmt: skip
-    triton_kernels.reduce_kernel[(work.splits.shape[1], batch * kv_heads)](
-        partials, work.splits, dk, dv, n, kv_heads, rows, work.splits.shape[1], work.slots, *_strides(dk, dv),
-        D=dim, DIM=wide, BN=tile.keys, num_warps=8,
-    )  # fmt: skip
-    return dq, dk, dv
-
-
-class TreeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, tiles: Tiling, target: int
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = (_readable(x, tiles.tma) for x in (q, k, v))
-        out, lse2 = forward(q, k, v, mask, scale, tiles)
-        ctx.save_for_backward(q, k, v, out, lse2)
-        ctx.mask, ctx.scale, ctx.tiles, ctx.target = mask, scale, tiles, target
-        lse = lse2 * math.log(2)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        dout = _readable(dout, ctx.tiles.tma)
-        q, k, v, out, lse2 = ctx.saved_tensors
-        grads = backward(dout, q, k, v, out, lse2, ctx.mask, ctx.scale, ctx.tiles, ctx.target)
-        return (*grads, None, None, None, None)
-
-
-def tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: TreeMask,
-    scale: float,
+    window: int | None = None,
     tiles: Tiling | None = None,
     target: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Arguments already checked; the mask may have one row for the whole batch. Returns out [B,Hq,N,D] and lse [B,Hq,N] float32.
-
-    tiles and target (see `backward`) are chosen from the device unless given. Raises ValueError for a head size over 256.
-    """
-    dim = q.shape[3]
-    if dim > LARGEST_DIM:
-        raise ValueError(
-            f"head size {dim}: the triton backend computes up to {LARGEST_DIM}, backend='reference' any"
-        )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; at least `target` units of dK/dV work per row where long ranges have to be cut for it. out, lse2: of `forward`."""
+    dq, dk, dv = _tokens_first(q), _tokens_first(k), _tokens_first(v)
     if not q.numel():
-        return torch.zeros_like(q), q.new_zeros(q.shape[:3], dtype=torch.float32)
-    if q.device.type == "cpu":  # interpreted
-        small = Tile(16, 16, 4, 1)
-        tiles, target = tiles or Tiling(small, small, small, False), target or 1
-    if tiles is None:
-        tiles = tiling(dim, q.dtype, torch.cuda.get_device_capability(q.device))
-    if target is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        target = max(1, triton.cdiv(UNITS_PER_PROCESSOR * processors, k.shape[0] * k.shape[1]))
+        return dq, dk, dv
+    batch, heads, n, dim = q.shape
+    kv_heads, wide = k.shape[1], padded(q.shape[3])
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        out, lse = TreeAttention.apply(q, k, v, mask, scale, tiles, target)  # type: ignore[no-untyped-call]
-    return out, lse
+        window = mask.binding(window)
+        tiles, target = tiles or _tiles_for(q, window), target or _target_for(k)
+        tma, windowed = tiles.tma, window is not None
+        q, k, v, dout = (_readable(x, tma) for x in (q, k, v, dout))
+        delta = torch.empty_like(lse2)
+        triton_kernels.delta_kernel[(triton.cdiv(n, 64), batch * heads)](
+            out, dout, delta, n, heads, *_strides(out, dout), D=dim, DIM=wide, BM=64
+        )
+
+        tile, known = tiles.dq, lists(mask, tiles.dq, window)
+        rows, query_blocks, width = known.lists.shape
+        triton_kernels.dq_kernel[(query_blocks * batch * heads,)](
+            _operand(q, tile.queries, tma), _operand(k, tile.keys, tma), _operand(v, tile.keys, tma),
+            _operand(dout, tile.queries, tma), lse2, delta, mask.subtree_end, mask.depth,
+            known.lists, known.counts, known.order, dq, scale, scale * LOG2E, n, window or 0, batch, heads, heads // kv_heads,
+            rows, width, query_blocks, *_strides(q, k, v, dout, dq),
+            D=dim, DIM=wide, BM=tile.queries, BN=tile.keys, TMA=tma, PRECISION="ieee", WINDOW=windowed, **tile.launch,
+        )  # fmt: skip
+
+        tile = tiles.dkdv
+        smallest = blocks.key_blocks(mask, tile.keys).smallest
+        work = blocks.units(mask, tile.keys, tile.queries, target)
+        if window is None:
+            units, tables, total = (
+                work.units,
+                (work.units, work.units, work.units),
+                0,
+            )  # the tables are not read
+        else:
+            near = tile_lists(mask, tile, target, window)
+            units, tables, total = near.units, (near.tiles, near.bounds, near.counts), near.tiles.shape[1]
+        partials = torch.empty(
+            (batch, kv_heads, work.slots, 2, tile.keys, wide), dtype=torch.float32, device=q.device
+        )
+        for do_dk, do_dv in ((True, False), (False, True)) if tiles.apart else ((True, True),):
+            triton_kernels.dkdv_kernel[(units.shape[1] * batch * kv_heads,)](
+                _operand(q, tile.queries, tma), _operand(k, tile.keys, tma), _operand(v, tile.keys, tma),
+                _operand(dout, tile.queries, tma), lse2, delta, mask.subtree_end, mask.depth, smallest, units, *tables, dk, dv,
+                partials, scale, scale * LOG2E, n, window or 0, batch, kv_heads, heads // kv_heads, rows, smallest.shape[1],
+                units.shape[1], total, work.slots, *_strides(q, k, v, dout, dk, dv),
+                D=dim, DIM=wide, BM=tile.queries, BN=tile.keys, TMA=tma, PRECISION="ieee", DK=do_dk, DV=do_dv,
+                WINDOW=windowed, **tile.launch,
+            )  # fmt: skip
+        triton_kernels.reduce_kernel[(work.splits.shape[1], batch * kv_heads)](
+            partials, work.splits, dk, dv, n, kv_heads, rows, work.splits.shape[1], work.slots, *_strides(dk, dv),
+            D=dim, DIM=wide, BN=tile.keys, num_warps=8,
+        )  # fmt: skip
+    return dq, dk, dv

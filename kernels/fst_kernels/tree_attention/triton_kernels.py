@@ -5,6 +5,10 @@ the queries [q0, q1) iff b0 <= q1 - 1 and max(end) > q0, and needs no mask iff b
 every block of queries, its mask-free key blocks from the left end of a row and the others from the right end; forward and dQ loop over
 the two. For dK/dV no list is needed: the queries that see a block of keys are exactly the range [b0, max(end)).
 
+Under a sliding window (WINDOW=True) a key is visible only where depth[j] - depth[i] < window besides. The smallest and largest depth of a block
+say exactly which blocks need no mask, but only roughly which ones matter: `thin_kernel` looks at the pairs of the others and drops those
+without a visible one. The queries near enough to a block of keys are no range any more, so `tile_list_kernel` writes a list for dK/dV too.
+
 Nothing is added atomically. A program owns its output rows; the query heads of a group are summed one after the other; where a range of
 queries is cut into parts, each part writes float32 sums of its own, and `reduce_kernel` adds them in order.
 
@@ -29,10 +33,14 @@ import triton.language as tl
 def list_kernel(
     block_max,  # [R, KB] int32
     block_min,
+    key_low,  # [R, KB] int32: the smallest depth, and the largest
+    key_high,
+    query_low,  # [R, QB]
+    query_high,
     lists,  # [R, QB, width] int32
     counts,  # [2, R, QB] int32: mask-free, others
-    n, rows, width, key_blocks,
-    BM: tl.constexpr, BN: tl.constexpr, SCAN: tl.constexpr,
+    n, rows, width, key_blocks, window,
+    BM: tl.constexpr, BN: tl.constexpr, SCAN: tl.constexpr, WINDOW: tl.constexpr,
 ):
     """One program per block of queries: tests SCAN key blocks at a time and appends those that matter."""
     query_block, row, query_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -42,6 +50,9 @@ def list_kernel(
     here = lists + at.to(tl.int64) * width
     free, masked = 0, 0
     stop = tl.cdiv(q1, BN)
+    shallow, deep = 0, 0
+    if WINDOW:
+        shallow, deep = tl.load(query_low + at), tl.load(query_high + at)
     for first in range(0, stop, SCAN):
         block = first + tl.arange(0, SCAN)
         inside = block < stop
@@ -49,6 +60,11 @@ def list_kernel(
         smallest = tl.load(block_min + row * key_blocks + block, mask=inside, other=0)
         matters = inside & (largest > q0)
         whole = matters & ((block + 1) * BN - 1 <= q0) & (smallest >= q1)
+        if WINDOW:
+            low = tl.load(key_low + row * key_blocks + block, mask=inside, other=0)
+            high = tl.load(key_high + row * key_blocks + block, mask=inside, other=0)
+            matters = matters & (shallow - high < window)
+            whole = whole & (deep - low < window)
         part = matters & (whole == 0)
         whole_rank = tl.cumsum(whole.to(tl.int32), 0)
         part_rank = tl.cumsum(part.to(tl.int32), 0)
@@ -58,6 +74,85 @@ def list_kernel(
         masked += tl.sum(part.to(tl.int32), 0)
     tl.store(counts + at, free)
     tl.store(counts + rows * query_blocks + at, masked)
+
+
+@triton.jit
+def tile_list_kernel(
+    units,  # [R, U, 4]
+    block_min,  # [R, KB]
+    key_low,  # [R, KB]
+    key_high,
+    query_low,  # [R, QB]: of tiles of BM queries
+    query_high,
+    tiles,  # [R, total] int32
+    bounds,  # [2, R, U] int32
+    counts,  # [2, R, U] int32
+    rows, key_blocks, query_blocks, total, window,
+    BM: tl.constexpr, BN: tl.constexpr, SCAN: tl.constexpr,
+):
+    """Under a window, one program per unit: the tiles of its range that may matter. BN is a multiple of BM."""
+    unit, row, unit_count = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    at = row * unit_count + unit
+    block = tl.load(units + at * 4)
+    free, masked = 0, 0
+    if block >= 0:
+        start, stop = tl.load(units + at * 4 + 1) // BM, tl.cdiv(tl.load(units + at * 4 + 2), BM)
+        smallest = tl.load(block_min + row * key_blocks + block)
+        low, high = tl.load(key_low + row * key_blocks + block), tl.load(key_high + row * key_blocks + block)
+        here = tiles + row.to(tl.int64) * total
+        left, right = tl.load(bounds + at), tl.load(bounds + rows * unit_count + at)
+        for first in range(start, stop, SCAN):
+            tile = first + tl.arange(0, SCAN)
+            inside = tile < stop
+            shallow = tl.load(query_low + row * query_blocks + tile, mask=inside, other=0)
+            deep = tl.load(query_high + row * query_blocks + tile, mask=inside, other=0)
+            matters = inside & (shallow - high < window)
+            whole = matters & ((block + 1) * BN - 1 <= tile * BM) & (smallest >= (tile + 1) * BM)
+            whole = whole & (deep - low < window)
+            part = matters & (whole == 0)
+            whole_rank = tl.cumsum(whole.to(tl.int32), 0)
+            part_rank = tl.cumsum(part.to(tl.int32), 0)
+            tl.store(here + left + free + whole_rank - 1, tile, mask=whole)
+            tl.store(here + right - masked - part_rank, tile, mask=part)
+            free += tl.sum(whole.to(tl.int32), 0)
+            masked += tl.sum(part.to(tl.int32), 0)
+    tl.store(counts + at, free)
+    tl.store(counts + rows * unit_count + at, masked)
+
+
+@triton.jit
+def thin_kernel(
+    end, depth,  # [R, N] int32
+    entries,  # int32: lines of blocks, the masked ones from the right end of each
+    ends,  # [R, lines] int64: behind the last entry of each line
+    owner,  # [R, lines] int32: the block that the line belongs to (-1: none)
+    counts,  # [2, R, lines] int32
+    n, rows, window,
+    BM: tl.constexpr, BN: tl.constexpr, OF_KEYS: tl.constexpr,
+):
+    """Drops the masked entries without a single visible pair. OF_KEYS: lines belong to blocks of keys and list blocks of queries."""
+    line, row, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    at = row * lines + line
+    mine, last = tl.load(owner + at), tl.load(ends + at) - 1
+    masked = tl.load(counts + rows * lines + at)
+    end += row.to(tl.int64) * n
+    depth += row.to(tl.int64) * n
+    kept = 0
+    for t in range(0, masked):
+        other = tl.load(entries + last - t)
+        if OF_KEYS:
+            query, key = other * BM + tl.arange(0, BM), mine * BN + tl.arange(0, BN)
+        else:
+            query, key = mine * BM + tl.arange(0, BM), other * BN + tl.arange(0, BN)
+        key_end = tl.load(end + key, mask=key < n, other=0)
+        key_depth = tl.load(depth + key, mask=key < n, other=0)
+        query_depth = tl.load(depth + query, mask=query < n, other=0)
+        seen = _visible(query[:, None], key[None, :], key_end[None, :])
+        seen = seen & (query_depth[:, None] - key_depth[None, :] < window)
+        # The place written to is one that was read before, by every thread: the maximum below waits for all of them.
+        tl.store(entries + last - kept, other)
+        kept += tl.max(tl.max(seen.to(tl.int32), 1), 0)
+    tl.store(counts + rows * lines + at, kept)
 
 
 @triton.jit
@@ -103,10 +198,11 @@ def _visible(query, key, key_end):
 
 @triton.jit
 def _attend(
-    acc, total, top, q_tile, k, v, end, batch, kv_head, query, block, scale2, n,
+    acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     """One block of keys into the running softmax. With MASKED a row may have seen no key yet: its `top` stays -inf."""
     first = block * BN
@@ -115,7 +211,12 @@ def _attend(
     if MASKED:
         key = first + tl.arange(0, BN)
         key_end = tl.load(end + key, mask=key < n, other=0)
-        score = tl.where(_visible(query[:, None], key[None, :], key_end[None, :]), score, float("-inf"))
+        seen = _visible(query[:, None], key[None, :], key_end[None, :])
+        if WINDOW:
+            query_depth = tl.load(depth + query, mask=query < n, other=0)
+            key_depth = tl.load(depth + key, mask=key < n, other=0)
+            seen = seen & (query_depth[:, None] - key_depth[None, :] < window)
+        score = tl.where(seen, score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, 1))
     if MASKED:
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -133,12 +234,13 @@ def _attend(
 def forward_kernel(
     q, k, v,
     end,  # [R, N] int32; R = 1 or B rows
+    depth,  # [R, N] int32
     lists,  # [R, QB, width]
     counts,  # [2, R, QB]
     order,  # [R, QB]: blocks of queries, longest first
     out,
     lse2,  # [B, Hq, N] float32, in units of log2
-    scale2, n, batches, heads,
+    scale2, n, window, batches, heads,
     group,  # query heads per key head
     rows, width, query_blocks,
     stride_qb, stride_qh, stride_qn,
@@ -146,6 +248,7 @@ def forward_kernel(
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % heads
@@ -157,6 +260,7 @@ def forward_kernel(
     free, masked = tl.load(counts + at), tl.load(counts + rows * query_blocks + at)
     here = lists + at.to(tl.int64) * width
     end += row.to(tl.int64) * n
+    depth += row.to(tl.int64) * n
 
     first = block_of_queries * BM
     query = first + tl.arange(0, BM)
@@ -166,13 +270,13 @@ def forward_kernel(
     top = tl.full([BM], float("-inf"), tl.float32)
     for t in range(0, free):
         acc, total, top = _attend(
-            acc, total, top, q_tile, k, v, end, batch, kv_head, query, tl.load(here + t), scale2, n,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION,
+            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, tl.load(here + t), scale2, n, window,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION, WINDOW,
         )
     for t in range(0, masked):
         acc, total, top = _attend(
-            acc, total, top, q_tile, k, v, end, batch, kv_head, query, tl.load(here + width - 1 - t), scale2, n,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION,
+            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, tl.load(here + width - 1 - t), scale2, n, window,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION, WINDOW,
         )
     safe = tl.where(total == 0.0, 1.0, total)  # rows behind the last token saw nothing
     _keep(out, acc / safe[:, None], batch, head, first, stride_ob, stride_oh, stride_on, n, D, DIM, BM)
@@ -200,10 +304,11 @@ def delta_kernel(
 
 @triton.jit
 def _dq_block(
-    dq, q_tile, dout_tile, lse2, delta, k, v, end, batch, kv_head, query, block, scale2, n,
+    dq, q_tile, dout_tile, lse2, delta, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     first = block * BN
     k_tile = _tile(k, batch, kv_head, first, stride_kb, stride_kh, stride_kn, n, D, DIM, BN, MASKED, TMA)
@@ -213,7 +318,12 @@ def _dq_block(
     if MASKED:
         key = first + tl.arange(0, BN)
         key_end = tl.load(end + key, mask=key < n, other=0)
-        weight = tl.where(_visible(query[:, None], key[None, :], key_end[None, :]), weight, 0.0)
+        seen = _visible(query[:, None], key[None, :], key_end[None, :])
+        if WINDOW:
+            query_depth = tl.load(depth + query, mask=query < n, other=0)
+            key_depth = tl.load(depth + key, mask=key < n, other=0)
+            seen = seen & (query_depth[:, None] - key_depth[None, :] < window)
+        weight = tl.where(seen, weight, 0.0)
     dweight = tl.dot(dout_tile, v_tile.T, input_precision=PRECISION)
     dscore = weight * (dweight - delta[:, None])
     return tl.dot(dscore.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
@@ -224,13 +334,14 @@ def dq_kernel(
     q, k, v, dout,
     lse2,  # [B, Hq, N]
     delta,  # [B, Hq, N]
-    end, lists, counts, order, dq, scale, scale2, n, batches, heads, group, rows, width, query_blocks,
+    end, depth, lists, counts, order, dq, scale, scale2, n, window, batches, heads, group, rows, width, query_blocks,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_db, stride_dh, stride_dn,
     stride_gb, stride_gh, stride_gn,
     D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % heads
@@ -242,6 +353,7 @@ def dq_kernel(
     free, masked = tl.load(counts + at), tl.load(counts + rows * query_blocks + at)
     here = lists + at.to(tl.int64) * width
     end += row.to(tl.int64) * n
+    depth += row.to(tl.int64) * n
 
     first = block_of_queries * BM
     query = first + tl.arange(0, BM)
@@ -253,24 +365,24 @@ def dq_kernel(
     acc = tl.zeros([BM, DIM], tl.float32)
     for t in range(0, free):
         acc = _dq_block(
-            acc, q_tile, dout_tile, top, mean, k, v, end, batch, kv_head, query, tl.load(here + t), scale2, n,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION,
+            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query, tl.load(here + t), scale2, n, window,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION, WINDOW,
         )
     for t in range(0, masked):
         acc = _dq_block(
-            acc, q_tile, dout_tile, top, mean, k, v, end, batch, kv_head, query, tl.load(here + width - 1 - t),
-            scale2, n, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION,
+            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query,
+            tl.load(here + width - 1 - t), scale2, n, window, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION, WINDOW,
         )
     _keep(dq, acc * scale, batch, head, first, stride_gb, stride_gh, stride_gn, n, D, DIM, BM)
 
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k_tile, v_tile, q, dout, lse2, delta, key, key_end, batch, head, first, scale2, n,
+    dk, dv, k_tile, v_tile, q, dout, lse2, delta, depth, key, key_end, key_depth, batch, head, first, scale2, n, window,
     stride_qb, stride_qh, stride_qn,
     stride_db, stride_dh, stride_dn,
     D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr,
 ):
     """Queries first..first+BM-1; everything transposed: keys are rows. DK and DV: which of the two is wanted."""
     query = first + tl.arange(0, BM)
@@ -283,7 +395,11 @@ def _dkdv_block(
     score = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * scale2
     weight = tl.exp2(score - top[None, :])
     if MASKED:
-        weight = tl.where(_visible(query[None, :], key[:, None], key_end[:, None]), weight, 0.0)
+        seen = _visible(query[None, :], key[:, None], key_end[:, None])
+        if WINDOW:
+            query_depth = tl.load(depth + query, mask=query < n, other=0)
+            seen = seen & (query_depth[None, :] - key_depth[:, None] < window)
+        weight = tl.where(seen, weight, 0.0)
     dout_tile = _tile(dout, batch, head, first, stride_db, stride_dh, stride_dn, n, D, DIM, BM, MASKED, TMA)
     if DV:
         dv = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
@@ -296,13 +412,15 @@ def _dkdv_block(
 
 @triton.jit
 def dkdv_kernel(
-    q, k, v, dout, lse2, delta, end,
-    block_max,  # [R, KB]
-    block_min,
+    q, k, v, dout, lse2, delta, end, depth,
+    block_min,  # [R, KB]
     units,  # [R, U, 4] int32: block of keys (-1: nothing to do), first query, last query + 1, slot of the partial sums (-1: none)
+    tiles,  # [R, total] int32: under a window, the tiles of queries that concern each unit
+    bounds,  # [2, R, U]
+    counts,  # [2, R, U]
     dk, dv,
     partials,  # [B, Hkv, slots, 2, BN, DIM] float32
-    scale, scale2, n, batches, kv_heads, group, rows, key_blocks, unit_count, slots,
+    scale, scale2, n, window, batches, kv_heads, group, rows, key_blocks, unit_count, total, slots,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
@@ -310,29 +428,39 @@ def dkdv_kernel(
     stride_gb, stride_gh, stride_gn,  # of dk
     stride_wb, stride_wh, stride_wn,  # of dv
     D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PRECISION: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr,
 ):
     program = tl.program_id(0)
     kv_head = program % kv_heads
     batch = program // kv_heads % batches
     row = tl.minimum(batch, rows - 1)
-    unit = units + (row * unit_count + program // kv_heads // batches) * 4
+    at = row * unit_count + program // kv_heads // batches
+    unit = units + at * 4
     block = tl.load(unit)
     if block < 0:
         return
     low, high, slot = tl.load(unit + 1), tl.load(unit + 2), tl.load(unit + 3)
     smallest = tl.load(block_min + row * key_blocks + block)
     end += row.to(tl.int64) * n
+    depth += row.to(tl.int64) * n
 
-    # Queries low..high-1: the tiles on the block itself and those behind the smallest end are masked, all between are not.
     first = block * BN
-    free_from = tl.minimum(tl.maximum(low, first + tl.cdiv(BN, BM) * BM), high)
-    free_to = tl.maximum(free_from, tl.minimum(high, first + tl.maximum(smallest - first, 0) // BM * BM))
-    before = tl.cdiv(free_from - low, BM)
-    masked = before + tl.cdiv(high - free_to, BM)
-
     key = first + tl.arange(0, BN)
     key_end = tl.load(end + key, mask=key < n, other=0)
+    key_depth = key
+    if WINDOW:
+        key_depth = tl.load(depth + key, mask=key < n, other=0)
+        here = tiles + row.to(tl.int64) * total
+        left, right = tl.load(bounds + at), tl.load(bounds + rows * unit_count + at)
+        free, masked = tl.load(counts + at), tl.load(counts + rows * unit_count + at)
+        free_from, free_to, before = low, low, 0
+    else:
+        # Queries low..high-1: the tiles on the block itself and those behind the smallest end are masked, all between are not.
+        free_from = tl.minimum(tl.maximum(low, first + tl.cdiv(BN, BM) * BM), high)
+        free_to = tl.maximum(free_from, tl.minimum(high, first + tl.maximum(smallest - first, 0) // BM * BM))
+        before = tl.cdiv(free_from - low, BM)
+        free, masked = tl.cdiv(free_to - free_from, BM), before + tl.cdiv(high - free_to, BM)
+
     k_tile = _tile(k, batch, kv_head, first, stride_kb, stride_kh, stride_kn, n, D, DIM, BN, True, TMA)
     v_tile = _tile(v, batch, kv_head, first, stride_vb, stride_vh, stride_vn, n, D, DIM, BN, True, TMA)
     dk_sum = tl.zeros([BN, DIM], tl.float32)
@@ -340,17 +468,25 @@ def dkdv_kernel(
     for g in range(0, group):
         head = kv_head * group + g
         line = (batch * group * kv_heads + head).to(tl.int64) * n
-        for t in range(0, tl.cdiv(free_to - free_from, BM)):
-            at = free_from + t * BM
+        for t in range(0, free):
+            if WINDOW:
+                query = tl.load(here + left + t) * BM
+            else:
+                query = free_from + t * BM
             dk_sum, dv_sum = _dkdv_block(
-                dk_sum, dv_sum, k_tile, v_tile, q, dout, lse2 + line, delta + line, key, key_end, batch, head, at, scale2, n,
-                stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn, D, DIM, BM, False, TMA, PRECISION, DK, DV,
+                dk_sum, dv_sum, k_tile, v_tile, q, dout, lse2 + line, delta + line, depth, key, key_end, key_depth, batch, head,
+                query, scale2, n, window, stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn,
+                D, DIM, BM, False, TMA, PRECISION, DK, DV, WINDOW,
             )
         for t in range(0, masked):
-            at = tl.where(t < before, low + t * BM, free_to + (t - before) * BM)
+            if WINDOW:
+                query = tl.load(here + right - 1 - t) * BM
+            else:
+                query = tl.where(t < before, low + t * BM, free_to + (t - before) * BM)
             dk_sum, dv_sum = _dkdv_block(
-                dk_sum, dv_sum, k_tile, v_tile, q, dout, lse2 + line, delta + line, key, key_end, batch, head, at, scale2, n,
-                stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn, D, DIM, BM, True, TMA, PRECISION, DK, DV,
+                dk_sum, dv_sum, k_tile, v_tile, q, dout, lse2 + line, delta + line, depth, key, key_end, key_depth, batch, head,
+                query, scale2, n, window, stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn,
+                D, DIM, BM, True, TMA, PRECISION, DK, DV, WINDOW,
             )
     place = ((batch * kv_heads + kv_head).to(tl.int64) * slots + slot) * (2 * BN * DIM)
     inner = tl.arange(0, BN)[:, None] * DIM + tl.arange(0, DIM)[None, :]
