@@ -21,6 +21,7 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("triton", "reference"),
     "linear_policy_loss": ("triton", "reference", "cuda", "host"),
     "tree_attention": ("triton", "reference"),
+    "cascade_decode_attention": ("triton", "reference"),
     "sample_tokens": ("reference",),
 }
 

@@ -1,0 +1,265 @@
+"""Who reads which keys in a decode step: made once, valid for as long as no sequence moves to another node.
+
+A sequence sees the nodes of its path, root first, and then its own suffix. Sequences are ranked so that those below one node are
+neighbours. Softmax attention over a long past is exact in *parts*: a part is one chunk of one segment's keys and gives every query that
+sees it an output and a log-sum-exp, which are merged root to leaf, suffix last. Where a segment is cut depends on its own length alone,
+so a sequence's parts are the same whoever its neighbours are.
+
+Only the suffixes grow from step to step. Their lengths (and pages) are tensors on the device that the caller overwrites in place: nothing
+here is built again and a captured CUDA graph stays valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 512  # keys in a part, at most
+ALIGN = 64  # chunks of a node begin at multiples of this
+TILES = (16, 64)  # (query, head) rows that share one reading of a chunk: where 16 do, 16
+ITEM = 8  # int32 numbers of a work item; see Work
+
+
+class KVBytes(NamedTuple):
+    """Bytes of keys and values in one decode step of one layer."""
+
+    unique: int  # every key and value once: the floor
+    read: int  # what the tiles of the kernels load; above `unique` where more than one tile of queries shares a chunk (from the L2 cache)
+    unshared: int  # what attention without sharing loads: every sequence its whole past
+
+
+class Work(NamedTuple):
+    """Work items of the tiles of one size; an item is (tile of query rows, chunk of keys) and is done for every KV head."""
+
+    rows: int  # of the tile
+    items: Tensor  # [I, ITEM] int32: first entry in the slot table, first key, last key + 1, sequence whose suffix it is (-1: a node),
+    # first ranked query of the segment, first row in the tile (row = query * group + head of the group), rows of the segment, first part
+
+
+@dataclass(frozen=True, eq=False)
+class CascadePlan:
+    """Made by `CascadePlan.build`. Arrays of runs (a node that somebody sees, with the queries below it) are on the host."""
+
+    order: Tensor  # [S] int64 on the host: sequence of each rank
+    ranked: Tensor  # [S] int32 on the device: the same
+    node: Tensor  # [runs]
+    level: Tensor  # [runs]
+    first: Tensor  # [runs] first rank below it
+    count: Tensor  # [runs] sequences below it
+    length: Tensor  # [runs] keys
+    part: Tensor  # [runs] first part: (chunk, query) row by row
+    parts: Tensor  # [S, W] int32 on the device, by rank: the parts of each sequence's nodes, in order
+    part_count: Tensor  # [S] int32 on the device
+    suffix_part: int  # first part of the suffixes: rank * suffix_chunks + chunk
+    total_parts: int
+    node_slots: Tensor  # [nodes, P] on the device: first slot of each page
+    suffix_slots: Tensor  # [S, P], the caller's
+    suffix_lengths: Tensor  # [S] int32, the caller's
+    suffix_capacity: int
+    node_page: int  # slots of a page; 0: a segment is one range
+    suffix_page: int
+    chunk: int
+    last_slot: int  # the largest slot that a node reads
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False)  # what a backend derives, by its key
+
+    @property
+    def sequences(self) -> int:
+        return len(self.order)
+
+    @property
+    def suffix_chunks(self) -> int:
+        return -(-self.suffix_capacity // self.chunk)
+
+    @classmethod
+    def build(
+        cls,
+        paths: Any,
+        *,
+        node_slots: Any,
+        node_lengths: Any,
+        suffix_slots: Tensor,
+        suffix_lengths: Tensor,
+        suffix_capacity: int,
+        page_size: int | None = None,
+        chunk: int = CHUNK,
+    ) -> CascadePlan:
+        """paths [S, L] integers: the nodes that each sequence sees, root first, then -1 (tensor, numpy array or lists; on the host).
+
+        node_lengths [nodes] keys of each node, >= 1. node_slots [nodes]: the pool's slot of each node's first key, the others follow it; or
+        [nodes, P]: the first slot of each page of `page_size` slots. Entries of nodes that no path names are not looked at.
+        suffix_slots [S] or [S, P], int32 or int64, likewise for each sequence's own keys; suffix_lengths [S] int32, keys each sequence has
+        there, the new token's included, 0 <= length <= suffix_capacity. Both lie where q will lie, are kept and not copied: overwrite
+        them in place from step to step. chunk: most keys of a part, a multiple of 64 (16 in tests); part of what fixes the rounding.
+
+        Raises ValueError: a path with a hole, a node that stands at two places of the tree, a table too short for a segment, shapes.
+        """
+        paths = torch.as_tensor(paths, device="cpu").long()
+        if paths.ndim != 2:
+            raise ValueError(f"paths has shape {list(paths.shape)}; allowed: [S, L]")
+        sequences, levels = paths.shape
+        device = suffix_lengths.device
+        for name, x, dtypes in (
+            ("suffix_lengths", suffix_lengths, (torch.int32,)),
+            ("suffix_slots", suffix_slots, (torch.int32, torch.int64)),
+        ):
+            if len(x) != sequences or x.dtype not in dtypes or x.device != device or not x.is_contiguous():
+                raise ValueError(
+                    f"{name} is {x.dtype} {list(x.shape)} on {x.device}; allowed: contiguous {' or '.join(map(str, dtypes))}, "
+                    f"{sequences} rows, on {device} like suffix_lengths"
+                )
+        if suffix_lengths.ndim != 1 or suffix_capacity < 1 or chunk < 16 or chunk % 16:
+            raise ValueError(
+                f"suffix_lengths has shape {list(suffix_lengths.shape)}, suffix_capacity={suffix_capacity}, chunk={chunk}; "
+                "allowed: [S], at least 1, a multiple of 16"
+            )
+        lengths = torch.as_tensor(node_lengths, device="cpu").long()
+        slots = torch.as_tensor(node_slots, device="cpu").long()
+        node_page = _page(slots, "node_slots", page_size)
+        suffix_page = _page(suffix_slots, "suffix_slots", page_size)
+        if lengths.shape != slots.shape[:1]:
+            raise ValueError(f"node_lengths has shape {list(lengths.shape)}, node_slots {list(slots.shape)}; allowed: [nodes] each")
+        if suffix_page and suffix_slots.shape[1] * suffix_page < suffix_capacity:
+            raise ValueError(
+                f"suffix_capacity={suffix_capacity} needs more than {suffix_slots.shape[1]} pages of {suffix_page}"
+            )
+        _check_paths(paths, len(lengths))
+
+        order = torch.unique(paths, dim=0, return_inverse=True)[1].argsort(stable=True) if levels else torch.arange(sequences)
+        runs = [_runs(paths[order, level], level) for level in range(levels)]
+        node, level, first, count = (
+            torch.cat([run[i] for run in runs] or [torch.zeros(0, dtype=torch.int64)]) for i in range(4)
+        )
+        _check_nodes(node, lengths, slots, node_page)
+        length = lengths[node]
+        chunks = -(-length // chunk)
+        behind = (chunks * count).cumsum(0)
+        part = behind - chunks * count
+        suffix_part = int(behind[-1]) if len(behind) else 0
+
+        width = torch.zeros(sequences, dtype=torch.int64)
+        pieces = []
+        for level_runs in (torch.nonzero(level == at).squeeze(1) for at in range(levels)):
+            run = level_runs.repeat_interleave(count[level_runs])
+            rank = torch.arange(len(run)) - (count[level_runs].cumsum(0) - count[level_runs]).repeat_interleave(count[level_runs])
+            rank += first[run]
+            copies = chunks[run]
+            at = torch.arange(int(copies.sum())) - (copies.cumsum(0) - copies).repeat_interleave(copies)
+            run, rank = run.repeat_interleave(copies), rank.repeat_interleave(copies)
+            pieces.append((rank, width[rank] + at, part[run] + at * count[run] + rank - first[run]))
+            width[rank.unique()] += chunks[level_runs].repeat_interleave(count[level_runs])
+        parts = torch.full((sequences, max(1, int(width.max()) if sequences else 1)), -1, dtype=torch.int32)
+        for rank, column, value in pieces:
+            parts[rank, column] = value.int()
+        ends = slots[node] if not node_page else slots[node].amax(1) if len(node) else slots.flatten()[:0]
+        extent = length if not node_page else torch.full_like(length, node_page)
+        return cls(
+            order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, part=part,
+            parts=parts.to(device), part_count=width.int().to(device), suffix_part=suffix_part,
+            total_parts=suffix_part + sequences * -(-suffix_capacity // chunk),
+            node_slots=slots.view(len(lengths), -1).int().to(device) if len(lengths) else torch.zeros((1, 1), dtype=torch.int32, device=device),
+            suffix_slots=suffix_slots.view(sequences, -1), suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
+            node_page=node_page, suffix_page=suffix_page, chunk=chunk, last_slot=int((ends + extent).max()) - 1 if len(node) else -1,
+        )  # fmt: skip
+
+    def work(self, group: int) -> list[Work]:
+        """The work lists for `group` query heads per KV head, one per size of tile, those that have no items left out."""
+        if ("work", group) not in self.prepared:
+            self.prepared["work", group] = self._work(group)
+        found: list[Work] = self.prepared["work", group]
+        return found
+
+    def _work(self, group: int) -> list[Work]:
+        chunks = -(-self.length // self.chunk)
+        align = min(ALIGN, self.chunk)
+        size = -(--(-self.length // chunks.clamp(min=1)) // align) * align
+        lists = []
+        for tile in TILES:
+            rows = self.count * group
+            fits = rows <= TILES[0] if tile == TILES[0] else rows > TILES[0]
+            run = torch.nonzero(fits).squeeze(1)
+            tiles = -(-rows[run] // tile)
+            copies = chunks[run] * tiles
+            at = torch.arange(int(copies.sum())) - (copies.cumsum(0) - copies).repeat_interleave(copies)
+            tiles, run = tiles.repeat_interleave(copies), run.repeat_interleave(copies)
+            chunk, row = at // tiles, at % tiles * tile
+            begin = chunk * size[run]
+            end = torch.minimum(begin + size[run], self.length[run])
+            entry = self.node[run] * self.node_slots.shape[1]
+            nobody = torch.full_like(run, -1)
+            first_part = self.part[run] + chunk * self.count[run]
+            items = torch.stack([entry, begin, end, nobody, self.first[run], row, rows[run], first_part], 1)
+            if (group <= TILES[0]) == (tile == TILES[0]):
+                items = torch.cat([items, self._suffix_items(group, tile)])
+            if len(items):
+                lists.append(Work(tile, items.int().to(self.suffix_lengths.device)))
+        return lists
+
+    def _suffix_items(self, group: int, tile: int) -> Tensor:
+        tiles = -(-group // tile)
+        rank, chunk, piece = (
+            x.flatten()
+            for x in torch.meshgrid(
+                torch.arange(self.sequences), torch.arange(self.suffix_chunks), torch.arange(tiles), indexing="ij"
+            )
+        )
+        sequence = self.order[rank]
+        begin = chunk * self.chunk
+        end = (begin + self.chunk).clamp(max=self.suffix_capacity)
+        part = self.suffix_part + rank * self.suffix_chunks + chunk
+        entry = sequence * self.suffix_slots.shape[1]
+        return torch.stack([entry, begin, end, sequence, rank, piece * tile, torch.full_like(rank, group), part], 1)
+
+    def kv_bytes(self, *, query_heads: int, kv_heads: int, head_dim: int, itemsize: int) -> KVBytes:
+        """Of one layer, at the suffix lengths of now (which are fetched from the device)."""
+        suffixes = self.suffix_lengths.cpu().long()
+        unique = int(self.length.sum() + suffixes.sum())
+        unshared = int((self.length * self.count).sum() + suffixes.sum())
+        read = 0
+        for work in self.work(query_heads // kv_heads):
+            _, begin, end, sequence = work.items[:, :4].cpu().long().unbind(1)
+            end = torch.where(sequence < 0, end, torch.minimum(end, suffixes[sequence]))
+            read += int((end - begin).clamp(min=0).sum())
+        token = 2 * kv_heads * head_dim * itemsize
+        return KVBytes(unique * token, read * token, unshared * token)
+
+
+def _page(slots: Tensor, name: str, page_size: int | None) -> int:
+    if slots.ndim == 1:
+        return 0
+    if slots.ndim != 2 or page_size is None or page_size < 1:
+        raise ValueError(
+            f"{name} has shape {list(slots.shape)} with page_size={page_size}; allowed: one row of first slots, or [rows, P] with a page_size"
+        )
+    return page_size
+
+
+def _check_paths(paths: Tensor, nodes: int) -> None:
+    wrong = ((paths < -1) | (paths >= nodes)).nonzero()
+    if len(wrong):
+        s, at = wrong[0].tolist()
+        raise ValueError(f"paths[{s}, {at}]={int(paths[s, at])}; allowed: -1 <= node < {nodes}")
+    holes = ((paths[:, 1:] >= 0) & (paths[:, :-1] < 0)).nonzero()
+    if len(holes):
+        s = int(holes[0, 0])
+        raise ValueError(f"paths[{s}]={paths[s].tolist()} has a hole; allowed: nodes from the root down, then -1")
+
+
+def _runs(column: Tensor, level: int) -> tuple[Tensor, ...]:
+    """node, level, first, count of the neighbours in a column that stand under one node."""
+    node, count = torch.unique_consecutive(column, return_counts=True)
+    first = count.cumsum(0) - count
+    there = node >= 0
+    return node[there], torch.full_like(node[there], level), first[there], count[there]
+
+
+def _check_nodes(node: Tensor, lengths: Tensor, slots: Tensor, page: int) -> None:
+    seen, times = node.unique(return_counts=True)
+    if (times > 1).any():
+        raise ValueError(f"node {int(seen[times > 1][0])} stands at two places of the tree; allowed: one parent per node")
+    most = slots.shape[1] * page if page else 2**31 - 1
+    wrong = node[(lengths[node] < 1) | (lengths[node] > most)]
+    if len(wrong):
+        raise ValueError(f"node_lengths[{int(wrong[0])}]={int(lengths[wrong[0]])}; allowed: 1 to {most}")
