@@ -56,7 +56,7 @@ def cascade_decode_attention(
 
     q [S,Hq,D]; k_pool, v_pool [slots,Hkv,D] of the same float type, Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv)), rows
     of D contiguous, as the pool lies; plan: CascadePlan.build, made once for as long as no sequence changes its path. scale: default
-    D ** -0.5. Returns out [S,Hq,D], with `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores).
+    D ** -0.5. Pools must hold finite numbers everywhere (make them with zeros). Returns out [S,Hq,D], with `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores).
     A sequence that sees no key gets zeros and -inf. No atomics; segments are cut by their own length alone and parts merge in one order.
 
     A CUDA graph can be captured after one call that warms up, and replays with whatever q, the pools, plan.suffix_lengths and
@@ -76,11 +76,7 @@ def cascade_decode_attention(
         if pool.stride(2) != 1 and dim > 1:
             raise ValueError(f"{name} has strides {list(pool.stride())}; the D numbers of a key must lie side by side")
     if sequences and look_at_values(q.device):
-        least, most = int(plan.suffix_lengths.min()), int(plan.suffix_lengths.max())
-        if least < 0 or most > plan.suffix_capacity:
-            raise ValueError(
-                f"suffix_lengths run from {least} to {most}; allowed: 0 to the plan's suffix_capacity={plan.suffix_capacity}"
-            )
+        plan.of_step("checked", plan.check_lengths)
     scale = 1 / math.sqrt(dim) if scale is None else scale
     taken = choose_backend("cascade_decode_attention", backend, q.device, q.dtype)
     if not q.numel():
@@ -90,5 +86,6 @@ def cascade_decode_attention(
 
         out, lse = triton.cascade_decode(q, k_pool, v_pool, plan, scale)
     else:
-        out, lse = reference.cascade_decode(q, k_pool, v_pool, plan, scale)
+        out, partial_lse = reference.cascade_decode(q, k_pool, v_pool, plan, scale)
+        lse = torch.logsumexp(partial_lse, 0) if return_lse else partial_lse
     return (out, lse) if return_lse else out

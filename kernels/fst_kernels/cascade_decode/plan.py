@@ -11,6 +11,7 @@ here is built again and a captured CUDA graph stays valid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -163,6 +164,24 @@ class CascadePlan:
             suffix_slots=suffix_slots.view(sequences, -1), suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
             node_page=node_page, suffix_page=suffix_page, chunk=chunk, last_slot=int((ends + extent).max()) - 1 if len(node) else -1,
         )  # fmt: skip
+
+    def of_step(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made again only when suffix_lengths or suffix_slots has been written since."""
+        tensors = self.suffix_lengths, self.suffix_slots
+        if any(x.is_inference() for x in tensors):  # these do not say when they are written
+            return make()
+        version = tensors[0]._version, tensors[1]._version
+        if self.prepared.get(key, (None,))[0] != version:
+            self.prepared[key] = version, make()
+        return self.prepared[key][1]
+
+    def check_lengths(self) -> None:
+        """ValueError for a suffix length out of range. Waits for the device."""
+        least, most = int(self.suffix_lengths.min()), int(self.suffix_lengths.max())
+        if least < 0 or most > self.suffix_capacity:
+            raise ValueError(
+                f"suffix_lengths run from {least} to {most}; allowed: 0 to the plan's suffix_capacity={self.suffix_capacity}"
+            )
 
     def work(self, group: int) -> list[Work]:
         """The work lists for `group` query heads per KV head, one per size of tile, those that have no items left out."""

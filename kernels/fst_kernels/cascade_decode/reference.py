@@ -2,7 +2,7 @@
 
 Nodes of one level and similar length become one batched attention call, the sequences below a node and the heads of a KV group folded into
 the query length. Where their slots lie at equal steps the call reads the pool through a strided view, otherwise it copies the keys
-together; long nodes that lie irregularly are called one by one, since a copy would cost more than the call. The suffixes are one call more.
+together; long nodes are never copied: every stretch of them that lies at equal steps is a call of its own. The suffixes are one call more.
 Outputs merge by their log-sum-exp in float32, root first, suffix last. Chunks are for the kernels only: here a segment is one part.
 """
 
@@ -91,6 +91,7 @@ class Suffixes:
     length: int
     masks: dict[torch.dtype, Tensor | None]
     lengths: Tensor
+    some_empty: bool  # on a device: perhaps
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         if dtype not in self.masks:
@@ -113,6 +114,15 @@ def _regular(first: Tensor) -> int | None:
         return 0
     step = first.diff()
     return int(step[0]) if int(step[0]) >= 0 and bool((step == step[0]).all()) else None
+
+
+def _progressions(first: list[int]) -> list[int]:
+    """Cuts ascending numbers into stretches of equal steps: their lengths."""
+    cuts = [0]
+    for i in range(2, len(first)):
+        if i - cuts[-1] > 1 and first[i] - first[i - 1] != first[i - 1] - first[i - 2]:
+            cuts.append(i)
+    return [b - a for a, b in zip(cuts, [*cuts[1:], len(first)], strict=True)]
 
 
 def _slots(table: Tensor, page: int, length: int) -> Tensor:  # [rows, P] -> [rows, length]
@@ -179,21 +189,16 @@ def _groups(plan: CascadePlan, start: Tensor, levels: int) -> list[Tensor]:
                 crowd = (count.double().log2() / 2).long()
             for size in crowd.unique():
                 some = runs[crowd == size]
-                regular = _regular(start[plan.node[some]]) is not None
-                long = int(plan.length[some].max()) >= LONG
-                groups += some.split(1) if long and not regular else [some]
+                even = _progressions(start[plan.node[some]].tolist())
+                if 4 * len(even) <= len(some) or int(plan.length[some].max()) >= LONG:
+                    groups += some.split(even)
+                else:
+                    groups.append(some)
     return groups
 
 
 def _suffixes(plan: CascadePlan) -> Suffixes:
-    """For the lengths and slots of now; found again while neither tensor has been written."""
-    tensors = plan.suffix_lengths, plan.suffix_slots
-    version = None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
-    if version is not None and "suffixes" in plan.prepared:
-        known, found = plan.prepared["suffixes"]
-        if known == version:
-            assert isinstance(found, Suffixes)
-            return found
+    """For the lengths and slots of now."""
     lengths, table, page = plan.suffix_lengths, plan.suffix_slots, plan.suffix_page
     on_host = lengths.device.type == "cpu"
     # The largest length is looked at where that does not wait for a device.
@@ -205,20 +210,18 @@ def _suffixes(plan: CascadePlan) -> Suffixes:
         slots = _slots(table.long(), page, longest)
         seen = torch.arange(longest, device=lengths.device) < lengths.clamp(min=1)[:, None]
         keys = Keys(len(lengths), longest, slots=torch.where(seen, slots, slots[:, :1]).flatten())
-    made = Suffixes(keys, longest, {}, lengths)
-    if version is not None:
-        plan.prepared["suffixes"] = version, made
-    return made
+    return Suffixes(keys, longest, {}, lengths, not on_host or int(lengths.min()) < 1)
 
 
 def cascade_decode(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: CascadePlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q [S, Hq, D], pools [slots, Hkv, D] -> out [S, Hq, D] and lse [S, Hq], float32 at least."""
+    """q [S, Hq, D], pools [slots, Hkv, D] -> out [S, Hq, D] and the parts' lse [parts, S, Hq], float32 at least."""
     sequences, heads, dim = q.shape
     kv_heads, value_dim = k_pool.shape[1], v_pool.shape[2]
     group = heads // kv_heads
-    known, own = schedule(plan), _suffixes(plan)
+    known: Schedule = schedule(plan)
+    own: Suffixes = plan.of_step("suffixes", lambda: _suffixes(plan))
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.reshape(sequences, kv_heads, group, dim)
     out = q.new_empty((known.used, kv_heads, group, value_dim), dtype=wide)
@@ -226,7 +229,7 @@ def cascade_decode(
     part, part_lse = partial_attention(q, own.keys.of(k_pool), own.keys.of(v_pool), scale, own.mask(q.dtype))
     out[:sequences], lse[:sequences] = part, part_lse
     out[sequences], lse[sequences] = 0, float("-inf")
-    if q.device.type != "cpu" or int(plan.suffix_lengths.min()) < 1:
+    if own.some_empty:
         lse[:sequences].masked_fill_((plan.suffix_lengths < 1)[:, None, None], float("-inf"))
     spread = q.index_select(0, known.queries)
     taken = 0
@@ -245,8 +248,9 @@ def cascade_decode(
         lse[at].view(rows, call.width, kv_heads, group).copy_(part_lse.reshape(shape).transpose(1, 2))
         taken += size
     lse = lse.index_select(0, known.where).view(known.parts, sequences, kv_heads, group)
-    total = torch.logsumexp(lse, 0)
-    weights = (lse - total).exp().nan_to_num_(0.0)  # a sequence that sees nothing at all: zeros
+    weights = torch.softmax(lse, 0)
+    if own.some_empty:  # a sequence that sees nothing at all: zeros
+        weights = weights.nan_to_num_(0.0)
     merged = out.index_select(0, known.where).view(known.parts, sequences, kv_heads, group, value_dim)
     merged = (merged * weights.unsqueeze(-1)).sum(0)
-    return merged.to(q.dtype).view(sequences, heads, value_dim), total.view(sequences, heads)
+    return merged.to(q.dtype).view(sequences, heads, value_dim), lse.view(known.parts, sequences, heads)

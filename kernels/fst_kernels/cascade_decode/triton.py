@@ -36,9 +36,9 @@ def padded(dim: int) -> int:
 # 99 KiB of 8.6 and 8.9.
 HALVES = {
     (64, 16): Tile(64, 4, 4),
-    (64, 64): Tile(64, 4, 3),
+    (64, 64): Tile(64, 8, 3),
     (128, 16): Tile(64, 4, 3),
-    (128, 64): Tile(64, 4, 2),
+    (128, 64): Tile(64, 8, 3),
     (256, 16): Tile(32, 4, 3),
     (256, 64): Tile(32, 8, 2),
 }
@@ -47,7 +47,7 @@ HALVES = {
 def tile(dim: int, rows: int, dtype: torch.dtype) -> Tile:
     wide = max(64, padded(dim))
     if dtype == torch.float32:  # no tensor cores: products in full float32
-        return Tile(32, 4, 2) if wide <= 128 else Tile(16, 4, 2)
+        return Tile(16, 8, 1)
     return HALVES[wide, rows]
 
 
