@@ -23,7 +23,7 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_policy_loss": ("triton", "reference", "cuda", "host"),
     "tree_attention": ("triton", "reference"),
     "cascade_decode_attention": ("triton", "reference"),
-    "sample_tokens": ("reference",),
+    "sample_tokens": ("reference", "cuda", "host"),
 }
 
 
@@ -99,6 +99,7 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype | None) -> str | 
     return None
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks once, at tracing
 def choose_backend(
     op: str, backend: str | None, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> str:
