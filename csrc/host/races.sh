@@ -11,9 +11,9 @@ command -v "${CXX:-g++}" >/dev/null || { echo "races: SKIPPED, ${CXX:-g++} is no
 fixed=$(setarch -R true 2>/dev/null && echo "setarch -R" || true)
 declare -A check=([policy_rows]=race_check [sample_tokens]=race_sample)
 
-run() { # run NAME SOURCE CHECK
+run() { # run NAME SOURCE CHECK [STOP]: with STOP, at the first report: threads that no longer agree may wait for each other for ever
     ${CXX:-g++} -x c++ -std=c++20 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -pthread -I"$csrc" "$2" "$csrc/host/$3.cpp" -o "$build/$1" || exit 2
-    $fixed "$build/$1" >"$build/$1.log" 2>&1
+    TSAN_OPTIONS=halt_on_error=${4:-0} $fixed "$build/$1" >"$build/$1.log" 2>&1
 }
 
 for kernel in ${1:-policy_rows sample_tokens}; do
@@ -25,8 +25,8 @@ for kernel in ${1:-policy_rows sample_tokens}; do
         name=${kernel}_without_$line
         sed "${line}s/\(block\|cluster\)_sync();/{}/" "$source" >"$build/$name.cu"
         cmp -s "$source" "$build/$name.cu" && { echo "races: line $line of $kernel has no barrier"; exit 2; }
-        run "$name" "$build/$name.cu" "${check[$kernel]}" && { echo "races: the barrier on line $line of $kernel can go unnoticed"; exit 1; }
+        run "$name" "$build/$name.cu" "${check[$kernel]}" 1 && { echo "races: the barrier on line $line of $kernel can go unnoticed"; exit 1; }
         grep -q "WARNING: ThreadSanitizer: data race" "$build/$name.log" || { cat "$build/$name.log"; exit 1; }
-        echo "races: $kernel without the barrier on line $line: $(grep -c 'WARNING: ThreadSanitizer: data race' "$build/$name.log") reports"
+        echo "races: $kernel without the barrier on line $line: a race is reported"
     done
 done

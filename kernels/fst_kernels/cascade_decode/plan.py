@@ -160,8 +160,8 @@ class CascadePlan:
             order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, part=part,
             parts=parts.to(device), part_count=width.int().to(device), suffix_part=suffix_part,
             total_parts=suffix_part + sequences * -(-suffix_capacity // chunk),
-            node_slots=slots.view(len(lengths), -1).int().to(device) if len(lengths) else torch.zeros((1, 1), dtype=torch.int32, device=device),
-            suffix_slots=suffix_slots.view(sequences, -1), suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
+            node_slots=(slots if node_page else slots[:, None]).int().to(device),
+            suffix_slots=suffix_slots if suffix_page else suffix_slots[:, None], suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
             node_page=node_page, suffix_page=suffix_page, chunk=chunk, last_slot=int((ends + extent).max()) - 1 if len(node) else -1,
         )  # fmt: skip
 
