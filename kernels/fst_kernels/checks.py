@@ -1,7 +1,8 @@
 """Argument checks shared by the operations: an error names the argument, its value and what is allowed.
 
 Shapes, dtypes and devices are always checked. Values are checked on the CPU; on other devices, where looking at a value waits for the
-device, only with FST_CHECK=1.
+device, only with FST_CHECK=1. Whether large inputs are finite is checked only with FST_CHECK=1, on every device: without it, NaN goes in
+and comes out, and the trainer's own guard answers for it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ def check_finite(name: str, x: Tensor, where: Tensor) -> None:
     if bad.numel():
         first = int(bad[0])
         raise ValueError(f"{name}[{first}]={float(x[first])} under a live label; it must be finite")
+
+
+def check_rows_finite(name: str, x: Tensor, rows: Tensor) -> None:
+    """Every x[rows] [n, H] is finite; only with FST_CHECK=1. Waits for the device."""
+    if os.environ.get("FST_CHECK") != "1":
+        return
+    bad = rows[~torch.isfinite(x[rows]).all(1)]
+    if bad.numel():
+        raise ValueError(f"{name}[{int(bad[0])}] holds NaN or Inf under a live label; it must be finite")
 
 
 def check_range(name: str, x: Tensor, low: int, high: int, also: str = "") -> None:

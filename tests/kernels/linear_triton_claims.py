@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fst_kernels import PolicyObjective, backends, linear_logprob, linear_policy_loss
+from fst_kernels.linear_logprob import op as logprob_op
 from fst_kernels.linear_logprob import triton as op
+from fst_kernels.linear_policy_loss import op as loss_op
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -185,13 +187,71 @@ def test_the_gradient_reaches_rows_beyond_two_to_the_31():
     head = op.Weights(torch.empty(0, 0), None)
     block, op.BLOCK = op.BLOCK, 2**20  # one step of the interpreter
     try:
-        op.logits_gradient_(
+        gradient = op.logits_gradient_(
             products, None, head, None, rows, None, None, torch.ones(1), labels, None, None, torch.tensor([n - 1])
         )  # fmt: skip
     finally:
         op.BLOCK = block
-    assert float(products[-1, -1]) == pytest.approx(1.0)
-    assert float(products[-1, 0]) == pytest.approx(-1 / v)
+    assert gradient.shape == (1, v)
+    assert float(gradient[0, -1]) == pytest.approx(1.0)
+    assert float(gradient[0, 0]) == pytest.approx(-1 / v)
+
+
+@pytest.mark.parametrize("of", ["entropy", "kl"])
+def test_a_gradient_that_is_one_number_for_all_rows_reaches_each_of_them(of):
+    hidden, weight, labels, _ = make()
+    found = []
+    for backend in ("reference", "triton"):
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
+        out = linear_logprob(
+            *inputs, labels, ref_hidden=hidden.flip(0), kl="reverse", backend=backend, chunk_rows=8
+        )
+        found.append(
+            torch.autograd.grad(getattr(out, of).sum(), inputs)
+        )  # the gradient of a sum has stride 0
+    for a, b in zip(*found, strict=True):
+        assert b.norm() > 0
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_a_tile_read_whole_gives_what_one_read_in_halves_gives(monkeypatch):
+    hidden, weight, labels, rows = make(m=30)
+    bias = torch.randn(300, generator=torch.Generator().manual_seed(4))
+    halves = linear_logprob(hidden, weight, labels, rows=rows, bias=bias, softcap=3.0, backend="triton")
+    monkeypatch.setattr(op, "INTERPRETED", op.INTERPRETED._replace(halves=False))
+    whole = linear_logprob(hidden, weight, labels, rows=rows, bias=bias, softcap=3.0, backend="triton")
+    for a, b in zip(halves[:3], whole[:3], strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("kl", [None, "reverse"])
+def test_gradients_gathered_from_several_chunks_are_those_of_each(monkeypatch, kl):
+    """What tensor cores take: compact rows, several chunks to a product."""
+    hidden, weight, labels, rows = make(m=30)
+    advantages = torch.randn(30, generator=torch.Generator().manual_seed(6))
+    advantages[::4] = 0
+    found = []
+    for gathered in (0, 8, 100):
+        for module in (logprob_op, loss_op):
+            monkeypatch.setattr(module, "gathered_rows", lambda *_, rows=gathered: rows)
+        loss_inputs, logprob_inputs = (
+            [x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2)
+        )
+        loss, _ = linear_policy_loss(
+            *loss_inputs, labels, advantages, objective=PolicyObjective(kl=kl, kl_coef=0.3), token_weight=torch.ones(30),
+            rows=rows, ref_hidden=hidden.flip(0) if kl else None, backend="triton", chunk_rows=3,
+        )  # fmt: skip
+        out = linear_logprob(
+            *logprob_inputs, labels, rows=rows, kl=kl, ref_hidden=hidden.flip(0) if kl else None, backend="triton", chunk_rows=3
+        )  # fmt: skip
+        composed = (out.logprob * advantages).sum() + (0 if kl is None else out.kl.sum())
+        found.append(
+            [*torch.autograd.grad(loss, loss_inputs), *torch.autograd.grad(composed, logprob_inputs)]
+        )
+    for got in found[1:]:
+        for a, b in zip(got, found[0], strict=True):
+            assert b.norm() > 0
+            assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 @pytest.mark.parametrize(

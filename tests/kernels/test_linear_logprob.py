@@ -168,8 +168,9 @@ def test_each_row_of_the_logits_gradient_sums_to_zero():
     hidden, weight, labels, rows = make(9, 5, 200, m=20)
     z, r = hidden @ weight.t(), hidden.flip(0) @ weight.t()
     order = torch.argsort(rows, stable=True)
+    scratch = reference.Scratch(weight)
     for kl in ("reverse", "forward"):
-        stats = reference.row_statistics(z.clone(), r.clone(), kl)
+        stats = reference.row_statistics(z.clone(), r.clone(), kl, scratch)
         d_z = reference.logits_gradient(
             stats,
             kl,
@@ -178,6 +179,7 @@ def test_each_row_of_the_logits_gradient_sums_to_zero():
             labels[order],
             torch.randn(9).double(),
             torch.randn(9).double(),
+            scratch,
         )
         assert d_z.abs().max() > 1e-2
         assert d_z.sum(-1).abs().max() < 1e-12
@@ -195,7 +197,8 @@ def test_ignored_labels_give_exactly_zero():
     assert (grad == 0).all()
 
 
-def test_rows_without_a_coefficient_are_left_out_of_the_backward():
+def test_rows_without_a_coefficient_are_left_out_of_the_backward(monkeypatch):
+    monkeypatch.delenv("FST_CHECK")  # which would refuse the NaN
     hidden, weight, labels, _ = make(9, 5, 11)
     hidden[4] = torch.nan
     inputs = [x.requires_grad_() for x in (hidden, weight)]
@@ -370,6 +373,20 @@ def test_bad_arguments_are_named(change, message):
         linear_logprob(**arguments)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_hidden_states_that_are_not_finite_are_named_where_a_label_reads_them(value):
+    hidden, weight, labels, _ = make()
+    hidden[3, 2] = value
+    with pytest.raises(
+        ValueError, match=r"hidden\[3\] holds NaN or Inf under a live label; it must be finite"
+    ):
+        linear_logprob(hidden, weight, labels)
+    with pytest.raises(ValueError, match=r"ref_hidden\[3\] holds NaN or Inf"):
+        linear_logprob(torch.zeros_like(hidden), weight, labels, ref_hidden=hidden)
+    labels[3] = -100
+    assert torch.isfinite(linear_logprob(hidden, weight, labels).logprob).all()
+
+
 def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
     hidden, weight, labels, _ = make()
     for name in ("cuda", "host"):
@@ -396,5 +413,5 @@ def test_the_package_imports_torch_and_numpy_only_and_triton_in_its_own_modules(
         for node in ast.walk(ast.parse(path.read_text())):
             names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            here = allowed | {"triton"} if path.name == "triton.py" else allowed
+            here = allowed | {"triton"} if path.stem in ("triton", "triton_kernels") else allowed
         assert {name.partition(".")[0] for name in names} <= here, path

@@ -236,7 +236,7 @@ def test_rows_that_do_not_count_are_never_read():
 
 
 def test_rows_with_zero_coefficients_drop_out_of_the_products(monkeypatch):
-    from fst_kernels.linear_logprob.reference import Gradients
+    from fst_kernels.linear_logprob.rows import Gradients
 
     case = make_case()
     case["advantages"][case["rows"] != 4] = 0

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fst_kernels.backends import choose_backend
-from fst_kernels.checks import FLOATS, INTS, check_range, check_tensor, look_at_values
-from fst_kernels.linear_logprob.reference import IGNORED, LinearLogprob, default_chunk_rows
+from fst_kernels.linear_logprob.arguments import check_head
+from fst_kernels.linear_logprob.op import default_chunk_rows, linear_logprob_op
 
 
 class LogprobOutput(NamedTuple):
@@ -56,92 +55,35 @@ def linear_logprob(
         raise ValueError(f"kl={kl!r}; allowed: None, 'reverse', 'forward'")
     if kl is not None and ref_hidden is None:
         raise ValueError(f"kl={kl!r} needs ref_hidden, which is None")
-    op: type[torch.autograd.Function] = LinearLogprob
-    default_rows = default_chunk_rows(weight.shape[0])
-    if choose_backend("linear_logprob", backend, hidden.device, hidden.dtype) == "triton":
-        from fst_kernels.linear_logprob import triton as kernels
-
-        op = kernels.LinearLogprobTriton
-        default_rows = kernels.default_chunk_rows(weight.shape[0], 1 if kl is None else 2)
-    out = op.apply(  # type: ignore[no-untyped-call]
+    taken = choose_backend("linear_logprob", backend, hidden.device, hidden.dtype)
+    row_temperature, shared = split_temperature(temperature)
+    logprob, entropy, lse, ref_logprob, divergence, _ = linear_logprob_op(
         hidden,
         weight,
         bias,
+        labels,
+        rows,
         detached(ref_hidden),
         detached(ref_weight),
         detached(ref_bias),
-        labels,
-        rows,
-        temperature.detach() if isinstance(temperature, Tensor) else float(temperature),
-        softcap,
-        kl,
-        chunk_rows or default_rows,
+        row_temperature,
+        temperature=shared,
+        softcap=softcap,
+        kl=kl,
+        backend=taken,
+        chunk_rows=chunk_rows or default_chunk_rows(taken, weight.shape[0], 1 if kl is None else 2),
     )
-    return LogprobOutput(*out)
+    return LogprobOutput(
+        logprob, entropy, lse, None if ref_hidden is None else ref_logprob, None if kl is None else divergence
+    )
+
+
+def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """One per row, or one for all."""
+    if isinstance(temperature, Tensor):
+        return temperature.detach(), 1.0
+    return None, float(temperature)
 
 
 def detached(x: Tensor | None) -> Tensor | None:
     return x.detach() if x is not None and x.requires_grad else x
-
-
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    chunk_rows: int | None,
-) -> None:
-    """What both modes ask of the arguments they share."""
-    check_tensor("hidden", hidden, ("N", "H"), FLOATS)
-    device = hidden.device
-    num_rows, size = hidden.shape
-    check_tensor("weight", weight, ("V", size), (hidden.dtype,), device)
-    vocabulary = weight.shape[0]
-    check_tensor("labels", labels, ("M",) if rows is not None else (num_rows,), (torch.int64,), device)
-    if rows is not None:
-        check_tensor("rows", rows, (labels.shape[0],), INTS, device)
-    if bias is not None:
-        check_tensor("bias", bias, (vocabulary,), FLOATS, device)
-    values = look_at_values(device)
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, (num_rows,), FLOATS, device)
-        if values and not bool((torch.isfinite(temperature) & (temperature > 0)).all()):
-            bad = int((~(torch.isfinite(temperature) & (temperature > 0))).nonzero()[0, 0])
-            raise ValueError(f"temperature[{bad}]={float(temperature[bad])}; allowed: finite numbers > 0")
-    elif not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}; allowed: a finite number > 0")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap={softcap}; allowed: None or a finite number > 0")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows={chunk_rows}; allowed: None or an integer >= 1")
-    if ref_hidden is None:
-        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            if x is not None:
-                raise ValueError(f"{name} is given without ref_hidden; give both or neither")
-    elif ref_weight is None:
-        if ref_bias is not None:
-            raise ValueError(
-                "ref_bias is given without ref_weight; without ref_weight the reference uses weight and bias"
-            )
-        check_tensor("ref_hidden", ref_hidden, (num_rows, size), (weight.dtype,), device)
-    else:
-        check_tensor("ref_hidden", ref_hidden, (num_rows, "H'"), FLOATS, device)
-        check_tensor("ref_weight", ref_weight, (vocabulary, ref_hidden.shape[1]), (ref_hidden.dtype,), device)
-        if ref_bias is not None:
-            check_tensor("ref_bias", ref_bias, (vocabulary,), FLOATS, device)
-    if values:
-        check_range(
-            "labels",
-            torch.where(labels == IGNORED, 0, labels),
-            0,
-            max(vocabulary, 1),
-            f", or {IGNORED} (ignored)",
-        )
-        if rows is not None:
-            check_range("rows", rows, 0, num_rows)

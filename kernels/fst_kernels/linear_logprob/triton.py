@@ -1,23 +1,13 @@
 """The same head as reference.py in Triton: the matrix product reads its own rows' statistics while a tile of logits is in registers.
 
-`head_statistics` is the one product in front of everything: for a tile of rows and a fixed split of the vocabulary it keeps, in fp32,
-    m = max z,   s = sum exp(z - m),   e = sum exp(z - m) (z - m)
-online over the tiles of the split (when m grows by d: e <- (e - d s) exp(-d), s <- s exp(-d)), picks the labels' logits out of the same
-registers, and, if asked, stores the raw product h W^T in fp32. The splits depend on the vocabulary alone and are combined in ascending
-order by a second kernel, without atomics: a row's numbers have the same bits in any batch, with or without a reference, with the
-product stored (the training path, mode B) or not (log-probabilities only), so the ratio of a policy to itself is exactly 1.
-e is kept relative to m: entropy = log s - e / s loses nothing where logits are large. For the same reason log p is (z - m) - log s.
-
-What needs two distributions or a gradient works on stored products, a row at a time: `divergence` (exact KL) and `logits_gradient`,
-which overwrites the products with dLoss/d(h W^T + b); the closed form is the one at the top of reference.py. In bfloat16 the gradient
-takes the first half of its row's bytes; block i of a row writes before the place that block i reads, block 0 is guarded by a barrier.
-
-The gradient's own products are torch's (cuBLAS). On compute capability 9.0 and later tiles come through TMA descriptors, before it
-through pointers. With TRITON_INTERPRET=1 all of it runs on the CPU, in float32.
+The kernels are in triton_kernels.py; here are their tiles, their launches and `TritonRows`, which is what the operations call. Scoring
+(linear_logprob) and training (linear_policy_loss) run the very same product, so the ratio of a policy to itself is exactly 1. Without an
+exact KL and without a gradient no logits are stored at all. The gradient's own products are torch's (cuBLAS). On compute capability 9.0
+and later tiles come through TMA descriptors, before it through pointers. With TRITON_INTERPRET=1 all of it runs on the CPU, in float32.
 """
 
-# Kernels take pointers and constants that Python's types do not describe.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+# Kernels are launched with an index, which Python's types do not describe.
+# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
@@ -26,318 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fst_kernels.linear_logprob.reference import (
-    IGNORED,
-    Gradients,
-    Temperature,
-    accumulate_,
-    label_table,
-    make_heads,
-    matmul,
-    refuse_second_derivatives,
-    row_chunks,
+from fst_kernels.linear_logprob.rows import Heads, Rows, RowValues, accumulate_, matmul, operand
+from fst_kernels.linear_logprob.triton_kernels import (
+    combine_kernel,
+    divergence_kernel,
+    head_statistics_kernel,
+    logits_gradient_kernel,
 )
 
-CHUNK_BYTES = 960 * 2**20
+CHUNK_BYTES = 320 * 10**6
 BLOCK = 1024  # columns of a row that the row kernels take at a time
-LOWEST = tl.constexpr(-1e30)  # finite: 0 times it is 0
-
-
-# ---------------------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _tanh(x):
-    a = tl.abs(x)
-    decay = tl.exp(-2.0 * a)
-    square = x * x
-    series = -17.0 / 315.0 + square * (62.0 / 2835.0)
-    series = a + a * square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * series))
-    value = tl.where(a < 0.3, series, (1.0 - decay) / (1.0 + decay))
-    return tl.where(x < 0, -value, value)
-
-
-@triton.jit
-def _scale(x, temperature, softcap):
-    """z of h W^T + b; softcap None: none."""
-    if softcap is not None:
-        x = softcap * _tanh(x / softcap)
-    return x / temperature
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def head_statistics_kernel(
-    hidden,  # [N, H]
-    weight,  # [V, H]
-    bias,  # [V] or None
-    temperature,  # [N] fp32
-    starts,  # [N + 1] where each row's labels begin
-    labels,  # [L] by ascending row
-    products,  # [N, V] fp32 or None
-    label_logits,  # [L] fp32, z of each label
-    peaks,  # [splits, N] fp32, as are the next two
-    totals,
-    moments,
-    num_rows,
-    vocabulary,
-    size,
-    hidden_stride,
-    weight_stride,
-    products_stride,
-    softcap,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SPLIT: tl.constexpr,  # columns, a multiple of COLUMNS
-    TMA: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    row_start = tl.program_id(0) * ROWS
-    split = tl.program_id(1)
-    rows = row_start + tl.arange(0, ROWS)
-    in_rows = rows < num_rows
-    # What a tile's end needs of its rows is loaded there: kept here it would take registers from the product.
-    most = tl.max(
-        tl.load(starts + rows + 1, mask=in_rows, other=0) - tl.load(starts + rows, mask=in_rows, other=0), 0
-    ).to(tl.int32)
-    # Offsets inside a tile fit 32 bits; a tile's own place needs 64.
-    depth = tl.arange(0, DEPTH)
-    in_tile = tl.arange(0, COLUMNS)
-    if TMA:
-        hidden_tiles = tl.make_tensor_descriptor(hidden, [num_rows, size], [hidden_stride, 1], [ROWS, DEPTH])
-        weight_tiles = tl.make_tensor_descriptor(
-            weight, [vocabulary, size], [weight_stride, 1], [COLUMNS, DEPTH]
-        )
-    else:
-        hidden += row_start.to(tl.int64) * hidden_stride
-    if products is not None:
-        if TMA:
-            product_tiles = tl.make_tensor_descriptor(
-                products, [num_rows, vocabulary], [products_stride, 1], [ROWS, COLUMNS // 2]
-            )
-        else:
-            products += row_start.to(tl.int64) * products_stride
-    peak = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    moment = tl.zeros([ROWS], tl.float32)
-    stop = tl.minimum((split + 1) * SPLIT, vocabulary)
-    for column_start in range(split * SPLIT, stop, COLUMNS):
-        in_columns = in_tile < vocabulary - column_start
-        x = tl.zeros([ROWS, COLUMNS], tl.float32)
-        weight_tile = weight + tl.cast(column_start, tl.int64) * weight_stride
-        for k in range(0, size, DEPTH):
-            if TMA:
-                a = hidden_tiles.load([row_start, k])
-                b = weight_tiles.load([column_start, k])
-            else:
-                in_depth = k + depth < size
-                a = tl.load(
-                    hidden + (rows - row_start)[:, None] * hidden_stride + (k + depth)[None, :],
-                    mask=in_rows[:, None] & in_depth[None, :],
-                    other=0.0,
-                )
-                b = tl.load(
-                    weight_tile + in_tile[:, None] * weight_stride + (k + depth)[None, :],
-                    mask=in_columns[:, None] & in_depth[None, :],
-                    other=0.0,
-                )
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            x = tl.dot(a, tl.trans(b), x, input_precision="ieee")
-        if products is not None:
-            if TMA:  # in halves, whose staging area fits beside the stages of the product
-                left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
-                product_tiles.store([row_start, column_start], left)
-                product_tiles.store([row_start, column_start + COLUMNS // 2], right)
-            else:
-                tl.store(
-                    products
-                    + column_start
-                    + (rows - row_start)[:, None] * products_stride
-                    + in_tile[None, :],
-                    x,
-                    mask=in_rows[:, None] & in_columns[None, :],
-                )
-        if bias is not None:
-            x += tl.load(bias + column_start + in_tile, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-        t = tl.load(temperature + rows, mask=in_rows, other=1.0)
-        z = tl.where(in_columns[None, :], _scale(x, t[:, None], softcap), float("-inf"))
-        for j in range(most):
-            first = tl.load(starts + rows, mask=in_rows, other=0)
-            count = tl.load(starts + rows + 1, mask=in_rows, other=0) - first
-            label = tl.load(labels + first + j, mask=j < count, other=-1).to(tl.int32) - column_start
-            found = (label >= 0) & (label < COLUMNS)
-            if tl.max(found.to(tl.int32), 0) > 0:
-                at = in_tile[None, :] == label[:, None]
-                tl.store(label_logits + first + j, tl.sum(tl.where(at, z, 0.0), 1), mask=found)
-        higher = tl.maximum(peak, tl.max(z, 1))
-        z = z - higher[:, None]
-        p = tl.exp(z)
-        rise = peak - higher
-        decay = tl.exp(rise)
-        moment = decay * (moment + rise * total) + tl.sum(p * tl.where(p > 0, z, 0.0), 1)
-        total = decay * total + tl.sum(p, 1)
-        peak = higher
-    place = split.to(tl.int64) * num_rows + rows
-    tl.store(peaks + place, peak, mask=in_rows)
-    tl.store(totals + place, total, mask=in_rows)
-    tl.store(moments + place, moment, mask=in_rows)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def combine_kernel(
-    peaks,  # [splits, N] fp32, as are the next two
-    totals,
-    moments,
-    peak,  # [N] fp32, as are the next two
-    log_total,
-    entropy,
-    num_rows,
-    splits,
-    ROWS: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    in_rows = rows < num_rows
-    m = tl.full([ROWS], LOWEST, tl.float32)
-    s = tl.zeros([ROWS], tl.float32)
-    e = tl.zeros([ROWS], tl.float32)
-    for split in range(splits):
-        place = tl.cast(split, tl.int64) * num_rows + rows
-        next_m = tl.load(peaks + place, mask=in_rows, other=0.0)
-        next_s = tl.load(totals + place, mask=in_rows, other=1.0)
-        next_e = tl.load(moments + place, mask=in_rows, other=0.0)
-        higher = tl.maximum(m, next_m)
-        rise, next_rise = m - higher, next_m - higher
-        decay, next_decay = tl.exp(rise), tl.exp(next_rise)
-        e = decay * (e + rise * s) + next_decay * (next_e + next_rise * next_s)
-        s = decay * s + next_decay * next_s
-        m = higher
-    tl.store(peak + rows, m, mask=in_rows)
-    tl.store(log_total + rows, tl.log(s), mask=in_rows)
-    tl.store(entropy + rows, tl.log(s) - e / s, mask=in_rows)
-
-
-@triton.jit
-def _log_probability(products, bias, columns, mask, t, peak, log_total, softcap):
-    x = tl.load(products + columns, mask=mask, other=0.0)
-    if bias is not None:
-        x += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    return (_scale(x, t, softcap) - peak) - log_total, x
-
-
-@triton.jit
-def divergence_kernel(
-    products,  # [n, V] fp32
-    ref_products,  # [n, V] fp32
-    bias,
-    ref_bias,
-    temperature,  # [n] fp32, as are the next four
-    peak,
-    log_total,
-    ref_peak,
-    ref_log_total,
-    kl,  # [n] fp32
-    vocabulary,
-    products_stride,  # elements from row to row, as is the next
-    ref_stride,
-    softcap,
-    FORWARD: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    t = tl.load(temperature + row)
-    m, log_s = tl.load(peak + row), tl.load(log_total + row)
-    ref_m, ref_log_s = tl.load(ref_peak + row), tl.load(ref_log_total + row)
-    sums = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, vocabulary, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        mask = columns < vocabulary
-        log_p, _ = _log_probability(
-            products + row * products_stride, bias, columns, mask, t, m, log_s, softcap
-        )
-        log_q, _ = _log_probability(
-            ref_products + row * ref_stride, ref_bias, columns, mask, t, ref_m, ref_log_s, softcap
-        )
-        if FORWARD:
-            term = tl.exp(log_q) * (log_q - log_p)
-        else:
-            term = tl.exp(log_p) * (log_p - log_q)
-        sums += tl.where(mask, term, 0.0)
-    tl.store(kl + row, tl.sum(sums, 0))
-
-
-@triton.jit
-def logits_gradient_kernel(
-    products,  # [n, V] fp32
-    ref_products,  # [n, V] fp32 or None
-    bias,
-    ref_bias,
-    temperature,  # [n] fp32, as are the next four
-    peak,
-    log_total,
-    ref_peak,
-    ref_log_total,
-    b0,  # [n] fp32
-    b1,  # [n] fp32 or None
-    d_kl,  # [n] fp32 or None
-    starts,  # [n + 1] where each row's labels begin
-    labels,  # [l]
-    coefficients,  # [l] fp32
-    acting,  # rows to be worked on, or None: all
-    out,  # the bytes of products, with out_stride elements a row
-    vocabulary,
-    products_stride,  # elements from row to row, as are the next two
-    ref_stride,
-    out_stride,
-    softcap,
-    FORWARD: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    if acting is not None:
-        row = tl.load(acting + row)
-    t = tl.load(temperature + row)
-    m, log_s = tl.load(peak + row), tl.load(log_total + row)
-    base = tl.load(b0 + row)
-    slope = tl.load(b1 + row) if b1 is not None else 0.0
-    if d_kl is not None:
-        ref_m, ref_log_s = tl.load(ref_peak + row), tl.load(ref_log_total + row)
-        k = tl.load(d_kl + row)
-    first, last = tl.load(starts + row), tl.load(starts + row + 1)
-    for start in range(0, vocabulary, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        mask = columns < vocabulary
-        log_p, x = _log_probability(
-            products + row * products_stride, bias, columns, mask, t, m, log_s, softcap
-        )
-        form = tl.zeros([COLUMNS], tl.float32) + base
-        if b1 is not None:
-            form += slope * log_p
-        if d_kl is not None:
-            log_q, _ = _log_probability(
-                ref_products + row * ref_stride, ref_bias, columns, mask, t, ref_m, ref_log_s, softcap
-            )
-            if FORWARD:
-                gradient = tl.exp(log_p) * form - k * tl.exp(log_q)
-            else:
-                gradient = tl.exp(log_p) * (form - k * log_q)
-        else:
-            gradient = tl.exp(log_p) * form
-        for j in range(first, last):
-            gradient += tl.where(columns == tl.load(labels + j), tl.load(coefficients + j), 0.0)
-        gradient = gradient / t
-        if softcap is not None:
-            cap = _tanh(x / softcap)
-            gradient = gradient * (1.0 - cap * cap)
-        tl.debug_barrier()
-        tl.store(out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=mask)
-
-
-# ---------------------------------------------------------------------------------------------------------------- launches
 
 
 class Tiles(NamedTuple):
@@ -348,15 +38,19 @@ class Tiles(NamedTuple):
     depth: int
     split: int  # columns of the vocabulary that one program walks through
     tma: bool
+    halves: bool  # of a tile are read one after the other
     warps: int
     stages: int
 
 
-INTERPRETED = Tiles(16, 64, 32, 256, False, 4, 1)
-FULL_PRECISION = Tiles(64, 64, 32, 4096, False, 4, 2)  # float32 operands
-AMPERE = Tiles(128, 64, 64, 4096, False, 8, 3)
-HOPPER = Tiles(128, 256, 64, 4096, True, 8, 3)
-BLACKWELL = Tiles(128, 128, 64, 4096, True, 8, 4)
+# A split is short, so that the last wave of programs is nearly full: 512 rows of a vocabulary of 151,936 are 4 x 297 programs of the
+# Hopper tile, exactly 9 waves over 132 multiprocessors; 4 x 38 programs of 4096 columns would be 1.15 waves.
+INTERPRETED = Tiles(16, 64, 32, 256, False, True, 4, 1)
+FULL_PRECISION = Tiles(64, 64, 32, 512, False, False, 4, 2)  # float32 operands
+AMPERE = Tiles(128, 64, 64, 512, False, False, 8, 3)
+HOPPER = Tiles(128, 256, 64, 512, True, True, 8, 3)
+BLACKWELL = Tiles(128, 128, 64, 512, True, True, 8, 4)
+COMBINED_ROWS, COMBINED_SPLITS = 16, 64  # of the partial statistics, at a time
 
 
 def choose_tiles(hidden: Tensor) -> Tiles:
@@ -372,7 +66,7 @@ def choose_tiles(hidden: Tensor) -> Tiles:
 
 
 def default_chunk_rows(vocabulary: int, products: int) -> int:
-    """Rows whose fp32 products, so many per row, take under 1 GiB together."""
+    """Rows whose fp32 products, so many per row, take 320 MB together: what is gathered for the gradient's products is larger (Gradients)."""
     return max(128, CHUNK_BYTES // (4 * max(vocabulary, 1) * products) // 128 * 128)
 
 
@@ -428,11 +122,8 @@ class Statistics(NamedTuple):
             peak, log_total, entropy, torch.zeros(num_labels, dtype=torch.float32, device=device)
         )
 
-    def part(self, rows: slice) -> Statistics:
-        return Statistics(self.peak[rows], self.log_total[rows], self.entropy[rows], self.label_logits)
-
     def logprob(self, rows: Tensor) -> Tensor:
-        """[l] of the labels in these rows; means nothing for labels outside of the vocabulary (ignored ones)."""
+        """[l] of the labels in these rows."""
         return (self.label_logits - self.peak[rows]) - self.log_total[rows]
 
 
@@ -465,9 +156,11 @@ def head_statistics_(
                 *partial, n, vocabulary, size, hidden.stride(0), weight.stride(0),
                 0 if products is None else products.stride(0), softcap,
                 ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, SPLIT=tiles.split, TMA=tiles.tma,
-                UPCAST=not hidden.is_cuda, num_warps=tiles.warps, num_stages=tiles.stages,
+                HALVES=tiles.halves, UPCAST=not hidden.is_cuda, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
-            combine_kernel[(triton.cdiv(n, 128),)](*partial, *out[:3], n, splits, ROWS=128, num_warps=4)
+            combine_kernel[(triton.cdiv(n, COMBINED_ROWS),)](
+                *partial, *out[:3], n, splits, ROWS=COMBINED_ROWS, SPLITS=COMBINED_SPLITS, num_warps=4
+            )
     return products
 
 
@@ -519,9 +212,10 @@ def logits_gradient_(
     labels: LabelRanges,
     d_entropy: Tensor | None,  # [n] dLoss/dentropy; None = 0
     d_kl: Tensor | None,  # [n] dLoss/dKL; None = 0
-    acting: Tensor | None = None,  # ascending rows; None: all
+    acting: Tensor | None = None,  # [a] ascending rows; None: all
+    out: Tensor | None = None,  # [n or a, V] where to write it; None: over the products, if all rows act
 ) -> Tensor:
-    """dLoss/d(h W^T + b) of the acting rows, [n or number acting, V], in the type in which its products are taken."""
+    """dLoss/d(h W^T + b) of the acting rows, [n or a, V]."""
     n, vocabulary = products.shape
     b0 = -accumulate_(torch.zeros_like(rows.peak), labels.rows, coefficients)
     b1: Tensor | None = None
@@ -534,9 +228,11 @@ def logits_gradient_(
         b1 = d_kl if b1 is None else b1 + d_kl
     if d_kl is not None and kl == "forward":
         b0 = b0 + d_kl
-    half = head.weight.is_cuda and head.weight.dtype == torch.bfloat16
-    out = products.view(torch.bfloat16)[:, :vocabulary] if half else products
+    # Autograd hands on one number for all rows as a tensor without strides.
+    b1, d_kl = (None if x is None else x.contiguous() for x in (b1, d_kl))
     count = n if acting is None else acting.shape[0]
+    if out is None:
+        out = products if acting is None else torch.empty_like(products[:count])
     if count and vocabulary:
         with _on(products):
             logits_gradient_kernel[(count,)](
@@ -546,144 +242,86 @@ def logits_gradient_(
                 0 if ref_products is None else ref_products.stride(0), out.stride(0), softcap,
                 FORWARD=kl == "forward", COLUMNS=BLOCK, num_warps=4,
             )  # fmt: skip
-    return out if acting is None else out[acting]
+    return out
 
 
-def make_weights(
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-) -> tuple[Weights, Weights | None]:
-    """The policy's head and, if there are reference states, the reference's: the policy's own, bias included, without a ref_weight."""
+class TritonRows:
+    """HeadRows in Triton. `evaluate` waits for nothing on the device."""
 
-    def head(weight: Tensor, bias: Tensor | None) -> Weights:
-        return Weights(weight.contiguous(), None if bias is None else bias.contiguous())
+    def __init__(self, heads: Heads) -> None:
+        def weights(weight: Tensor, bias: Tensor | None) -> Weights:
+            return Weights(weight.contiguous(), None if bias is None else bias.contiguous())
 
-    own = head(weight, bias)
-    if ref_hidden is None:
-        return own, None
-    return own, own if ref_weight is None else head(ref_weight, ref_bias)
+        self.head = weights(heads.weight, heads.bias)
+        self.ref_head = self.head if heads.ref_weight is None else weights(heads.ref_weight, heads.ref_bias)
+        self.softcap, self.kl = heads.softcap, heads.kl
 
-
-def row_temperatures(temperature: Temperature, like: Tensor) -> Tensor:
-    """[N] fp32."""
-    if isinstance(temperature, Tensor):
-        return temperature.float().contiguous()
-    return torch.full((like.shape[0],), temperature, dtype=torch.float32, device=like.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------- mode A
-
-
-class LinearLogprobTriton(torch.autograd.Function):
-    """Arguments, results and gradients of reference.LinearLogprob. The forward waits for nothing on the device."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-        labels: Tensor,
-        rows: Tensor | None,
-        temperature: Temperature,
-        softcap: float | None,
-        kl: str | None,
-        chunk_rows: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        num_rows, num_labels, device = hidden.shape[0], labels.shape[0], hidden.device
-        t = row_temperatures(temperature, hidden)
-        head, ref_head = make_weights(weight, bias, ref_hidden, ref_weight, ref_bias)
-        if rows is None:
-            row, order = torch.arange(num_rows, device=device), None
-        else:
-            row, order = torch.sort(rows.long(), stable=True)
-        ranges = LabelRanges.of(num_rows, row, labels if order is None else labels[order])
-        policy = Statistics.empty(num_rows, num_labels, device)
-        reference = None if ref_hidden is None else Statistics.empty(num_rows, num_labels, device)
-        divergences = None if kl is None else torch.empty(num_rows, dtype=torch.float32, device=device)
-        step = max(1, num_rows) if kl is None else chunk_rows
-        for start in range(0, num_rows, step):
-            at = slice(start, min(start + step, num_rows))
-            here = LabelRanges(ranges.starts[at.start : at.stop + 1], ranges.labels, ranges.rows)
-            products = head_statistics_(
-                policy.part(at), hidden[at], head, t[at], softcap, here, store=kl is not None
-            )
-            if reference is None or ref_head is None or ref_hidden is None:
-                continue
-            ref_products = head_statistics_(
-                reference.part(at), ref_hidden[at], ref_head, t[at], softcap, here, store=kl is not None
-            )
-            if divergences is not None and products is not None and ref_products is not None:
-                divergences[at] = divergence(
-                    products, ref_products, policy.part(at), reference.part(at), head, ref_head, t[at], softcap,
-                    str(kl),
-                )  # fmt: skip
-
-        def of_labels(statistics: Statistics) -> Tensor:  # in the caller's order
-            found = statistics.logprob(row)
-            found = found if order is None else torch.empty_like(found).index_copy_(0, order, found)
-            return torch.where(labels == IGNORED, 0.0, found)
-
-        logprob, lse = of_labels(policy), policy.peak + policy.log_total
-        ref_logprob = ref_peak = ref_log_total = None
-        if reference is not None:
-            ref_logprob, ref_peak, ref_log_total = of_labels(reference), reference.peak, reference.log_total
-        ctx.save_for_backward(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels, t, policy.peak, policy.log_total,
-            ref_peak, ref_log_total, policy.entropy, divergences,
-        )  # fmt: skip
-        ctx.softcap, ctx.kl, ctx.chunk_rows = softcap, kl, chunk_rows
-        ctx.mark_non_differentiable(lse, *([] if ref_logprob is None else [ref_logprob]))
-        ctx.set_materialize_grads(False)
-        return logprob, policy.entropy, lse, ref_logprob, divergences
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives("linear_logprob")
-        d_logprob, d_entropy, _, _, d_kl = grads
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels, *of_rows = ctx.saved_tensors
-        numbers = RowNumbers(*of_rows)
-        if d_logprob is None:
-            d_logprob = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-        # Labels and rows without a coefficient take no part from here on.
-        table = label_table(labels, rows, (labels != IGNORED) & (d_logprob != 0))
-        wanted = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        wanted[table.rows] = True
-        for d_row in (d_entropy, d_kl):
-            if d_row is not None:
-                wanted |= d_row != 0
-        selected = wanted.nonzero().squeeze(1)  # [R]
-        compact = torch.searchsorted(selected, table.rows)  # [L]
-        kl = None if d_kl is None else ctx.kl
-        head, ref_head = make_heads(
-            weight, bias, ref_hidden if kl else None, ref_weight, ref_bias, ctx.softcap
+    def evaluate(self, rows: Rows, *, keep: bool) -> RowValues:
+        n, count, device = rows.hidden.shape[0], rows.labels.shape[0], rows.hidden.device
+        t = row_temperatures(rows)
+        ranges = LabelRanges.of(n, rows.label_rows, rows.labels)
+        policy = Statistics.empty(n, count, device)
+        store = self.kl is not None
+        products = head_statistics_(
+            policy, rows.hidden, self.head, t, self.softcap, ranges, store=keep or store
         )
-        raw, raw_ref = make_weights(weight, bias, ref_hidden if kl else None, ref_weight, ref_bias)
-        out = Gradients(hidden, head, *ctx.needs_input_grad[:3])
-        every = selected.shape[0] == hidden.shape[0]
-        with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in row_chunks(None if every else selected, selected.shape[0], compact, ctx.chunk_rows):
-                h = hidden[chunk.rows]
-                d_z = logits_gradient_(
-                    matmul(h, head.weight.t()),
-                    None if ref_head is None else matmul(ref_hidden[chunk.rows], ref_head.weight.t()),
-                    raw,
-                    raw_ref,
-                    RowNumbers(*(None if x is None else x[chunk.rows] for x in numbers)),  # type: ignore[arg-type]
-                    ctx.softcap,
-                    kl,
-                    d_logprob[table.origin[chunk.labels]],
-                    LabelRanges.of(chunk.size, chunk.label_rows, table.labels[chunk.labels]),
-                    None if d_entropy is None else d_entropy[chunk.rows],
-                    None if d_kl is None else d_kl[chunk.rows],
-                )
-                out.add(chunk.rows, d_z, h)
-        d_weight = None if out.weight is None else out.weight.to(weight.dtype)
-        d_bias = None if out.bias is None else out.bias.to(bias.dtype)
-        return out.hidden, d_weight, d_bias, *([None] * 9)
+        reference = ref_products = exact = None
+        if rows.ref_hidden is not None:
+            reference = Statistics.empty(n, count, device)
+            ref_products = head_statistics_(
+                reference, rows.ref_hidden, self.ref_head, t, self.softcap, ranges, store=store
+            )
+            if self.kl is not None and products is not None and ref_products is not None:
+                exact = divergence(
+                    products, ref_products, policy, reference, self.head, self.ref_head, t, self.softcap, self.kl
+                )  # fmt: skip
+        of_reference = (policy if reference is None else reference)[:2]
+        kept = torch.stack((policy.peak, policy.log_total, *of_reference))
+        values = RowValues(
+            policy.logprob(rows.label_rows),
+            policy.entropy,
+            policy.peak + policy.log_total,
+            None if reference is None else reference.logprob(rows.label_rows),
+            exact,
+            kept,
+        )
+        if keep:
+            assert products is not None
+            self.last = products, ref_products, ranges, numbers_of(t, kept, policy.entropy, exact)
+        return values
+
+    def recall(self, rows: Rows, entropy: Tensor, kl: Tensor | None, kept: Tensor) -> None:
+        def products(hidden: Tensor, head: Weights) -> Tensor:
+            return matmul(hidden, operand(head.weight).t())
+
+        ref_products = None if rows.ref_hidden is None else products(rows.ref_hidden, self.ref_head)
+        ranges = LabelRanges.of(rows.hidden.shape[0], rows.label_rows, rows.labels)
+        numbers = numbers_of(row_temperatures(rows), kept, entropy, kl)
+        self.last = products(rows.hidden, self.head), ref_products, ranges, numbers
+
+    def gradient(
+        self,
+        coefficient: Tensor,
+        d_entropy: Tensor | None,
+        d_kl: Tensor | None,
+        acting: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        products, ref_products, ranges, numbers = self.last
+        del self.last
+        return logits_gradient_(
+            products, ref_products, self.head, self.ref_head, numbers, self.softcap, self.kl, coefficient, ranges,
+            d_entropy, d_kl, acting, out,
+        )  # fmt: skip
+
+
+def row_temperatures(rows: Rows) -> Tensor:
+    """[n] fp32."""
+    if isinstance(rows.temperature, Tensor):
+        return rows.temperature.float().contiguous()
+    return rows.hidden.new_full((rows.hidden.shape[0],), rows.temperature, dtype=torch.float32)
+
+
+def numbers_of(temperature: Tensor, kept: Tensor, entropy: Tensor, kl: Tensor | None) -> RowNumbers:
+    peak, log_total, ref_peak, ref_log_total = kept.unbind()
+    return RowNumbers(temperature, peak, log_total, ref_peak, ref_log_total, entropy, kl)

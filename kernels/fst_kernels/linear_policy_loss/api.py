@@ -6,23 +6,18 @@ import torch
 from torch import Tensor
 
 from fst_kernels.backends import choose_backend
-from fst_kernels.checks import FLOATS, check_finite, check_tensor, look_at_values
-from fst_kernels.linear_logprob.api import LogprobOutput, check_head, detached
-from fst_kernels.linear_logprob.reference import IGNORED, accumulate_, default_chunk_rows
-from fst_kernels.linear_policy_loss.cuda import (
-    HostRowKernelPolicyLoss,
-    RowKernelPolicyLoss,
-    device_chunk_rows,
+from fst_kernels.checks import FLOATS, check_tensor
+from fst_kernels.linear_logprob.api import LogprobOutput, detached, split_temperature
+from fst_kernels.linear_logprob.arguments import check_head
+from fst_kernels.linear_logprob.rows import IGNORED, accumulate_
+from fst_kernels.linear_policy_loss.objective import (
+    PolicyObjective,
+    PolicyStats,
+    check_label_values,
+    policy_sums,
+    policy_terms,
 )
-from fst_kernels.linear_policy_loss.objective import PolicyObjective, PolicyStats, policy_sums, policy_terms
-from fst_kernels.linear_policy_loss.reference import LinearPolicyLoss
-
-# Backend -> what runs it; triton, an optional package, is imported when it is taken. All take and save the same.
-FUNCTIONS: dict[str, type[LinearPolicyLoss]] = {
-    "reference": LinearPolicyLoss,
-    "cuda": RowKernelPolicyLoss,
-    "host": HostRowKernelPolicyLoss,
-}
+from fst_kernels.linear_policy_loss.op import PER_LABEL, default_chunk_rows, linear_policy_loss_op
 
 
 def linear_policy_loss(
@@ -70,33 +65,35 @@ def linear_policy_loss(
     elif ref_hidden is None:
         needed = "ref_hidden or ref_logprob" if objective.kl == "k3" else "ref_hidden"
         raise ValueError(f"objective.kl={objective.kl!r} needs {needed}, which is None")
-    grad = torch.is_grad_enabled()
     taken = choose_backend("linear_policy_loss", backend, hidden.device, hidden.dtype)
-    op: type[torch.autograd.Function] = FUNCTIONS.get(taken, LinearPolicyLoss)
-    default_rows = default_chunk_rows(weight.shape[0])
-    if taken == "cuda":
-        default_rows = device_chunk_rows(weight.shape[0], 1 if ref_hidden is None else 2)
-    elif taken == "triton":
-        from fst_kernels.linear_logprob.triton import default_chunk_rows as triton_chunk_rows
-        from fst_kernels.linear_policy_loss.triton import LinearPolicyLossTriton
-
-        op = LinearPolicyLossTriton
-        default_rows = triton_chunk_rows(weight.shape[0], 2 if objective.kl in ("reverse", "forward") else 1)
-    loss, sums = op.apply(  # type: ignore[no-untyped-call]
+    row_temperature, shared = split_temperature(temperature)
+    grad = torch.is_grad_enabled()
+    loss, sums, *_ = linear_policy_loss_op(
         hidden,
         weight,
         bias,
+        labels,
+        rows,
         detached(ref_hidden),
         detached(ref_weight),
         detached(ref_bias),
-        labels,
-        rows,
-        per_label,
-        objective,
-        temperature.detach() if isinstance(temperature, Tensor) else float(temperature),
-        softcap,
-        chunk_rows or default_rows,
-        tuple(grad and x is not None and x.requires_grad for x in (hidden, weight, bias)),
+        row_temperature,
+        *(per_label.get(name) for name in PER_LABEL),
+        temperature=shared,
+        softcap=softcap,
+        kind=objective.kind,
+        ratio_cap=objective.ratio_cap,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        kl=objective.kl,
+        kl_coef=objective.kl_coef,
+        entropy_coef=objective.entropy_coef,
+        backend=taken,
+        chunk_rows=chunk_rows
+        or default_chunk_rows(taken, weight.shape[0], objective, ref_hidden is not None),
+        need_hidden=grad and hidden.requires_grad,
+        need_weight=grad and weight.requires_grad,
+        need_bias=grad and bias is not None and bias.requires_grad,
     )
     return loss, PolicyStats(sums)
 
@@ -124,24 +121,22 @@ def policy_loss(
     per_label = check_labels(labels, advantages, token_weight, old_logprob, rollout_weight, ref_logprob)
     if sequence is not None:
         check_tensor("sequence", sequence, tuple(labels.shape), (torch.int64, torch.int32), labels.device)
-    exact = objective.kl in ("reverse", "forward")
+    exact = objective.exact_kl is not None
     if exact and output.kl is None:
         raise ValueError(
             f"objective.kl={objective.kl!r} needs output.kl: call linear_logprob with kl={objective.kl!r}"
         )
-    live = ((labels != IGNORED) & (token_weight != 0)).nonzero().squeeze(1)  # [L]
-    row = live if rows is None else rows[live].long()
-    logprob = output.logprob[live]
-    of = {name: x[live].to(logprob.dtype) for name, x in per_label.items()}
-    n, advantages = of.pop("token_weight"), of.pop("advantages")
-    terms = policy_terms(
-        logprob.detach(),
-        advantages,
-        objective=objective,
-        token_weight=n,
-        sequence=None if sequence is None else sequence[live],
-        **of,
-    )
+    live = (labels != IGNORED) & (token_weight != 0)  # [M]
+    if not torch.compiler.is_compiling():
+        check_label_values(per_label, live)
+    row = torch.arange(labels.shape[0], device=labels.device) if rows is None else rows.long()
+    # Labels that do not count stay, with every number 0: no size depends on how many there are. They are a sequence of their own.
+    logprob = torch.where(live, output.logprob, 0)
+    of = {name: torch.where(live, x.to(logprob.dtype), 0) for name, x in per_label.items()}
+    if sequence is not None:
+        of["sequence"] = torch.where(live, sequence.long(), torch.iinfo(torch.int64).min)
+    n = of.pop("token_weight")
+    terms = policy_terms(logprob.detach(), objective=objective, token_weight=n, **of)
     kl = output.kl if exact else None
     with torch.no_grad():
         sums = policy_sums(
@@ -151,6 +146,7 @@ def policy_loss(
             of.get("rollout_weight"),
             output.entropy[row],
             None if kl is None else kl[row],
+            live,
         )
         row_weight = accumulate_(torch.zeros_like(output.entropy), row, n)
     # Each term adds its gradient and the value 0.
@@ -170,14 +166,10 @@ def check_labels(
     rollout_weight: Tensor | None,
     ref_logprob: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The arguments per label that are given, detached and checked: [M] floats, finite wherever a label counts."""
+    """The arguments per label that are given, detached, all [M] floats."""
     given = {"token_weight": token_weight, "advantages": advantages}
     optional = {"old_logprob": old_logprob, "rollout_weight": rollout_weight, "ref_logprob": ref_logprob}
     given |= {name: x for name, x in optional.items() if x is not None}
     for name, x in given.items():
         check_tensor(name, x, tuple(labels.shape), FLOATS, labels.device)
-    if look_at_values(labels.device):
-        live = ((labels != IGNORED) & (token_weight != 0)).nonzero().squeeze(1)
-        for name, x in given.items():
-            check_finite(name, x, live)
     return {name: x.detach() for name, x in given.items()}

@@ -11,33 +11,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fst_kernels.library import LibraryName, load
-from fst_kernels.linear_logprob.reference import (
-    IGNORED,
-    ROW_BLOCK,
-    Gradients,
-    Head,
-    Temperature,
-    accumulator,
-    label_table,
-    make_heads,
-    matmul,
-    pad_rows,
-    row_chunks,
-)
-from fst_kernels.linear_policy_loss.objective import SUMS, PolicyObjective, policy_sums, policy_terms
+from fst_kernels.linear_logprob.reference import ROW_BLOCK, Head, make_heads, pad_rows
+from fst_kernels.linear_logprob.rows import Heads, Rows, RowValues, matmul
+from fst_kernels.linear_policy_loss.objective import PolicyObjective
 from fst_kernels.linear_policy_loss.program import (
     INPUTS,
     MAX_INSTRUCTIONS,
     Instruction,
     coefficient_program,
 )
-from fst_kernels.linear_policy_loss.reference import LinearPolicyLoss
 
 DEVICE_CHUNK_BYTES = 768 * 2**20
 
@@ -202,105 +190,62 @@ def policy_rows(
 # ------------------------------------------------------------------------------------------------------------------- mode B
 
 
-class RowKernelPolicyLoss(LinearPolicyLoss):
-    """hidden, weight, bias -> loss, PolicyStats.sums; saves and scales its gradients as the reference does."""
+class RowKernel:
+    """HeadRows over the kernel. Evaluation and gradient are one launch, so the objective must be known before: it becomes a program."""
 
-    library_name: LibraryName = "cuda"
+    def __init__(self, heads: Heads, objective: PolicyObjective, library_name: LibraryName) -> None:
+        self.head, self.ref_head = make_heads(heads)
+        self.softcap, self.kl = heads.softcap, objective.exact_kl
+        self.objective, self.library_name = objective, library_name
 
-    @classmethod
-    def forward(
-        cls,
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        ref_hidden: Tensor | None,
-        ref_weight: Tensor | None,
-        ref_bias: Tensor | None,
-        labels: Tensor,
-        rows: Tensor | None,
-        per_label: dict[str, Tensor],
-        objective: PolicyObjective,
-        temperature: Temperature,
-        softcap: float | None,
-        chunk_rows: int,
-        need_gradient: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor]:
-        dtype, device = accumulator(hidden.dtype), hidden.device
-        if dtype != torch.float32 or weight.dtype == torch.float64:
-            raise ValueError(
-                f"hidden has dtype float64; backend={cls.library_name} computes in float32: use backend='reference'"
-            )
-        # Rows whose labels are all ignored or weigh nothing take no part at all.
-        table = label_table(labels, rows, (labels != IGNORED) & (per_label["token_weight"] != 0))
-        selected, compact = torch.unique_consecutive(table.rows, return_inverse=True)  # [R], [L]
-        every = selected.shape[0] == hidden.shape[0]
-        kl = objective.kl if objective.kl in ("reverse", "forward") else None
-        head, ref_head = make_heads(weight, bias, ref_hidden, ref_weight, ref_bias, softcap)
-        if not isinstance(temperature, Tensor):
-            temperature = torch.full((hidden.shape[0],), temperature, dtype=dtype, device=device)
-        out = Gradients(hidden, head, *need_gradient)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-        given = frozenset(per_label) | ({"ref_logprob"} if objective.kl == "k3" else frozenset())
-        program = coefficient_program(objective, given)
-        with torch.autocast(device.type, enabled=False):
-            for chunk in row_chunks(None if every else selected, selected.shape[0], compact, chunk_rows):
-                h = hidden[chunk.rows]
-                z = _raw_logits(head, h)
-                r = None if ref_head is None else _raw_logits(ref_head, ref_hidden[chunk.rows])  # type: ignore[index]
-                d_logits = None
-                if any(
-                    need_gradient
-                ):  # in place: bf16 where the next products take it, in the first half of each row
-                    in_bf16 = head.weight.dtype == torch.bfloat16
-                    d_logits = z.view(torch.bfloat16)[:, : z.shape[1]] if in_bf16 else z
-                origin, at = table.origin[chunk.labels], chunk.label_rows
-                of = {name: x[origin].to(dtype) for name, x in per_label.items()}
-                rows_of = policy_rows(
-                    z,
-                    temperature[chunk.rows],
-                    at,
-                    table.labels[chunk.labels],
-                    ref=r,
-                    kl=kl,
-                    softcap=softcap,
-                    d_logits=d_logits,
-                    inputs=of,
-                    program=program,
-                    kl_coef=objective.kl_coef,
-                    entropy_coef=objective.entropy_coef,
-                    library_name=cls.library_name,
-                )
-                n = of.pop("token_weight")
-                if rows_of.ref_logprob is not None and objective.kl == "k3":
-                    of["ref_logprob"] = rows_of.ref_logprob
-                terms = policy_terms(rows_of.logprob, objective=objective, token_weight=n, **of)
-                exact = None if rows_of.kl is None else rows_of.kl[at]
-                sums += policy_sums(terms, objective, n, of.get("rollout_weight"), rows_of.entropy[at], exact)
-                if d_logits is None:
-                    continue
-                acting = chunk.rows
-                if not objective.entropy_coef and (kl is None or not objective.kl_coef):
-                    # Rows whose coefficients are all zero (clipped, A = 0) drop out of the two products.
-                    assert rows_of.coefficient is not None
-                    local = torch.unique_consecutive(at[rows_of.coefficient != 0])
-                    if local.shape[0] < chunk.size:
-                        acting = (
-                            local + chunk.rows.start if isinstance(chunk.rows, slice) else chunk.rows[local]
-                        )
-                        d_logits, h = d_logits[local], h[local]
-                out.add(acting, d_logits, h)
-        ctx.save_for_backward(out.hidden, out.weight, out.bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(sums)
-        ctx.set_materialize_grads(False)
-        return sums[0].to(dtype), sums
+    def evaluate(self, rows: Rows, *, keep: bool) -> RowValues:
+        assert rows.inputs is not None
+        n = rows.hidden.shape[0]
+        z = _raw_logits(self.head, rows.hidden)
+        r = None if rows.ref_hidden is None else _raw_logits(self.ref_head, rows.ref_hidden)
+        d_logits = None
+        if keep:  # in place: bf16 where the next products take it, in the first half of each row
+            in_bf16 = self.head.weight.dtype == torch.bfloat16
+            d_logits = z.view(torch.bfloat16)[:, : z.shape[1]] if in_bf16 else z
+        t = rows.temperature
+        given = frozenset(rows.inputs) | ({"ref_logprob"} if self.objective.kl == "k3" else frozenset())
+        found = policy_rows(
+            z,
+            t if isinstance(t, Tensor) else z.new_full((n,), t),
+            rows.label_rows,
+            rows.labels,
+            ref=r,
+            kl=self.kl,
+            softcap=self.softcap,
+            d_logits=d_logits,
+            inputs=rows.inputs,
+            program=coefficient_program(self.objective, given),
+            kl_coef=self.objective.kl_coef,
+            entropy_coef=self.objective.entropy_coef,
+            library_name=self.library_name,
+        )
+        self.last = d_logits
+        return RowValues(
+            found.logprob,
+            found.entropy,
+            found.lse,
+            found.ref_logprob,
+            found.kl,
+            coefficient=found.coefficient,
+        )
 
-
-class HostRowKernelPolicyLoss(RowKernelPolicyLoss):
-    """The same on the CPU, over the kernel that host threads run."""
-
-    library_name: LibraryName = "host"
+    def gradient(
+        self,
+        coefficient: Tensor,
+        d_entropy: Tensor | None,
+        d_kl: Tensor | None,
+        acting: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        d_logits, self.last = self.last, None
+        assert d_logits is not None
+        d_logits = d_logits if acting is None else d_logits[acting]
+        return d_logits if out is None else out.copy_(d_logits)
 
 
 def device_chunk_rows(vocabulary: int, matrices: int) -> int:

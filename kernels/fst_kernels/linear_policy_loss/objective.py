@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fst_kernels.linear_logprob.reference import accumulate_
+from fst_kernels.checks import check_finite, look_at_values
+from fst_kernels.linear_logprob.rows import accumulate_
 
 MAX_LOG_RATIO = 20.0
 
@@ -64,6 +65,11 @@ class PolicyObjective:
             raise ValueError(f"kl_coef={self.kl_coef}; allowed: a finite number >= 0")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef={self.entropy_coef}; allowed: a finite number")
+
+    @property
+    def exact_kl(self) -> Literal["reverse", "forward"] | None:
+        """The KL over the whole vocabulary that is wanted, if one is."""
+        return None if self.kl == "k3" else self.kl
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -113,8 +119,8 @@ def policy_terms(
         if objective.kind == "gspo":
             if sequence is None:
                 raise ValueError("objective.kind='gspo' needs sequence, which is None")
-            _, index, length = torch.unique(sequence, return_inverse=True, return_counts=True)
-            mean = accumulate_(logprob.new_zeros(length.shape[0]), index, log_ratio) / length
+            index, length = _sequences(sequence, logprob)
+            mean = accumulate_(torch.zeros_like(logprob), index, log_ratio) / length
             ratio, slope = (
                 mean.clamp(max=MAX_LOG_RATIO).exp()[index],
                 (mean <= MAX_LOG_RATIO).to(logprob.dtype)[index],
@@ -137,6 +143,16 @@ def policy_terms(
             d <= MAX_LOG_RATIO, growth, 0.0
         )
     return PolicyTerms(policy, coefficient, divergence, ratio, clipped, mismatch)
+
+
+def _sequences(sequence: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which sequence each label belongs to, counted from 0 [M], and how many labels a sequence has, at least 1 [M]; no size is data's."""
+    ordered, order = torch.sort(sequence, stable=True)
+    starts = torch.zeros_like(order)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    index = torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
+    length = accumulate_(torch.zeros_like(like), index, torch.ones_like(like))
+    return index, length.clamp(min=1)
 
 
 SUMS = ("loss", "policy", "kl", "entropy", "weight", "ratio", "clipped", "mismatch", "count")
@@ -208,14 +224,25 @@ def policy_sums(
     rollout_weight: Tensor | None,
     entropy: Tensor,
     kl: Tensor | None,
+    live: Tensor | None = None,
 ) -> Tensor:
-    """PolicyStats.sums of some labels: all arguments per label; kl: the exact one of the label's row."""
+    """PolicyStats.sums of some labels: all arguments per label; kl: the exact one of the label's row; live (bool): which count, or None."""
     n = token_weight.double()
     kl = terms.kl if kl is None else kl
     policy = (n * terms.policy if rollout_weight is None else n * rollout_weight * terms.policy).sum()
     divergence = torch.zeros_like(policy) if kl is None else (n * kl).sum()
     bonus = (n * entropy).sum()
     loss = policy + objective.kl_coef * divergence - objective.entropy_coef * bonus
-    counted = torch.full_like(policy, token_weight.shape[0])
-    others = [x.sum(dtype=torch.float64) for x in (terms.ratio, terms.clipped, terms.mismatch)]
-    return torch.stack([loss, policy, divergence, bonus, n.sum(), *others, counted])
+    counted = [terms.ratio, terms.clipped, terms.mismatch, torch.ones_like(terms.ratio)]
+    if live is not None:
+        counted = [torch.where(live, x, 0) for x in counted]
+    others = [x.sum(dtype=torch.float64) for x in counted]
+    return torch.stack([loss, policy, divergence, bonus, n.sum(), *others])
+
+
+def check_label_values(per_label: dict[str, Tensor], live: Tensor) -> None:
+    """Finite wherever a label counts; live: [M] bool. Looked at as fst_kernels.checks says."""
+    if look_at_values(live.device):
+        where = live.nonzero().squeeze(1)
+        for name, x in per_label.items():
+            check_finite(name, x, where)

@@ -1,0 +1,191 @@
+"""The torch operator of mode B, `fst_kernels::linear_policy_loss`: the gradient is computed in the forward, while a chunk's logits exist.
+
+Per chunk of rows the backend evaluates them (log-probs, entropy, KL), policy_terms turns the labels' log-probs into loss and
+coefficients, the backend turns those into dLoss/dlogits, and two products take that to the hidden states and the weight. Saved for
+the backward are dLoss/dhidden, dLoss/dweight and dLoss/dbias only (the weight is not), which the backward scales. Mode A composed with
+policy_loss and this function are the same mathematics, written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fst_kernels.linear_logprob import op as linear_logprob
+from fst_kernels.linear_logprob.arguments import check_head_values
+from fst_kernels.linear_logprob.op import optional
+from fst_kernels.linear_logprob.rows import (
+    IGNORED,
+    Gradients,
+    HeadRows,
+    Heads,
+    Rows,
+    accumulate_,
+    accumulator,
+    acting_rows,
+    gathered_rows,
+    label_table,
+    operand,
+    refuse_second_derivatives,
+    row_chunks,
+)
+from fst_kernels.linear_policy_loss.objective import (
+    SUMS,
+    PolicyObjective,
+    check_label_values,
+    policy_sums,
+    policy_terms,
+)
+
+# Per label, in the operator's order; those behind the first two may be missing.
+PER_LABEL = ("advantages", "token_weight", "old_logprob", "rollout_weight", "ref_logprob")
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
+    "Tensor? row_temperature, Tensor advantages, Tensor token_weight, Tensor? old_logprob, Tensor? rollout_weight, Tensor? ref_logprob, *, "
+    "float temperature, float? softcap, str kind, float ratio_cap, float clip_low, float clip_high, str? kl, float kl_coef, "
+    "float entropy_coef, str backend, int chunk_rows, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def backend_rows(backend: str, heads: Heads, objective: PolicyObjective) -> HeadRows:
+    if backend in ("cuda", "host"):
+        from fst_kernels.linear_policy_loss.cuda import RowKernel
+
+        return RowKernel(heads, objective, "cuda" if backend == "cuda" else "host")
+    return linear_logprob.head_rows(backend, heads)
+
+
+def default_chunk_rows(backend: str, vocabulary: int, objective: PolicyObjective, reference: bool) -> int:
+    """reference: its hidden states are given, so that its logits are computed."""
+    if backend == "cuda":
+        from fst_kernels.linear_policy_loss.cuda import device_chunk_rows
+
+        return device_chunk_rows(vocabulary, 2 if reference else 1)
+    return linear_logprob.default_chunk_rows(backend, vocabulary, 1 if objective.exact_kl is None else 2)
+
+
+@torch.library.custom_op("fst_kernels::linear_policy_loss", mutates_args=(), schema=_SCHEMA)
+def linear_policy_loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rows: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    row_temperature: Tensor | None,
+    *per_label: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    backend: str,
+    chunk_rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    **objective_fields: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss [], PolicyStats.sums [9], dLoss/dhidden [N, H], dLoss/dweight [V, H] and dLoss/dbias [V] in fp32; [0] where not needed."""
+    objective = PolicyObjective(**objective_fields)
+    given = {name: x for name, x in zip(PER_LABEL, per_label, strict=True) if x is not None}
+    live = (labels != IGNORED) & (given["token_weight"] != 0)
+    check_head_values(hidden, labels, rows, row_temperature, ref_hidden, weight.shape[0], live)
+    check_label_values(given, live)
+    dtype, device = accumulator(hidden.dtype), hidden.device
+    # Rows whose labels are all ignored or weigh nothing take no part at all.
+    table = label_table(labels, rows, live)
+    selected, compact = torch.unique_consecutive(table.rows, return_inverse=True)  # [R], [L]
+    every = selected.shape[0] == hidden.shape[0]
+    needed = need_hidden or need_weight or need_bias
+    head = backend_rows(
+        backend, Heads(weight, bias, ref_weight, ref_bias, softcap, objective.exact_kl), objective
+    )
+    taken = operand(weight)
+    out = Gradients(
+        hidden, taken, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
+        gathered_rows=gathered_rows(taken, selected.shape[0], chunk_rows) if backend == "triton" else 0,
+    )  # fmt: skip
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for chunk in row_chunks(None if every else selected, selected.shape[0], compact, chunk_rows):
+            at, here, origin = chunk.rows, chunk.label_rows, table.origin[chunk.labels]
+            h, t = hidden[at], temperature if row_temperature is None else row_temperature[at]
+            of = {name: x[origin].to(dtype) for name, x in given.items()}
+            values = head.evaluate(
+                Rows(h, optional(ref_hidden, at), t, here, table.labels[chunk.labels], of), keep=needed
+            )
+            if objective.kl == "k3" and values.ref_logprob is not None:
+                of["ref_logprob"] = values.ref_logprob
+            n = of.pop("token_weight")
+            terms = policy_terms(values.logprob, objective=objective, token_weight=n, **of)
+            exact = None if values.kl is None else values.kl[here]
+            sums += policy_sums(terms, objective, n, of.get("rollout_weight"), values.entropy[here], exact)
+            if not needed:
+                continue
+            coefficient = terms.coefficient if values.coefficient is None else values.coefficient
+            row_weight = accumulate_(values.entropy.new_zeros(chunk.size), here, n)
+            d_entropy = -objective.entropy_coef * row_weight if objective.entropy_coef else None
+            d_kl = objective.kl_coef * row_weight if exact is not None and objective.kl_coef else None
+            acting = None
+            if d_entropy is None and d_kl is None:
+                # Rows whose coefficients are all zero (clipped, A = 0) drop out of the two products.
+                acting = torch.unique_consecutive(here[coefficient != 0])
+                if acting.shape[0] == chunk.size:
+                    acting = None
+                else:
+                    at, h = acting_rows(chunk, acting), h[acting]
+            out.add(at, head.gradient(coefficient, d_entropy, d_kl, acting, out.room(len(h))), h)
+        out.flush()
+    absent = hidden.new_empty(0)
+    return (
+        sums[0].to(dtype, copy=True),
+        sums,
+        absent if out.hidden is None else out.hidden,
+        absent.clone() if out.weight is None else out.weight,
+        absent.clone() if out.bias is None else out.bias,
+    )
+
+
+@linear_policy_loss_op.register_fake
+def _(
+    *tensors: Any, need_hidden: bool, need_weight: bool, need_bias: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight = tensors[:2]
+    dtype = accumulator(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(SUMS), dtype=torch.float64),
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        hidden.new_empty(weight.shape, dtype=dtype) if need_weight else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[0], dtype=dtype) if need_bias else hidden.new_empty(0),
+    )
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
+    _, sums, *gradients = output
+    ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(sums, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_second_derivatives("linear_policy_loss")
+    scaled: list[Tensor | None] = [None] * ctx.inputs
+    for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+        if ctx.needs_input_grad[i] and d_loss is not None:  # no product in fp32 besides the result
+            scaled[i] = torch.mul(gradient, d_loss, out=torch.empty_like(gradient, dtype=dtype))
+    return tuple(scaled)
+
+
+linear_policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
