@@ -15,7 +15,6 @@ import torch
 
 from fst_kernels.cascade_decode import triton as op
 from fst_kernels.cascade_decode import triton_kernels as kernels
-from fst_kernels.cascade_decode.plan import TILES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAGES = {"ranges": 0, "pages": 64}
@@ -28,9 +27,13 @@ def strides(kernel: object) -> dict[str, str]:
 
 
 def cascade_decode_cases() -> Iterator[aot_report.Case]:
-    for dtype, dim in [("bf16", d) for d in (64, 80, 96, 128, 256)] + [("fp16", 128), ("fp32", 128), ("fp32", 256)]:
+    for dtype, dim in [("bf16", d) for d in (64, 80, 96, 128, 256)] + [
+        ("fp16", 128),
+        ("fp32", 128),
+        ("fp32", 256),
+    ]:
         wide = op.padded(dim)
-        for rows in TILES:
+        for rows in op.row_tiles(DTYPES[dtype]):
             tile = op.tile(dim, rows, DTYPES[dtype])
             for kind, page in PAGES.items():
                 if kind == "pages" and (dtype, dim) not in (("bf16", 128), ("bf16", 256)):

@@ -99,7 +99,7 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype | None) -> str | 
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, at tracing
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asked once, at tracing
 def choose_backend(
     op: str, backend: str | None, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> str:

@@ -16,12 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fst_kernels import CascadePlan, backends, cascade_decode_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["reference"]
+HEADS = (2, 1) if INTERPRETED else (4, 2)  # of queries, of keys
 
 
 def outer(test: Any) -> Any:
@@ -32,7 +32,7 @@ class Case:
     """Random pools and queries over a tree given by paths and node lengths; nodes one after the other, in any order, or in pages."""
 
     def __init__(
-        self, paths, node_lengths, suffix_lengths, *, heads=4, kv_heads=2, dim=8, capacity=None, page=None, shuffle=False,
+        self, paths, node_lengths, suffix_lengths, *, heads=HEADS[0], kv_heads=HEADS[1], dim=8, capacity=None, page=None, shuffle=False,
         chunk=16, seed=0, dtype=torch.float32,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
@@ -74,7 +74,10 @@ class Case:
 
     def truth(self):
         group = self.q.shape[1] // self.k.shape[1]
-        out, lse = torch.zeros(self.q.shape, dtype=torch.float64), torch.zeros(self.q.shape[:2], dtype=torch.float64)
+        out, lse = (
+            torch.zeros(self.q.shape, dtype=torch.float64),
+            torch.zeros(self.q.shape[:2], dtype=torch.float64),
+        )
         for s in range(len(self.q)):
             k, v = (x[self.keys_of(s)].double().repeat_interleave(group, 1) for x in (self.k, self.v))
             scores = torch.einsum("hd,khd->hk", self.q[s].double(), k) * 0.4
@@ -145,7 +148,11 @@ UNEVEN = [[0, 2], [1, -1], [0, 3], [0, 2], [1, 4], [0, 3], [-1, -1], [0, -1]], [
 UNEVEN_SUFFIXES = [3, 1, 0, 33, 17, 16, 2, 32]
 
 
-@pytest.mark.parametrize("layout", [{}, {"page": 3}] if INTERPRETED else [{}, {"shuffle": True}, {"page": 16}, {"page": 3}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"page": 3}] if INTERPRETED else [{}, {"shuffle": True}, {"page": 16}, {"page": 3}],
+    ids=str,
+)
 def test_every_sequence_sees_its_path_and_its_suffix(layout):
     Case(*UNEVEN, UNEVEN_SUFFIXES, capacity=50 if layout else None, **layout).check()
 
@@ -186,7 +193,9 @@ def test_large_scores():
 def test_what_another_branch_holds_does_not_change_a_bit():
     case = Case(*UNEVEN, UNEVEN_SUFFIXES, kv_heads=1, heads=2)
     before, lse = case.run()
-    foreign = torch.cat([case.slots[1], case.slots[4], case.slots[5 + 1]]).long()  # nodes 1 and 4, the suffix of sequence 1
+    foreign = torch.cat(
+        [case.slots[1], case.slots[4], case.slots[5 + 1]]
+    ).long()  # nodes 1 and 4, the suffix of sequence 1
     k, v = case.k.clone(), case.v.clone()
     k[foreign], v[foreign] = 7.0, -7.0
     after, lse_after = case.run(k=k, v=v)
@@ -223,7 +232,7 @@ def test_pools_by_head_strided_queries_and_double():
     case = Case(*UNEVEN, UNEVEN_SUFFIXES)
     out, _ = case.run()
     by_head = {n: getattr(case, n).transpose(0, 1).contiguous().transpose(0, 1) for n in ("k", "v")}
-    wide = torch.zeros(8, 4, 3, 8).copy_(case.q[:, :, None].expand(-1, -1, 3, -1))
+    wide = case.q[:, :, None].expand(-1, -1, 3, -1).contiguous()
     again, _ = case.run(q=wide[:, :, 1], **by_head)
     torch.testing.assert_close(again, out, rtol=1e-6, atol=1e-6)
     if not INTERPRETED:
@@ -240,7 +249,11 @@ def test_an_empty_batch():
         suffix_lengths=torch.zeros(0, dtype=torch.int32), suffix_capacity=4,
     )  # fmt: skip
     pool = torch.zeros(3, 1, 8)
-    assert cascade_decode_attention(torch.zeros(0, 2, 8), pool, pool, plan, backend=BACKENDS[0]).shape == (0, 2, 8)
+    assert cascade_decode_attention(torch.zeros(0, 2, 8), pool, pool, plan, backend=BACKENDS[0]).shape == (
+        0,
+        2,
+        8,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -249,16 +262,27 @@ def test_an_empty_batch():
 @outer
 def test_the_work_list_reads_every_key_once_per_tile_of_queries():
     """Brute force: from the items, who reads which key; every (query row, key) pair of the tree exactly once."""
-    for group, case in ((2, Case(*UNEVEN, UNEVEN_SUFFIXES, page=4)), (20, Case(*nested(2, 2, 3), [5] * 12, shuffle=True))):
+    for group, case in (
+        (2, Case(*UNEVEN, UNEVEN_SUFFIXES, page=4)),
+        (20, Case(*nested(2, 2, 3), [5] * 12, shuffle=True)),
+    ):
         plan, seen = case.plan, set()
         for work in plan.work(group):
             for entry, begin, end, sequence, query, first_row, rows, _ in work.items.tolist():
-                table, page = (plan.suffix_slots, plan.suffix_page) if sequence >= 0 else (plan.node_slots, plan.node_page)
+                table, page = (
+                    (plan.suffix_slots, plan.suffix_page)
+                    if sequence >= 0
+                    else (plan.node_slots, plan.node_page)
+                )
                 end = end if sequence < 0 else min(end, int(case.suffixes[sequence]))
                 for row in range(first_row, min(first_row + work.rows, rows)):
                     who = int(plan.order[query + row // group])
                     for key in range(begin, end):
-                        at = table.flatten()[entry + key // page] + key % page if page else table.flatten()[entry] + key
+                        at = (
+                            table.flatten()[entry + key // page] + key % page
+                            if page
+                            else table.flatten()[entry] + key
+                        )
                         pair = who, row % group, int(at)
                         assert pair not in seen
                         seen.add(pair)
@@ -270,7 +294,10 @@ def test_the_work_list_reads_every_key_once_per_tile_of_queries():
 def test_parts_are_cut_by_the_length_of_their_segment_alone():
     def cuts(samples):
         plan = Case(*nested(2, 2, samples, (77, 40)), [30] * (4 * samples)).plan
-        return [{tuple(i[:3]) for work in plan.work(1) for i in work.items.tolist() if i[3] < 0}, plan.parts.shape[1]]
+        return [
+            {tuple(i[:3]) for work in plan.work(1) for i in work.items.tolist() if i[3] < 0},
+            plan.parts.shape[1],
+        ]
 
     assert cuts(1) == cuts(3) == cuts(40)
 
@@ -334,7 +361,9 @@ def test_tensors_that_do_not_fit_the_plan_are_refused():
         with pytest.raises(ValueError, match=message):
             cascade_decode_attention(*arguments, case.plan)
     case.suffixes += 1
-    with pytest.raises(ValueError, match="suffix_lengths run from 3 to 3; allowed: 0 to the plan's suffix_capacity=2"):
+    with pytest.raises(
+        ValueError, match="suffix_lengths run from 3 to 3; allowed: 0 to the plan's suffix_capacity=2"
+    ):
         cascade_decode_attention(q, k, v, case.plan)
     case.suffixes -= 1
     with pytest.raises(RuntimeError, match="backend=triton cannot run"):
@@ -346,7 +375,16 @@ def test_tensors_that_do_not_fit_the_plan_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_on_a_gpu_the_error_is_that_of_dense_attention_and_a_graph_replays(dim, dtype):
-    case = Case(*nested(2, 3, 9, (700, 130)), [37] * 54, heads=8, kv_heads=2, dim=dim, capacity=600, chunk=512, dtype=dtype)
+    case = Case(
+        *nested(2, 3, 9, (700, 130)),
+        [37] * 54,
+        heads=8,
+        kv_heads=2,
+        dim=dim,
+        capacity=600,
+        chunk=512,
+        dtype=dtype,
+    )
     want = case.truth()[0]
     device = {n: getattr(case, n).cuda() for n in ("q", "k", "v")}
     lengths = case.suffixes.cuda()

@@ -79,7 +79,9 @@ def test_the_kernel_draws_what_the_reference_draws_in_every_launch_with_the_same
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_vocabularies_of_language_models(vocabulary):
     logits = 2.5 * torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(1))
-    for rules in ({"top_k": 50, "top_p": 0.95}, {"top_p": 0.9}) if vocabulary > 1e5 else ({}, {"top_k": 5000}):
+    for rules in (
+        ({"top_k": 50, "top_p": 0.95}, {"top_p": 0.9}) if vocabulary > 1e5 else ({}, {"top_k": 5000})
+    ):
         got = host(logits, CLUSTER if vocabulary < 1e5 else AGAIN, **rules)
         assert_like_reference(logits, got, **rules)
 
@@ -186,7 +188,9 @@ def test_unusable_rows_are_named_and_spoil_nobody_else(bad):
     x = torch.zeros(4, 300)
     x[1, 299] = bad
     x[3] = -math.inf
-    for launch, rules in itertools.product(LAUNCHES, ({}, {"top_p": 0.9}, {"top_k": 3}, {"temperature": 0.0})):
+    for launch, rules in itertools.product(
+        LAUNCHES, ({}, {"top_p": 0.9}, {"top_k": 3}, {"temperature": 0.0})
+    ):
         _, logprob, untruncated = host(x, launch, **rules)
         assert logprob.isnan().tolist() == untruncated.isnan().tolist() == [False, True, False, True]
     s, p = numbers(4)
@@ -196,10 +200,16 @@ def test_unusable_rows_are_named_and_spoil_nobody_else(bad):
 
 def test_no_rows_and_what_is_refused():
     s, p = numbers(0)
-    assert [len(x) for x in sample_tokens(torch.zeros(0, 5), seeds=s, positions=p, backend="host")] == [0, 0, 0]
+    assert [len(x) for x in sample_tokens(torch.zeros(0, 5), seeds=s, positions=p, backend="host")] == [
+        0,
+        0,
+        0,
+    ]
     x = torch.zeros(1, 99)
     for launch in (Launch(33), Launch(1024), Launch(cluster=3), Launch(cluster=4), Launch(64, 2, 0)):
-        with pytest.raises(RuntimeError, match=r"sample_tokens on \[1, 99\] with Launch.*: an argument is out of range"):
+        with pytest.raises(
+            RuntimeError, match=r"sample_tokens on \[1, 99\] with Launch.*: an argument is out of range"
+        ):
             host(x, launch)
     with pytest.raises(RuntimeError, match="an argument is out of range"):  # 600 KB do not fit into one block
         host(torch.zeros(1, 151936), RESIDENT)
@@ -233,7 +243,14 @@ def test_on_a_gpu_every_launch_draws_what_the_reference_draws(rules):
         logits = (3 * torch.randn(64, vocabulary, generator=torch.Generator().manual_seed(1))).to(dtype)
         s, p = numbers(64)
         top_k = rules.get("top_k") if rules.get("top_k", 0) < vocabulary else None
-        arguments = (rules.get("temperature", 1.0), top_k, rules.get("top_p"), rules.get("min_p"), s.cuda(), p.cuda())
+        arguments = (
+            rules.get("temperature", 1.0),
+            top_k,
+            rules.get("top_p"),
+            rules.get("min_p"),
+            s.cuda(),
+            p.cuda(),
+        )
         first = launch_kernel(logits.cuda(), *arguments)
         assert_like_reference(logits, [x.cpu() for x in first], **rules)
         for launch in (Launch(resident=0), *(Launch(cluster=c) for c in ((8,) if newest else ()))):

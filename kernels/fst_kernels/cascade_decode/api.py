@@ -74,7 +74,9 @@ def cascade_decode_attention(
         if len(pool) <= plan.last_slot:
             raise ValueError(f"{name} has {len(pool)} slots; the plan's nodes read slot {plan.last_slot}")
         if pool.stride(2) != 1 and dim > 1:
-            raise ValueError(f"{name} has strides {list(pool.stride())}; the D numbers of a key must lie side by side")
+            raise ValueError(
+                f"{name} has strides {list(pool.stride())}; the D numbers of a key must lie side by side"
+            )
     if sequences and look_at_values(q.device):
         plan.of_step("checked", plan.check_lengths)
     scale = 1 / math.sqrt(dim) if scale is None else scale

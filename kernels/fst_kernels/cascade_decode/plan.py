@@ -121,14 +121,20 @@ class CascadePlan:
         node_page = _page(slots, "node_slots", page_size)
         suffix_page = _page(suffix_slots, "suffix_slots", page_size)
         if lengths.shape != slots.shape[:1]:
-            raise ValueError(f"node_lengths has shape {list(lengths.shape)}, node_slots {list(slots.shape)}; allowed: [nodes] each")
+            raise ValueError(
+                f"node_lengths has shape {list(lengths.shape)}, node_slots {list(slots.shape)}; allowed: [nodes] each"
+            )
         if suffix_page and suffix_slots.shape[1] * suffix_page < suffix_capacity:
             raise ValueError(
                 f"suffix_capacity={suffix_capacity} needs more than {suffix_slots.shape[1]} pages of {suffix_page}"
             )
         _check_paths(paths, len(lengths))
 
-        order = torch.unique(paths, dim=0, return_inverse=True)[1].argsort(stable=True) if levels else torch.arange(sequences)
+        order = (
+            torch.unique(paths, dim=0, return_inverse=True)[1].argsort(stable=True)
+            if levels
+            else torch.arange(sequences)
+        )
         runs = [_runs(paths[order, level], level) for level in range(levels)]
         node, level, first, count = (
             torch.cat([run[i] for run in runs] or [torch.zeros(0, dtype=torch.int64)]) for i in range(4)
@@ -144,13 +150,15 @@ class CascadePlan:
         pieces = []
         for level_runs in (torch.nonzero(level == at).squeeze(1) for at in range(levels)):
             run = level_runs.repeat_interleave(count[level_runs])
-            rank = torch.arange(len(run)) - (count[level_runs].cumsum(0) - count[level_runs]).repeat_interleave(count[level_runs])
+            rank = torch.arange(len(run)) - (
+                count[level_runs].cumsum(0) - count[level_runs]
+            ).repeat_interleave(count[level_runs])
             rank += first[run]
             copies = chunks[run]
             at = torch.arange(int(copies.sum())) - (copies.cumsum(0) - copies).repeat_interleave(copies)
             run, rank = run.repeat_interleave(copies), rank.repeat_interleave(copies)
             pieces.append((rank, width[rank] + at, part[run] + at * count[run] + rank - first[run]))
-            width[rank.unique()] += chunks[level_runs].repeat_interleave(count[level_runs])
+            width[torch.unique(rank)] += chunks[level_runs].repeat_interleave(count[level_runs])
         parts = torch.full((sequences, max(1, int(width.max()) if sequences else 1)), -1, dtype=torch.int32)
         for rank, column, value in pieces:
             parts[rank, column] = value.int()
@@ -183,34 +191,36 @@ class CascadePlan:
                 f"suffix_lengths run from {least} to {most}; allowed: 0 to the plan's suffix_capacity={self.suffix_capacity}"
             )
 
-    def work(self, group: int) -> list[Work]:
-        """The work lists for `group` query heads per KV head, one per size of tile, those that have no items left out."""
-        if ("work", group) not in self.prepared:
-            self.prepared["work", group] = self._work(group)
-        found: list[Work] = self.prepared["work", group]
+    def work(self, group: int, tiles: tuple[int, ...] = TILES) -> list[Work]:
+        """The work lists for `group` query heads per KV head, one per size of tile (one or two, ascending), those without items left out."""
+        if ("work", group, tiles) not in self.prepared:
+            self.prepared["work", group, tiles] = self._work(group, tiles)
+        found: list[Work] = self.prepared["work", group, tiles]
         return found
 
-    def _work(self, group: int) -> list[Work]:
+    def _work(self, group: int, tiles: tuple[int, ...]) -> list[Work]:
         chunks = -(-self.length // self.chunk)
         align = min(ALIGN, self.chunk)
-        size = -(--(-self.length // chunks.clamp(min=1)) // align) * align
+        even = -(-self.length // chunks.clamp(min=1))
+        size = -(-even // align) * align
+        rows = self.count * group
         lists = []
-        for tile in TILES:
-            rows = self.count * group
-            fits = rows <= TILES[0] if tile == TILES[0] else rows > TILES[0]
-            run = torch.nonzero(fits).squeeze(1)
-            tiles = -(-rows[run] // tile)
-            copies = chunks[run] * tiles
+        for tile in tiles:
+            run = torch.nonzero(torch.where(rows <= tiles[0], tiles[0], tiles[-1]) == tile).squeeze(1)
+            pieces = -(-rows[run] // tile)
+            copies = chunks[run] * pieces
             at = torch.arange(int(copies.sum())) - (copies.cumsum(0) - copies).repeat_interleave(copies)
-            tiles, run = tiles.repeat_interleave(copies), run.repeat_interleave(copies)
-            chunk, row = at // tiles, at % tiles * tile
+            pieces, run = pieces.repeat_interleave(copies), run.repeat_interleave(copies)
+            chunk, first_row = at // pieces, at % pieces * tile
             begin = chunk * size[run]
             end = torch.minimum(begin + size[run], self.length[run])
             entry = self.node[run] * self.node_slots.shape[1]
             nobody = torch.full_like(run, -1)
             first_part = self.part[run] + chunk * self.count[run]
-            items = torch.stack([entry, begin, end, nobody, self.first[run], row, rows[run], first_part], 1)
-            if (group <= TILES[0]) == (tile == TILES[0]):
+            items = torch.stack(
+                [entry, begin, end, nobody, self.first[run], first_row, rows[run], first_part], 1
+            )
+            if tile == (tiles[0] if group <= tiles[0] else tiles[-1]):
                 items = torch.cat([items, self._suffix_items(group, tile)])
             if len(items):
                 lists.append(Work(tile, items.int().to(self.suffix_lengths.device)))
@@ -221,7 +231,10 @@ class CascadePlan:
         rank, chunk, piece = (
             x.flatten()
             for x in torch.meshgrid(
-                torch.arange(self.sequences), torch.arange(self.suffix_chunks), torch.arange(tiles), indexing="ij"
+                torch.arange(self.sequences),
+                torch.arange(self.suffix_chunks),
+                torch.arange(tiles),
+                indexing="ij",
             )
         )
         sequence = self.order[rank]
@@ -229,7 +242,9 @@ class CascadePlan:
         end = (begin + self.chunk).clamp(max=self.suffix_capacity)
         part = self.suffix_part + rank * self.suffix_chunks + chunk
         entry = sequence * self.suffix_slots.shape[1]
-        return torch.stack([entry, begin, end, sequence, rank, piece * tile, torch.full_like(rank, group), part], 1)
+        return torch.stack(
+            [entry, begin, end, sequence, rank, piece * tile, torch.full_like(rank, group), part], 1
+        )
 
     def kv_bytes(self, *, query_heads: int, kv_heads: int, head_dim: int, itemsize: int) -> KVBytes:
         """Of one layer, at the suffix lengths of now (which are fetched from the device)."""
@@ -263,7 +278,9 @@ def _check_paths(paths: Tensor, nodes: int) -> None:
     holes = ((paths[:, 1:] >= 0) & (paths[:, :-1] < 0)).nonzero()
     if len(holes):
         s = int(holes[0, 0])
-        raise ValueError(f"paths[{s}]={paths[s].tolist()} has a hole; allowed: nodes from the root down, then -1")
+        raise ValueError(
+            f"paths[{s}]={paths[s].tolist()} has a hole; allowed: nodes from the root down, then -1"
+        )
 
 
 def _runs(column: Tensor, level: int) -> tuple[Tensor, ...]:
@@ -275,9 +292,11 @@ def _runs(column: Tensor, level: int) -> tuple[Tensor, ...]:
 
 
 def _check_nodes(node: Tensor, lengths: Tensor, slots: Tensor, page: int) -> None:
-    seen, times = node.unique(return_counts=True)
+    seen, times = torch.unique(node, return_counts=True)
     if (times > 1).any():
-        raise ValueError(f"node {int(seen[times > 1][0])} stands at two places of the tree; allowed: one parent per node")
+        raise ValueError(
+            f"node {int(seen[times > 1][0])} stands at two places of the tree; allowed: one parent per node"
+        )
     most = slots.shape[1] * page if page else 2**31 - 1
     wrong = node[(lengths[node] < 1) | (lengths[node] > most)]
     if len(wrong):

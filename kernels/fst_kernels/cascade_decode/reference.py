@@ -158,7 +158,9 @@ def _schedule(plan: CascadePlan) -> Schedule:
         else:
             slots = _slots(table[node], plan.node_page, length)
             inside = torch.arange(length) < plan.length[runs][:, None]
-            keys = Keys(len(runs), length, slots=torch.where(inside, slots, slots[:, :1]).flatten().to(device))
+            keys = Keys(
+                len(runs), length, slots=torch.where(inside, slots, slots[:, :1]).flatten().to(device)
+            )
         lane = torch.arange(width)
         live = lane < count[:, None]  # a lane without a sequence computes the first one's, for nobody
         take = plan.order[first[:, None] + torch.where(live, lane, 0)]  # [rows, width]
@@ -180,14 +182,14 @@ def _groups(plan: CascadePlan, start: Tensor, levels: int) -> list[Tensor]:
     kind = torch.ceil(torch.log2(plan.length.clamp(min=32).double())).long()
     groups: list[Tensor] = []
     for level in range(levels):
-        for value in kind[plan.level == level].unique():
+        for value in torch.unique(kind[plan.level == level]):
             runs = ((plan.level == level) & (kind == value)).nonzero().squeeze(1)
             runs = runs[start[plan.node[runs]].argsort(stable=True)]
             count = plan.count[runs]
             crowd = torch.zeros_like(count)
             if len(count) * int(count.max()) > 4 * int(count.sum()):
                 crowd = (count.double().log2() / 2).long()
-            for size in crowd.unique():
+            for size in torch.unique(crowd):
                 some = runs[crowd == size]
                 even = _progressions(start[plan.node[some]].tolist())
                 if 4 * len(even) <= len(some) or int(plan.length[some].max()) >= LONG:

@@ -44,6 +44,10 @@ HALVES = {
 }
 
 
+def row_tiles(dtype: torch.dtype) -> tuple[int, ...]:
+    return TILES[:1] if dtype == torch.float32 else TILES
+
+
 def tile(dim: int, rows: int, dtype: torch.dtype) -> Tile:
     wide = max(64, padded(dim))
     if dtype == torch.float32:  # no tensor cores: products in full float32
@@ -74,9 +78,11 @@ def cascade_decode(
     lse = torch.empty((sequences, heads), dtype=torch.float32, device=q.device)
     part_out = torch.empty((plan.total_parts, heads, dim), dtype=torch.float32, device=q.device)
     part_lse2 = torch.empty((plan.total_parts, heads), dtype=torch.float32, device=q.device)
-    tiles = tiles or {rows: tile(dim, rows, q.dtype) for rows in TILES}
+    if q.device.type == "cpu":  # interpreted
+        tiles = tiles or {16: Tile(16, 4, 1), 64: Tile(32, 4, 1)}
+    tiles = tiles or {rows: tile(dim, rows, q.dtype) for rows in row_tiles(q.dtype)}
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        for work in plan.work(heads // kv_heads):
+        for work in plan.work(heads // kv_heads, tuple(tiles)):
             taken = tiles[work.rows]
             triton_kernels.part_kernel[(len(work.items) * kv_heads,)](
                 q, k_pool, v_pool, plan.node_slots, plan.suffix_slots, plan.suffix_lengths, plan.ranked, work.items,

@@ -66,7 +66,10 @@ def sample(
         greedy = temperature == 0
         temperature = torch.where(greedy, 1.0, temperature.float()).unsqueeze(1)
         scores = (logits - logits.amax(1, keepdim=True)) / temperature
-    elif temperature not in (0, 1):  # the distance to the maximum first: quotients of large logits would lose digits
+    elif temperature not in (
+        0,
+        1,
+    ):  # the distance to the maximum first: quotients of large logits would lose digits
         scores = (logits - logits.amax(1, keepdim=True)) / temperature
     log_p = torch.log_softmax(scores, -1)  # [S, V]
     if not isinstance(temperature, Tensor) and temperature == 0:
@@ -103,17 +106,19 @@ def _kept(
 
     The order and min_p look at logits, not at probabilities, so that no rounding of an exponential moves them; top_p is a comparison of sums.
     """
-    ranked, order = torch.sort(logits, dim=-1, descending=True, stable=True)  # [S, V]
-    keep = torch.ones_like(ranked, dtype=torch.bool)
-    if top_k is not None:
-        keep[:, top_k:] = False
-    if top_p is not None:
-        candidates = p.gather(1, order)
-        candidates = candidates if top_k is None else candidates * keep
-        cumulative = candidates.cumsum(-1, dtype=torch.float64)
-        # left: the mass of the more probable ones
-        keep &= cumulative - candidates < top_p * cumulative[:, -1:]
+    keep = torch.ones_like(logits, dtype=torch.bool)
+    if top_k is not None or top_p is not None:
+        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices  # [S, V]
+        if top_k is not None:
+            keep[:, top_k:] = False
+        if top_p is not None:
+            candidates = p.gather(1, order)
+            candidates = candidates if top_k is None else candidates * keep
+            cumulative = candidates.cumsum(-1, dtype=torch.float64)
+            # left: the mass of the more probable ones
+            keep &= cumulative - candidates < top_p * cumulative[:, -1:]
+        keep = torch.zeros_like(keep).scatter_(1, order, keep)
     if min_p:  # p >= min_p * max p, in float32: x - max x >= T log(min_p)
         lowest = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device) * math.log(min_p)
-        keep &= ranked - ranked[:, :1] >= lowest
-    return torch.zeros_like(keep).scatter_(1, order, keep)
+        keep &= logits - logits.amax(1, keepdim=True) >= lowest
+    return keep
