@@ -13,7 +13,7 @@ declare -A check=([policy_rows]=race_check [sample_tokens]=race_sample)
 
 run() { # run NAME SOURCE CHECK [STOP]: with STOP, at the first report: threads that no longer agree may wait for each other for ever
     ${CXX:-g++} -x c++ -std=c++20 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -pthread -I"$csrc" "$2" "$csrc/host/$3.cpp" -o "$build/$1" || exit 2
-    TSAN_OPTIONS=halt_on_error=${4:-0} $fixed "$build/$1" >"$build/$1.log" 2>&1
+    TSAN_OPTIONS=halt_on_error=${4:-0} timeout 300 $fixed "$build/$1" >"$build/$1.log" 2>&1
 }
 
 for kernel in ${1:-policy_rows sample_tokens}; do

@@ -145,7 +145,7 @@ def test_it_compiles_for_hopper_with_tensor_cores_and_without_spills():
 
 # Suffix lengths around chunk and tile, one node with many chunks, a lonely sequence, one at an inner node, one without a prompt.
 UNEVEN = [[0, 2], [1, -1], [0, 3], [0, 2], [1, 4], [0, 3], [-1, -1], [0, -1]], [100, 33, 1, 16, 17]
-UNEVEN_SUFFIXES = [3, 1, 0, 33, 17, 16, 2, 32]
+UNEVEN_SUFFIXES = [3, 1, 0, 17, 16, 15, 2, 0] if INTERPRETED else [3, 1, 0, 33, 17, 16, 2, 32]
 
 
 @pytest.mark.parametrize(
@@ -165,12 +165,12 @@ def test_head_groups_and_head_sizes(heads, kv_heads, dim):
     Case(*nested(1, 2, 2, (20, 5)), [4, 9, 0, 17], heads=heads, kv_heads=kv_heads, dim=dim).check()
 
 
-@pytest.mark.parametrize("samples", [1, 7, 8, 9, 33])
+@pytest.mark.parametrize("samples", [9, 33] if INTERPRETED else [1, 7, 8, 9, 33])
 def test_tiles_of_queries_that_are_not_full(samples):
     Case(*nested(1, 1, samples, (18, 3)), [2] * samples, heads=2, kv_heads=1).check()
 
 
-@settings(max_examples=3 if INTERPRETED else 25, deadline=None, derandomize=True)
+@settings(max_examples=2 if INTERPRETED else 25, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([None, 4, 16]), st.booleans())
 def test_random_trees(seed, sequences, page, shuffle):
     Case(*random_tree(seed, sequences), page=page, shuffle=shuffle, seed=seed).check()
@@ -205,6 +205,7 @@ def test_what_another_branch_holds_does_not_change_a_bit():
     assert not torch.equal(before[[1, 4]], after[[1, 4]])
 
 
+@outer
 def test_the_order_of_the_sequences_changes_nothing():
     case = Case(*UNEVEN, UNEVEN_SUFFIXES)
     out, _ = case.run()
@@ -223,7 +224,7 @@ def test_the_order_of_the_sequences_changes_nothing():
 def test_lengths_written_in_place_are_seen_by_the_same_plan():
     case = Case(*UNEVEN, UNEVEN_SUFFIXES, capacity=50)
     case.check()
-    case.suffixes += 15
+    case.suffixes += 15  # a chunk more
     case.suffixes[3] = 0
     case.check()
 

@@ -19,10 +19,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _slot(table, key, inside, PAGE: tl.constexpr):
+def _slot(table, first_slot, key, inside, PAGE: tl.constexpr):
     """Slots of a segment's keys; `table` points at its first entry. PAGE = 0: one range."""
     if PAGE == 0:
-        slot = tl.load(table).to(tl.int64) + key
+        slot = first_slot + key
     else:
         slot = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64) + key % PAGE
     return slot
@@ -64,14 +64,23 @@ def part_kernel(
         acc = tl.zeros([ROWS, DIM], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
+        first_slot = tl.zeros((), tl.int64)  # of a range; loaded once, so that the loop's loads wait for nothing but the loop
+        if sequence >= 0:
+            if SUFFIX_PAGE == 0:
+                first_slot = tl.load(suffix_slots + entry).to(tl.int64)
+        else:
+            if NODE_PAGE == 0:
+                first_slot = tl.load(node_slots + entry).to(tl.int64)
         k_head, v_head = k_pool + kv_head.to(tl.int64) * stride_kh, v_pool + kv_head.to(tl.int64) * stride_vh
         for first in range(begin, end, KEYS):
             key = first + tl.arange(0, KEYS)
             inside = key < end
-            if sequence >= 0:
-                slot = _slot(suffix_slots + entry, key, inside, SUFFIX_PAGE)
+            if NODE_PAGE == 0 and SUFFIX_PAGE == 0:
+                slot = first_slot + key
+            elif sequence >= 0:
+                slot = _slot(suffix_slots + entry, first_slot, key, inside, SUFFIX_PAGE)
             else:
-                slot = _slot(node_slots + entry, key, inside, NODE_PAGE)
+                slot = _slot(node_slots + entry, first_slot, key, inside, NODE_PAGE)
             there = inside[:, None] & wide[None, :]
             k_tile = tl.load(k_head + (slot * stride_ks)[:, None] + column[None, :], mask=there, other=0.0)
             v_tile = tl.load(v_head + (slot * stride_vs)[:, None] + column[None, :], mask=there, other=0.0)
