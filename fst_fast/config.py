@@ -151,13 +151,17 @@ class VerifyConfig(Section):
     """Wall-clock limit of one verification; past it the verdict has reward None."""
     memory_mib: int = Field(2048, ge=64)
     """Address-space limit of a verifying process."""
+    isolation: Literal["available", "required"] = "available"
+    """Of programs that a grader runs with run_code: what the system offers, or no run where a layer is missing (`fst doctor` lists them)."""
 
 
 class CheckpointConfig(Section):
     every: int = Field(20, ge=0)
     """Steps between two checkpoints; 0 = only at the end. A checkpoint is also written at the end."""
     keep_last: int = Field(2, ge=2)
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that are a multiple of this are kept for good, a multiple of checkpoint.every; 0 = none."""
 
 
 class RunConfig(Section):
@@ -220,6 +224,12 @@ class Config(Section):
             )
         if self.policy.offload_optimizer and self.policy.zero_stage == 0:
             raise ValueError("policy.offload_optimizer=true needs policy.zero_stage >= 1, which is 0")
+        save, keep = self.checkpoint.every, self.checkpoint.keep_every
+        if keep and (not save or keep % save):
+            raise ValueError(
+                f"checkpoint.keep_every={keep} is not a multiple of checkpoint.every={save}; "
+                + (f"try {-(-keep // save) * save}" if save else "with 0 only the last step has a checkpoint")
+            )
         if not all(0 <= beta < 1 for beta in self.slow.betas):
             raise ValueError(f"slow.betas={list(self.slow.betas)}; each must be at least 0 and below 1")
         lookahead = self.slow.problems_per_step * self.fast.cycle_steps

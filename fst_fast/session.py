@@ -10,7 +10,7 @@ import math
 import platform
 import resource
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import nn
 
-from fst_fast import __version__
+from fst_fast import __version__, records
 from fst_fast.config import Config
 from fst_fast.config_load import config_hash, dump
 from fst_fast.contexts.population import FastState
@@ -40,9 +41,10 @@ from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.run import checkpoint, stop
 from fst_fast.run.console import Console
 from fst_fast.run.faults import arm, reach
-from fst_fast.run.folder import RunFolder, disk_errors, open_run, write_json
+from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run, write_json
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.presence import Presence, missing
+from fst_fast.run.randomness import seed_globals
 from fst_fast.run.track import check_trackers
 from fst_fast.state import State, minibatch
 from fst_fast.tasks.registry import check_gold, load_task
@@ -75,6 +77,7 @@ class Session:
     opened: float = field(default_factory=time.perf_counter)
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counted: tuple[int, int] = (0, 0)
+    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=records.SPIKE_STEPS))
 
     # -- opening and closing ----------------------------------------------------------------------------------------------------
 
@@ -84,11 +87,12 @@ class Session:
     ) -> Session:
         """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
         arm(ranks.rank())
+        seed_globals(config.seed, "opening", ranks.rank())
         _check_kernels(config)
         ranks.init(config.run.timeout_s)
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(config.task, config.task_args)
-        sampler = Sampler.open(config)
+        sampler = Sampler.open(config, console.note)
         try:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)
@@ -133,7 +137,6 @@ class Session:
                 state=State(
                     fast=FastState.initial(config.fast.seed_context),
                     population=[seed_context],
-                    processes=ranks.world_size(),
                 ),
                 console=console,
                 folder=folder,
@@ -148,38 +151,44 @@ class Session:
 
     def _begin(self, resume: bool) -> None:
         """Continue from the newest whole checkpoint, or, where a run was stopped before its first one, from the start."""
-        found = (
-            ranks.from_rank_zero(str(checkpoint.latest(self.run_dir) or "") if self.folder else None)
-            if resume
-            else ""
-        )
+        found = _on_rank_zero_everywhere(lambda: str(checkpoint.latest(self.run_dir) or "")) if resume else ""
+        changes = list(self.folder.changes) if self.folder else []
         if found:
             self.continued = True
             self.state = State.load(Path(found) / "state.json")
-            before, now = self.state.processes, ranks.world_size()
-            if self.policy is not None and self.config.policy.zero_stage and before != now:
-                raise UserError(
-                    f"--resume: {found} was written by {before} process(es) under policy.zero_stage={self.config.policy.zero_stage}, "
-                    f"this run has {now}; start {before}, since each holds a part of the optimiser's state"
-                )
-            self.state.processes = now
-            if ranks.from_rank_zero(bool(self.folder.changes) if self.folder else None):
+            before, now = checkpoint.written_by(Path(found)), _writer(self.config)
+            if before["config_hash"] != now["config_hash"]:
                 self.state.base_cells.clear()  # measured as the old configuration said
+            # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
+            changes += [
+                d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))
+            ]
             if self.policy is not None:
-                self.policy.load(Path(found))
+                try:
+                    self.policy.load(Path(found))
+                except (
+                    SafetensorError,
+                    KeyError,
+                    TypeError,
+                    ValueError,
+                ) as error:  # only where a manifest from elsewhere vouches for it
+                    raise UserError(
+                        f"--resume: {found} does not hold the optimiser's state: {type(error).__name__}: {error}"
+                    ) from error
                 self.policy.hand_over()
         if self.folder:
             self.metrics = MetricsWriter(
                 self.run_dir, resume_at_step=self.state.step if found else None, track=self.config.track
             )
             self.seconds_before = self.metrics.last_seconds
-            if self.folder.changes:
-                self.console.note(f"the configuration has changed: {'; '.join(self.folder.changes)}")
-            if found and self.folder.changes:
+            self.grad_norms = records.grad_norms(self.run_dir)
+            if changes:
+                self.console.note(f"not as it was: {'; '.join(changes)}")
+            if found and changes:
                 self.metrics.write(
                     "config",
                     step=self.state.step,
-                    changes=self.folder.changes,
+                    changes=changes,
                     config_hash=config_hash(self.config),
                 )
             if not found:
@@ -212,7 +221,7 @@ class Session:
             self.presence.close()
 
     def checkpoint(self) -> None:
-        """Write the whole run as it is now; on disk it is there whole or not at all."""
+        """Write the whole run as it is now; on disk it is there whole or not at all. All processes call it."""
         self.begin("checkpoint")
         tmp = Path(_on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step))))
         with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
@@ -228,7 +237,14 @@ class Session:
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
                 self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
                 reach("save.model")
-            checkpoint.commit(self.run_dir, tmp, self.state.step, self.config.checkpoint.keep_last)
+            checkpoint.commit(
+                self.run_dir,
+                tmp,
+                self.state.step,
+                keep_last=self.config.checkpoint.keep_last,
+                keep_every=self.config.checkpoint.keep_every,
+                written_by=_writer(self.config),
+            )
 
         _on_rank_zero_everywhere(write)
 
@@ -319,6 +335,7 @@ class Session:
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> float:
+        seed_globals(self.config.seed, phase, self.state.step, ranks.rank())
         self.console.phase(phase)
         if self.presence:
             self.presence.at(f"step {self.state.step}, {phase}")
@@ -475,6 +492,11 @@ def _identity(config: Config) -> dict[str, Any]:
         "model": config.model.path,
         "config_hash": config_hash(config),
     }
+
+
+def _writer(config: Config) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that writes it."""
+    return {"config_hash": config_hash(config), "processes": ranks.world_size(), "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

@@ -6,10 +6,9 @@ on one process or on many, whole or in parts.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +21,10 @@ from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
 from fst_fast.run.faults import reach
+from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.verify import VerifierPool
 
 Triple = tuple[Context, Problem, int]
-
-
-def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' text: the random stream of one sequence, whatever process or batch it runs in."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass
@@ -46,8 +40,17 @@ class Sampler:
     _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
-    def open(cls, config: Config) -> Sampler:
-        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use."""
+    def open(cls, config: Config, log: Callable[[str], None] = lambda _: None) -> Sampler:
+        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use.
+
+        log: gets what the children's programs are isolated by, where they run any, and the first trouble of each kind."""
+        if config.verify.isolation == "required":
+            from fst_fast.tasks.code import missing_layers
+
+            if missing := missing_layers():
+                raise UserError(
+                    f"verify.isolation=required, but this system cannot isolate a program: {missing}; allowed here is available"
+                )
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
         pool = VerifierPool(
@@ -56,7 +59,13 @@ class Sampler:
             workers=config.verify.workers,
             timeout_s=config.verify.timeout_s,
             memory_mib=config.verify.memory_mib,
+            isolation=config.verify.isolation,
+            log=log,
         )
+        if pool.runs_code:
+            from fst_fast.tasks.code import isolation
+
+            log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(config, tokenizer, prompts, pool, pad_id)
 

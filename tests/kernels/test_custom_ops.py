@@ -58,7 +58,7 @@ def run(function, c, objective, needed=(True, True, True)):
     [
         (fused, PolicyObjective("cispo", ratio_cap=1.5)),
         (fused, PolicyObjective("grpo", kl="reverse", kl_coef=0.2, entropy_coef=0.1)),
-        (fused, PolicyObjective("ppo", kl="k3", kl_coef=0.2)),
+        (fused, PolicyObjective("ppo", kl="k3", kl_coef=0.2, kl_unbiased=True)),
         (composed, PolicyObjective("dapo", kl="forward", kl_coef=0.2)),
         (composed, PolicyObjective("gspo", kl="k3", kl_coef=0.2)),
     ],
@@ -122,7 +122,7 @@ def test_linear_policy_loss_is_an_operator_as_torch_wants_it(frozen):
         (*tensors, c["advantages"], c["token_weight"], c["old"], None, None),
         {
             "temperature": 1.0, "softcap": None, "kind": "ppo", "ratio_cap": 4.0, "clip_low": 0.2, "clip_high": 0.2, "kl": None,
-            "kl_coef": 0.0, "entropy_coef": 0.1, "backend": "reference", "chunk_rows": 4, "need_hidden": True,
+            "kl_coef": 0.0, "entropy_coef": 0.1, "kl_unbiased": False, "backend": "reference", "chunk_rows": 4, "need_hidden": True,
             "need_weight": not frozen, "need_bias": False,
         },
         test_utils=CHECKS,

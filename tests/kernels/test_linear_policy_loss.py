@@ -49,7 +49,9 @@ def naive_loss(case, objective, hidden, weight, bias, sequence=None):
         policy = -torch.minimum(rho * advantage, bounded)
     term = case["rollout_weight"][live] * policy - objective.entropy_coef * -(p.exp() * p).sum(1)
     if objective.kl == "k3":
-        term = term + objective.kl_coef * ((ref_logprob - logprob).exp() - (ref_logprob - logprob) - 1)
+        k3 = (ref_logprob - logprob).exp() - (ref_logprob - logprob) - 1
+        token_rho = (logprob - (logprob.detach() if case["old"] is None else case["old"][live])).exp()
+        term = term + objective.kl_coef * k3 * (token_rho if objective.kl_unbiased else 1)
     elif objective.kl == "reverse":
         term = term + objective.kl_coef * (p.exp() * (p - q)).sum(1)
     elif objective.kl == "forward":
@@ -119,9 +121,10 @@ def assert_same(got, want, atol=1e-10):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=atol)
 
 
-@pytest.mark.parametrize("kl", [None, "k3", "reverse", "forward"])
+@pytest.mark.parametrize("kl", [None, "k3", "k3 times rho", "reverse", "forward"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_modes_equal_autograd_of_the_dense_formula(kind, kl):
+    unbiased = kl == "k3 times rho"
     for i, (entropy, multi, bias, per_row, softcap) in enumerate(
         itertools.product((0.0, 0.3), (False, True), (False, True), (False, True), (None, 3.0))
     ):
@@ -135,8 +138,9 @@ def test_both_modes_equal_autograd_of_the_dense_formula(kind, kl):
             seed=i,
         )
         objective = PolicyObjective(
-            kind, ratio_cap=1.2, clip_low=0.3, clip_high=0.4, kl=kl, kl_coef=0.7, entropy_coef=entropy
-        )
+            kind, ratio_cap=1.2, clip_low=0.3, clip_high=0.4, kl="k3" if unbiased else kl, kl_coef=0.7,
+            entropy_coef=entropy, kl_unbiased=unbiased,
+        )  # fmt: skip
         inputs = leaves(case)
         naive = naive_loss(case, objective, *inputs)
         want = gradients(naive, inputs)

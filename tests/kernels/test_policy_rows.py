@@ -116,6 +116,14 @@ def test_gradient_and_statistics_are_those_of_the_dense_formula(launch, kl):
         assert vocabulary == 1 or want.abs().max() > 1e-2
 
 
+def test_k3_times_the_ratio_is_a_program_too():
+    objective = PolicyObjective("ppo", kl="k3", kl_coef=0.7, kl_unbiased=True)
+    plain = PolicyObjective("ppo", kl="k3", kl_coef=0.7)
+    case = make_rows(3, 123, labels_per_row=4)
+    _, want = assert_matches(case, objective)
+    assert (want - truth(case, plain)[1]).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "kl"), [(50257, "reverse"), (129920, "k3"), (151936, "forward"), (151936, None)]
 )

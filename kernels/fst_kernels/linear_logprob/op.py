@@ -29,8 +29,7 @@ from fst_kernels.linear_logprob.rows import (
     row_chunks,
 )
 
-# Numbers per row that a backend wants back in the backward (RowValues.kept).
-KEPT = {"reference": 0, "triton": 4}
+KEPT = 4  # numbers per row that the backward gets back (RowValues.kept)
 
 _TENSORS = "Tensor labels, Tensor? rows, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? row_temperature"
 _NUMBERS = "float temperature, float? softcap, str? kl, str backend, int chunk_rows"
@@ -88,7 +87,7 @@ def linear_logprob_op(
     backend: str,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprob [M], entropy [N], lse [N], ref_logprob [M] or [0], kl [N] or [0], kept [k, N]."""
+    """logprob [M], entropy [N], lse [N], ref_logprob [M] or [0], kl [N] or [0], kept [4, N]."""
     ignored = labels == IGNORED
     check_head_values(hidden, labels, rows, row_temperature, ref_hidden, weight.shape[0], ~ignored)
     dtype, num_rows = accumulator(hidden.dtype), hidden.shape[0]
@@ -98,7 +97,7 @@ def linear_logprob_op(
     lse = torch.empty_like(entropy)
     ref_logprob = None if ref_hidden is None else torch.zeros_like(logprob)
     divergence = None if kl is None else torch.empty_like(lse)
-    kept = lse.new_empty((KEPT[backend], num_rows))
+    kept = lse.new_empty((KEPT, num_rows))
     head = head_rows(backend, Heads(weight, bias, ref_weight, ref_bias, softcap, kl))
     # Triton stores no logits without an exact KL: all rows are one chunk then.
     step = max(num_rows, 1) if backend == "triton" and kl is None else chunk_rows
@@ -133,7 +132,7 @@ def linear_logprob_op(
 
 
 @linear_logprob_op.register_fake
-def _(hidden: Tensor, *tensors: Tensor | None, kl: str | None, backend: str, **_: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, *tensors: Tensor | None, kl: str | None, **_: Any) -> tuple[Tensor, ...]:
     labels, ref_hidden = tensors[2], tensors[4]
     assert labels is not None
     dtype, num_rows, num_labels = accumulator(hidden.dtype), hidden.shape[0], labels.shape[0]
@@ -145,7 +144,7 @@ def _(hidden: Tensor, *tensors: Tensor | None, kl: str | None, backend: str, **_
             (num_rows,),
             (0 if ref_hidden is None else num_labels,),
             (0 if kl is None else num_rows,),
-            (KEPT[backend], num_rows),
+            (KEPT, num_rows),
         )
     )
 

@@ -106,10 +106,11 @@ class RowStatistics(NamedTuple):
     entropy: Tensor
     log_q: Tensor | None
     kl: Tensor | None
+    kept: Tensor  # [4, n] what log p and log q were made of: the policy's peak and log of the sum, then the reference's
 
 
 def log_softmax_(z: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """z [n, V] becomes log p; its log-sum-exp [n], and log p's mean under p [n], that is minus the entropy."""
+    """z [n, V] becomes log p; its peak and the log of its sum relative to that [n, 1], and log p's mean under p [n], minus the entropy."""
     peak = z.amax(-1, keepdim=True)
     z.sub_(peak)
     p = torch.exp(z, out=scratch)
@@ -117,20 +118,21 @@ def log_softmax_(z: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor, Ten
     log_total = total.log()
     mean = p.mul_(z).sum(-1, keepdim=True).div_(total).sub_(log_total)
     z.sub_(log_total)
-    return (peak + log_total).squeeze(1), mean.squeeze(1), z
+    return torch.stack((peak.squeeze(1), log_total.squeeze(1))), mean.squeeze(1), z
 
 
 def row_statistics(z: Tensor, r: Tensor | None, kl: str | None, scratch: Scratch) -> RowStatistics:
     """Takes z and r [n, V] over."""
-    lse, mean, log_p = log_softmax_(z, scratch("p", len(z)))
+    kept, mean, log_p = log_softmax_(z, scratch("p", len(z)))
     log_q = divergence = None
+    ref_kept = torch.zeros_like(kept)
     if r is not None:
-        _, _, log_q = log_softmax_(r, scratch("p", len(z)))
+        ref_kept, _, log_q = log_softmax_(r, scratch("p", len(z)))
         if kl is not None:
             of, other = (log_p, log_q) if kl == "reverse" else (log_q, log_p)
             term = torch.sub(of, other, out=scratch("term", len(z)))
             divergence = term.mul_(torch.exp(of, out=scratch("p", len(z)))).sum(-1)
-    return RowStatistics(lse, log_p, -mean, log_q, divergence)
+    return RowStatistics(kept.sum(0), log_p, -mean, log_q, divergence, torch.cat((kept, ref_kept)))
 
 
 def logits_gradient(
@@ -180,13 +182,20 @@ class ReferenceRows:
         self.kl = heads.kl
         self.scratch = Scratch(self.head.weight)
 
-    def evaluate(self, rows: Rows, *, keep: bool) -> RowValues:
+    def _all_logits(
+        self, rows: Rows, *, keep: bool
+    ) -> tuple[Temperature, Tensor, Tensor | None, Tensor | None]:
+        """Temperature, the policy's and the reference's logits, and what the gradient of the soft-cap needs."""
         t = padded_temperature(rows.temperature, accumulator(rows.hidden.dtype))
         z = self._logits("z", self.head, rows.hidden, t)
         r = None if rows.ref_hidden is None else self._logits("r", self.ref_head, rows.ref_hidden, t)
         scaled = None
         if keep and self.head.softcap is not None:  # the gradient of the soft-cap is 1 - scaled^2
             scaled = torch.mul(z, t, out=self.scratch("scaled", len(z))).div_(self.head.softcap)
+        return t, z, r, scaled
+
+    def evaluate(self, rows: Rows, *, keep: bool) -> RowValues:
+        t, z, r, scaled = self._all_logits(rows, keep=keep)
         statistics = row_statistics(z, r, self.kl, self.scratch)
         n, at = rows.hidden.shape[0], (rows.label_rows, rows.labels)
         if keep:
@@ -197,10 +206,19 @@ class ReferenceRows:
             statistics.lse[:n],
             None if statistics.log_q is None else statistics.log_q[at],
             None if statistics.kl is None else statistics.kl[:n],
+            statistics.kept[:, :n],
         )
 
     def recall(self, rows: Rows, entropy: Tensor, kl: Tensor | None, kept: Tensor) -> None:
-        self.evaluate(rows, keep=True)
+        t, z, r, scaled = self._all_logits(rows, keep=True)
+        peak, log_total, ref_peak, ref_log_total = pad_rows(kept.t()).t().unsqueeze(2)
+        log_p = z.sub_(peak).sub_(log_total)  # the bits of log_softmax_ without its sums
+        log_q = None if r is None else r.sub_(ref_peak).sub_(ref_log_total)
+        lse = (peak + log_total).squeeze(1)
+        statistics = RowStatistics(
+            lse, log_p, pad_rows(entropy), log_q, None if kl is None else pad_rows(kl), kept
+        )
+        self.last = rows, t, scaled, statistics
 
     def gradient(
         self,

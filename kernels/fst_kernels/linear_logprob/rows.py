@@ -228,7 +228,9 @@ class RowValues(NamedTuple):
     lse: Tensor  # [n]
     ref_logprob: Tensor | None  # [l]
     kl: Tensor | None  # [n]
-    kept: Tensor | None = None  # [k, n] what recall() needs of these rows
+    kept: Tensor | None = (
+        None  # [4, n] what recall() needs: peak and log of the sum relative to it, the policy's and the reference's
+    )
     coefficient: Tensor | None = None  # [l] dLoss/dlogprob, from a backend that computes it itself
 
 
@@ -256,7 +258,7 @@ class RecallableRows(HeadRows, Protocol):
     """One that can also come back to rows evaluated earlier: what mode A's backward needs."""
 
     def recall(self, rows: Rows, entropy: Tensor, kl: Tensor | None, kept: Tensor) -> None:
-        """As after evaluate(rows, keep=True), which gave this entropy [n], kl [n] and kept [k, n]: logits are computed again."""
+        """As after evaluate(rows, keep=True), which gave this entropy [n], kl [n] and kept [4, n]: logits are computed again."""
 
 
 def refuse_second_derivatives(op: str) -> None:

@@ -88,6 +88,7 @@ def linear_policy_loss(
         kl=objective.kl,
         kl_coef=objective.kl_coef,
         entropy_coef=objective.entropy_coef,
+        kl_unbiased=objective.kl_unbiased,
         backend=taken,
         chunk_rows=chunk_rows
         or default_chunk_rows(taken, weight.shape[0], objective, ref_hidden is not None),

@@ -11,6 +11,7 @@ rho = exp(log p - old), the advantage A and c = dPG/dlog p:
 ppo, grpo and dapo differ in advantages, normaliser and clip widths, which the caller gives; per token they are one formula. CISPO:
 arXiv 2506.13585; GSPO: arXiv 2507.18071; k3: J. Schulman, "Approximating KL divergence". k3 used as a loss has, on policy, the
 gradient of KL(ref || policy).
+k3 times rho is an unbiased estimate of KL(policy || reference) on labels of the old policy, and so is its gradient, c = -rho d (kl_unbiased).
 Log-ratios are held at MAX_LOG_RATIO from above, so that a token that the other policy found impossible gives no infinity; beyond it
 rho and k3 are constant and have no gradient.
 """
@@ -40,6 +41,7 @@ class PolicyObjective:
     ratio_cap: cispo, the absolute cap of rho (as in TRL and Liger; verl, open-instruct, NeMo and slime write 1 + eps), >= 1.
     clip_low, clip_high: ppo, grpo, dapo, gspo clip the ratio to [1 - clip_low, 1 + clip_high].
     kl: k3 on the labels, or exact over the vocabulary: reverse = KL(policy || reference), forward = KL(reference || policy).
+    kl_unbiased: k3 times the label's importance ratio, with its gradient (TRL: use_bias_correction_kl, its default; slime: use_unbiased_kl).
     """
 
     kind: Kind = "cispo"
@@ -49,6 +51,7 @@ class PolicyObjective:
     kl: KL | None = None
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    kl_unbiased: bool = False
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, get_args(Kind))
@@ -65,6 +68,8 @@ class PolicyObjective:
             raise ValueError(f"kl_coef={self.kl_coef}; allowed: a finite number >= 0")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef={self.entropy_coef}; allowed: a finite number")
+        if self.kl_unbiased and self.kl != "k3":
+            raise ValueError(f"kl_unbiased=True with kl={self.kl!r}; allowed: kl='k3'")
 
     @property
     def exact_kl(self) -> Literal["reverse", "forward"] | None:
@@ -81,8 +86,8 @@ class PolicyTerms(NamedTuple):
     """Per label, [M]; no gradient."""
 
     policy: Tensor  # PG_t, without n_t and w_t
-    coefficient: Tensor  # dloss/dlog p: n_t (w_t dPG_t + kl_coef dk3_t)
-    kl: Tensor | None  # k3, if that is the objective's KL
+    coefficient: Tensor  # dloss/dlog p: n_t (w_t dPG_t + kl_coef dKL_t)
+    kl: Tensor | None  # k3, if that is the objective's KL, times rho if that is asked for
     ratio: Tensor  # rho, or the sequence's
     clipped: Tensor  # bool: the cap or the clip took over
     mismatch: Tensor  # rho - log rho - 1: an unbiased estimate of KL(old || policy) where labels were sampled from old
@@ -105,6 +110,7 @@ def policy_terms(
     held = log_ratio.clamp(max=MAX_LOG_RATIO)
     mismatch = torch.expm1(held) - held
     ratio, slope = held.exp(), (log_ratio <= MAX_LOG_RATIO).to(logprob.dtype)  # slope: d held / d log p
+    of_label = ratio, slope
     weight = token_weight.to(logprob.dtype)
     if rollout_weight is not None:
         weight = weight * rollout_weight
@@ -138,10 +144,11 @@ def policy_terms(
         d = ref_logprob - logprob
         held = d.clamp(max=MAX_LOG_RATIO)
         growth = torch.expm1(held)
-        divergence = growth - held
-        coefficient = coefficient - objective.kl_coef * token_weight * torch.where(
-            d <= MAX_LOG_RATIO, growth, 0.0
-        )
+        divergence, derivative = growth - held, -torch.where(d <= MAX_LOG_RATIO, growth, 0.0)
+        if objective.kl_unbiased:
+            rho, slope = of_label
+            divergence, derivative = rho * divergence, rho * (slope * divergence + derivative)
+        coefficient = coefficient + objective.kl_coef * token_weight * derivative
     return PolicyTerms(policy, coefficient, divergence, ratio, clipped, mismatch)
 
 
@@ -169,6 +176,11 @@ class PolicyStats:
     """
 
     sums: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device | str | None = None) -> PolicyStats:
+        """Those of no label: what to add to."""
+        return cls(torch.zeros(len(SUMS), dtype=torch.float64, device=device))
 
     def __add__(self, other: PolicyStats) -> PolicyStats:
         return PolicyStats(self.sums + other.sums)

@@ -1,0 +1,248 @@
+"""What all benchmarks share: clocks, peak memory, what ran where, rows of results as JSON and as a table.
+
+On a GPU times are those of CUDA events. On a CPU they are wall-clock, with the CPU seconds of all threads beside them: where other
+programs share the machine, those are the figure to compare. Peak memory on a CPU is the resident set of a child process started for
+it alone, on a GPU what torch's allocator handed out, both above what was there before the call.
+
+    python -m benchmarks.measure MODULE FUNCTION JSON     the child: calls MODULE.FUNCTION(*JSON), which returns (warm up, run)
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+Row = dict[str, Any]
+Run = Callable[[], object]
+
+# ------------------------------------------------------------------------------------------------------------------------- clocks
+
+_origin: list[torch.cuda.Event] = []
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock() -> float:
+    """Seconds. With a GPU: a CUDA event's, taken when all work queued before it is done; for pytest.mark.benchmark(timer=clock)."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    if not _origin:
+        _origin.append(torch.cuda.Event(enable_timing=True))
+        _origin[0].record()
+    now = torch.cuda.Event(enable_timing=True)
+    now.record()
+    now.synchronize()
+    return _origin[0].elapsed_time(now) / 1e3
+
+
+class Times(NamedTuple):
+    """Of every round, without the warm-up."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]
+
+
+def timed_rounds(
+    benchmark: Any, prepare: Callable[[], Run], rounds: int, budget_s: float = math.inf
+) -> Times:
+    """Times by the pytest-benchmark fixture; prepare() gives each round its call, on other inputs than the last round's.
+
+    After two calls to warm up, of which the first compiles what there is to compile; fewer rounds than asked for, but at least two, where
+    the second says that they would take longer than budget_s.
+    """
+    prepare()()
+    warm = prepare()
+    begin = clock()
+    warm()
+    seconds = max(clock() - begin, 1e-9)
+    rounds = rounds if rounds * seconds <= budget_s else max(2, int(budget_s / seconds))
+    cpu: list[float] = []
+
+    def call(run: Run) -> None:
+        begin = time.process_time()
+        run()
+        cpu.append(time.process_time() - begin)
+
+    benchmark.pedantic(call, setup=lambda: ((prepare(),), {}), rounds=rounds)
+    return Times([float(s) for s in benchmark.stats.stats.data], cpu)
+
+
+def matmul_rate(n: int, k: int, m: int, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Floating-point operations per second of torch.mm [n, k] x [k, m]: of the GPU, or per CPU second of all threads. The floors' rate."""
+    where = device()
+    a, b = torch.randn(n, k, device=where, dtype=dtype), torch.randn(m, k, device=where, dtype=dtype)
+    out = torch.empty(n, m, device=where, dtype=dtype)
+    tick = clock if where.type == "cuda" else time.process_time
+    seconds = []
+    for _ in range(rounds + 1):
+        begin = tick()
+        torch.mm(a, b.t(), out=out)
+        seconds.append(tick() - begin)
+    return 2 * n * k * m / statistics.median(seconds[1:])
+
+
+# ------------------------------------------------------------------------------------------------------------------------- memory
+
+
+def cuda_peak_bytes(run: Run) -> int:
+    """Allocated during run() at most, above what was allocated before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class ChildReport(NamedTuple):
+    """peak_bytes: of the resident set during the run, above what it was before; None where the system cannot tell."""
+
+    peak_bytes: int | None
+    seconds: float
+    cpu_seconds: float
+
+
+def in_child(module: str, function: str, *arguments: Any) -> ChildReport:
+    """Runs module.function(*arguments)'s second result in a fresh process, after its first; RuntimeError with the child's last lines.
+
+    The heap gives large blocks back as soon as they are freed, so that memory kept for later does not hide a peak.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
+    command = [sys.executable, "-m", "benchmarks.measure", module, function, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"{module}.{function}{arguments}: exit code {done.returncode}\n{done.stderr[-2000:]}"
+        )
+    return ChildReport(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _resident(field: str) -> int | None:
+    if not _STATUS.exists():
+        return None
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next(int(line[1]) * 1024 for line in lines if line and line[0] == f"{field}:")
+
+
+def _child(module: str, function: str, arguments: str) -> None:
+    warm_up, run = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    warm_up()
+    gc.collect()
+    before = _resident("VmRSS")
+    if before is not None:
+        _CLEAR.write_text("5")  # the peak starts again from here
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    run()
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    peak = _resident("VmHWM")
+    difference = None if before is None or peak is None else peak - before
+    print(json.dumps(ChildReport(difference, seconds, cpu_seconds)._asdict()))
+
+
+# -------------------------------------------------------------------------------------------------------------- what ran, and results
+
+
+def hardware() -> Row:
+    """The machine without its name. load_average: programs that wanted a processor in the last minute."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in (Path("/proc/cpuinfo").read_text().splitlines() if _STATUS.exists() else [])
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    about: Row = {
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        about |= {
+            "gpu": properties.name,
+            "gpu_bytes": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return about
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Results:
+    """Rows of one benchmark. Written after every row: a run that is cut short keeps what it measured."""
+
+    def __init__(self, benchmark: str, columns: Sequence[tuple[str, str, str]], path: Path | None) -> None:
+        """columns: (key of a row, heading, format) of the printed table."""
+        self.benchmark, self.columns, self.path = benchmark, columns, path
+        self.about: Row = {}
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.path is None:
+            return
+        result = {"benchmark": self.benchmark, **self.about, "hardware": hardware(), "versions": versions()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(result | {"rows": self.rows}, indent=1) + "\n")
+        scratch.replace(self.path)
+
+    def table(self) -> str:
+        """A row that was skipped shows why."""
+        cells = [[heading for _, heading, _ in self.columns]]
+        notes: dict[int, str] = {}
+        for row in self.rows:
+            if row.get("skipped"):
+                notes[len(cells)] = f"  skipped: {row['skipped']}"
+            cells.append(
+                ["" if row.get(key) is None else format(row[key], spec) for key, _, spec in self.columns]
+            )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        formats = [spec for _, _, spec in self.columns]
+        lines = []
+        for i, line in enumerate(cells):
+            padded = (
+                cell.ljust(w) if spec == "" else cell.rjust(w)
+                for cell, w, spec in zip(line, widths, formats, strict=True)
+            )
+            lines.append("  ".join(padded).rstrip() + notes.get(i, ""))
+        return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

@@ -1,0 +1,289 @@
+"""TRL's GRPOTrainer with the head, the log-probabilities and the loss of `fst_kernels`. Runs on the CPU, without a network:
+
+    python examples/trl_grpo.py --steps 8 --loss-type cispo
+
+`FusedGRPOTrainer` is what to copy: it needs torch, TRL 1.16 and fst_kernels. Generation, rewards, advantages, batching, logging and
+checkpoints stay TRL's. Two methods are replaced, and neither ever has logits of more than a chunk of rows:
+
+    _compute_loss                       the training pass: linear_policy_loss, which makes the gradients in its forward
+    _get_per_token_logps_and_entropies  old and reference log-probabilities: linear_logprob, the same arithmetic
+
+Both run inside the forward of the model's own lm_head, where the weight is whole also under DeepSpeed ZeRO-3. What TRL offers and this
+trainer does not reproduce is refused by name when it is made. docs/kernels/own_trainer.md explains the mapping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import fst_fast.mini
+from fst_fast.mini.world import BEST_CONTEXT
+from fst_fast.tasks.star_graph import StarGraph
+from fst_kernels import PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss, policy_loss
+
+LOSS_TYPES = ("cispo", "grpo", "bnpo", "dr_grpo", "dapo")
+
+# GRPOConfig field -> the only value of it whose loss is reproduced.
+ONLY: dict[str, object] = {
+    "delta": None,
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "off_policy_mask_threshold": None,
+    "cast_lm_head_to_fp32": False,
+    "use_liger_kernel": False,
+}
+# Entries of a model's configuration with which its logits are not what its lm_head returns.
+CHANGED_LOGITS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
+
+Job = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def head_computes(model: nn.Module, job: Job) -> Iterator[None]:
+    """While open, model(...).logits is job(hidden [B, T, H], weight [V, H], bias [V] | None)."""
+    head = model.get_output_embeddings()
+    before = head.__dict__.get("forward")  # None: that of its class
+
+    def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        return job(hidden.to(dtype), head.weight.to(dtype), head.bias)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
+class FusedGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer for text models whose loss comes from fst_kernels; ValueError where its arguments ask for what is not reproduced.
+
+    Metrics are TRL's, except that `entropy` and `kl` weight tokens as the loss does, `cispo_clip_ratio` also counts tokens with a
+    negative advantage, and of `clip_ratio/*` there is region_mean only.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={self.loss_type!r}; allowed: {', '.join(LOSS_TYPES)}")
+        for name, value in ONLY.items():
+            if getattr(self.args, name) != value:
+                raise ValueError(f"{name}={getattr(self.args, name)!r}; allowed: {value!r}")
+        config = self.model.config.get_text_config()
+        for name in CHANGED_LOGITS:
+            if getattr(config, name, None) not in (None, 1.0):
+                raise ValueError(
+                    f"model.config.{name}={getattr(config, name)}; allowed: a model whose logits are what its lm_head returns"
+                )
+        if self._is_vlm:
+            raise ValueError(
+                "processing_class is a processor; allowed: a tokenizer, this trainer is for text models"
+            )
+        if self.aux_loss_enabled:
+            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef}; allowed: 0.0")
+        if self.importance_sampling_level == "sequence" and (self.loss_type == "cispo" or self.corrects_kl):
+            raise ValueError(
+                "importance_sampling_level='sequence' with loss_type='cispo', or with beta != 0 and use_bias_correction_kl=True; "
+                "allowed: 'token', or another loss_type and use_bias_correction_kl=False"
+            )
+        self.objective()  # refuses impossible clips and caps now, not after the first generation
+
+    @property
+    def corrects_kl(self) -> bool:
+        """Whether the KL term is multiplied with the importance ratio: TRL's default where beta != 0."""
+        return self.beta != 0.0 and self.args.use_bias_correction_kl
+
+    def objective(self) -> PolicyObjective:
+        """epsilon_high is cispo's absolute cap of the ratio, and the upper half of the others' clip around 1."""
+        kl = {"kl": "k3", "kl_coef": self.beta, "kl_unbiased": self.corrects_kl} if self.beta != 0.0 else {}
+        if self.loss_type == "cispo":
+            return PolicyObjective("cispo", ratio_cap=self.epsilon_high, **kl)
+        kind = "gspo" if self.importance_sampling_level == "sequence" else "grpo"
+        return PolicyObjective(kind, clip_low=self.epsilon_low, clip_high=self.epsilon_high, **kl)
+
+    def token_weight(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """One over what TRL divides the loss of each token by, gradient accumulation included: mask [B, C] bool -> [B, C]."""
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
+        sequences, length = mask.shape[0], mask.sum(1, keepdim=True)
+        if self.loss_type == "grpo":
+            return mask / (steps * sequences * length.clamp(min=1))
+        if self.loss_type == "bnpo":
+            return mask / (steps * length.sum().clamp(min=1))
+        if self.loss_type == "dr_grpo":
+            return mask / (steps * sequences * self.max_completion_length)
+        # dapo, cispo: num_items_in_batch counts the tokens of all processes and, in training, of all the steps of one generation
+        count = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        return mask / (count * steps / self.args.steps_per_generation if self.model.training else count)
+
+    def at_head(
+        self, model: nn.Module, ids: Tensor, attention: Tensor, mask: Tensor, job: Job
+    ) -> tuple[Tensor, Tensor]:
+        """job(hidden [M, H], weight, bias): ids and attention [B, P + C], mask [B, C] bool with M of the completions' tokens."""
+
+        def of_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            return job(hidden[:, :-1][mask], weight, bias)  # a row predicts the token after it
+
+        with self.accelerator.autocast(), head_computes(self.accelerator.unwrap_model(model), of_tokens):
+            keep = mask.shape[1] + 1
+            return model(input_ids=ids, attention_mask=attention, logits_to_keep=keep, use_cache=False).logits
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()  # [B, C]
+
+        def of_tokens(x: Tensor | None) -> Tensor | None:  # [B], [B, 1] or [B, C] -> [M]
+            return None if x is None else (x.unsqueeze(1) if x.dim() == 1 else x).expand(mask.shape)[mask]
+
+        labels, advantages = of_tokens(inputs["completion_ids"]), of_tokens(inputs["advantages"])
+        n = of_tokens(self.token_weight(mask, inputs))
+        old = of_tokens(inputs.get("old_per_token_logps"))  # None: the policy has not moved since it sampled
+        ref = of_tokens(inputs.get("ref_per_token_logps"))
+        objective = self.objective()
+        of_loss = {"objective": objective, "token_weight": n, "old_logprob": old, "ref_logprob": ref}
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            of_loss["rollout_weight"] = of_tokens(inputs["importance_sampling_ratio"])
+
+        def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            loss, stats = linear_policy_loss(
+                hidden, weight, labels, advantages, bias=bias, temperature=self.temperature, **of_loss
+            )
+            return loss, stats.sums
+
+        def composed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            """Ratios of whole sequences, which the fused loss does not see: one more product with the head."""
+            out = linear_logprob(hidden, weight, labels, bias=bias, temperature=self.temperature)
+            loss, stats = policy_loss(out, labels, advantages, sequence=mask.nonzero()[:, 0], **of_loss)
+            return loss, stats.sums
+
+        job = composed if objective.kind == "gspo" else fused
+        ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)
+        attention = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
+        loss, sums = self.at_head(model, ids, attention, mask, job)
+        stats = PolicyStats(self.accelerator.reduce(sums, reduction="sum"))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["entropy"].append(stats.entropy.item())
+        if self.beta != 0.0:
+            metrics["kl"].append(stats.kl.item())
+        clipped = "cispo_clip_ratio" if self.loss_type == "cispo" else "clip_ratio/region_mean"
+        metrics[clipped].append(stats.clipped_fraction.item())
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **refused: Any,  # images and the routers' loss
+    ) -> tuple[Tensor, Tensor | None, None]:
+        size = batch_size or max(1, input_ids.shape[0])
+        logprobs, entropies = [], []
+        for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            mask = attention[:, -logits_to_keep:].bool()
+            labels = ids[:, -logits_to_keep:][mask]
+
+            def score(
+                hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor = labels
+            ) -> tuple[Tensor, Tensor]:
+                out = linear_logprob(hidden, weight, labels, bias=bias, temperature=self.temperature)
+                return out.logprob, out.entropy
+
+            for x, done in zip(
+                self.at_head(model, ids, attention, mask, score), (logprobs, entropies), strict=True
+            ):
+                done.append(x.new_zeros(mask.shape).masked_scatter(mask, x))
+        return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
+
+
+# What follows is a demonstration: a small model, a small task, a few steps.
+
+
+def problems(count: int, seed: int) -> Dataset:
+    """Prompts of the star graph task in the words of the mini model, each with its answer."""
+    task = StarGraph(form="mini", arms=5, path=4, ids=40, train=count, validation=1, seed=seed)
+    context = {"role": "system", "content": BEST_CONTEXT}
+    return Dataset.from_list(
+        [{"prompt": [context, *p.messages], "answer": list(p.answer)} for p in task.problems("train")]
+    )
+
+
+def right_path(completions: list[list[dict[str, str]]], answer: list[list[int]], **_: Any) -> list[float]:
+    """1 if the last \\boxed{} holds the path from start to goal, else 0."""
+    boxes = [re.findall(r"\\boxed *{([^{}]*)}", completion[0]["content"]) for completion in completions]
+    paths = [re.findall(r"[0-9]+", box[-1]) if box else [] for box in boxes]
+    return [float(path == [str(node) for node in right]) for path, right in zip(paths, answer, strict=True)]
+
+
+class PrintLosses(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            names = [name for name in ("loss", "reward", "kl", "entropy", "cispo_clip_ratio") if name in logs]
+            print(f"step {state.global_step:3d}", *(f"{name} {logs[name]:.4f}" for name in names), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps; two for every generated batch")
+    parser.add_argument("--loss-type", choices=LOSS_TYPES, default="cispo")
+    parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL to the model at the start")
+    parser.add_argument("--completions", type=int, default=64, help="of a step, a multiple of 16")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            folder,
+            loss_type=options.loss_type,
+            epsilon_high=4.0 if options.loss_type == "cispo" else 0.28,
+            beta=options.beta,
+            num_generations=8,
+            per_device_train_batch_size=options.completions // 2,
+            gradient_accumulation_steps=2,
+            num_iterations=2,
+            max_completion_length=32,
+            max_steps=options.steps,
+            learning_rate=3e-4,
+            seed=options.seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+        trainer = FusedGRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(fst_fast.mini.path(), dtype=torch.float32),
+            right_path,
+            config,
+            problems(256, options.seed),
+            processing_class=AutoTokenizer.from_pretrained(fst_fast.mini.path()),
+            callbacks=[PrintLosses()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""examples/trl_grpo.py gives the losses, gradients and runs of TRL's own GRPOTrainer, which is the oracle here."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+import fst_fast.mini
+from fst_kernels import PolicyObjective
+
+# TRL 1.16 sets a training argument under the name that transformers 5.23 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_grpo.py"
+STEPS, STEPS_PER_GENERATION = 3, 6  # micro-batches of one optimiser step and of one generation
+CAP, CLIP = 1.3, {"epsilon": 0.2, "epsilon_high": 0.28}
+
+Make = Callable[..., GRPOTrainer]
+
+
+def load_example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("trl_grpo", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["trl_grpo"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load_example()
+
+
+def length_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [len(ids) / 10 + (ids[0] % 3) for ids in completion_ids]
+
+
+@pytest.fixture(autouse=True)
+def leave_no_traces() -> Iterator[None]:
+    """A trainer writes into the environment and into accelerate's shared state. One thread: the tensors are tiny."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Trainers on one random small model; the reference policy is the mini base, which has the same vocabulary."""
+
+    def make(kind: type[GRPOTrainer], **config: Any) -> GRPOTrainer:
+        torch.manual_seed(1)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=117, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=16, initializer_range=0.2, name_or_path=str(fst_fast.mini.path()),
+            )
+        ).train()  # fmt: skip
+        settings = {
+            "per_device_train_batch_size": 6,
+            "gradient_accumulation_steps": STEPS,
+            "steps_per_generation": STEPS_PER_GENERATION,
+            "num_generations": 3,
+            "max_completion_length": 8,
+            "temperature": 0.7,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+        }
+        trainer = kind(
+            model,
+            length_reward,
+            GRPOConfig(str(tmp_path), **settings | config),
+            Dataset.from_list([{"prompt": f"edges : {i} , 7 9 , {i} . path"} for i in range(12)]),
+            processing_class=AutoTokenizer.from_pretrained(fst_fast.mini.path()),
+        )
+        trainer.current_gradient_accumulation_steps = STEPS  # what train() sets
+        return trainer
+
+    return make
+
+
+def micro_batch(trainer: GRPOTrainer, *, moved: bool, tools: bool = False) -> dict[str, Tensor]:
+    """Six completions of 8, 1, 5, 0, 3 and 7 tokens behind prompts of 2 to 5; moved: the policy is no longer the one that sampled them."""
+    g = torch.Generator().manual_seed(2)
+    lengths, prompts = torch.tensor([8, 1, 5, 0, 3, 7]), torch.tensor([5, 2, 3, 4, 5, 2])
+    batch = {
+        "prompt_ids": torch.randint(6, 117, (6, 5), generator=g),
+        "prompt_mask": (torch.arange(5) >= 5 - prompts[:, None]).long(),
+        "completion_ids": torch.randint(6, 117, (6, 8), generator=g),
+        "completion_mask": (torch.arange(8) < lengths[:, None]).long(),
+        "advantages": torch.tensor([1.2, -0.7, -1.1, 0.9, 0.0, 1.0]),
+        "num_items_in_batch": torch.tensor(131),
+    }
+    if tools:
+        batch["tool_mask"] = (torch.arange(8) % 4 != 1).long().expand(6, 8)
+    logprob = policy_logprob(trainer, batch)
+    batch["ref_per_token_logps"] = logprob + 0.4 * torch.randn(6, 8, generator=g)
+    if moved:
+        batch["old_per_token_logps"] = logprob + 0.4 * torch.randn(6, 8, generator=g)
+    return batch
+
+
+@torch.no_grad()
+def policy_logprob(trainer: GRPOTrainer, batch: dict[str, Tensor]) -> Tensor:
+    ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
+    attention = torch.cat((batch["prompt_mask"], batch["completion_mask"]), 1)
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 8, compute_entropy=True)[
+        0
+    ]
+
+
+def loss_and_gradients(trainer: GRPOTrainer, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+def metric(trainer: GRPOTrainer, name: str) -> float:
+    return trainer._metrics["train" if trainer.model.training else "eval"][name][-1]
+
+
+def difference(a: GRPOTrainer, b: GRPOTrainer, batch: dict[str, Tensor]) -> float:
+    """Of loss and of every parameter's gradient, relative to b's: the largest."""
+    (loss_a, grads_a), (loss_b, grads_b) = (loss_and_gradients(trainer, batch) for trainer in (a, b))
+    errors = [float((loss_a - loss_b).abs() / loss_b.abs())]
+    for name, expected in grads_b.items():
+        assert expected.norm() > 0, name
+        errors.append(float((grads_a[name] - expected).norm() / expected.norm()))
+    return max(errors)
+
+
+KL = {
+    "no KL": {"beta": 0.0},
+    "k3": {"beta": 0.1, "use_bias_correction_kl": False},
+    "k3 times ratio": {"beta": 0.1, "use_bias_correction_kl": True},
+}
+
+
+def loss_config(loss_type: str) -> dict[str, Any]:
+    return {"loss_type": loss_type, **({"epsilon_high": CAP} if loss_type == "cispo" else CLIP)}
+
+
+@pytest.mark.parametrize("kl", KL)
+@pytest.mark.parametrize("loss_type", ["cispo", "grpo", "dapo", "dr_grpo", "bnpo"])
+def test_loss_and_gradients_are_trls(make: Make, loss_type: str, kl: str) -> None:
+    config = loss_config(loss_type) | KL[kl]
+    trl, fused = make(GRPOTrainer, **config), make(example.FusedGRPOTrainer, **config)
+    clipped = "cispo_clip_ratio" if loss_type == "cispo" else "clip_ratio/region_mean"
+    for moved in (False, True):
+        batch = micro_batch(trl, moved=moved, tools=moved)
+        assert difference(fused, trl, batch) < 2e-5
+        assert (0 < metric(trl, clipped) < 1) == moved
+        if loss_type != "cispo":
+            assert metric(fused, clipped) == pytest.approx(metric(trl, clipped))
+        if loss_type != "grpo":
+            assert metric(fused, "entropy") == pytest.approx(metric(trl, "entropy"), rel=1e-5)
+            if kl != "no KL":
+                assert metric(fused, "kl") == pytest.approx(metric(trl, "kl"), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_sequence_ratios_are_trls(make: Make, loss_type: str) -> None:
+    config = loss_config(loss_type) | KL["k3"] | {"importance_sampling_level": "sequence"}
+    trl, fused = make(GRPOTrainer, **config), make(example.FusedGRPOTrainer, **config)
+    batch = micro_batch(trl, moved=True)
+    batch["advantages"] = -batch["advantages"]  # else every sequence that moved far moved against its clip
+    assert difference(fused, trl, batch) < 2e-5
+    assert 0 < metric(trl, "clip_ratio/region_mean") < 1
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6, 8)])
+def test_the_correction_for_vllms_rounding_is_trls(make: Make, shape: tuple[int, int]) -> None:
+    config = loss_config("cispo") | KL["k3"]
+    trl, fused = make(GRPOTrainer, **config), make(example.FusedGRPOTrainer, **config)
+    trl.use_vllm = fused.use_vllm = True
+    batch = micro_batch(trl, moved=True)
+    plain, _ = loss_and_gradients(fused, batch | {"importance_sampling_ratio": torch.ones(shape)})
+    batch["importance_sampling_ratio"] = torch.rand(shape, generator=torch.Generator().manual_seed(3)) * 2
+    assert difference(fused, trl, batch) < 2e-5
+    assert abs(loss_and_gradients(fused, batch)[0] - plain) > 0.01 * abs(plain)
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "grpo", "dr_grpo"])
+def test_evaluation_knows_no_accumulation(make: Make, loss_type: str) -> None:
+    trl, fused = (make(kind, **loss_config(loss_type)) for kind in (GRPOTrainer, example.FusedGRPOTrainer))
+    batch = micro_batch(trl, moved=True)
+    trained = loss_and_gradients(fused, batch)[0]
+    for trainer in (trl, fused):
+        trainer.model.eval()
+    assert difference(fused, trl, batch) < 2e-5
+    assert abs(loss_and_gradients(fused, batch)[0] / trained - 1) > 0.4
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_the_number_of_processes_counts_as_in_trl(
+    make: Make, loss_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trl, fused = (make(kind, **loss_config(loss_type)) for kind in (GRPOTrainer, example.FusedGRPOTrainer))
+    batch = micro_batch(trl, moved=True)
+    alone = loss_and_gradients(fused, batch)[0]
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 3))
+    assert difference(fused, trl, batch) < 2e-5
+    factor = loss_and_gradients(fused, batch)[0] / alone
+    assert factor == pytest.approx(3 if loss_type == "dapo" else 1, rel=1e-5)
+
+
+def test_advantages_per_token_and_a_batch_without_live_tokens(make: Make) -> None:
+    trl, fused = (make(kind, **loss_config("dapo")) for kind in (GRPOTrainer, example.FusedGRPOTrainer))
+    batch = micro_batch(trl, moved=True)
+    batch["advantages"] = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
+    assert difference(fused, trl, batch) < 2e-5
+    batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+    loss, gradients = loss_and_gradients(fused, batch)
+    assert loss == 0
+    assert all(not g.any() for g in gradients.values())
+
+
+def test_scores_are_trls_and_give_a_ratio_of_exactly_one_in_the_training_pass(make: Make) -> None:
+    trl, fused = (make(kind, **loss_config("dapo")) for kind in (GRPOTrainer, example.FusedGRPOTrainer))
+    batch = micro_batch(trl, moved=False)
+    mask = batch["completion_mask"].bool()
+    assert not policy_logprob(fused, batch)[~mask].any()
+    torch.testing.assert_close(policy_logprob(fused, batch), policy_logprob(trl, batch), rtol=1e-5, atol=1e-5)
+    on_policy, expected = loss_and_gradients(fused, batch)
+    loss, gradients = loss_and_gradients(fused, batch | {"old_per_token_logps": policy_logprob(fused, batch)})
+    assert torch.equal(loss, on_policy)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_bf16_autocast_rounds_the_operands_and_not_the_statistics(make: Make) -> None:
+    """TRL's own pass rounds the logits on the CPU, so the reference is an fp64 head on the same hidden states."""
+    fused = make(example.FusedGRPOTrainer, bf16=True, **loss_config("dapo"))
+    batch = micro_batch(fused, moved=False)
+    mask, hidden = batch["completion_mask"].bool(), []
+    norm = fused.accelerator.unwrap_model(fused.model).base_model.norm
+    hook = norm.register_forward_hook(lambda module, args, out: hidden.append(out))
+    logprob = policy_logprob(fused, batch)[mask]
+    hook.remove()
+    weight = fused.accelerator.unwrap_model(fused.model).lm_head.weight
+    operands = (x.detach().bfloat16().double() for x in (hidden[0][:, -9:-1][mask], weight))
+    logits = torch.matmul(next(operands), next(operands).T) / fused.temperature
+    expected = logits.log_softmax(-1).gather(1, batch["completion_ids"][mask][:, None]).squeeze(1)
+    torch.testing.assert_close(logprob.double(), expected, rtol=0, atol=1e-5)
+
+
+class WrongCap(example.FusedGRPOTrainer):
+    def objective(self) -> PolicyObjective:
+        return PolicyObjective("cispo", ratio_cap=1 + self.epsilon_high)
+
+
+class WrongNormaliser(example.FusedGRPOTrainer):
+    def token_weight(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return mask / (self.current_gradient_accumulation_steps * mask.sum())
+
+
+@pytest.mark.parametrize("wrong", [WrongCap, WrongNormaliser])
+def test_the_comparison_sees_another_cap_and_another_normaliser(make: Make, wrong: type[GRPOTrainer]) -> None:
+    trl, other = make(GRPOTrainer, **loss_config("cispo")), make(wrong, **loss_config("cispo"))
+    assert difference(other, trl, micro_batch(trl, moved=True)) > 0.01
+
+
+@pytest.mark.parametrize(("loss_type", "kl"), [("cispo", "no KL"), ("dapo", "k3 times ratio")])
+def test_a_whole_run_is_trls(make: Make, loss_type: str, kl: str) -> None:
+    """Generation, two iterations over each batch, accumulation, optimiser: the same steps."""
+    config = (
+        loss_config(loss_type)
+        | KL[kl]
+        | {"num_iterations": 2, "max_steps": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2}
+    )
+    histories = []
+    for kind in (GRPOTrainer, example.FusedGRPOTrainer):
+        trainer = make(kind, **config)
+        trainer.train()
+        histories.append([log for log in trainer.state.log_history if "loss" in log])
+    assert len(histories[0]) == 4
+    for expected, log in zip(*histories, strict=True):
+        for name in ("loss", "grad_norm", "entropy", *(["kl"] if kl != "no KL" else [])):
+            assert log[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+        assert log.get("reward") == expected.get("reward")
+    assert histories[0][0]["loss"] != histories[0][1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"loss_type": "sapo"}, "loss_type='sapo'"),
+        ({"loss_type": "luspo"}, "loss_type='luspo'"),
+        ({"loss_type": "vespo"}, "loss_type='vespo'"),
+        (
+            {"loss_type": "cispo"},
+            "ratio_cap=0.2",
+        ),  # TRL's default epsilon_high, which would cut every ratio to 0.2
+        ({"delta": 2.0}, "delta=2.0"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0.01"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32=True"),
+        ({"importance_sampling_level": "sequence", "beta": 0.1}, "importance_sampling_level='sequence'"),
+        (
+            {"importance_sampling_level": "sequence", "loss_type": "cispo"},
+            "importance_sampling_level='sequence'",
+        ),
+    ],
+)
+def test_what_is_not_reproduced_is_refused_by_name(make: Make, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(example.FusedGRPOTrainer, **config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"final_logit_softcapping": 30.0}, r"model.config.final_logit_softcapping=30.0"),
+        ({"logits_scaling": 8.0}, r"model.config.logits_scaling=8.0"),
+        ({"output_router_logits": True, "router_aux_loss_coef": 0.01}, r"router_aux_loss_coef=0.01"),
+    ],
+)
+def test_a_model_whose_loss_is_more_than_its_head_is_refused(
+    make: Make, config: dict[str, Any], message: str
+) -> None:
+    trl = make(GRPOTrainer)
+    trl.model.config.update(config)
+    with pytest.raises(ValueError, match=message):
+        example.FusedGRPOTrainer(
+            trl.model, length_reward, trl.args, trl.train_dataset, processing_class=trl.processing_class
+        )
+
+
+def test_the_example_runs_and_prints_loss_and_reward() -> None:
+    command = [sys.executable, EXAMPLE, "--steps", "2", "--beta", "0.01", "--completions", "16"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(lines) == 2
+    assert all(name in lines[0] for name in ("loss", "reward", "kl"))
