@@ -297,7 +297,7 @@ def test_parts_are_cut_by_the_length_of_their_segment_alone():
         plan = Case(*nested(2, 2, samples, (77, 40)), [30] * (4 * samples)).plan
         return [
             {tuple(i[:3]) for work in plan.work(1) for i in work.items.tolist() if i[3] < 0},
-            plan.parts.shape[1],
+            plan.parts()[0].shape[1],
         ]
 
     assert cuts(1) == cuts(3) == cuts(40)

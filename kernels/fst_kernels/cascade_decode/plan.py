@@ -52,8 +52,6 @@ class CascadePlan:
     count: Tensor  # [runs] sequences below it
     length: Tensor  # [runs] keys
     part: Tensor  # [runs] first part: (chunk, query) row by row
-    parts: Tensor  # [S, W] int32 on the device, by rank: the parts of each sequence's nodes, in order
-    part_count: Tensor  # [S] int32 on the device
     suffix_part: int  # first part of the suffixes: rank * suffix_chunks + chunk
     total_parts: int
     node_slots: Tensor  # [nodes, P] on the device: first slot of each page
@@ -145,29 +143,11 @@ class CascadePlan:
         behind = (chunks * count).cumsum(0)
         part = behind - chunks * count
         suffix_part = int(behind[-1]) if len(behind) else 0
-
-        width = torch.zeros(sequences, dtype=torch.int64)
-        pieces = []
-        for level_runs in (torch.nonzero(level == at).squeeze(1) for at in range(levels)):
-            run = level_runs.repeat_interleave(count[level_runs])
-            rank = torch.arange(len(run)) - (
-                count[level_runs].cumsum(0) - count[level_runs]
-            ).repeat_interleave(count[level_runs])
-            rank += first[run]
-            copies = chunks[run]
-            at = torch.arange(int(copies.sum())) - (copies.cumsum(0) - copies).repeat_interleave(copies)
-            run, rank = run.repeat_interleave(copies), rank.repeat_interleave(copies)
-            pieces.append((rank, width[rank] + at, part[run] + at * count[run] + rank - first[run]))
-            width[torch.unique(rank)] += chunks[level_runs].repeat_interleave(count[level_runs])
-        parts = torch.full((sequences, max(1, int(width.max()) if sequences else 1)), -1, dtype=torch.int32)
-        for rank, column, value in pieces:
-            parts[rank, column] = value.int()
         ends = slots[node] if not node_page else slots[node].amax(1) if len(node) else slots.flatten()[:0]
         extent = length if not node_page else torch.full_like(length, node_page)
         return cls(
             order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, part=part,
-            parts=parts.to(device), part_count=width.int().to(device), suffix_part=suffix_part,
-            total_parts=suffix_part + sequences * -(-suffix_capacity // chunk),
+            suffix_part=suffix_part, total_parts=suffix_part + sequences * -(-suffix_capacity // chunk),
             node_slots=(slots if node_page else slots[:, None]).int().to(device),
             suffix_slots=suffix_slots if suffix_page else suffix_slots[:, None], suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
             node_page=node_page, suffix_page=suffix_page, chunk=chunk, last_slot=int((ends + extent).max()) - 1 if len(node) else -1,
@@ -190,6 +170,36 @@ class CascadePlan:
             raise ValueError(
                 f"suffix_lengths run from {least} to {most}; allowed: 0 to the plan's suffix_capacity={self.suffix_capacity}"
             )
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """By rank, on the device: the parts of each sequence's nodes in order, [S, W] int32, and how many these are, [S] int32."""
+        if "parts" not in self.prepared:
+            self.prepared["parts"] = self._parts()
+        found: tuple[Tensor, Tensor] = self.prepared["parts"]
+        return found
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        chunks = -(-self.length // self.chunk)
+        width = torch.zeros(self.sequences, dtype=torch.int64)
+        pieces = []
+        for level in torch.unique(self.level).tolist():
+            runs = torch.nonzero(self.level == level).squeeze(1)
+            count = self.count[runs]
+            run = runs.repeat_interleave(count)  # of every rank below the level's nodes, ascending
+            rank = (
+                self.first[run] + torch.arange(len(run)) - (count.cumsum(0) - count).repeat_interleave(count)
+            )
+            copies = chunks[run]
+            at = torch.arange(int(copies.sum())) - (copies.cumsum(0) - copies).repeat_interleave(copies)
+            each, below = run.repeat_interleave(copies), rank.repeat_interleave(copies)
+            value = self.part[each] + at * self.count[each] + below - self.first[each]
+            pieces.append((below, width[below] + at, value))
+            width[rank] += copies
+        table = torch.full((self.sequences, max([1, *width.tolist()])), -1, dtype=torch.int32)
+        for rank, column, value in pieces:
+            table[rank, column] = value.int()
+        device = self.suffix_lengths.device
+        return table.to(device), width.int().to(device)
 
     def work(self, group: int, tiles: tuple[int, ...] = TILES) -> list[Work]:
         """The work lists for `group` query heads per KV head, one per size of tile (one or two, ascending), those without items left out."""

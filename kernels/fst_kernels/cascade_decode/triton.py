@@ -81,6 +81,7 @@ def cascade_decode(
     if q.device.type == "cpu":  # interpreted
         tiles = tiles or {16: Tile(16, 4, 1), 64: Tile(32, 4, 1)}
     tiles = tiles or {rows: tile(dim, rows, q.dtype) for rows in row_tiles(q.dtype)}
+    parts, part_count = plan.parts()
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         for work in plan.work(heads // kv_heads, tuple(tiles)):
             taken = tiles[work.rows]
@@ -92,8 +93,8 @@ def cascade_decode(
                 PRECISION="ieee", num_warps=taken.warps, num_stages=taken.stages,
             )  # fmt: skip
         triton_kernels.merge_kernel[(sequences, triton.cdiv(heads, MERGED_HEADS))](
-            part_out, part_lse2, plan.parts, plan.part_count, plan.suffix_lengths, plan.ranked, out, lse,
-            heads, plan.parts.shape[1], plan.suffix_part, plan.suffix_chunks, *out.stride()[:2],
+            part_out, part_lse2, parts, part_count, plan.suffix_lengths, plan.ranked, out, lse,
+            heads, parts.shape[1], plan.suffix_part, plan.suffix_chunks, *out.stride()[:2],
             D=dim, DIM=wide, HEADS=MERGED_HEADS, CHUNK=plan.chunk, num_warps=4,
         )  # fmt: skip
     return out, lse
