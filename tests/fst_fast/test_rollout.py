@@ -23,10 +23,10 @@ from transformers import (
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import NAME
-from fst_fast.rollout import kv_tree
+from fst_fast.rollout import cascade
 from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
-from fst_fast.rollout.kv_tree import partial_attention, plain_partial_attention
+from fst_fast.rollout.cascade import partial_attention, plain_partial_attention
 from fst_fast.rollout.prompt_tree import prompt_tree
 from fst_fast.rollout.scheduler import Slots
 from fst_kernels import sample_tokens
@@ -291,13 +291,13 @@ def test_counters_add_up_over_calls(model, plain_model):
 
 def test_nodes_nobody_needs_any_more_are_freed(model, monkeypatch):
     held: list[int] = []
-    forget = ForestDecoder._forget
+    forget = ForestDecoder._give_back
 
     def spy(self):
         forget(self)
-        held.append(sum(len(b.nodes) for b in self.cache.blocks))
+        held.append(sum(len(b.lengths) for b in self.cache.blocks.values()))
 
-    monkeypatch.setattr(ForestDecoder, "_forget", spy)
+    monkeypatch.setattr(ForestDecoder, "_give_back", spy)
     requests = requests_of(contexts=(9,) * 12, problems=(4, 5), samples=2)
     sample(forest(model, max_batch=4, prefill_tokens=30), requests, 4)
     nodes = len(prompt_tree([r.prompt_ids for r in requests], max_node_tokens=30).start)
@@ -397,7 +397,7 @@ def test_the_two_partial_attentions_agree():
 
 
 def test_the_engine_gives_the_same_without_flash_attention(model, expected, monkeypatch):
-    monkeypatch.setattr(kv_tree, "partial_attention", plain_partial_attention)
+    monkeypatch.setattr(cascade, "partial_attention", plain_partial_attention)
     assert_same(sample(forest(model, max_batch=6, prefill_tokens=20), requests_of()), expected)
 
 
