@@ -6,7 +6,7 @@ the key's path. One unit for batch sizes: problems per step. Values not said her
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,6 +48,11 @@ class RolloutConfig(Section):
     """Sampling temperature of training rollouts; no top-p or top-k there, since truncation biases the importance ratio."""
     max_batch: int = Field(256, ge=1)
     """Sequences decoded at the same time on one process; finished ones leave and waiting ones enter."""
+    kv_memory_bytes: int | None = Field(None, ge=1)
+    """Keys and values of one process at a time, prompts and responses; fewer sequences run where they would not fit. null: half of the
+    memory that is free (of the GPU; without one, of the machine, shared by its processes)."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response, besides the eos token; the tokens that complete one are part of it."""
 
 
 class SlowConfig(Section):

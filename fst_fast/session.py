@@ -92,7 +92,7 @@ class Session:
         try:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)
-            base = sampler.engine(reference)
+            base = sampler.engine(reference, console.note)
             reflect = _reflector(config, base, sampler.tokenizer)
             check_trackers(config.track)
             seed_context = Context.of(config.fast.seed_context)
@@ -117,7 +117,7 @@ class Session:
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
             policy = None if config.method == "gepa" else Policy(config)
             module = reference if policy is None else policy.rollout_model
-            models = Models(sampler.engine(module), base, module, reference)
+            models = Models(sampler.engine(module, console.note), base, module, reference)
             session = cls(
                 config=config,
                 run_dir=run_dir,
@@ -164,7 +164,7 @@ class Session:
                 )
             self.state.processes = now
             if ranks.from_rank_zero(bool(self.folder.changes) if self.folder else None):
-                self.state.base_cells.clear()  # measured as the old configuration said
+                self.state.base_rewards.clear()  # measured as the old configuration said
             if self.policy is not None:
                 self.policy.load(Path(found))
                 self.policy.hand_over()
@@ -315,6 +315,11 @@ class Session:
         self.policy.discard()
         self.state.counters.skipped_steps += 1
         self.console.note(f"step {self.state.step} is left out: {error}; the batch is in {dumped}")
+
+    def forget_prefixes(self) -> None:
+        """From here on nothing depends on what the rollout engines computed before: a run that is resumed here repeats itself bit by bit."""
+        self.models.policy.forget()
+        self.models.base.forget()
 
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ def train(
         if s.state.step == 0 and config.eval.every and not s.continued:
             measure(s, final=False)
         while s.state.step < config.slow.steps and not s.stopping():
+            s.forget_prefixes()
             if config.method != "rl" and s.state.step % config.fast.cycle_steps == 0:
                 evolve(s)
             if config.method == "gepa":
@@ -163,9 +164,9 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
     """Evaluate the four cells on validation problems and write the result."""
     config, state = s.config, s.state
     started = s.begin("evaluation")
+    s.forget_prefixes()
     reach("evaluation")
     problems = s.validation[: config.eval.final_problems if final else config.eval.problems]
-    known = state.base_cells.get(str(len(problems)))
     result = evaluate(
         config,
         s.sampler,
@@ -174,9 +175,8 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
         seed_context=s.seed_context,
         population=state.population,
         policy_version=s.policy_version,
-        known={"neither": known} if known else None,
+        base_rewards=state.base_rewards,
     )
-    state.base_cells[str(len(problems))] = result["channels"]["neither"]
     s.forget_rollout_tokens()
     s.end("eval_s", started)
     records.evaluation(s, result, final=final)

@@ -106,7 +106,9 @@ class PathAttention:
             self._lay_out(heads, kv_heads, extra is not None)
         group = heads // kv_heads
         spread = q.reshape(-1, dim).index_select(0, self.queries)
-        outs, lses, begin = [], [], 0
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        begin = 0
         if extra is not None:
             _collect(extra, outs, lses)
         for _, call in self.calls:
@@ -263,7 +265,9 @@ class DecodePlan:
         )
         return self.prompts.attend(layer, q, kv_heads, scale, own)
 
-    last = tokens  # every slot's token is read
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """Every slot has one token, and every token is read."""
+        raise AssertionError("a decode step asks for all rows")
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """For the transformers forward: q [S, Hq, 1, D], k and v [S, Hkv, 1, D] -> [S, 1, Hq, D]."""

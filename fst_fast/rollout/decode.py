@@ -113,9 +113,9 @@ class ForestDecoder:
         )
 
     def run(self) -> None:
-        for leaf in sorted(self.logits):
-            lo, hi = np.searchsorted(self.leaves, [leaf, leaf + 1])
-            self._first_tokens(self.logits[leaf][None], self.order[lo:hi], np.zeros(hi - lo, dtype=np.int64))
+        if self.logits:  # of prompts that an earlier call has ended
+            leaves = np.array(sorted(self.logits))
+            self._first_tokens_at(leaves, torch.stack([self.logits[leaf] for leaf in leaves.tolist()]))
         waiting = self.order
         while len(waiting):
             slots = Slots(waiting, self.max_batch)
@@ -166,7 +166,8 @@ class ForestDecoder:
             self._make_room()
             room = self._room()
             count = int(np.searchsorted(2 * tokens[:count], room, side="right")) or int(tokens[0] <= room)
-        return missing[:count]
+        window: Ints = missing[:count]
+        return window
 
     def _room(self) -> int:
         return self.kv_tokens - self._suffix_tokens - self._prompt_tokens()
@@ -190,16 +191,15 @@ class ForestDecoder:
         self._ahead = int(nodes[-1]) + 1
         if len(read):
             self.logits |= dict(zip(read.tolist(), logits, strict=True))
-            at = np.searchsorted(read, self.leaves)
-            ended = np.flatnonzero(read[np.minimum(at, len(read) - 1)] == self.leaves)
-            sequences = self.order[ended]
-            new = (
-                self.responses.length[sequences] == 0
-            )  # the others drew theirs from logits of an earlier call
-            self._first_tokens(logits, sequences[new], at[ended][new])
+            self._first_tokens_at(read, logits)
         return True
 
-    def _first_tokens(self, logits: Tensor, sequences: Ints, row: Ints) -> None:
+    def _first_tokens_at(self, leaves: Ints, logits: Tensor) -> None:
+        """Draw the first token of every sequence whose prompt ends at one of `leaves`, ascending, unless it has one. logits [leaves, V]."""
+        at = np.minimum(np.searchsorted(leaves, self.leaves), len(leaves) - 1)
+        ended = np.flatnonzero(leaves[at] == self.leaves)
+        ended = ended[self.responses.length[self.order[ended]] == 0]
+        sequences, row = self.order[ended], at[ended]
         for begin in range(0, len(sequences), self.max_batch):
             some = slice(begin, begin + self.max_batch)
             here = logits.index_select(0, torch.as_tensor(row[some], device=self.device))
@@ -208,7 +208,8 @@ class ForestDecoder:
     def _needed(self) -> Ints:
         """The nodes that an unfinished sequence stands under, of those that are there."""
         nodes = np.unique(self.tree.path[self.responses.finish == ""])
-        return nodes[(nodes >= 0) & self.cache.filled[nodes]]
+        needed: Ints = nodes[(nodes >= 0) & self.cache.filled[nodes]]
+        return needed
 
     def _give_back(self) -> None:
         """Hold what nobody needs only while memory is plenty."""

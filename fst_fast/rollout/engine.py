@@ -267,7 +267,7 @@ def fingerprint(model: Any) -> list[float]:
     """A sum for each weight: equal as long as the weights are."""
     with torch.no_grad():
         sums = torch.stack([p.sum(dtype=torch.float64) for p in model.parameters()])
-    return sums.tolist()  # type: ignore[no-any-return]
+    return sums.tolist()
 
 
 def _half_of_free_memory(device: torch.device) -> int:

@@ -32,8 +32,8 @@ class TokenPlan(Protocol):
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]"""
 
-    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The same where only the rows that the plan reads are asked for: q [R, Hq, D], k and v [N, Hkv, D] -> [R, Hq, D]"""
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """The same where only these rows [R] are asked for: -> [R, Hq, D]"""
 
 
 def why_not(model: Any) -> str | None:
@@ -114,7 +114,12 @@ class LeanForward:
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of the tokens `rows` [R]; None: of all. ids, positions [N]. `plan` must read the same rows."""
+        """Logits [R, V] of the tokens `rows` [R]; None: of all. ids, positions [N]."""
+        hidden = self.hidden(ids, positions, plan, rows)
+        return F.linear(hidden, self.head.weight, self.head.bias)
+
+    def hidden(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
+        """What the head reads: [R, H]."""
         x = F.embedding(ids, self.embedding)  # [N, H]
         angle = torch.outer(positions.float(), self.frequencies)
         turn = torch.polar(torch.full_like(angle, self.rope_scale), angle)[:, None]  # [N, 1, D/2] complex
@@ -122,27 +127,27 @@ class LeanForward:
             q, k, v = self._qkv(layer, x, turn)
             if rows is not None and number == len(self.layers) - 1:
                 x = x.index_select(0, rows)
-                seen = plan.last(number, q.index_select(0, rows), k, v, self.scale)
+                seen = plan.last(number, q, k, v, self.scale, rows)
             else:
                 seen = plan.tokens(number, q, k, v, self.scale)
             self._rest(layer, x, seen.flatten(1))
-        return F.linear(self._normed(x).mul_(self.final_norm), self.head.weight, self.head.bias)
+        return self._normed(x).mul_(self.final_norm)
 
     def _normed(self, x: Tensor) -> Tensor:
         """x / rms(x), a new tensor"""
-        mean = torch.linalg.vecdot(x, x).div_(x.shape[-1])
+        mean: Tensor = torch.linalg.vecdot(x, x).div_(x.shape[-1])
         return x * mean.add_(self.eps).rsqrt_().unsqueeze(-1)
 
     def _qkv(self, layer: _Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         both = self.heads + self.kv_heads
         parts = []
-        for rows, turned in zip(x.split(ROWS), turn.split(ROWS), strict=True):
+        for rows, turned in zip(torch.split(x, ROWS), torch.split(turn, ROWS), strict=True):
             out = F.linear(self._normed(rows), layer.qkv, layer.qkv_bias).view(len(rows), -1, self.dim)
             qk = out[:, :both]
             if layer.norms is not None:
                 mean = torch.linalg.vecdot(qk, qk).div_(self.dim)
                 qk.mul_(mean.add_(self.eps).rsqrt_().unsqueeze(-1)).mul_(layer.norms)
-            torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turned)
+            torch.view_as_complex(torch.unflatten(qk, -1, (-1, 2))).mul_(turned)
             parts.append(out)
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts)
         return qkv[:, : self.heads], qkv[:, self.heads : both], qkv[:, both:]
@@ -150,7 +155,7 @@ class LeanForward:
     def _rest(self, layer: _Layer, x: Tensor, seen: Tensor) -> None:
         """What follows the attention, added to x."""
         middle = layer.down.shape[0]
-        for rows, attended in zip(x.split(ROWS), seen.split(ROWS), strict=True):
+        for rows, attended in zip(torch.split(x, ROWS), torch.split(seen, ROWS), strict=True):
             rows.addmm_(attended, layer.out)
             gate_up = F.linear(self._normed(rows), layer.gate_up)
             rows.addmm_(F.silu(gate_up[:, :middle]).mul_(gate_up[:, middle:]), layer.down)

@@ -41,7 +41,6 @@ class PrefillPlan:
             index = np.where(place >= 0, offset[own][:, None] + place, 0)
             self.blocks.append((block, torch.as_tensor(index.reshape(-1), device=device)))
             cache.add(block, nodes[own], np.arange(len(own)))
-        self.paths: PathAttention | None = None
 
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]; stores k and v."""
@@ -64,9 +63,10 @@ class PrefillPlan:
             lse[:, :, below] = total
         return out[0].transpose(0, 1).to(q.dtype)
 
-    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [R, Hq, D] of the tokens read, k and v [N, Hkv, D] -> [R, Hq, D]; stores k and v."""
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """q [N, Hq, D], k and v [N, Hkv, D], rows: read_rows -> [R, Hq, D]; stores k and v."""
         self._store(layer, k, v)
+        q = q.index_select(0, rows)
         if not len(q):
             return q
         paths = PathAttention(self.cache, self.cache.tree.path_of(self.read), self.device)

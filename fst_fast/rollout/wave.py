@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,14 +70,18 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def engine(self, model: nn.Module) -> RolloutEngine:
-        """An engine that samples from `model` as configured."""
+    def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
+        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
         return RolloutEngine(
             model,
             eos_ids=end_ids(self.tokenizer, model),
             pad_id=self.pad_id,
             max_batch=self.config.rollout.max_batch,
             packing=self.config.policy.packing,
+            kv_bytes=self.config.rollout.kv_memory_bytes,
+            stop=self.config.rollout.stop,
+            decode=self.tokenizer.decode,
+            note=note,
         )
 
     def local(

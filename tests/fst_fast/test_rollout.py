@@ -24,9 +24,9 @@ from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import NAME
 from fst_fast.rollout import cascade
+from fst_fast.rollout.cascade import partial_attention, plain_partial_attention
 from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
-from fst_fast.rollout.cascade import partial_attention, plain_partial_attention
 from fst_fast.rollout.prompt_tree import prompt_tree
 from fst_fast.rollout.scheduler import Slots
 from fst_kernels import sample_tokens
