@@ -53,6 +53,11 @@ class RolloutConfig(Section):
     memory that is free (of the GPU; without one, of the machine, shared by its processes)."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token; the tokens that complete one are part of it."""
+    backend: Literal["native", "openai"] = "native"
+    """`openai`: a server (vLLM, SGLang) samples the fast phase and the base model's side of evaluations; the trained weights sample here.
+    Its rollouts are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
+    backend_args: dict[str, Any] = Field(default_factory=dict)
+    """openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The key comes from OPENAI_API_KEY only."""
 
 
 class SlowConfig(Section):
@@ -223,6 +228,8 @@ class Config(Section):
                 f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
                 f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
             )
+        if self.rollout.backend == "native" and self.rollout.backend_args:
+            raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
         if self.policy.offload_optimizer and self.policy.zero_stage == 0:
             raise ValueError("policy.offload_optimizer=true needs policy.zero_stage >= 1, which is 0")
         if not all(0 <= beta < 1 for beta in self.slow.betas):

@@ -26,6 +26,7 @@ from fst_fast.policy import ranks
 from fst_fast.policy.engine import load
 from fst_fast.policy.scoring import kl_to_reference
 from fst_fast.rollout.engine import RolloutEngine
+from fst_fast.rollout.server import ServerEngine
 from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task
@@ -35,10 +36,11 @@ CELLS = ("neither", "context", "weights", "both")
 
 @dataclass(frozen=True)
 class Models:
-    """What an evaluation needs of the models: their rollout engines and the modules behind them."""
+    """What an evaluation needs of the models: the engines that sample from them and the modules behind them. fast: samples the fast phase."""
 
     policy: RolloutEngine
-    base: RolloutEngine
+    base: RolloutEngine | ServerEngine
+    fast: RolloutEngine | ServerEngine
     policy_module: nn.Module
     base_module: nn.Module
 
@@ -205,11 +207,13 @@ def evaluate_run(run_dir: Path, *, problems: int | None = None, samples: int | N
     with Sampler.open(config) as sampler:
         base = load(config)
         policy = base if config.method == "gepa" else load(config, found / "model")
+        own = sampler.engine(base)
+        served = sampler.server(base)
         validation = load_task(config.task, config.task_args).problems("validation")
         return evaluate(
             config,
             sampler,
-            Models(sampler.engine(policy), sampler.engine(base), policy, base),
+            Models(sampler.engine(policy), served or own, served or own, policy, base),
             list(validation[: problems or config.eval.final_problems]),
             seed_context=Context.of(config.fast.seed_context),
             population=state.population,

@@ -93,6 +93,9 @@ class Session:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)
             base = sampler.engine(reference, console.note)
+            served = sampler.server(reference)
+            if served and config.method == "fst" and config.fast.reuse_rollouts:
+                _on_rank_zero(lambda: served.check_training(config.rollout.temperature))
             reflect = _reflector(config, base, sampler.tokenizer)
             check_trackers(config.track)
             seed_context = Context.of(config.fast.seed_context)
@@ -117,7 +120,8 @@ class Session:
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
             policy = None if config.method == "gepa" else Policy(config)
             module = reference if policy is None else policy.rollout_model
-            models = Models(sampler.engine(module, console.note), base, module, reference)
+            own = sampler.engine(module, console.note)
+            models = Models(own, served or base, served or own, module, reference)
             session = cls(
                 config=config,
                 run_dir=run_dir,
@@ -320,6 +324,7 @@ class Session:
         """From here on nothing depends on what the rollout engines computed before: a run that is resumed here repeats itself bit by bit."""
         self.models.policy.forget()
         self.models.base.forget()
+        self.models.fast.forget()
 
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 
@@ -357,7 +362,7 @@ class Session:
         self.state.counters.tokens_unshared += unshared
 
     def _engine_tokens(self) -> tuple[int, int]:
-        engines = (self.models.policy, self.models.base)
+        engines = {id(e): e for e in (self.models.policy, self.models.base, self.models.fast)}.values()
         return sum(e.tokens_computed for e in engines), sum(e.tokens_unshared for e in engines)
 
     def spent_since_last_record(self) -> dict[str, float]:

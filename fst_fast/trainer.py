@@ -78,7 +78,7 @@ def evolve(s: Session) -> None:
     def score(wave: Sequence[tuple[Context, Problem, int]]) -> list[Sampled]:
         reach("fast.wave")
         return s.sampler.spread(
-            s.models.policy,
+            s.models.fast,
             wave,
             stream=(config.seed, "fast", state.cycle),
             policy_version=version,

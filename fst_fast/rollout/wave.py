@@ -21,6 +21,7 @@ from fst_fast.errors import UserError
 from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
+from fst_fast.rollout.server import ServerEngine
 from fst_fast.run.faults import reach
 from fst_fast.tasks.verify import VerifierPool
 
@@ -84,9 +85,20 @@ class Sampler:
             note=note,
         )
 
+    def server(self, model: nn.Module) -> ServerEngine | None:
+        """The server that rollout.backend=openai names, or None. model: whose end-of-response tokens it uses."""
+        if self.config.rollout.backend == "native":
+            return None
+        return ServerEngine.from_args(
+            self.config.rollout.backend_args,
+            eos_ids=end_ids(self.tokenizer, model),
+            stop=self.config.rollout.stop,
+            encode=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
+        )
+
     def local(
         self,
-        engine: RolloutEngine,
+        engine: RolloutEngine | ServerEngine,
         wave: Sequence[Triple],
         *,
         stream: tuple[object, ...],
@@ -136,6 +148,8 @@ class Sampler:
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
-    def spread(self, engine: RolloutEngine, wave: Sequence[Triple], **how: Any) -> list[Sampled]:
+    def spread(
+        self, engine: RolloutEngine | ServerEngine, wave: Sequence[Triple], **how: Any
+    ) -> list[Sampled]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
         return ranks.interleave(ranks.all_gather(self.local(engine, ranks.mine(wave), **how)))

@@ -86,7 +86,7 @@ def test_cells_that_are_one_by_construction_are_sampled_once(
 ) -> None:
     monkeypatch.setattr(module, "kl", lambda *_: 0.25)
     sampler: Any = RecordingSampler()
-    models: Any = Models("policy", "base", None, None)  # type: ignore[arg-type]
+    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
     config = Config.model_validate({"method": method})
     got = evaluate(
         config, sampler, models, PROBLEMS, seed_context=SEED, population=population, policy_version=version
@@ -99,7 +99,7 @@ def test_cells_that_are_one_by_construction_are_sampled_once(
 
 
 def measured(sampler: Any, memory: dict[str, dict[str, float]], population: list[Context]) -> dict[str, Any]:
-    models: Any = Models("policy", "base", None, None)  # type: ignore[arg-type]
+    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
     return evaluate(
         Config(), sampler, models, PROBLEMS, seed_context=SEED, population=population, policy_version=0,
         base_rewards=memory,
