@@ -157,17 +157,20 @@ class ForestDecoder:
 
     def _window(self) -> Ints:
         """The next nodes to compute, as many as `prefill_tokens` and the memory left allow."""
-        tree = self.tree
-        missing = self._next + np.flatnonzero(~self.cache.filled[self._next :])
-        tokens = np.cumsum(tree.end[missing] - tree.start[missing])
-        count = max(1, int(np.searchsorted(tokens, self.prefill_tokens, side="right")))
-        room = self._room()
-        if 2 * tokens[count - 1] > room:  # padding may double it
+        missing, tokens, count = self._missing()
+        if 2 * tokens[count - 1] > self._room():  # padding may double it
             self._make_room()
+            missing, tokens, count = self._missing()
             room = self._room()
             count = int(np.searchsorted(2 * tokens[:count], room, side="right")) or int(tokens[0] <= room)
         window: Ints = missing[:count]
         return window
+
+    def _missing(self) -> tuple[Ints, Ints, int]:
+        """The nodes that are to be computed, their tokens summed up, and how many of them make one forward."""
+        missing = self._next + np.flatnonzero(~self.cache.filled[self._next :])
+        tokens = np.cumsum(self.tree.end[missing] - self.tree.start[missing])
+        return missing, tokens, max(1, int(np.searchsorted(tokens, self.prefill_tokens, side="right")))
 
     def _room(self) -> int:
         return self.kv_tokens - self._suffix_tokens - self._prompt_tokens()

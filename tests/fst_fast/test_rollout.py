@@ -283,7 +283,10 @@ def test_counters_add_up_over_calls(model, plain_model):
     ours, plain = forest(model, eos=()), padded(plain_model, eos=())
     for engine in (ours, ours, plain):
         sample(engine, requests, 10)
-    assert ours.tokens_computed == 2 * (len(distinct) + 9 * n)  # the last token is never fed
+    assert (
+        ours.tokens_computed == len(distinct) + 2 * 9 * n
+    )  # the last token is never fed; the second call has the prompts
+    assert ours.tokens_reused == len(distinct)
     assert ours.tokens_unshared == 2 * (prompt_tokens + 10 * n)
     assert plain.tokens_unshared == prompt_tokens + 10 * n
     assert plain.tokens_computed == n * (max(len(r.prompt_ids) for r in requests) + 9)
@@ -299,7 +302,7 @@ def test_nodes_nobody_needs_any_more_are_freed(model, monkeypatch):
 
     monkeypatch.setattr(ForestDecoder, "_give_back", spy)
     requests = requests_of(contexts=(9,) * 12, problems=(4, 5), samples=2)
-    sample(forest(model, max_batch=4, prefill_tokens=30), requests, 4)
+    sample(forest(model, max_batch=4, prefill_tokens=30, kv_bytes=300 * 2 * 2 * 2 * 16 * 4), requests, 4)
     nodes = len(prompt_tree([r.prompt_ids for r in requests], max_node_tokens=30).start)
     assert max(held) < nodes // 2
     assert held[-1] < nodes // 3
