@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ def problems(steps: int) -> list[list[Problem]]:
 
 
 def contexts() -> list[Context]:
-    words = "start at the goal and go back to the start . put the final path in the box .".split()
+    words = ["start", "at", "the", "goal", "and", "go", "back", "to", "the", "start", ".", "put", "the", "final", "path", "in", "the", "box", "."]
     rng = np.random.default_rng(0)
     return [Context.of(" ".join(rng.choice(words, CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
 
@@ -151,7 +152,7 @@ def trl(steps: int, micro: int) -> list[tuple[float, float]]:
         trainer.train()
     assert sum(seen) == steps * BATCH, f"TRL sampled {sum(seen)} for {steps} steps"
     assert max(lengths) + NEW_TOKENS <= 512
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(clock, clock[1:], strict=False)]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clock)]
 
 
 def child(name: str, args: argparse.Namespace, steps: int, micro: int = 0) -> dict[str, Any]:

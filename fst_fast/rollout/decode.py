@@ -20,7 +20,7 @@ from fst_fast.rollout.cascade import DecodePlan, Suffixes
 from fst_fast.rollout.kv_tree import TreeCache
 from fst_fast.rollout.prefill import PrefillPlan
 from fst_fast.rollout.prefixes import Prefixes, adopt
-from fst_fast.rollout.prompt_tree import Ints, PromptTree, forest_of, prompt_tree
+from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, PromptTree, forest_of, prompt_tree
 from fst_fast.rollout.responses import Responses
 from fst_fast.rollout.scheduler import Slots
 
@@ -87,12 +87,13 @@ class ForestDecoder:
         kv_tokens: int,
         logits_tokens: int,
         prefixes: Prefixes,
+        join_tokens: int = JOIN_TOKENS,
     ) -> None:
         self.forward, self.responses, self.prefixes = forward, responses, prefixes
         self.layers, self.dtype, self.device = layers, dtype, device
         self.prefill_tokens, self.kv_tokens, self.logits_tokens = prefill_tokens, kv_tokens, logits_tokens
         self.prompt_length = np.array([len(p) for p in prompts], dtype=np.int64)
-        forest = forest_of(prompts)
+        forest = forest_of(prompts, join_tokens=join_tokens)
         found = prefixes.find(forest)
         self.tree = prompt_tree(forest, max_node_tokens=prefill_tokens, cuts=found.cuts)
         self.cache = TreeCache(self.tree)

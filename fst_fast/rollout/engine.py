@@ -26,6 +26,7 @@ from fst_fast.rollout.kv_tree import token_bytes
 from fst_fast.rollout.lean import LeanForward, why_not
 from fst_fast.rollout.padded import decode_padded
 from fst_fast.rollout.prefixes import Prefixes
+from fst_fast.rollout.prompt_tree import JOIN_TOKENS
 from fst_fast.rollout.responses import Responses, Sampling
 
 
@@ -52,7 +53,7 @@ class RolloutEngine:
 
     packing="forest" needs a model loaded with the "fst" attention, "padded" one with an attention of transformers. eos_ids end a response;
     so do the texts `stop`, for which decode(ids) must give the text of token ids. max_batch: sequences decoded at a time. prefill_tokens:
-    prompt tokens of one forward of the forest path. kv_bytes: what its keys and values may take at a time; None: half of what the device
+    prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes: what its keys and values may take at a time; None: half of what the device
     (on a CPU: the machine, shared by the processes on it) has free at each call. note: told what was chosen for want of memory.
     tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
     earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
@@ -67,6 +68,7 @@ class RolloutEngine:
         max_batch: int,
         packing: Literal["forest", "padded"],
         prefill_tokens: int = 8192,
+        join_tokens: int = JOIN_TOKENS,
         kv_bytes: int | None = None,
         stop: Sequence[str] = (),
         decode: Callable[[NDArray[np.int64]], str] | None = None,
@@ -83,6 +85,7 @@ class RolloutEngine:
         self.model, self.packing = model, packing
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
+        self.join_tokens = join_tokens
         self.stop, self.decode, self.note = tuple(stop), decode, note
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
         self.most_kv_bytes = 0  # held at a time, ever
@@ -170,6 +173,7 @@ class RolloutEngine:
             kv_tokens=self._kv_bytes() // each,
             logits_tokens=-(-head.shape[0] * head.dtype.itemsize // each),
             prefixes=self._prefixes,
+            join_tokens=self.join_tokens,
         )
         if decoder.max_batch < min(max_batch, len(prompts)):
             self.note(

@@ -53,7 +53,7 @@ class Call:
     cache: TreeCache
     logits: dict[int, Tensor]
     unused: int = 0  # calls in a row that took nothing
-    branches: dict[int, dict[int, int]] = field(
+    branches: dict[int, dict[int, list[int]]] = field(
         default_factory=dict
     )  # node (-1: none) -> first token -> child
 
@@ -61,7 +61,7 @@ class Call:
         tree = self.cache.tree
         for node in self.cache.held().tolist():
             first = int(tree.token_ids[tree.start[node]])
-            self.branches.setdefault(int(tree.parent[node]), {})[first] = node
+            self.branches.setdefault(int(tree.parent[node]), {}).setdefault(first, []).append(node)
 
     def follow(self, at: tuple[int, int], ids: Ints) -> tuple[list[Segment], tuple[int, int]]:
         """Walk on from (node, tokens of it behind us) along `ids`: the segments passed, and where that ends."""
@@ -70,20 +70,27 @@ class Call:
         segments: list[Segment] = []
         while len(ids):
             if node < 0 or offset == tree.end[node] - tree.start[node]:
-                child = self.branches.get(node, {}).get(int(ids[0]))
-                if child is None:
+                children = self.branches.get(node, {}).get(int(ids[0]), [])
+                same, child = max(((self._common(c, 0, ids), c) for c in children), default=(0, -1))
+                if not same:
                     break
                 node, offset = child, 0
-            begin = int(tree.start[node]) + offset
-            stored = tree.token_ids[begin : min(begin + len(ids), int(tree.end[node]))]
-            differs = stored != ids[: len(stored)]
-            same = int(differs.argmax()) if differs.any() else len(stored)
-            if not same:
-                break
+            else:
+                same = self._common(node, offset, ids)
+                if not same:
+                    break
             block = self.cache.block(int(self.cache.block_of[node]))
             segments.append(Segment(block, int(self.cache.row_of[node]), offset, offset + same))
             ids, offset = ids[same:], offset + same
         return segments, (node, offset)
+
+    def _common(self, node: int, offset: int, ids: Ints) -> int:
+        """How many of `ids` are the node's tokens from `offset` on."""
+        tree = self.cache.tree
+        begin = int(tree.start[node]) + offset
+        stored = tree.token_ids[begin : min(begin + len(ids), int(tree.end[node]))]
+        differs = stored != ids[: len(stored)]
+        return int(differs.argmax()) if differs.any() else len(stored)
 
 
 class Prefixes:

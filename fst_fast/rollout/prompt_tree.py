@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from fst_fast.forest import Forest, Leaf, pack
 
 Ints = NDArray[np.int64]
 _NONE = np.zeros(0, dtype=np.int64)
+JOIN_TOKENS = 32
+"""A node costs an attention call of its own in every layer of every step, about as much as computing and reading this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,49 @@ class PromptTree:
         return _paths(nodes, self.parent, self.level)
 
 
-def forest_of(prompts: Sequence[Ints]) -> Forest:
-    """Equal prefixes merged."""
-    return pack([Leaf(np.asarray(prompt, dtype=np.int64), _NONE) for prompt in prompts])
+def forest_of(prompts: Sequence[Ints], *, join_tokens: int = JOIN_TOKENS) -> Forest:
+    """Equal prefixes merged, but for those too short to be worth a node: a node at which no prompt ends is given to its children, each with
+    a copy of its tokens, where that makes at most `join_tokens` tokens more."""
+    forest = pack([Leaf(np.asarray(prompt, dtype=np.int64), _NONE) for prompt in prompts])
+    above = forest.node_parent.tolist()
+    children = np.bincount(forest.node_parent.astype(np.int64) + 1, minlength=len(above) + 1)[1:].tolist()
+    ends = set(forest.leaf_node.tolist())
+    tokens: list[Ints] = []  # of the nodes that stay
+    parent: list[int] = []
+    number: list[int] = []  # of each old node; of one that is given away, its parent's
+    given: list[Ints] = []  # what each old node gives to its children
+    for node, up in enumerate(above):
+        own = forest.token_ids[forest.node_start[node] : forest.node_end[node]]
+        ids = own if up < 0 else np.concatenate([given[up], own])
+        upper = -1 if up < 0 else number[up]
+        if children[node] and node not in ends and len(ids) * (children[node] - 1) <= join_tokens:
+            number.append(upper)
+            given.append(ids)
+        else:
+            number.append(len(tokens))
+            given.append(_NONE)
+            tokens.append(ids)
+            parent.append(upper)
+    if len(tokens) == len(above):
+        return forest
+    length = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    end = np.cumsum(length)
+    depth, last = np.zeros(len(tokens), dtype=np.int64), end.copy()
+    for node, up in enumerate(parent):
+        depth[node] = depth[up] + length[up] if up >= 0 else 0
+    for node in reversed(range(len(tokens))):
+        if parent[node] >= 0:
+            last[parent[node]] = max(last[parent[node]], last[node])
+    return replace(
+        forest,
+        token_ids=np.concatenate(tokens),
+        depth=(np.arange(end[-1]) + np.repeat(depth - end + length, length)).astype(np.int32),
+        subtree_end=np.repeat(last, length).astype(np.int32),
+        node_start=(end - length).astype(np.int32),
+        node_end=end.astype(np.int32),
+        node_parent=np.array(parent, dtype=np.int32),
+        leaf_node=np.array([number[node] for node in forest.leaf_node.tolist()], dtype=np.int32),
+    )
 
 
 def prompt_tree(
@@ -47,7 +89,7 @@ def prompt_tree(
 ) -> PromptTree:
     """A segment longer than `max_node_tokens` becomes a chain of nodes, so that one can be prefilled at a time. cuts: per node of the
     forest, how many of its first tokens are to be a node of their own, of any length; 0: none."""
-    forest = prompts if isinstance(prompts, Forest) else forest_of(prompts)
+    forest = prompts if isinstance(prompts, Forest) else forest_of(prompts, join_tokens=0)
     start: list[int] = []
     end: list[int] = []
     parent: list[int] = []
