@@ -100,6 +100,9 @@ class SlowConfig(Section):
     """Forest tokens (padded: tokens of the padded batch) of one forward/backward on one process."""
     head_chunk_rows: int = Field(1024, ge=1)
     """Rows of logits that exist at one time in the loss."""
+    mismatch_warning: float = Field(1e-2, gt=0)
+    """mismatch_kl, in nats per token, above which a step without reused rollouts is warned of: the rollout engine and the trainer then do
+    not compute the same log-probs. Usual: below 1e-8 in float32, 1e-3 in bfloat16."""
 
 
 class FastConfig(Section):

@@ -320,6 +320,16 @@ class Session:
         self.state.counters.skipped_steps += 1
         self.console.note(f"step {self.state.step} is left out: {error}; the batch is in {dumped}")
 
+    def warn_of_mismatch(self, mismatch_kl: float | None, reused: int) -> None:
+        """Say so where fresh rollouts have other log-probs in the trainer than in the engine that sampled them. Reused ones may differ: the
+        weights have moved since."""
+        limit = self.config.slow.mismatch_warning
+        if mismatch_kl is not None and not reused and mismatch_kl > limit:
+            self.console.note(
+                f"warning, step {self.state.step}: mismatch_kl={mismatch_kl:.3g} nats per token between rollout engine and trainer on rollouts of "
+                f"these very weights; slow.mismatch_warning={limit:g}"
+            )
+
     def forget_prefixes(self) -> None:
         """From here on nothing depends on what the rollout engines computed before: a run that is resumed here repeats itself bit by bit."""
         self.models.policy.forget()

@@ -154,6 +154,7 @@ def learn(s: Session) -> None:
             s.run_dir, bad, data, kept, config, step=state.step, pad_id=s.sampler.pad_id, model=s.models.policy_module
         ))  # fmt: skip
         numbers = skipped(s.policy.lr(state.step))
+    s.warn_of_mismatch(numbers["mismatch_kl"], reused)
     s.policy.hand_over()
     s.add_seconds("train_s", time.perf_counter() - training)
     state.step += 1

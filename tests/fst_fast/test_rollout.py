@@ -83,7 +83,9 @@ def expected(plain_model):
 
 
 def forest(model, *, max_batch: int = 64, eos: Sequence[int] = EOS, **more) -> RolloutEngine:
-    return RolloutEngine(model, eos_ids=eos, pad_id=0, max_batch=max_batch, packing="forest", **{"join_tokens": 0, **more})
+    return RolloutEngine(
+        model, eos_ids=eos, pad_id=0, max_batch=max_batch, packing="forest", **{"join_tokens": 0, **more}
+    )
 
 
 def padded(model, *, max_batch: int = 64, eos: Sequence[int] = EOS) -> RolloutEngine:
