@@ -103,7 +103,7 @@ def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: i
         nodes = nodes[nodes >= 0]
         tokens = int((self.tree.end - self.tree.start)[nodes].sum())
         tokens += int(self.responses.length[slots.who].sum()) - len(slots.who)
-        floor[0] += tokens * engine._token_bytes()
+        floor[0] += tokens * engine.token_bytes()
         steps[0] += read[0] - before > 0
         in_steps[0] += read[0] - before
         return out
@@ -119,7 +119,7 @@ def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: i
     return {
         "bytes_per_step": in_steps[0] / steps[0],
         "floor_bytes_per_step": floor[0] / steps[0],
-        "unshared_bytes_per_step": unshared * engine._token_bytes() * min(max_batch, len(load)) / len(load),
+        "unshared_bytes_per_step": unshared * engine.token_bytes() * min(max_batch, len(load)) / len(load),
     }
 
 

@@ -102,12 +102,12 @@ class Session:
             train, validation = task.problems("train"), list(task.problems("validation"))
             _check_room(
                 config,
-                reference,
+                base,
                 sampler,
                 seed_context,
                 minibatch(train, 0, config.slow.problems_per_step, config.seed),
             )
-            _check_room(config, reference, sampler, seed_context, validation[: config.eval.final_problems])
+            _check_room(config, base, sampler, seed_context, validation[: config.eval.final_problems])
             folder = _on_rank_zero(
                 lambda: open_run(
                     run_dir,
@@ -431,15 +431,22 @@ def _check_kernels(config: Config) -> None:
 
 
 def _check_room(
-    config: Config, model: nn.Module, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
+    config: Config, base: RolloutEngine, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
 ) -> None:
-    """Refuse lengths that cannot be before anything is written: of the model's positions, and of the prompts under the seed context."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    """Refuse lengths that cannot be before anything is written: of the model's positions, the memory for keys and values, and the prompts
+    under the seed context."""
+    positions = getattr(base.model.config, "max_position_embeddings", None)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if positions is not None and longest > positions:
         raise UserError(
             f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
             f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
+        )
+    room, each = config.rollout.kv_memory_bytes, base.token_bytes()
+    if room is not None and config.policy.packing == "forest" and longest * each > room:
+        raise UserError(
+            f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
+            f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
         )
     for problem in problems:
         sampler.prompts.ids(seed_context, problem)

@@ -160,7 +160,7 @@ class RolloutEngine:
                 transformers_forward(self.model) if why_not(self.model) else LeanForward(self.model)
             )
         head = self.model.get_output_embeddings().weight
-        each = self._token_bytes()
+        each = self.token_bytes()
         decoder = ForestDecoder(
             self._forward,
             prompts,
@@ -218,7 +218,8 @@ class RolloutEngine:
         tail = self.decode(ids[-(max(len(text.encode()) for text in self.stop) + 1) :])
         return any(text in tail for text in self.stop)
 
-    def _token_bytes(self) -> int:
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -258,7 +259,7 @@ class RolloutEngine:
                 seen.add(key)
         if self.packing == "forest":
             longest = max(requests, key=lambda r: len(r.prompt_ids))
-            each, room = self._token_bytes(), self._kv_bytes()
+            each, room = self.token_bytes(), self._kv_bytes()
             needed = len(longest.prompt_ids) + max(max_response_tokens - 1, 1)
             if needed * each > room:
                 raise UserError(
