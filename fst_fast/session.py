@@ -97,19 +97,22 @@ class Session:
         try:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)
-            base = sampler.engine(reference)
+            base = sampler.engine(reference, console.note)
+            served = sampler.server(reference)
+            if served and config.method == "fst" and config.fast.reuse_rollouts:
+                _on_rank_zero(lambda: served.check_training(config.rollout.temperature))
             reflect = _reflector(config, base, sampler.tokenizer)
             check_trackers(config.track)
             seed_context = Context.of(config.fast.seed_context)
             train, validation = task.problems("train"), list(task.problems("validation"))
             _check_room(
                 config,
-                reference,
+                base,
                 sampler,
                 seed_context,
                 minibatch(train, 0, config.slow.problems_per_step, config.seed),
             )
-            _check_room(config, reference, sampler, seed_context, validation[: config.eval.final_problems])
+            _check_room(config, base, sampler, seed_context, validation[: config.eval.final_problems])
             folder = _on_rank_zero(
                 lambda: open_run(
                     run_dir,
@@ -122,7 +125,8 @@ class Session:
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
             policy = None if config.method == "gepa" else Policy(config)
             module = reference if policy is None else policy.rollout_model
-            models = Models(sampler.engine(module), base, module, reference)
+            own = sampler.engine(module, console.note)
+            models = Models(own, served or base, served or own, module, reference)
             session = cls(
                 config=config,
                 run_dir=run_dir,
@@ -159,7 +163,7 @@ class Session:
             self.state = State.load(Path(found) / "state.json")
             before, now = checkpoint.written_by(Path(found)), _writer(self.config)
             if before["config_hash"] != now["config_hash"]:
-                self.state.base_cells.clear()  # measured as the old configuration said
+                self.state.base_rewards.clear()  # measured as the old configuration said
             # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
             changes += [
                 d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))
@@ -333,6 +337,22 @@ class Session:
         self.state.counters.skipped_steps += 1
         self.console.note(f"step {self.state.step} is left out: {error}; the batch is in {dumped}")
 
+    def warn_of_mismatch(self, mismatch_kl: float | None, reused: int) -> None:
+        """Say so where fresh rollouts have other log-probs in the trainer than in the engine that sampled them. Reused ones may differ: the
+        weights have moved since."""
+        limit = self.config.slow.mismatch_warning
+        if mismatch_kl is not None and not reused and mismatch_kl > limit:
+            self.console.note(
+                f"warning, step {self.state.step}: mismatch_kl={mismatch_kl:.3g} nats per token between rollout engine and trainer on rollouts of "
+                f"these very weights; slow.mismatch_warning={limit:g}"
+            )
+
+    def forget_prefixes(self) -> None:
+        """From here on nothing depends on what the rollout engines computed before: a run that is resumed here repeats itself bit by bit."""
+        self.models.policy.forget()
+        self.models.base.forget()
+        self.models.fast.forget()
+
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> float:
@@ -370,7 +390,7 @@ class Session:
         self.state.counters.tokens_unshared += unshared
 
     def _engine_tokens(self) -> tuple[int, int]:
-        engines = (self.models.policy, self.models.base)
+        engines = {id(e): e for e in (self.models.policy, self.models.base, self.models.fast)}.values()
         return sum(e.tokens_computed for e in engines), sum(e.tokens_unshared for e in engines)
 
     def spent_since_last_record(self) -> dict[str, float]:
@@ -429,20 +449,27 @@ def _check_kernels(config: Config) -> None:
 
 
 def _check_room(
-    config: Config, model: nn.Module, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
+    config: Config, base: RolloutEngine, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
 ) -> None:
-    """Refuse lengths that cannot be before anything is written: of the model's positions, and of the prompts under the seed context."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    """Refuse lengths that cannot be before anything is written: of the model's positions, the memory for keys and values, and the prompts
+    under the seed context."""
+    positions = getattr(base.model.config, "max_position_embeddings", None)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if positions is not None and longest > positions:
         raise UserError(
             f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
             f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
         )
-    window = sliding_window(model.config)
+    window = sliding_window(base.model.config)
     if config.policy.packing == "forest" and window is not None:
         raise UserError(
             f"the model has a sliding window of {window} tokens, which training over a forest does and rollouts over one do not; {WAY_OUT}"
+        )
+    room, each = config.rollout.kv_memory_bytes, base.token_bytes()
+    if room is not None and config.policy.packing == "forest" and longest * each > room:
+        raise UserError(
+            f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
+            f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
         )
     for problem in problems:
         sampler.prompts.ids(seed_context, problem)

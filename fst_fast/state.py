@@ -19,7 +19,7 @@ from fst_fast.contexts.population import FastState
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
 from fst_fast.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -44,9 +44,9 @@ class State:
     cycle: int = 0
     counters: Counters = field(default_factory=Counters)
     reusable: list[Sampled] = field(default_factory=list)  # this cycle's fast-phase rollouts, not yet claimed
-    base_cells: dict[str, Any] = field(
+    base_rewards: dict[str, dict[str, float]] = field(
         default_factory=dict
-    )  # number of problems -> the `neither` cell, which never changes
+    )  # see evaluate.evaluate; of the contexts last evaluated
 
     def save(self, path: Path) -> None:
         """Write the whole state as one JSON file."""
@@ -58,7 +58,7 @@ class State:
             "population": [asdict(c) for c in self.population],
             "fast": self.fast.to_json(),
             "reusable": [sampled_to_json(s) for s in self.reusable],
-            "base_cells": self.base_cells,
+            "base_rewards": self.base_rewards,
         }
         path.write_text(json.dumps(tree))
 
@@ -76,7 +76,7 @@ class State:
                 cycle=tree["cycle"],
                 counters=Counters(**tree["counters"]),
                 reusable=[sampled_from_json(s) for s in tree["reusable"]],
-                base_cells=tree["base_cells"],
+                base_rewards=tree["base_rewards"],
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(

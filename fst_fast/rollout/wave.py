@@ -20,6 +20,7 @@ from fst_fast.errors import UserError
 from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
+from fst_fast.rollout.server import ServerEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.verify import VerifierPool
@@ -79,19 +80,34 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def engine(self, model: nn.Module) -> RolloutEngine:
-        """An engine that samples from `model` as configured."""
+    def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
+        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
         return RolloutEngine(
             model,
             eos_ids=end_ids(self.tokenizer, model),
             pad_id=self.pad_id,
             max_batch=self.config.rollout.max_batch,
             packing=self.config.policy.packing,
+            kv_bytes=self.config.rollout.kv_memory_bytes,
+            stop=self.config.rollout.stop,
+            decode=self.tokenizer.decode,
+            note=note,
+        )
+
+    def server(self, model: nn.Module) -> ServerEngine | None:
+        """The server that rollout.backend=openai names, or None. model: whose end-of-response tokens it uses."""
+        if self.config.rollout.backend == "native":
+            return None
+        return ServerEngine.from_args(
+            self.config.rollout.backend_args,
+            eos_ids=end_ids(self.tokenizer, model),
+            stop=self.config.rollout.stop,
+            encode=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
         )
 
     def local(
         self,
-        engine: RolloutEngine,
+        engine: RolloutEngine | ServerEngine,
         wave: Sequence[Triple],
         *,
         stream: tuple[object, ...],
@@ -141,6 +157,8 @@ class Sampler:
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
-    def spread(self, engine: RolloutEngine, wave: Sequence[Triple], **how: Any) -> list[Sampled]:
+    def spread(
+        self, engine: RolloutEngine | ServerEngine, wave: Sequence[Triple], **how: Any
+    ) -> list[Sampled]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
         return ranks.interleave(ranks.all_gather(self.local(engine, ranks.mine(wave), **how)))
