@@ -1,5 +1,6 @@
 # Two commands do everything: `make train` and `make test`. Each makes .venv, installs the exact versions of constraints.txt and reuses
-# what is there. RUN=folder and ARGS="--method rl --slow.lr=1e-3" go on to `fst train`; PYTEST_ARGS to pytest; PYTHON picks the interpreter.
+# what is there. RUN=folder and ARGS="--method rl --slow.lr=1e-3" go on to `fst train`; PYTEST_ARGS to pytest, whose tests run in WORKERS
+# processes (0: in one, as -x --pdb want it); PYTHON picks the interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,6 +8,7 @@ RUN ?= runs/mini
 CONFIG ?= configs/mini/star_graph.yaml
 ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -19,11 +21,11 @@ train: $(STAMP)
 	@$(PY) -m fst_fast.cli report $(RUN)
 
 test: $(STAMP)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Every crash and fault, every layout of a checkpoint, two nodes: of which `make test` runs a sample.
 chaos: $(STAMP)
-	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py) $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py disk.py secrets.py) $(PYTEST_ARGS)
 
 # The loss curves of every engine setting against the committed one, as a table.
 parity: $(STAMP)
