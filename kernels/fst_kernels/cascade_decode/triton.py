@@ -51,7 +51,7 @@ def row_tiles(dtype: torch.dtype) -> tuple[int, ...]:
 def tile(dim: int, rows: int, dtype: torch.dtype) -> Tile:
     wide = max(64, padded(dim))
     if dtype == torch.float32:  # no tensor cores: products in full float32
-        return Tile(16, 8, 1)
+        return Tile(16, 8, 2)
     return HALVES[wide, rows]
 
 
