@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test chaos install lint format types clean
+.PHONY: train test chaos parity soak install lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -21,9 +21,17 @@ train: $(STAMP)
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
-# Every crash and fault, of which `make test` runs a sample.
+# Every crash and fault, every layout of a checkpoint, two nodes: of which `make test` runs a sample.
 chaos: $(STAMP)
-	@$(PY) -m pytest -m "" tests/integration/test_crashes.py tests/integration/test_guard.py $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py) $(PYTEST_ARGS)
+
+# The loss curves of every engine setting against the committed one, as a table.
+parity: $(STAMP)
+	@$(PY) -m pytest -m "" -s tests/integration/test_parity.py $(PYTEST_ARGS)
+
+# 2,000 steps of a tiny run: memory, open files and child processes must not grow.
+soak: $(STAMP)
+	@$(PY) -m pytest -m long -s tests/integration/test_soak.py $(PYTEST_ARGS)
 
 install: $(STAMP)
 

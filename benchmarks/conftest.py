@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,24 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # also in the children that measure memory
 
 
-@pytest.fixture(scope="module")
-def size(request: pytest.FixtureRequest) -> tuple[int, ...]:
-    """--size, else the file's DEFAULT_SIZE of this device."""
-    given = request.config.getoption("--size")
-    default: tuple[int, ...] = request.module.DEFAULT_SIZE[device().type]
+def chosen_size(given: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """--size, else the default; as many numbers as that has."""
     if given is None:
         return default
     try:
         chosen = tuple(int(x) for x in given.split(","))
     except ValueError:
-        raise pytest.UsageError(
-            f"--size={given}; allowed: {len(default)} comma-separated integers, such as {','.join(map(str, default))}"
-        ) from None
+        chosen = ()
     if len(chosen) != len(default) or min(chosen) < 1:
-        raise pytest.UsageError(
-            f"--size={given}; allowed: {len(default)} integers >= 1, such as {','.join(map(str, default))}"
-        )
+        example = ",".join(map(str, default))
+        raise pytest.UsageError(f"--size={given}; allowed: {len(default)} integers >= 1, such as {example}")
     return chosen
+
+
+@pytest.fixture(scope="module")
+def size(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    """--size, else the file's DEFAULT_SIZE of this device."""
+    return chosen_size(request.config.getoption("--size"), request.module.DEFAULT_SIZE[device().type])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def _command(config: pytest.Config) -> str:
             next(arguments, None)
         elif not argument.startswith("--out=") and argument not in ("-q", "-s", "-v"):
             given.append(argument)
-    return " ".join(["python -m pytest", *given])
+    return "python -m pytest " + shlex.join(given)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

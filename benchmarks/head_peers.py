@@ -4,18 +4,15 @@ A case is a batch of hidden states with a policy-gradient loss: cispo with a cap
 log-probs near the policy's. Labels get logits from far below to far above the log-sum-exp, as sampled tokens do. The exact KL is
 KL(policy || reference), the reference being other hidden states under the same head.
 
-A peer that is not installed, or cannot run on this device, is left out with its reason. Only the row of a peer may end in an error that is
-recorded; ours fail the run.
+A peer that is not installed, or cannot run on this device, says why (Peer.unable). How a row is measured: head_rows.py.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import math
 import shutil
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +23,7 @@ from benchmarks import measure
 from fst_kernels import PolicyObjective, linear_logprob, linear_policy_loss, policy_loss
 
 RATIO_CAP, KL_COEF, SEQUENCES = 4.0, 0.1, 16
-TRUTH_CHUNK_BYTES = 2**30
+CHUNK_BYTES = 2**30  # of logits at one time, where all rows are not needed
 Size = tuple[int, int, int]  # N, H, V
 
 
@@ -45,6 +42,10 @@ class Case(NamedTuple):
         return self.hidden.nbytes + self.weight.nbytes
 
 
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def make_case(size: Size, dtype: torch.dtype, seed: int) -> Case:
     n, h, v = size
     device = measure.device()
@@ -60,7 +61,7 @@ def make_case(size: Size, dtype: torch.dtype, seed: int) -> Case:
     ref_hidden = (hidden.float() + 0.1 * normal(n, h)).to(dtype)
     sequences = math.gcd(n, SEQUENCES)
     advantages = normal(sequences).repeat_interleave(n // sequences)
-    rows = max(1, TRUTH_CHUNK_BYTES // (4 * v))
+    rows = max(1, CHUNK_BYTES // (4 * v))
     logprob = torch.cat(
         [
             torch.log_softmax((x @ weight.t()).float(), -1).gather(1, y.unsqueeze(1)).squeeze(1)
@@ -123,8 +124,8 @@ def _ours(
 def _torch_fused(
     chunked: bool, hidden: Tensor, weight: Tensor, labels: Tensor, _: Tensor | None, __: bool
 ) -> Values:
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    nll = torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
+    options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
+    nll = torch.nn.functional.linear_cross_entropy(hidden, weight, labels, reduction="none", **options)
     return Values(-nll.float())
 
 
@@ -177,10 +178,12 @@ def _compile_cannot(_: torch.dtype) -> str | None:
     return None
 
 
-def _torch_fused_cannot(_: torch.dtype) -> str | None:
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return None
-    return f"torch {torch.__version__} has no linear_cross_entropy"
+def _torch_fused_cannot(chunked: bool, _: torch.dtype) -> str | None:
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy"
+    if chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no LinearCrossEntropyOptions"
+    return None
 
 
 def _liger_cannot(_: torch.dtype) -> str | None:
@@ -207,10 +210,10 @@ LOGPROBS: dict[str, Peer] = {
     "torch eager": Peer(eager, lambda _: None, kl=True),
     "torch.compile": Peer(_compiled_values, _compile_cannot, kl=True),
     "F.linear_cross_entropy": Peer(
-        functools.partial(_torch_fused, False), _torch_fused_cannot, entropy=False
+        functools.partial(_torch_fused, False), functools.partial(_torch_fused_cannot, False), entropy=False
     ),
     "F.linear_cross_entropy, chunked": Peer(
-        functools.partial(_torch_fused, True), _torch_fused_cannot, entropy=False
+        functools.partial(_torch_fused, True), functools.partial(_torch_fused_cannot, True), entropy=False
     ),
     "Liger scaled cross-entropy": Peer(_liger_scaled, _liger_cannot),
     "cut-cross-entropy": Peer(functools.partial(_cut, "high"), _cut_cannot, entropy=False),
@@ -266,199 +269,3 @@ def liger_grpo_loss(case: Case) -> Tensor:
         case.advantages.view(shape)[:, 0], old_per_token_logps=case.old_logprob.view(shape),
     )  # fmt: skip
     return value  # type: ignore[no-any-return]
-
-
-# ------------------------------------------------------------------------------------------------------------------------ truth
-
-
-class Truth(NamedTuple):
-    values: Values
-    d_hidden: Tensor  # [N, H]
-    d_weight: Tensor  # [V, H]
-
-
-def truth(case: Case, loss: Callable[[Values, Case], Tensor], kl: bool) -> Truth:
-    """Values and gradients by autograd over chunks of rows: fp64 on a CPU, fp32 (no TF32) on a GPU. `loss` must be a sum over rows."""
-    dtype = torch.float32 if case.hidden.is_cuda else torch.float64
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    weight = case.weight.detach().to(dtype).requires_grad_()
-    d_weight = torch.zeros_like(weight)
-    rows = max(1, TRUTH_CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
-    found, d_hidden = [], []
-    for begin in range(0, case.hidden.shape[0], rows):
-        at = slice(begin, begin + rows)
-        hidden = case.hidden.detach()[at].to(dtype).requires_grad_()
-        log_p = torch.log_softmax(hidden @ weight.t(), -1)
-        logprob = log_p.gather(1, case.labels[at].unsqueeze(1)).squeeze(1)
-        divergence = None
-        if kl:
-            with torch.no_grad():
-                log_q = torch.log_softmax(case.ref_hidden[at].to(dtype) @ weight.t(), -1)
-            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-        part = Values(logprob, -(log_p.exp() * log_p).sum(-1).detach(), divergence)
-        piece = case._replace(
-            old_logprob=case.old_logprob[at],
-            token_weight=case.token_weight[at],
-            advantages=case.advantages[at],
-            upstream=(case.upstream[0][at], case.upstream[1][at]),
-        )
-        of_hidden, of_weight = torch.autograd.grad(loss(part, piece), (hidden, weight))
-        d_hidden.append(of_hidden)
-        d_weight += of_weight
-        found.append([None if x is None else x.detach() for x in part])
-        del log_p, logprob, divergence, part, of_hidden, of_weight
-    torch.set_float32_matmul_precision(precision)
-    joined = [None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True)]  # type: ignore[arg-type]
-    return Truth(Values(*joined), torch.cat(d_hidden), d_weight)  # type: ignore[arg-type]
-
-
-def value_errors(got: Values, want: Values) -> measure.Row:
-    """Absolute, in nats."""
-    row: measure.Row = {}
-    for name in Values._fields:
-        a, b = getattr(got, name), getattr(want, name)
-        if a is not None and b is not None:
-            difference = (a.detach().to(b.dtype) - b).abs()
-            row |= {f"{name}_max": float(difference.max()), f"{name}_mean": float(difference.mean())}
-    return row
-
-
-def gradient_errors(d_hidden: Tensor, d_weight: Tensor, want: Truth) -> measure.Row:
-    """Relative, in the Frobenius norm."""
-    row: measure.Row = {}
-    for name, a, b in (("d_hidden", d_hidden, want.d_hidden), ("d_weight", d_weight, want.d_weight)):
-        row[name] = float(torch.linalg.vector_norm(a.to(b.dtype) - b) / torch.linalg.vector_norm(b))
-    return row
-
-
-# ------------------------------------------------------------------------------------------------------------------------ one row
-
-DEFAULT_SIZE = {"cpu": (512, 128, 16384), "cuda": (16384, 4096, 151936)}
-COLUMNS = (
-    ("variant", "variant", ""), ("name", "implementation", ""), ("ms", "ms", ".2f"), ("cpu_ms", "CPU ms", ".1f"),
-    ("tflop_per_s", "TFLOP/s", ".3g"), ("percent_of_floor", "% of floor", ".0f"), ("peak_mb", "peak MB", ".0f"),
-    ("gradient_mb", "gradients", ".0f"), ("logprob_max", "dlogp max", ".1e"), ("logprob_mean", "mean", ".1e"),
-    ("d_hidden", "dHidden", ".1e"), ("d_weight", "dW", ".1e"),
-)  # fmt: skip
-
-Call = Callable[[], tuple[Tensor, ...]]
-
-
-class Work(NamedTuple):
-    """What one of the two benchmarks times."""
-
-    module: str  # its name, for the child that measures memory on a CPU
-    operations: dict[str, int]  # variant -> floor in units of NHV
-    call: Callable[[str, str, Case], Call]  # the timed call of (implementation, variant, case)
-    errors: Callable[[str, str, Case], measure.Row]  # columns of accuracy of the same
-
-
-def dtype() -> torch.dtype:
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-@functools.lru_cache(1)
-def two_cases(size: Size) -> tuple[Case, Case]:
-    return make_case(size, dtype(), 0), make_case(size, dtype(), 1)
-
-
-@functools.lru_cache(1)
-def truth_of_case(size: Size, loss: Callable[[Values, Case], Tensor], kl: bool) -> Truth:
-    return truth(two_cases(size)[0], loss, kl)
-
-
-@functools.lru_cache(1)
-def product_rate(size: Size) -> float:
-    return measure.matmul_rate(min(size[0], 4096), size[1], size[2], dtype())
-
-
-def run_row(
-    work: Work, variant: str, name: str, unable: str | None, *, benchmark: Any, results: measure.Results, size: Size, rounds: int
-) -> str | None:  # fmt: skip
-    """Measures and records one row; why it was left out, if it was."""
-    rate = product_rate(size)
-    results.about |= {"dtype": str(dtype()).removeprefix("torch."), "matmul_tflop_per_s": rate / 1e12}
-    row: measure.Row = {"variant": variant, "name": name}
-    if unable is None:
-        try:
-            row |= _measured(work, variant, name, benchmark, size, rounds, rate)
-        except Exception as error:  # a peer that fails is a result; ours may only run out of memory
-            if name.startswith("ours") and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            unable = f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0][:200]}"
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    results.add(row | {"skipped": unable})
-    return unable
-
-
-def _measured(
-    work: Work, variant: str, name: str, benchmark: Any, size: Size, rounds: int, rate: float
-) -> measure.Row:
-    cases = two_cases(size)
-    row = work.errors(name, variant, cases[0])
-    if not variant.startswith("forward"):
-        row["gradient_mb"] = cases[0].gradient_bytes / 1e6
-    turn = itertools.cycle(cases)
-
-    def prepared() -> measure.Run:
-        call = work.call(name, variant, next(turn))
-        return lambda: _drop(call)
-
-    times = measure.timed_rounds(benchmark, prepared, rounds)
-    seconds, cpu = (statistics.median(x) for x in times)
-    spent = seconds if torch.cuda.is_available() else cpu
-    floor = work.operations[variant] * math.prod(size) / rate
-    row |= {
-        "ms": seconds * 1e3, "cpu_ms": None if torch.cuda.is_available() else cpu * 1e3,
-        "rounds_ms": [s * 1e3 for s in times.seconds], "tflop_per_s": floor * rate / spent / 1e12,
-        "floor_ms": floor * 1e3, "percent_of_floor": 100 * floor / spent,
-    }  # fmt: skip
-    if torch.cuda.is_available():
-        call = work.call(name, variant, cases[0])
-        row["peak_mb"] = measure.cuda_peak_bytes(lambda: _drop(call)) / 1e6
-    else:
-        peak = measure.in_child(work.module, "in_child", name, variant, size).peak_bytes
-        row["peak_mb"] = None if peak is None else peak / 1e6
-    return row
-
-
-def _drop(call: Call) -> None:
-    """Keeps nothing, so that the memory of one round is free in the next."""
-    call()
-
-
-def child_calls(work: Work, name: str, variant: str, size: list[int]) -> tuple[measure.Run, measure.Run]:
-    """In the child process that measures memory: a warm-up, small except for what is compiled per shape, and the call."""
-    n, h, v = size
-    case = make_case((n, h, v), dtype(), 0)
-    warm = case if name == "torch.compile" else make_case((64, h, 1024), dtype(), 1)
-    calls = [work.call(name, variant, x) for x in (warm, case)]
-    return lambda: _drop(calls[0]), lambda: _drop(calls[1])
-
-
-# ------------------------------------------------------------------------------------------------------------------------ full size
-
-
-def compare_full_size(module: str, ours: str, size: Size, rounds: int) -> measure.Row:
-    """`ours` against eager PyTorch, forward and backward, in turn, each in a fresh process: peak memory and time of the same run."""
-    reports: dict[str, list[measure.ChildReport]] = {ours: [], "torch eager": []}
-    for _ in range(rounds):
-        for name, found in reports.items():
-            found.append(measure.in_child(module, "in_child", name, "step", size))
-    row: measure.Row = {"size": list(size), "rounds": rounds}
-    for name, found in reports.items():
-        row[name] = {
-            key: [getattr(r, key) for r in found] for key in ("peak_bytes", "seconds", "cpu_seconds")
-        }
-
-    def ratio(key: str) -> float:
-        a, b = (statistics.median(getattr(r, key) for r in reports[name]) for name in reports)
-        return float(a / b)
-
-    return row | {
-        "memory_ratio": ratio("peak_bytes"),
-        "time_ratio": ratio("seconds"),
-        "cpu_time_ratio": ratio("cpu_seconds"),
-    }

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import head_peers as heads
-from benchmarks import measure
-from benchmarks.head_peers import COLUMNS, DEFAULT_SIZE, Case, Size, Values, Work
+from benchmarks import head_rows, measure
+from benchmarks.head_peers import Case, Size, Values
+from benchmarks.head_rows import COLUMNS, DEFAULT_SIZE, Work
 
 __all__ = ["COLUMNS", "DEFAULT_SIZE"]
 
@@ -47,7 +48,7 @@ def gradients(values: Values, case: Case) -> tuple[Tensor, ...]:
     return torch.autograd.grad(composed(values, case), (case.hidden, case.weight))
 
 
-def call(name: str, variant: str, case: Case) -> heads.Call:
+def call(name: str, variant: str, case: Case) -> head_rows.Call:
     if variant == "backward":
         values = values_of(name, variant, case)
         return lambda: gradients(values, case)
@@ -62,30 +63,31 @@ def call(name: str, variant: str, case: Case) -> heads.Call:
 def errors(name: str, variant: str, case: Case) -> measure.Row:
     if variant == "backward":
         return {}
-    truth = heads.truth_of_case((*case.hidden.shape, case.weight.shape[0]), composed, variant == "step, KL")
+    truth = head_rows.truth_of_case(
+        (*case.hidden.shape, case.weight.shape[0]), composed, variant == "step, KL"
+    )
     if variant == "forward":
         with torch.no_grad():
-            return heads.value_errors(values_of(name, variant, case), truth.values)
+            return head_rows.value_errors(values_of(name, variant, case), truth.values)
     values = values_of(name, variant, case)
-    row = heads.value_errors(values._replace(entropy=None), truth.values)
-    return row | heads.gradient_errors(*gradients(values, case), truth)
+    row = head_rows.value_errors(values._replace(entropy=None), truth.values)
+    return row | head_rows.gradient_errors(*gradients(values, case), truth)
 
 
 WORK = Work("benchmarks.linear_logprob", OPERATIONS, call, errors)
 
 
 def in_child(name: str, variant: str, size: list[int]) -> tuple[measure.Run, measure.Run]:
-    return heads.child_calls(WORK, name, variant, size)
+    return head_rows.child_calls(WORK, name, variant, size)
 
 
 @pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", heads.LOGPROBS)
-@pytest.mark.parametrize("variant", OPERATIONS)
+@pytest.mark.parametrize(("variant", "name"), head_rows.cases_to_run(heads.LOGPROBS, OPERATIONS))
 def test_linear_logprob(
     variant: str, name: str, benchmark: Any, results: measure.Results, size: Size, rounds: int
 ) -> None:
     reason = unable(name, variant)
-    reason = heads.run_row(
+    reason = head_rows.run_row(
         WORK, variant, name, reason, benchmark=benchmark, results=results, size=size, rounds=rounds
     )
     if reason is not None:

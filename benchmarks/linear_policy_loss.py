@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import head_peers as heads
-from benchmarks import measure
-from benchmarks.head_peers import COLUMNS, DEFAULT_SIZE, Case, Size, Work
+from benchmarks import head_rows, measure
+from benchmarks.head_peers import Case, Size
+from benchmarks.head_rows import COLUMNS, DEFAULT_SIZE, Work
 
 __all__ = ["COLUMNS", "DEFAULT_SIZE"]
 
@@ -58,7 +59,7 @@ def loss_of(name: str, case: Case, kl: bool) -> Tensor:
     return heads.composed_loss(values, case)
 
 
-def call(name: str, variant: str, case: Case) -> heads.Call:
+def call(name: str, variant: str, case: Case) -> head_rows.Call:
     def forward() -> tuple[Tensor, ...]:
         with torch.no_grad():
             return (loss_of(name, case, False),)
@@ -74,8 +75,8 @@ def errors(name: str, variant: str, case: Case) -> measure.Row:
         return {}
     size = (*case.hidden.shape, case.weight.shape[0])
     d_hidden, d_weight = call(name, variant, case)()
-    return heads.gradient_errors(
-        d_hidden, d_weight, heads.truth_of_case(size, heads.composed_loss, variant == "step, KL")
+    return head_rows.gradient_errors(
+        d_hidden, d_weight, head_rows.truth_of_case(size, heads.composed_loss, variant == "step, KL")
     )
 
 
@@ -83,17 +84,16 @@ WORK = Work("benchmarks.linear_policy_loss", OPERATIONS, call, errors)
 
 
 def in_child(name: str, variant: str, size: list[int]) -> tuple[measure.Run, measure.Run]:
-    return heads.child_calls(WORK, name, variant, size)
+    return head_rows.child_calls(WORK, name, variant, size)
 
 
 @pytest.mark.benchmark(timer=measure.clock)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("variant", OPERATIONS)
+@pytest.mark.parametrize(("variant", "name"), head_rows.cases_to_run(NAMES, OPERATIONS))
 def test_linear_policy_loss(
     variant: str, name: str, benchmark: Any, results: measure.Results, size: Size, rounds: int
 ) -> None:
     reason = unable(name, variant)
-    reason = heads.run_row(
+    reason = head_rows.run_row(
         WORK, variant, name, reason, benchmark=benchmark, results=results, size=size, rounds=rounds
     )
     if reason is not None:
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     command = " ".join(["python -m benchmarks.linear_policy_loss", *sys.argv[1:]])
     comparison = [
-        {"implementation": name, **heads.compare_full_size(WORK.module, name, (n, h, v), rounds)}
+        {"implementation": name, **head_rows.compare_full_size(WORK.module, name, (n, h, v), rounds)}
         for name in ("ours, reference", MODE_A)
     ]
     about = {

@@ -13,6 +13,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -61,8 +62,20 @@ class Times(NamedTuple):
     cpu_seconds: list[float]
 
 
-def timed_rounds(benchmark: Any, prepare: Callable[[], Run], rounds: int, warmup: int = 1) -> Times:
-    """Times by the pytest-benchmark fixture; prepare() gives each round its call, on other inputs than the last round's."""
+def timed_rounds(
+    benchmark: Any, prepare: Callable[[], Run], rounds: int, budget_s: float = math.inf
+) -> Times:
+    """Times by the pytest-benchmark fixture; prepare() gives each round its call, on other inputs than the last round's.
+
+    After two calls to warm up, of which the first compiles what there is to compile; fewer rounds than asked for, but at least two, where
+    the second says that they would take longer than budget_s.
+    """
+    prepare()()
+    warm = prepare()
+    begin = clock()
+    warm()
+    seconds = max(clock() - begin, 1e-9)
+    rounds = rounds if rounds * seconds <= budget_s else max(2, int(budget_s / seconds))
     cpu: list[float] = []
 
     def call(run: Run) -> None:
@@ -70,8 +83,8 @@ def timed_rounds(benchmark: Any, prepare: Callable[[], Run], rounds: int, warmup
         run()
         cpu.append(time.process_time() - begin)
 
-    benchmark.pedantic(call, setup=lambda: ((prepare(),), {}), rounds=rounds, warmup_rounds=warmup)
-    return Times([float(s) for s in benchmark.stats.stats.data], cpu[warmup:])
+    benchmark.pedantic(call, setup=lambda: ((prepare(),), {}), rounds=rounds)
+    return Times([float(s) for s in benchmark.stats.stats.data], cpu)
 
 
 def matmul_rate(n: int, k: int, m: int, dtype: torch.dtype, rounds: int = 5) -> float:

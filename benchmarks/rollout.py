@@ -1,10 +1,15 @@
-"""Rollouts: the forest engine against transformers.generate (left-padded, sdpa, its own best batch size), in one run, on random weights.
+"""Rollouts: the forest engine against transformers.generate and its continuous batching, same weights, prompts and lengths, on the CPU.
 
     python benchmarks/rollout.py [--threads 1] [--repeats 3] [--out benchmarks/results/rollout.json]
 
-Default load: 4 contexts x 256 tokens, 16 problems x 48 tokens, 8 samples of every (context, problem), 64 new tokens each, no eos: 512
-samples. transformers gets every sample as a sequence of its own in batches of the size that is fastest on one context's 128 samples.
-Repeats alternate between the two; the figures are medians, in wall-clock and in CPU seconds (the ones to trust where others use the machine).
+The shipped 0.8M model; 4 contexts x 256 tokens, 16 problems x 48 tokens, 8 samples of every (context, problem), 64 new tokens each, no eos: 512
+samples. Every side runs in a process of its own, so that its peak memory is its own; repeats alternate between the sides, figures are medians.
+
+    shared      the engine
+    unshared    the same engine with policy.packing=padded: every sequence with its own prompt, same sampler
+    generate    transformers.generate, left-padded, in batches of the size that is fastest on one context's 128 samples
+    one batch   transformers.generate, all samples at once
+    continuous  transformers' generate_batch, if it ends within its time limit
 """
 
 from __future__ import annotations
@@ -13,74 +18,50 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig
 
-from fst_fast.policy import attention
+from fst_fast.policy.attention import NAME, load_model
+from fst_fast.rollout import cascade
+from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
 
-VOCABULARY = 200
+CONTEXTS, CONTEXT_TOKENS, PROBLEMS, PROBLEM_TOKENS, VOCABULARY = 4, 256, 16, 48, 117
+CONTINUOUS_LIMIT_S = 120.0
 
 
-def small_model() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=384,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config).eval()
-
-
-def load(
-    contexts: int, context_tokens: int, problems: int, problem_tokens: int, samples: int
-) -> list[Request]:
+def requests(samples: int) -> list[Request]:
     rng = np.random.default_rng(0)
-    context_ids = rng.integers(0, VOCABULARY, (contexts, context_tokens))
-    problem_ids = rng.integers(0, VOCABULARY, (problems, problem_tokens))
+    context_ids = rng.integers(6, VOCABULARY, (CONTEXTS, CONTEXT_TOKENS))
+    problem_ids = rng.integers(6, VOCABULARY, (PROBLEMS, PROBLEM_TOKENS))
     return [
-        Request(
-            str(p),
-            str(c),
-            s,
-            np.concatenate([context_ids[c], problem_ids[p]]),
-            seed=(c * problems + p) * samples + s,
-        )
-        for c in range(contexts)
-        for p in range(problems)
+        Request(str(p), str(c), s, np.concatenate([context_ids[c], problem_ids[p]]), seed=(c * PROBLEMS + p) * samples + s)
+        for c in range(CONTEXTS)
+        for p in range(PROBLEMS)
         for s in range(samples)
-    ]
+    ]  # fmt: skip
 
 
-def forest(
-    model: Qwen3ForCausalLM, requests: list[Request], new_tokens: int, max_batch: int
-) -> RolloutEngine:
-    model.set_attn_implementation(attention.NAME)
-    engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=max_batch, packing="forest")
-    rollouts = engine.generate(requests, max_response_tokens=new_tokens, temperature=1.0, policy_version=0)
+def ours(model: Any, load: list[Request], new_tokens: int, max_batch: int, packing: Any) -> RolloutEngine:
+    engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=max_batch, packing=packing)
+    rollouts = engine.generate(load, max_response_tokens=new_tokens, temperature=1.0, policy_version=0)
     assert all(len(r.response_ids) == new_tokens for r in rollouts)
     return engine
 
 
-def transformers_generate(
-    model: Qwen3ForCausalLM, requests: list[Request], new_tokens: int, batch: int
-) -> None:
-    model.set_attn_implementation("sdpa")
-    for begin in range(0, len(requests), batch):
-        ids = torch.as_tensor(np.stack([r.prompt_ids for r in requests[begin : begin + batch]]))
+def generate(model: Any, load: list[Request], new_tokens: int, batch: int) -> None:
+    for begin in range(0, len(load), batch):
+        ids = torch.as_tensor(np.stack([r.prompt_ids for r in load[begin : begin + batch]]))
         with torch.inference_mode():
             out = model.generate(
                 ids,
@@ -95,100 +76,181 @@ def transformers_generate(
         assert out.shape[1] == ids.shape[1] + new_tokens
 
 
-def seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock and CPU seconds."""
+def continuous(model: Any, load: list[Request], new_tokens: int) -> None:
+    how = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=True, temperature=1.0, top_k=0, eos_token_id=None, pad_token_id=0
+    )
+    out = model.generate_batch(
+        [r.prompt_ids.tolist() for r in load], generation_config=how, progress_bar=False
+    )
+    assert len(out) == len(load)
+
+
+def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: int) -> dict[str, float]:
+    """Bytes of keys and values that the attention of one decode step is handed, its mean over the steps, and the least there can be: every
+    token of the prompt tree and of the responses once."""
+    read, steps, floor = [0], [0], [0]
+    attend, step = cascade.partial_attention, ForestDecoder._step
+
+    def counting(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        read[0] += k.nbytes + v.nbytes
+        return attend(q, k, v, *rest)
+
+    def counted_step(self: Any, slots: Any, *rest: Any) -> Any:
+        before = read[0]
+        out = step(self, slots, *rest)
+        nodes = np.unique(self.tree.path[slots.who])
+        nodes = nodes[nodes >= 0]
+        tokens = int((self.tree.end - self.tree.start)[nodes].sum())
+        tokens += int(self.responses.length[slots.who].sum()) - len(slots.who)
+        floor[0] += tokens * engine.token_bytes()
+        steps[0] += read[0] - before > 0
+        in_steps[0] += read[0] - before
+        return out
+
+    in_steps = [0]
+    engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=max_batch, packing="forest")
+    cascade.partial_attention, ForestDecoder._step = counting, counted_step  # type: ignore[assignment, method-assign]
+    try:
+        engine.generate(load, max_response_tokens=new_tokens, temperature=1.0, policy_version=0)
+    finally:
+        cascade.partial_attention, ForestDecoder._step = attend, step  # type: ignore[method-assign]
+    unshared = sum(len(r.prompt_ids) for r in load) + len(load) * (new_tokens / 2)
+    return {
+        "bytes_per_step": in_steps[0] / steps[0],
+        "floor_bytes_per_step": floor[0] / steps[0],
+        "unshared_bytes_per_step": unshared * engine.token_bytes() * min(max_batch, len(load)) / len(load),
+    }
+
+
+def side(args: argparse.Namespace) -> dict[str, Any]:
+    """One side, measured in this process."""
+    torch.set_num_threads(args.threads)
+    load = requests(args.samples)
+    attention = {"shared": NAME, "kv": NAME, "continuous": "paged|sdpa"}.get(args.side, "sdpa")
+    model: Any = load_model("mini", "float32", attention="tree" if attention == NAME else "sdpa").eval()
+    model.set_attn_implementation(attention)
+    if args.side == "kv":
+        return kv_bytes_read(model, load, args.new_tokens, args.max_batch)
+    runs = {
+        "shared": lambda some, n: ours(model, some, n, args.max_batch, "forest"),
+        "unshared": lambda some, n: ours(model, some, n, args.batch, "padded"),
+        "generate": lambda some, n: generate(model, some, n, args.batch),
+        "one batch": lambda some, n: generate(model, some, n, len(load)),
+        "continuous": lambda some, n: continuous(model, some, n),
+    }
+    run = runs[args.side]
+    run(load[:4], 2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    result = run(load[: args.count or len(load)], args.new_tokens)
+    out: dict[str, Any] = {
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_bytes_added": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+    }
+    if isinstance(result, RolloutEngine):
+        out |= {"tokens_computed": result.tokens_computed, "tokens_unshared": result.tokens_unshared}
+    return out
 
 
-def medians(runs: list[tuple[float, float]]) -> tuple[float, float]:
-    return statistics.median(r[0] for r in runs), statistics.median(r[1] for r in runs)
+def child(
+    args: argparse.Namespace, name: str, *, limit_s: float | None = None, **more: int
+) -> dict[str, Any]:
+    options = {"threads": args.threads, "samples": args.samples, "new-tokens": args.new_tokens, "max-batch": args.max_batch, **more}  # fmt: skip
+    command = [sys.executable, __file__, "--side", name, *(f"--{k}={v}" for k, v in options.items())]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"no end within {limit_s:g} s"}
+    if done.returncode:
+        return {"skipped": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--max-batch", type=int, default=256, help="of the forest engine")
+    parser.add_argument("--max-batch", type=int, default=512, help="of the engine")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128], help="tried for generate")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[32, 64, 128], help="tried for transformers"
+        "--sides", nargs="+", default=["shared", "unshared", "generate", "one batch", "continuous"]
     )
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=64, help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout.json"))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    if args.side:
+        print(json.dumps(side(args)))
+        return
 
-    model = small_model()
-    requests = load(4, 256, 16, 48, args.samples)
-    first = requests[: len(requests) // 4]
-    transformers_generate(model, first[:4], 2, 4)  # warm-up
-    forest(model, first[:4], 2, 4)
-    tried = {
-        b: seconds(lambda b=b: transformers_generate(model, first, args.new_tokens, b)) for b in args.batches
-    }
-    best = min(tried, key=lambda b: tried[b][1])
-
-    ours, theirs, step = [], [], []
+    total = CONTEXTS * PROBLEMS * args.samples
+    tried = {b: child(args, "generate", batch=b, count=total // CONTEXTS) for b in args.batches}
+    best = min(tried, key=lambda b: tried[b]["cpu_seconds"])
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.sides}
     for _ in range(args.repeats):
-        ours.append(seconds(lambda: forest(model, requests, args.new_tokens, args.max_batch)))
-        theirs.append(seconds(lambda: transformers_generate(model, requests, args.new_tokens, best)))
-        # Decoding alone: 128 sequences, a long run less a short one.
-        long, short = (
-            seconds(lambda n=n: forest(model, requests[::4], n, 128)) for n in (args.new_tokens, 2)
-        )
-        step.append(
-            ((long[0] - short[0]) / (args.new_tokens - 2), (long[1] - short[1]) / (args.new_tokens - 2))
-        )
-    engine = forest(model, requests, args.new_tokens, args.max_batch)
-
-    (a, a_cpu), (b, b_cpu), (c, c_cpu) = medians(ours), medians(theirs), medians(step)
-    result = {
-        "load": {
-            "contexts": [4, 256],
-            "problems": [16, 48],
-            "samples": args.samples,
-            "new_tokens": args.new_tokens,
-        },
-        "model": {"hidden": 128, "layers": 4, "heads": [4, 2], "vocabulary": VOCABULARY, "dtype": "float32"},
-        "seconds": "pairs of wall-clock and CPU seconds",
-        "forest": {"seconds": ours, "samples_per_s": len(requests) / a, "max_batch": args.max_batch},
-        "transformers": {
-            "seconds": theirs,
-            "samples_per_s": len(requests) / b,
-            "batch": best,
-            "seconds_one_context_by_batch": tried,
-        },
-        "speedup": b / a,
-        "speedup_cpu": b_cpu / a_cpu,
-        "ms_per_step_of_128": c * 1e3,
-        "ms_per_step_of_128_cpu": c_cpu * 1e3,
-        "tokens_computed": engine.tokens_computed,
-        "tokens_unshared": engine.tokens_unshared,
-        "threads": args.threads,
-        "hardware": {
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "load_average_1min": os.getloadavg()[0],
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        for name, results in runs.items():
+            if not (results and "skipped" in results[-1]):
+                results.append(
+                    child(
+                        args, name, batch=best, limit_s=CONTINUOUS_LIMIT_S if name == "continuous" else None
+                    )
+                )
+    figures = {}
+    for name, results in runs.items():
+        if "skipped" in results[-1]:
+            figures[name] = results[-1]
+            continue
+        median = {key: statistics.median(r[key] for r in results) for key in results[0]}
+        figures[name] = {
+            **median,
+            "samples_per_s": total / median["seconds"],
+            "samples_per_cpu_s": total / median["cpu_seconds"],
+            "tokens_per_s": total * args.new_tokens / median["seconds"],
+            "runs": results,
+        }
+    shared = figures["shared"]
+    ratios = {
+        name: {
+            "by_wall_clock": shared["samples_per_s"] / f["samples_per_s"],
+            "by_cpu_seconds": shared["samples_per_cpu_s"] / f["samples_per_cpu_s"],
+            "peak_memory": shared["peak_bytes_added"] / f["peak_bytes_added"],
+        }
+        for name, f in figures.items()
+        if name != "shared" and "skipped" not in f
     }
+    result = {
+        "load": {"contexts": [CONTEXTS, CONTEXT_TOKENS], "problems": [PROBLEMS, PROBLEM_TOKENS], "samples": args.samples, "new_tokens": args.new_tokens},
+        "model": "mini (0.8M parameters), float32",
+        "max_batch": args.max_batch,
+        "generate_batch": best,
+        "generate_by_batch": tried,
+        "sides": figures,
+        "shared_against": ratios,
+        "kv": child(args, "kv"),
+        "threads": args.threads,
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(), "load_average_1min": os.getloadavg()[0]},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"forest        {a:6.2f} s, {a_cpu:6.2f} s CPU  {len(requests) / a:7.1f} samples/s  (max_batch {args.max_batch})"
-    )
-    print(
-        f"transformers  {b:6.2f} s, {b_cpu:6.2f} s CPU  {len(requests) / b:7.1f} samples/s  (batch {best} of {args.batches})"
-    )
-    print(f"speed-up {b / a:.2f}x, by CPU time {b_cpu / a_cpu:.2f}x")
-    print(f"{c * 1e3:.1f} ms, {c_cpu * 1e3:.1f} ms CPU per decode step of 128 sequences; {args.out}")
+    for name, f in figures.items():
+        if "skipped" in f:
+            print(f"{name:11s} skipped: {f['skipped']}")
+            continue
+        against = ratios.get(name)
+        print(
+            f"{name:11s} {f['seconds']:7.2f} s {f['cpu_seconds']:7.2f} s CPU {f['samples_per_s']:7.1f} samples/s {f['tokens_per_s']:8.0f} tokens/s "
+            f"{f['peak_bytes_added'] / 2**20:7.0f} MiB"
+            + (f"   engine: {against['by_wall_clock']:.2f}x, by CPU {against['by_cpu_seconds']:.2f}x, memory {against['peak_memory']:.2f}" if against else "")
+        )  # fmt: skip
+    kv = result["kv"]
+    print(f"keys and values read per decode step: {kv['bytes_per_step'] / 2**20:.1f} MiB, floor {kv['floor_bytes_per_step'] / 2**20:.1f}, unshared {kv['unshared_bytes_per_step'] / 2**20:.1f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@
 #include "host/threads.hpp"
 #else
 
+#include <cmath>
+
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -16,6 +18,7 @@
 #define FST_KERNEL __global__
 #define FST_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define FST_UNROLL _Pragma("unroll")
+#define FST_ROLLED _Pragma("unroll 1")
 
 namespace fst {
 
@@ -76,7 +79,31 @@ FST_DEVICE T from_lane_above(T value, int distance) {  // T: a struct of 32-bit 
     return value;
 }
 
+template <class T>
+FST_DEVICE T from_lane(T value, int lane) {  // modulo the size of a warp
+    static_assert(sizeof(T) % 4 == 0);
+    uint32_t words[sizeof(T) / 4];
+    memcpy(words, &value, sizeof(T));
+    FST_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) words[i] = __shfl_sync(0xffffffffu, words[i], lane);
+    memcpy(&value, words, sizeof(T));
+    return value;
+}
+
+// Atomic, in the block's shared memory; returns what was there. Integers only: their sum does not depend on the order.
+FST_DEVICE uint32_t add_shared(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
+FST_DEVICE uint64_t add_shared(uint64_t* at, uint64_t value) {
+    return atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
+}
+
+FST_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+FST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+FST_DEVICE uint64_t to_integer(float x) { return __float2ull_rn(x); }  // to nearest, ties to even
+FST_DEVICE uint64_t high_product(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+
 FST_DEVICE float fast_exp(float x) { return __expf(x); }
+FST_DEVICE float to_float(float x) { return x; }
+FST_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
 FST_DEVICE bf16 to_bf16(float x) { return __float2bfloat16_rn(x); }
 
 // ------------------------------------------------------------------------------------------------------------------ on the host

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fst_fast.errors import UserError
+from fst_fast.run.memory import keep_freed_memory
 
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
 OPTIONS = {
@@ -288,6 +289,7 @@ def prepare_environment() -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
+    keep_freed_memory()
     import torch
 
     if not torch.cuda.is_available():

@@ -6,7 +6,7 @@ the key's path. One unit for batch sizes: problems per step. Values not said her
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,6 +48,16 @@ class RolloutConfig(Section):
     """Sampling temperature of training rollouts; no top-p or top-k there, since truncation biases the importance ratio."""
     max_batch: int = Field(256, ge=1)
     """Sequences decoded at the same time on one process; finished ones leave and waiting ones enter."""
+    kv_memory_bytes: int | None = Field(None, ge=1)
+    """Keys and values of one process at a time, prompts and responses; fewer sequences run where they would not fit. null: half of the
+    memory that is free (of the GPU; without one, of the machine, shared by its processes)."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response, besides the eos token; the tokens that complete one are part of it."""
+    backend: Literal["native", "openai"] = "native"
+    """`openai`: a server (vLLM, SGLang) samples the fast phase and the base model's side of evaluations; the trained weights sample here.
+    Its rollouts are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
+    backend_args: dict[str, Any] = Field(default_factory=dict)
+    """openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The key comes from OPENAI_API_KEY only."""
 
 
 class SlowConfig(Section):
@@ -90,6 +100,9 @@ class SlowConfig(Section):
     """Forest tokens (padded: tokens of the padded batch) of one forward/backward on one process."""
     head_chunk_rows: int = Field(1024, ge=1)
     """Rows of logits that exist at one time in the loss."""
+    mismatch_warning: float = Field(1e-2, gt=0)
+    """mismatch_kl, in nats per token, above which a step without reused rollouts is warned of: the rollout engine and the trainer then do
+    not compute the same log-probs. Usual: below 1e-8 in float32, 1e-3 in bfloat16."""
 
 
 class FastConfig(Section):
@@ -151,13 +164,17 @@ class VerifyConfig(Section):
     """Wall-clock limit of one verification; past it the verdict has reward None."""
     memory_mib: int = Field(2048, ge=64)
     """Address-space limit of a verifying process."""
+    isolation: Literal["available", "required"] = "available"
+    """Of programs that a grader runs with run_code: what the system offers, or no run where a layer is missing (`fst doctor` lists them)."""
 
 
 class CheckpointConfig(Section):
     every: int = Field(20, ge=0)
     """Steps between two checkpoints; 0 = only at the end. A checkpoint is also written at the end."""
     keep_last: int = Field(2, ge=2)
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that are a multiple of this are kept for good, a multiple of checkpoint.every; 0 = none."""
 
 
 class RunConfig(Section):
@@ -218,8 +235,16 @@ class Config(Section):
                 f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
                 f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
             )
+        if self.rollout.backend == "native" and self.rollout.backend_args:
+            raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
         if self.policy.offload_optimizer and self.policy.zero_stage == 0:
             raise ValueError("policy.offload_optimizer=true needs policy.zero_stage >= 1, which is 0")
+        save, keep = self.checkpoint.every, self.checkpoint.keep_every
+        if keep and (not save or keep % save):
+            raise ValueError(
+                f"checkpoint.keep_every={keep} is not a multiple of checkpoint.every={save}; "
+                + (f"try {-(-keep // save) * save}" if save else "with 0 only the last step has a checkpoint")
+            )
         if not all(0 <= beta < 1 for beta in self.slow.betas):
             raise ValueError(f"slow.betas={list(self.slow.betas)}; each must be at least 0 and below 1")
         lookahead = self.slow.problems_per_step * self.fast.cycle_steps

@@ -19,6 +19,8 @@ import torch
 from fst_fast import config_load
 from fst_fast.cli import default_config, usable_cores
 from fst_fast.config import Config
+from fst_fast.tasks.code import isolation
+from fst_fast.tasks.supervise import MAX_PROCESSES, why_unlimited
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "flash-attn", "numpy", "pydantic")
 GIB = 2**30
@@ -29,6 +31,7 @@ def findings() -> Iterator[str]:
     yield from _section("machine", _machine())
     yield from _section("packages", (f"{name:14} {_version(name)}" for name in PACKAGES))
     yield from _section("kernels", _kernels())
+    yield from _section("verification", _verification())
     yield from _section("make train", _default_run(config_load.load(default_config())))
 
 
@@ -82,6 +85,11 @@ def _kernels() -> Iterator[str]:
         yield f"{op}: {found['taken']}"
         for name, why in found["others"].items():
             yield f"  not {name}: {why}"
+
+
+def _verification() -> Iterator[str]:
+    yield f"programs run by run_code: {isolation()}"
+    yield f"processes of a grader: {why_unlimited() or f'at most {MAX_PROCESSES} at a time, all ended with it'}"
 
 
 def _default_run(config: Config) -> Iterator[str]:

@@ -3,7 +3,8 @@
 neither = base weights, seed context; context = base weights, evolved contexts; weights = trained weights, seed context; both = trained
 weights, evolved contexts. The evolved cells draw the context uniformly from the population, as the objective does (arXiv 2605.12484,
 Eq. 6): sample j of problem i is taken under context (i + j) mod K. All cells meet the same random numbers, so their differences are
-paired. Cells that are the same by construction (method=rl has no evolved contexts, method=gepa no trained weights) are sampled once.
+paired. Cells that are the same by construction (method=rl has no evolved contexts, method=gepa no trained weights) are sampled once, and
+so is each sample of the base model: its weights and random numbers are the same in every evaluation of a run.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import numpy as np
 from torch import nn
 
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.contracts import Context, Problem
 from fst_fast.export import newest
 from fst_fast.forest import Leaf
 from fst_fast.policy import ranks
 from fst_fast.policy.engine import load
 from fst_fast.policy.scoring import kl_to_reference
 from fst_fast.rollout.engine import RolloutEngine
-from fst_fast.rollout.wave import Sampler
+from fst_fast.rollout.server import ServerEngine
+from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task
 
@@ -34,20 +36,22 @@ CELLS = ("neither", "context", "weights", "both")
 
 @dataclass(frozen=True)
 class Models:
-    """What an evaluation needs of the models: their rollout engines and the modules behind them."""
+    """What an evaluation needs of the models: the engines that sample from them and the modules behind them. fast: samples the fast phase."""
 
     policy: RolloutEngine
-    base: RolloutEngine
+    base: RolloutEngine | ServerEngine
+    fast: RolloutEngine | ServerEngine
     policy_module: nn.Module
     base_module: nn.Module
 
 
-def cell(sampled: Sequence[Sampled], k: int) -> dict[str, float | int]:
-    """mean@k with its standard error (over problems), pass@k, and the number of problems judged. Unjudged samples do not count."""
+def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float | int]:
+    """mean@k with its standard error (over problems), pass@k, and the number of problems judged, of (problem id, reward). Unjudged samples
+    (None) do not count."""
     by_problem: dict[str, list[float]] = {}
-    for s in sampled:
-        if s.verdict.reward is not None:
-            by_problem.setdefault(s.rollout.problem_id, []).append(s.verdict.reward)
+    for problem_id, reward in rewards:
+        if reward is not None:
+            by_problem.setdefault(problem_id, []).append(reward)
     means = np.array([np.mean(r) for r in by_problem.values()])
     if not len(means):
         return {"mean": 0.0, "stderr": 0.0, "pass_at_k": 0.0, "n": 0, "k": k}
@@ -79,16 +83,20 @@ def evaluate(
     seed_context: Context,
     population: Sequence[Context],
     policy_version: int,
-    known: dict[str, Any] | None = None,
+    base_rewards: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Sample and judge the four cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}.
 
-    known: cells already measured on the same problems (the base model with the seed context never changes).
+    base_rewards: context id -> "problem id/sample" -> reward, of the base model, from earlier evaluations of the run; what is in it is not
+    sampled again, and it is brought up to date. A sample that could not be judged is tried again.
     """
     trained = config.method != "gepa" and policy_version > 0
     evolved = any(c.id != seed_context.id for c in population)
     k = config.eval.samples
-    channels: dict[str, Any] = dict(known or {})
+    channels: dict[str, Any] = {}
+    memory = {} if base_rewards is None else base_rewards
+    for gone in set(memory) - {c.id for c in (seed_context, *population)}:
+        del memory[gone]
     same_as = {"neither": "neither"}
     same_as["context"] = "context" if evolved else "neither"
     same_as["weights"] = "weights" if trained else "neither"
@@ -101,16 +109,12 @@ def evaluate(
     for name in CELLS:
         origin = same_as[name]
         if origin not in channels:
-            sampled = sampler.spread(
-                models.policy if origin in ("weights", "both") else models.base,
-                wave(problems, [seed_context] if origin in ("neither", "weights") else list(population), k),
-                stream=(config.seed, "eval"),
-                policy_version=policy_version,
-                temperature=config.eval.temperature,
-                top_p=config.eval.top_p,
-                paired=True,
+            triples = wave(
+                problems, [seed_context] if origin in ("neither", "weights") else list(population), k
             )
-            channels[origin] = cell(sampled, k)
+            base = origin in ("neither", "context")
+            rewards = _rewards(config, sampler, models, triples, policy_version, memory if base else None)
+            channels[origin] = cell(rewards, k)
         channels[name] = channels[origin]
     held_out = list(problems[: config.eval.kl_problems])
     kl_seed = kl(config, sampler, models, held_out, [seed_context], policy_version) if trained else 0.0
@@ -123,6 +127,40 @@ def evaluate(
         "kl_seed": kl_seed,
         "kl_evolved": kl_evolved,
     }
+
+
+def _rewards(
+    config: Config,
+    sampler: Sampler,
+    models: Models,
+    triples: Sequence[Triple],
+    policy_version: int,
+    memory: dict[str, dict[str, float]] | None,
+) -> list[tuple[str, float | None]]:
+    """(problem id, reward) of each triple, under the trained model, or, given its memory, under the base model."""
+    known = {} if memory is None else {(c, key): r for c, of in memory.items() for key, r in of.items()}
+    keys = [(context.id, f"{problem.id}/{sample}") for context, problem, sample in triples]
+    fresh = [triple for triple, key in zip(triples, keys, strict=True) if key not in known]
+    sampled = (
+        []
+        if not fresh
+        else sampler.spread(
+            models.policy if memory is None else models.base,
+            fresh,
+            stream=(config.seed, "eval"),
+            policy_version=policy_version,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            paired=True,
+        )
+    )
+    new = iter(s.verdict.reward for s in sampled)
+    rewards = [known[key] if key in known else next(new) for key in keys]
+    if memory is not None:
+        for (context_id, sample), reward in zip(keys, rewards, strict=True):
+            if reward is not None:
+                memory.setdefault(context_id, {})[sample] = reward
+    return [(problem.id, reward) for (_, problem, _), reward in zip(triples, rewards, strict=True)]
 
 
 def kl(
@@ -169,11 +207,13 @@ def evaluate_run(run_dir: Path, *, problems: int | None = None, samples: int | N
     with Sampler.open(config) as sampler:
         base = load(config)
         policy = base if config.method == "gepa" else load(config, found / "model")
+        own = sampler.engine(base)
+        served = sampler.server(base)
         validation = load_task(config.task, config.task_args).problems("validation")
         return evaluate(
             config,
             sampler,
-            Models(sampler.engine(policy), sampler.engine(base), policy, base),
+            Models(sampler.engine(policy), served or own, served or own, policy, base),
             list(validation[: problems or config.eval.final_problems]),
             seed_context=Context.of(config.fast.seed_context),
             population=state.population,

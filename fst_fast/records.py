@@ -6,17 +6,25 @@ Functions that gather from several processes must be called on all of them; rank
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fst_fast.contracts import Sampled
 from fst_fast.policy import ranks
+from fst_fast.run.metrics import METRICS
 from fst_fast.slow.groups import Group
 
 if TYPE_CHECKING:
     from fst_fast.session import Session
+
+SPIKE = 10.0  # times the median of the steps before
+SPIKE_STEPS = 32  # of which the median is taken; at least SPIKE_STEPS / 4 of them
 
 
 def step(
@@ -54,6 +62,7 @@ def step(
         "unjudged": int(n - judged),
         **s.sampler.unverified(),
         "verdict_metrics": _means([x.verdict.metrics for x in sampled]),
+        "grad_norm_spike": spike(s.grad_norms, numbers["grad_norm"]),
         **asdict(counters),
     }
     timing = {
@@ -62,6 +71,13 @@ def step(
         **s.spent_since_last_record(),
         "tokens_per_s": (tokens + computed) / max(seconds, 1e-9),
     }
+    if record["grad_norm_spike"]:
+        s.console.note(
+            f"step {s.state.step}: the gradient norm {numbers['grad_norm']:.3g} is {record['grad_norm_spike']:.0f} times the median of the "
+            f"{len(s.grad_norms)} steps before (clipped at slow.max_grad_norm={s.config.slow.max_grad_norm:g})"
+        )
+    if numbers["grad_norm"]:
+        s.grad_norms.append(numbers["grad_norm"])
     if s.metrics:
         s.metrics.write("step", **record)
         s.metrics.write_timing(**timing)
@@ -89,6 +105,25 @@ def evaluation(s: Session, result: dict[str, Any], *, final: bool) -> None:
         s.metrics.write("eval", **record)
         s.metrics.write_timing(step=s.state.step, seconds=s.seconds(), **s.spent_since_last_record())
     s.console.evaluation(record)
+
+
+def spike(before: Sequence[float], norm: float | None) -> float | None:
+    """How many times the median of `before` a gradient norm is, if that is SPIKE or more; else None."""
+    if norm is None or len(before) < SPIKE_STEPS // 4:
+        return None
+    times = norm / statistics.median(before)
+    return times if times >= SPIKE else None
+
+
+def grad_norms(run_dir: Path) -> deque[float]:
+    """Those of the last steps in metrics.jsonl: a resumed run judges spikes as an unbroken one. A step without gradient has none."""
+    norms: deque[float] = deque(maxlen=SPIKE_STEPS)
+    with open(run_dir / METRICS, encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            if record["kind"] == "step" and record["grad_norm"]:
+                norms.append(record["grad_norm"])
+    return norms
 
 
 def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

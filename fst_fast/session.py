@@ -10,7 +10,7 @@ import math
 import platform
 import resource
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import nn
 
-from fst_fast import __version__
+from fst_fast import __version__, records
 from fst_fast.config import Config
 from fst_fast.config_load import config_hash, dump
 from fst_fast.contexts.population import FastState
@@ -41,9 +42,10 @@ from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.run import checkpoint, stop
 from fst_fast.run.console import Console
 from fst_fast.run.faults import arm, reach
-from fst_fast.run.folder import RunFolder, disk_errors, open_run, write_json
+from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run, write_json
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.presence import Presence, missing
+from fst_fast.run.randomness import seed_globals
 from fst_fast.run.track import check_trackers
 from fst_fast.state import State, minibatch
 from fst_fast.tasks.registry import check_gold, load_task
@@ -76,6 +78,7 @@ class Session:
     opened: float = field(default_factory=time.perf_counter)
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counted: tuple[int, int] = (0, 0)
+    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=records.SPIKE_STEPS))
 
     # -- opening and closing ----------------------------------------------------------------------------------------------------
 
@@ -85,27 +88,31 @@ class Session:
     ) -> Session:
         """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
         arm(ranks.rank())
+        seed_globals(config.seed, "opening", ranks.rank())
         _check_kernels(config)
         ranks.init(config.run.timeout_s)
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(config.task, config.task_args)
-        sampler = Sampler.open(config)
+        sampler = Sampler.open(config, console.note)
         try:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)
-            base = sampler.engine(reference)
+            base = sampler.engine(reference, console.note)
+            served = sampler.server(reference)
+            if served and config.method == "fst" and config.fast.reuse_rollouts:
+                _on_rank_zero(lambda: served.check_training(config.rollout.temperature))
             reflect = _reflector(config, base, sampler.tokenizer)
             check_trackers(config.track)
             seed_context = Context.of(config.fast.seed_context)
             train, validation = task.problems("train"), list(task.problems("validation"))
             _check_room(
                 config,
-                reference,
+                base,
                 sampler,
                 seed_context,
                 minibatch(train, 0, config.slow.problems_per_step, config.seed),
             )
-            _check_room(config, reference, sampler, seed_context, validation[: config.eval.final_problems])
+            _check_room(config, base, sampler, seed_context, validation[: config.eval.final_problems])
             folder = _on_rank_zero(
                 lambda: open_run(
                     run_dir,
@@ -118,7 +125,8 @@ class Session:
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
             policy = None if config.method == "gepa" else Policy(config)
             module = reference if policy is None else policy.rollout_model
-            models = Models(sampler.engine(module), base, module, reference)
+            own = sampler.engine(module, console.note)
+            models = Models(own, served or base, served or own, module, reference)
             session = cls(
                 config=config,
                 run_dir=run_dir,
@@ -134,7 +142,6 @@ class Session:
                 state=State(
                     fast=FastState.initial(config.fast.seed_context),
                     population=[seed_context],
-                    processes=ranks.world_size(),
                 ),
                 console=console,
                 folder=folder,
@@ -149,38 +156,44 @@ class Session:
 
     def _begin(self, resume: bool) -> None:
         """Continue from the newest whole checkpoint, or, where a run was stopped before its first one, from the start."""
-        found = (
-            ranks.from_rank_zero(str(checkpoint.latest(self.run_dir) or "") if self.folder else None)
-            if resume
-            else ""
-        )
+        found = _on_rank_zero_everywhere(lambda: str(checkpoint.latest(self.run_dir) or "")) if resume else ""
+        changes = list(self.folder.changes) if self.folder else []
         if found:
             self.continued = True
             self.state = State.load(Path(found) / "state.json")
-            before, now = self.state.processes, ranks.world_size()
-            if self.policy is not None and self.config.policy.zero_stage and before != now:
-                raise UserError(
-                    f"--resume: {found} was written by {before} process(es) under policy.zero_stage={self.config.policy.zero_stage}, "
-                    f"this run has {now}; start {before}, since each holds a part of the optimiser's state"
-                )
-            self.state.processes = now
-            if ranks.from_rank_zero(bool(self.folder.changes) if self.folder else None):
-                self.state.base_cells.clear()  # measured as the old configuration said
+            before, now = checkpoint.written_by(Path(found)), _writer(self.config)
+            if before["config_hash"] != now["config_hash"]:
+                self.state.base_rewards.clear()  # measured as the old configuration said
+            # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
+            changes += [
+                d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))
+            ]
             if self.policy is not None:
-                self.policy.load(Path(found))
+                try:
+                    self.policy.load(Path(found))
+                except (
+                    SafetensorError,
+                    KeyError,
+                    TypeError,
+                    ValueError,
+                ) as error:  # only where a manifest from elsewhere vouches for it
+                    raise UserError(
+                        f"--resume: {found} does not hold the optimiser's state: {type(error).__name__}: {error}"
+                    ) from error
                 self.policy.hand_over()
         if self.folder:
             self.metrics = MetricsWriter(
                 self.run_dir, resume_at_step=self.state.step if found else None, track=self.config.track
             )
             self.seconds_before = self.metrics.last_seconds
-            if self.folder.changes:
-                self.console.note(f"the configuration has changed: {'; '.join(self.folder.changes)}")
-            if found and self.folder.changes:
+            self.grad_norms = records.grad_norms(self.run_dir)
+            if changes:
+                self.console.note(f"not as it was: {'; '.join(changes)}")
+            if found and changes:
                 self.metrics.write(
                     "config",
                     step=self.state.step,
-                    changes=self.folder.changes,
+                    changes=changes,
                     config_hash=config_hash(self.config),
                 )
             if not found:
@@ -213,7 +226,7 @@ class Session:
             self.presence.close()
 
     def checkpoint(self) -> None:
-        """Write the whole run as it is now; on disk it is there whole or not at all."""
+        """Write the whole run as it is now; on disk it is there whole or not at all. All processes call it."""
         self.begin("checkpoint")
         tmp = Path(_on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step))))
         with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
@@ -229,7 +242,14 @@ class Session:
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
                 self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
                 reach("save.model")
-            checkpoint.commit(self.run_dir, tmp, self.state.step, self.config.checkpoint.keep_last)
+            checkpoint.commit(
+                self.run_dir,
+                tmp,
+                self.state.step,
+                keep_last=self.config.checkpoint.keep_last,
+                keep_every=self.config.checkpoint.keep_every,
+                written_by=_writer(self.config),
+            )
 
         _on_rank_zero_everywhere(write)
 
@@ -317,9 +337,26 @@ class Session:
         self.state.counters.skipped_steps += 1
         self.console.note(f"step {self.state.step} is left out: {error}; the batch is in {dumped}")
 
+    def warn_of_mismatch(self, mismatch_kl: float | None, reused: int) -> None:
+        """Say so where fresh rollouts have other log-probs in the trainer than in the engine that sampled them. Reused ones may differ: the
+        weights have moved since."""
+        limit = self.config.slow.mismatch_warning
+        if mismatch_kl is not None and not reused and mismatch_kl > limit:
+            self.console.note(
+                f"warning, step {self.state.step}: mismatch_kl={mismatch_kl:.3g} nats per token between rollout engine and trainer on rollouts of "
+                f"these very weights; slow.mismatch_warning={limit:g}"
+            )
+
+    def forget_prefixes(self) -> None:
+        """From here on nothing depends on what the rollout engines computed before: a run that is resumed here repeats itself bit by bit."""
+        self.models.policy.forget()
+        self.models.base.forget()
+        self.models.fast.forget()
+
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> float:
+        seed_globals(self.config.seed, phase, self.state.step, ranks.rank())
         self.console.phase(phase)
         if self.presence:
             self.presence.at(f"step {self.state.step}, {phase}")
@@ -353,7 +390,7 @@ class Session:
         self.state.counters.tokens_unshared += unshared
 
     def _engine_tokens(self) -> tuple[int, int]:
-        engines = (self.models.policy, self.models.base)
+        engines = {id(e): e for e in (self.models.policy, self.models.base, self.models.fast)}.values()
         return sum(e.tokens_computed for e in engines), sum(e.tokens_unshared for e in engines)
 
     def spent_since_last_record(self) -> dict[str, float]:
@@ -412,20 +449,27 @@ def _check_kernels(config: Config) -> None:
 
 
 def _check_room(
-    config: Config, model: nn.Module, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
+    config: Config, base: RolloutEngine, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
 ) -> None:
-    """Refuse lengths that cannot be before anything is written: of the model's positions, and of the prompts under the seed context."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    """Refuse lengths that cannot be before anything is written: of the model's positions, the memory for keys and values, and the prompts
+    under the seed context."""
+    positions = getattr(base.model.config, "max_position_embeddings", None)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
     if positions is not None and longest > positions:
         raise UserError(
             f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
             f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
         )
-    window = sliding_window(model.config)
+    window = sliding_window(base.model.config)
     if config.policy.packing == "forest" and window is not None:
         raise UserError(
             f"the model has a sliding window of {window} tokens, which training over a forest does and rollouts over one do not; {WAY_OUT}"
+        )
+    room, each = config.rollout.kv_memory_bytes, base.token_bytes()
+    if room is not None and config.policy.packing == "forest" and longest * each > room:
+        raise UserError(
+            f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
+            f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
         )
     for problem in problems:
         sampler.prompts.ids(seed_context, problem)
@@ -481,6 +525,11 @@ def _identity(config: Config) -> dict[str, Any]:
         "model": config.model.path,
         "config_hash": config_hash(config),
     }
+
+
+def _writer(config: Config) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that writes it."""
+    return {"config_hash": config_hash(config), "processes": ranks.world_size(), "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """What a run is at a given step, besides the weights: everything that a resumed run needs, as JSON.
 
-Random numbers, minibatches and anchor sets derive from (seed, step, cycle), so no generator state is kept: the step number is the data
-cursor.
+Random numbers, minibatches and anchor sets derive from (seed, step, cycle), so no generator state is kept (run/randomness.py) and the step number
+is the data cursor. Nothing here belongs to one process: with another number of them the problems of a step are dealt out anew, whole groups
+each, and every rollout is still the same one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fst_fast.contexts.population import FastState
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
 from fst_fast.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -41,12 +42,11 @@ class State:
     population: list[Context]
     step: int = 0
     cycle: int = 0
-    processes: int = 1  # that the run has; with ZeRO each of them holds a part of the optimiser's state
     counters: Counters = field(default_factory=Counters)
     reusable: list[Sampled] = field(default_factory=list)  # this cycle's fast-phase rollouts, not yet claimed
-    base_cells: dict[str, Any] = field(
+    base_rewards: dict[str, dict[str, float]] = field(
         default_factory=dict
-    )  # number of problems -> the `neither` cell, which never changes
+    )  # see evaluate.evaluate; of the contexts last evaluated
 
     def save(self, path: Path) -> None:
         """Write the whole state as one JSON file."""
@@ -54,31 +54,34 @@ class State:
             "format": FORMAT,
             "step": self.step,
             "cycle": self.cycle,
-            "processes": self.processes,
             "counters": asdict(self.counters),
             "population": [asdict(c) for c in self.population],
             "fast": self.fast.to_json(),
             "reusable": [sampled_to_json(s) for s in self.reusable],
-            "base_cells": self.base_cells,
+            "base_rewards": self.base_rewards,
         }
         path.write_text(json.dumps(tree))
 
     @classmethod
     def load(cls, path: Path) -> State:
-        """Read what `save` wrote. Raises UserError where another version of the program wrote it."""
-        tree = json.loads(path.read_text())
-        if tree.get("format") != FORMAT:
-            raise UserError(f"{path} has format {tree.get('format')!r}; this version reads {FORMAT}")
-        return cls(
-            fast=FastState.from_json(tree["fast"]),
-            population=[Context(**c) for c in tree["population"]],
-            step=tree["step"],
-            cycle=tree["cycle"],
-            processes=tree["processes"],
-            counters=Counters(**tree["counters"]),
-            reusable=[sampled_from_json(s) for s in tree["reusable"]],
-            base_cells=tree["base_cells"],
-        )
+        """Read what `save` wrote. Raises UserError where another version of the program, or another program, wrote it."""
+        try:
+            tree = json.loads(path.read_text())
+            if tree["format"] != FORMAT:
+                raise UserError(f"{path} has format {tree['format']!r}; this version reads {FORMAT}")
+            return cls(
+                fast=FastState.from_json(tree["fast"]),
+                population=[Context(**c) for c in tree["population"]],
+                step=tree["step"],
+                cycle=tree["cycle"],
+                counters=Counters(**tree["counters"]),
+                reusable=[sampled_from_json(s) for s in tree["reusable"]],
+                base_rewards=tree["base_rewards"],
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is not the state of a run: {type(error).__name__}: {str(error)[:200]}"
+            ) from error
 
 
 def sampled_to_json(sampled: Sampled) -> dict[str, Any]:

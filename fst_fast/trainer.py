@@ -41,6 +41,7 @@ def train(
         if s.state.step == 0 and config.eval.every and not s.continued:
             measure(s, final=False)
         while s.state.step < config.slow.steps and not s.stopping():
+            s.forget_prefixes()
             if config.method != "rl" and s.state.step % config.fast.cycle_steps == 0:
                 evolve(s)
             if config.method == "gepa":
@@ -77,7 +78,7 @@ def evolve(s: Session) -> None:
     def score(wave: Sequence[tuple[Context, Problem, int]]) -> list[Sampled]:
         reach("fast.wave")
         return s.sampler.spread(
-            s.models.policy,
+            s.models.fast,
             wave,
             stream=(config.seed, "fast", state.cycle),
             policy_version=version,
@@ -153,6 +154,7 @@ def learn(s: Session) -> None:
             s.run_dir, bad, data, kept, config, step=state.step, pad_id=s.sampler.pad_id, model=s.models.policy_module
         ))  # fmt: skip
         numbers = skipped(s.policy.lr(state.step))
+    s.warn_of_mismatch(numbers["mismatch_kl"], reused)
     s.policy.hand_over()
     s.add_seconds("train_s", time.perf_counter() - training)
     state.step += 1
@@ -163,9 +165,9 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
     """Evaluate the four cells on validation problems and write the result."""
     config, state = s.config, s.state
     started = s.begin("evaluation")
+    s.forget_prefixes()
     reach("evaluation")
     problems = s.validation[: config.eval.final_problems if final else config.eval.problems]
-    known = state.base_cells.get(str(len(problems)))
     result = evaluate(
         config,
         s.sampler,
@@ -174,9 +176,8 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
         seed_context=s.seed_context,
         population=state.population,
         policy_version=s.policy_version,
-        known={"neither": known} if known else None,
+        base_rewards=state.base_rewards,
     )
-    state.base_cells[str(len(problems))] = result["channels"]["neither"]
     s.forget_rollout_tokens()
     s.end("eval_s", started)
     records.evaluation(s, result, final=final)

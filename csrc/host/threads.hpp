@@ -14,6 +14,7 @@
 #define FST_KERNEL
 #define FST_BOUNDS(threads, blocks)
 #define FST_UNROLL
+#define FST_ROLLED
 
 namespace fst {
 
@@ -28,7 +29,38 @@ inline bf16 to_bf16(float x) {  // to nearest, ties to even
     return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+inline float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float to_float(float x) { return x; }
 inline float fast_exp(float x) { return std::exp(x); }
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint64_t to_integer(float x) { return static_cast<uint64_t>(std::llrint(x)); }
+inline uint64_t high_product(uint64_t a, uint64_t b) {
+    __extension__ using Wide = unsigned __int128;
+    return static_cast<uint64_t>(static_cast<Wide>(a) * b >> 64);
+}
+
+template <class T>
+T add_shared(T* at, T value) {
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
 
 namespace host {
 
@@ -84,16 +116,20 @@ const T* in_block(const T* shared, int rank) {
 }
 
 template <class T>
-T from_lane_above(T value, int distance) {
+T from_lane(T value, int lane) {
     static_assert(sizeof(T) <= host::kExchangeBytes);
     auto& warp = host::self.block->warps[host::self.thread / host::kWarp];
-    const int lane = host::self.thread % host::kWarp;
-    std::memcpy(warp.slots[lane], &value, sizeof(T));
+    std::memcpy(warp.slots[host::self.thread % host::kWarp], &value, sizeof(T));
     warp.barrier.arrive_and_wait();
-    const int source = lane + distance < host::kWarp ? lane + distance : lane;
-    std::memcpy(&value, warp.slots[source], sizeof(T));
+    std::memcpy(&value, warp.slots[lane & (host::kWarp - 1)], sizeof(T));
     warp.barrier.arrive_and_wait();
     return value;
+}
+
+template <class T>
+T from_lane_above(T value, int distance) {
+    const int lane = host::self.thread % host::kWarp;
+    return from_lane(value, lane + distance < host::kWarp ? lane + distance : lane);
 }
 
 struct Machine {

@@ -68,6 +68,15 @@ class TreePlan:
     ) -> Tensor:
         return tree_attention(q, k, v, self.mask, scale=scale, window=window).transpose(1, 2)
 
+    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """For the lean forward (fst_fast.rollout.lean), one row of N tokens: q [N,Hq,D], k and v [N,Hkv,D] -> [N,Hq,D]."""
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return tree_attention(q, k, v, self.mask, scale=scale)[0].transpose(0, 1)
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """The same for `rows` [R] alone."""
+        return self.tokens(layer, q, k, v, scale).index_select(0, rows)
+
 
 def _attention(
     module: nn.Module,

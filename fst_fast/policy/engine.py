@@ -5,6 +5,7 @@ Deviations from DeepSpeed's usual use, and why:
 - the loss carries ONE global denominator (see slow/step.py); DeepSpeed averages gradients over processes, so the loss is multiplied by
   their number first;
 - the learning rate is set per step from the config (linear warm-up, then constant), so nothing but the step number decides it;
+- checkpoints are our own (optimiser_state.py): safetensors that any layout reads;
 - rollouts never run through a ZeRO-3 forward: there the weights are gathered in buckets into a plain replica after each step.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fst_fast.config import Config
-from fst_fast.policy import head, ranks
+from fst_fast.policy import head, optimiser_state, ranks
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
@@ -112,6 +113,7 @@ class Policy:
             config=settings,
         )
         ranks.limit_waiting(config.run.timeout_s)
+        optimiser_state.reset(self.engine)
         self.module: nn.Module = self.engine.module
         self._grad_norms: list[Tensor] = []
         for parameter in self.module.parameters():
@@ -211,14 +213,12 @@ class Policy:
                     raise RuntimeError(f"the rollouts' copy of {name} differs from the trained weight")
 
     def save(self, folder: Path) -> None:
-        """Write the engine's state under `folder`; all processes call it."""
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        """Write the weights in fp32 and the optimiser's moments under the checkpoint `folder`; all processes call it."""
+        optimiser_state.save(self.engine, folder / optimiser_state.FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with the same number of processes and ZeRO stage."""
-        found, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
-        if found is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+        """Read what `save` wrote, by any number of processes under any ZeRO stage; all processes call it, `hand_over` follows."""
+        optimiser_state.load(self.engine, folder / optimiser_state.FOLDER)
 
 
 def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:

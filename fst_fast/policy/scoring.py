@@ -1,7 +1,7 @@
 """Forward passes that only score: a forest (or padded batch) of rollouts through a model, log-probs and exact KL out.
 
 Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Also the one place where leaves become
-micro-batches, so that training and scoring cut a forest in the same way.
+micro-batches, so that training and scoring cut a forest in the same way. Where a model can take the lean forward of the CPU, it does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from fst_fast.config import Config
 from fst_fast.forest import Leaf, split
 from fst_fast.policy import head, ranks
+from fst_fast.policy.attention import TreePlan
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
+from fst_fast.rollout.lean import LeanForward, why_not
+from fst_kernels import LogprobOutput
 
 
 @dataclass
@@ -57,6 +60,9 @@ def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
 @torch.no_grad()
 def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
     """Hidden states of the labelled rows under `model`: [R, H]."""
+    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+        ids, positions = micro.batch.input_ids[0], micro.batch.position_ids[0]
+        return LeanForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
     with head.running(model, head.HiddenJob(micro.at)):
         out: Tensor = model(**model_inputs(micro.batch)).logits
     return out
@@ -65,9 +71,21 @@ def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
 @torch.no_grad()
 def logprobs(model: nn.Module, micro: MicroBatch, *, temperature: float, chunk_rows: int) -> Tensor:
     """Log-prob of every label under `model` at `temperature`: [M] fp32."""
-    with head.running(model, head.ScoreJob(micro.at, temperature, chunk_rows)):
-        out: Tensor = model(**model_inputs(micro.batch)).logits
-    return out
+    return _score(model, micro, head.ScoreJob(micro.at, temperature, chunk_rows)).logprob
+
+
+def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
+    """The job's result in the model's head, where a partitioned weight is whole, or after the lean forward, which needs no such thing."""
+    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+        rows = hidden_rows(model, micro)
+        lm_head = model.get_output_embeddings()  # type: ignore[operator]
+        job.at = head.Labels(torch.arange(len(rows), device=rows.device), micro.at.row_of, micro.at.labels)
+        job(rows, lm_head.weight, lm_head.bias)
+    else:
+        with head.running(model, job):
+            model(**model_inputs(micro.batch))
+    assert job.out is not None
+    return job.out
 
 
 @torch.no_grad()
@@ -82,10 +100,8 @@ def kl_to_reference(
             micro.at, config.rollout.temperature, config.slow.head_chunk_rows,
             ref_hidden=hidden_rows(reference, micro), ref_weight=ref_head.weight, ref_bias=ref_head.bias,
         )  # fmt: skip
-        with head.running(model, job):
-            model(**model_inputs(micro.batch))
-        assert job.out is not None
-        assert job.out.kl is not None
-        total += float(job.out.kl[micro.at.row_of].sum(dtype=torch.float64))
+        scored = _score(model, micro, job)
+        assert scored.kl is not None
+        total += float(scored.kl[micro.at.row_of].sum(dtype=torch.float64))
         count += len(micro.at.labels)
     return total, count

@@ -1,129 +1,246 @@
 """Forest decoding: prefill what is needed next, decode a batch of slots, let finished sequences leave and waiting ones enter.
 
-The model is any unmodified transformers model whose attention is "fst" (fst_fast.policy.attention): it is called without a cache, and the
-plan given along does the attention and keeps the keys and values. One token per slot is a batch [slots, 1].
+The forward is the transformers one of any model whose attention is "fst" (fst_fast.policy.attention), called without a cache: the plan given along
+does the attention and keeps the keys and values. On the CPU the lean forward takes its place where it can (fst_fast.rollout.lean).
+
+All memory that grows with the prompts and responses is counted in tokens of keys and values and stays within `kv_tokens`: first slots are
+taken away, then windows become smaller, then sequences wait. What nobody needs any more is held for later calls while there is plenty of room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fst_fast.rollout.kv_tree import DecodePlan, PrefillPlan, Suffixes, TreeCache
-from fst_fast.rollout.prompt_tree import Ints, prompt_tree
+from fst_fast.rollout.cascade import DecodePlan, Suffixes
+from fst_fast.rollout.kv_tree import TreeCache
+from fst_fast.rollout.prefill import PrefillPlan
+from fst_fast.rollout.prefixes import Prefixes, adopt
+from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, PromptTree, forest_of, prompt_tree
 from fst_fast.rollout.responses import Responses
 from fst_fast.rollout.scheduler import Slots
 
+Forward = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]
+"""(ids [N], positions [N], plan, rows [R] or None for all) -> logits [R, V]"""
+
+KEPT_FRACTION = 4
+"""What no running sequence needs is held while all that is held stays below a quarter of the memory."""
+
+
+def transformers_forward(model: Any) -> Forward:
+    def forward(ids: Tensor, positions: Tensor, plan: Any, rows: Tensor | None) -> Tensor:
+        decoding = rows is None  # one token per sequence: a batch; else one row of tokens
+        logits: Tensor = model(
+            input_ids=ids[:, None] if decoding else ids[None],
+            position_ids=positions[:, None] if decoding else positions[None],
+            plan=plan,
+            use_cache=False,
+            logits_to_keep=1 if rows is None or not len(rows) else rows,
+        ).logits
+        return logits[:, -1] if decoding else logits[0]
+
+    return forward
+
+
+def slots_that_fit(tree: PromptTree, order: Ints, *, response_tokens: int, kv_tokens: int, most: int) -> int:
+    """The most sequences, consecutive in `order`, whose prompts, each shared part once, and whole responses fit into `kv_tokens`."""
+    length = tree.end - tree.start
+    path = tree.path[order]
+    sizes = np.where(path >= 0, length[path], 0)
+    whole = sizes.sum(1)
+    new = np.where(path[1:] != path[:-1], sizes[1:], 0).sum(
+        1
+    )  # tokens that the sequence before does not have
+    behind = np.concatenate([[0], np.cumsum(new)])
+    low, high = 0, min(most, len(order))
+    while low < high:
+        n = (low + high + 1) // 2
+        union = int((whole[: len(order) - n + 1] + behind[n - 1 :] - behind[: len(order) - n + 1]).max())
+        low, high = (n, high) if union + n * response_tokens <= kv_tokens else (low, n - 1)
+    return low
+
 
 class ForestDecoder:
-    """Decodes one list of prompts into `responses`. tokens_computed: positions that went through the model so far, idle slots included."""
+    """Decodes one list of prompts into `responses`.
+
+    layers, dtype, device: of the model. kv_tokens: what may be held at a time, of prompts and responses together; every prompt with a whole
+    response must fit alone. logits_tokens: as many take the memory of the logits at one prompt's end. prefixes: what earlier calls left, and
+    where this one leaves its own.
+    tokens_computed: positions that went through the model so far, idle slots included; tokens_reused: prompt tokens taken from earlier calls.
+    """
 
     def __init__(
         self,
-        model: Any,
+        forward: Forward,
         prompts: Sequence[Ints],
         responses: Responses,
         *,
+        layers: int,
+        dtype: torch.dtype,
+        device: torch.device,
         max_batch: int,
         prefill_tokens: int,
+        kv_tokens: int,
+        logits_tokens: int,
+        prefixes: Prefixes,
+        join_tokens: int = JOIN_TOKENS,
     ) -> None:
-        weight = model.get_output_embeddings().weight
-        self.model, self.responses, self.prefill_tokens = model, responses, prefill_tokens
-        self.device, self.dtype, self.layers = (
-            weight.device,
-            weight.dtype,
-            model.config.get_text_config().num_hidden_layers,
-        )
-        self.max_batch = max_batch
+        self.forward, self.responses, self.prefixes = forward, responses, prefixes
+        self.layers, self.dtype, self.device = layers, dtype, device
+        self.prefill_tokens, self.kv_tokens, self.logits_tokens = prefill_tokens, kv_tokens, logits_tokens
         self.prompt_length = np.array([len(p) for p in prompts], dtype=np.int64)
-        self.tree = prompt_tree(prompts, max_node_tokens=prefill_tokens)
+        forest = forest_of(prompts, join_tokens=join_tokens)
+        found = prefixes.find(forest)
+        self.tree = prompt_tree(forest, max_node_tokens=prefill_tokens, cuts=found.cuts)
         self.cache = TreeCache(self.tree)
-        order = np.argsort(self.tree.leaf, kind="stable")
-        self.by_leaf, self.leaves = order, self.tree.leaf[order]
-        self.slots = Slots(order, max_batch)
-        self.suffixes = Suffixes(self.layers, len(self.slots.who), max(responses.limit - 1, 1))
+        self.logits = adopt(self.cache, forest, found, layers=layers, device=device, dtype=dtype)
+        self.tokens_reused = int(found.cuts.sum())
+        self.order = np.argsort(self.tree.leaf, kind="stable")
+        self.leaves = self.tree.leaf[self.order]
+        self.response_tokens = max(responses.limit - 1, 1)  # the last token is never fed
+        self.max_batch = slots_that_fit(
+            self.tree, self.order, response_tokens=self.response_tokens, kv_tokens=kv_tokens, most=max_batch
+        )
+        assert self.max_batch, "a sequence that does not fit alone"
         self.tokens_computed = 0
+        self.most_tokens = 0  # ever held at a time
+        self._suffix_tokens = 0
+        self._next = self._ahead = (
+            0  # nodes before _next are in the cache or were; this call has computed none from _ahead on
+        )
 
     def run(self) -> None:
-        token = np.zeros(len(self.slots.who), dtype=np.int64)  # the last token of each slot
+        if self.logits:  # of prompts that an earlier call has ended
+            leaves = np.array(sorted(self.logits))
+            self._first_tokens_at(leaves, torch.stack([self.logits[leaf] for leaf in leaves.tolist()]))
+        waiting = self.order
+        while len(waiting):
+            slots = Slots(waiting, self.max_batch)
+            self._decode(slots)
+            waiting = waiting[slots.next :]
+        self._give_back()
+        self.prefixes.keep(self.cache, self.logits)
+
+    def _decode(self, slots: Slots) -> None:
+        """Until no slot is left; sequences that have found no room by then still wait."""
+        suffixes = Suffixes(self.layers, len(slots.who), self.response_tokens)
+        token = np.zeros(len(slots.who), dtype=np.int64)  # the last token of each slot
+        plan: DecodePlan | None = None
         while True:
-            if self.slots.time_to_change():
-                stay, fresh = self.slots.change(self._ready)
-                who = self.slots.who
+            if slots.time_to_change():
+                self._suffix_tokens = len(slots.who) * self.response_tokens
+                stay, fresh = slots.change(self._ready)
+                who = slots.who
                 if not len(who):
                     return
                 if len(stay) < len(token):
-                    self.suffixes.keep(torch.as_tensor(stay, device=self.device))
+                    suffixes.keep(torch.as_tensor(stay, device=self.device))
                 token = token[stay]
                 token[fresh] = self.responses.ids[who[fresh], 0]
-                self._forget()
-                plan = DecodePlan(
-                    self.cache, self.tree.path[who], self.suffixes, layers=self.layers, device=self.device
-                )
-            token = self._step(plan, token)
-            self.slots.live &= ~self.responses.ended(self.slots.who)
+                self._give_back()
+                plan = DecodePlan(self.cache, self.tree.path[who], suffixes, device=self.device)
+            assert plan is not None
+            token = self._step(slots, suffixes, plan, token)
+            slots.live &= ~self.responses.ended(slots.who)
 
-    def _ready(self, sequence: int) -> bool:
-        """Prefill up to this sequence's prompt; does it go on after its first token?"""
-        while self.tree.leaf[sequence] >= self.cache.filled:
-            self._prefill()
+    def _ready(self, sequence: int) -> bool | None:
+        """Prefill up to this sequence's prompt. Does it go on after its first token? None: there is no room for it now."""
+        while self._next <= self.tree.leaf[sequence]:
+            if self.cache.filled[self._next]:
+                self._next += 1
+            elif not self._prefill():
+                return None
         return not self.responses.ended(np.array([sequence]))[0]
 
-    def _prefill(self) -> None:
-        """Compute the next window of nodes, as many as fit, and draw the first token of every sequence whose prompt ends in it."""
-        tree, first = self.tree, self.cache.filled
-        upto = max(
-            first + 1, int(np.searchsorted(tree.end, tree.start[first] + self.prefill_tokens, side="right"))
+    def _window(self) -> Ints:
+        """The next nodes to compute, as many as `prefill_tokens` and the memory left allow."""
+        missing, tokens, count = self._missing()
+        if 2 * tokens[count - 1] > self._room():  # padding may double it
+            self._make_room()
+            missing, tokens, count = self._missing()
+            room = self._room()
+            count = int(np.searchsorted(2 * tokens[:count], room, side="right")) or int(tokens[0] <= room)
+        window: Ints = missing[:count]
+        return window
+
+    def _missing(self) -> tuple[Ints, Ints, int]:
+        """The nodes that are to be computed, their tokens summed up, and how many of them make one forward."""
+        missing = self._next + np.flatnonzero(~self.cache.filled[self._next :])
+        tokens = np.cumsum(self.tree.end[missing] - self.tree.start[missing])
+        return missing, tokens, max(1, int(np.searchsorted(tokens, self.prefill_tokens, side="right")))
+
+    def _room(self) -> int:
+        return self.kv_tokens - self._suffix_tokens - self._prompt_tokens()
+
+    def _prompt_tokens(self) -> int:
+        return self.cache.tokens + self.prefixes.tokens + self.logits_tokens * len(self.logits)
+
+    def _prefill(self) -> bool:
+        """Compute a window of nodes and draw the first token of every sequence whose prompt ends in it; False: there was no room."""
+        tree, nodes = self.tree, self._window()
+        if not len(nodes):
+            return False
+        read = np.intersect1d(nodes, self.leaves)
+        plan = PrefillPlan(self.cache, nodes, read, device=self.device, dtype=self.dtype)
+        self.most_tokens = max(self.most_tokens, self.kv_tokens - self._room())
+        ids, positions = (
+            torch.as_tensor(x[plan.tokens_of], device=self.device) for x in (tree.token_ids, tree.depth)
         )
-        lo, hi = np.searchsorted(self.leaves, [first, upto])
-        sequences = self.by_leaf[lo:hi]
-        ends, row = np.unique(tree.end[tree.leaf[sequences]] - 1, return_inverse=True)
-        plan = PrefillPlan(self.cache, upto, device=self.device, dtype=self.dtype)
-        window = slice(plan.begin, plan.stop)
-        keep = (
-            ends - plan.begin if len(ends) else np.zeros(1, dtype=np.int64)
-        )  # a piece of a long node ends no prompt
-        logits = self.model(
-            input_ids=torch.as_tensor(tree.token_ids[window], device=self.device)[None],
-            position_ids=torch.as_tensor(tree.depth[window], device=self.device)[None],
-            plan=plan,
-            use_cache=False,
-            logits_to_keep=torch.as_tensor(keep, device=self.device),
-        ).logits[0]
-        self.cache.add(plan.blocks, upto)
-        self.tokens_computed += plan.stop - plan.begin
+        logits = self.forward(ids, positions, plan, torch.as_tensor(plan.read_rows, device=self.device))
+        self.tokens_computed += len(ids)
+        self._ahead = int(nodes[-1]) + 1
+        if len(read):
+            self.logits |= dict(zip(read.tolist(), logits, strict=True))
+            self._first_tokens_at(read, logits)
+        return True
+
+    def _first_tokens_at(self, leaves: Ints, logits: Tensor) -> None:
+        """Draw the first token of every sequence whose prompt ends at one of `leaves`, ascending, unless it has one. logits [leaves, V]."""
+        at = np.minimum(np.searchsorted(leaves, self.leaves), len(leaves) - 1)
+        ended = np.flatnonzero(leaves[at] == self.leaves)
+        ended = ended[self.responses.length[self.order[ended]] == 0]
+        sequences, row = self.order[ended], at[ended]
         for begin in range(0, len(sequences), self.max_batch):
             some = slice(begin, begin + self.max_batch)
             here = logits.index_select(0, torch.as_tensor(row[some], device=self.device))
             self.responses.draw(here, sequences[some], np.ones(len(sequences[some]), dtype=bool))
 
-    def _forget(self) -> None:
-        """Free the nodes that no unfinished sequence stands under."""
-        unfinished = np.flatnonzero(self.responses.finish == "")
-        nodes = np.unique(self.tree.path[unfinished])
-        self.cache.keep_only(nodes[nodes >= 0])
+    def _needed(self) -> Ints:
+        """The nodes that an unfinished sequence stands under, of those that are there."""
+        nodes = np.unique(self.tree.path[self.responses.finish == ""])
+        needed: Ints = nodes[(nodes >= 0) & self.cache.filled[nodes]]
+        return needed
 
-    def _step(self, plan: DecodePlan, token: Ints) -> Ints:
+    def _give_back(self) -> None:
+        """Hold what nobody needs only while memory is plenty."""
+        if KEPT_FRACTION * self._prompt_tokens() > self.kv_tokens:
+            self.prefixes.forget()
+            self.cache.keep_only(self._needed())
+            self.logits.clear()
+
+    def _make_room(self) -> None:
+        """Hold only what has to be: rows of blocks too, and nothing of an earlier call that is not its turn yet."""
+        self.prefixes.forget()
+        self.logits.clear()
+        self.cache.filled[self._next :] &= np.arange(self._next, len(self.cache.filled)) < self._ahead
+        self.cache.keep_only(self._needed(), tight=True)
+
+    def _step(self, slots: Slots, suffixes: Suffixes, plan: DecodePlan, token: Ints) -> Ints:
         """Feed each slot's last token, draw its next one."""
-        who, live = self.slots.who, self.slots.live
+        who, live = slots.who, slots.live
         seen = self.responses.length[
             who
         ]  # suffix tokens after this one is fed; an idle slot feeds its last one again
         seen = np.where(live, seen, np.maximum(seen - 1, 1))
-        self.suffixes.grow(int(seen.max()))
-        rows = np.arange(len(who)) * self.suffixes.capacity + seen - 1
+        suffixes.grow(int(seen.max()))
+        rows = np.arange(len(who)) * suffixes.capacity + seen - 1
         numbers = np.stack([token, self.prompt_length[who] + seen - 1, rows])
         ids, positions, row = torch.as_tensor(numbers).to(self.device)
         plan.step(row, seen, self.dtype)
-        logits = self.model(
-            input_ids=ids[:, None],
-            position_ids=positions[:, None],
-            plan=plan,
-            use_cache=False,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = self.forward(ids, positions, plan, None)
         self.tokens_computed += len(who)
         return self.responses.draw(logits, who, live)

@@ -1,24 +1,32 @@
 """The rollout engine: requests in, rollouts out, in the same order and the same whatever else is in the batch.
 
-It samples with the very weights that are being trained (no copy, no second process) and does not talk to other ranks: each rank has an
-engine and a share of the requests. docs/rollouts.md says how it works and what it costs.
+It samples with the very weights that are being trained (no second process) and does not talk to other ranks: each rank has an engine and a
+share of the requests. Between calls it holds what earlier ones computed for as long as the weights are the same, which it sees from the
+weights themselves. docs/rollouts.md says how it works and what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
-from fst_fast.rollout.decode import ForestDecoder
+from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
+from fst_fast.rollout.kv_tree import token_bytes
+from fst_fast.rollout.lean import LeanForward, why_not
 from fst_fast.rollout.padded import decode_padded
+from fst_fast.rollout.prefixes import Prefixes
+from fst_fast.rollout.prompt_tree import JOIN_TOKENS
 from fst_fast.rollout.responses import Responses, Sampling
 
 
@@ -36,13 +44,19 @@ class Request:
         return f"problem {self.problem_id}, context {self.context_id}, sample {self.sample}"
 
 
+def _quiet(_: str) -> None:
+    pass
+
+
 class RolloutEngine:
     """Samples from `model`.
 
-    packing="forest" needs a model loaded with the "fst" attention, "padded" one with an attention of transformers. eos_ids end a response.
-    max_batch: sequences decoded at a time. prefill_tokens: prompt tokens of one forward of the forest path.
-    tokens_computed: positions that went through the model, idle slots and padding included. tokens_unshared: prompt + response tokens of
-    every sequence, as if nothing were shared. Both count from the engine's first request on.
+    packing="forest" needs a model loaded with the "fst" attention, "padded" one with an attention of transformers. eos_ids end a response;
+    so do the texts `stop`, for which decode(ids) must give the text of token ids. max_batch: sequences decoded at a time. prefill_tokens:
+    prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes: what its keys and values may take at a time; None: half of what the device
+    (on a CPU: the machine, shared by the processes on it) has free at each call. note: told what was chosen for want of memory.
+    tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
+    earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
     """
 
     def __init__(
@@ -54,6 +68,11 @@ class RolloutEngine:
         max_batch: int,
         packing: Literal["forest", "padded"],
         prefill_tokens: int = 8192,
+        join_tokens: int = JOIN_TOKENS,
+        kv_bytes: int | None = None,
+        stop: Sequence[str] = (),
+        decode: Callable[[NDArray[np.int64]], str] | None = None,
+        note: Callable[[str], None] = _quiet,
     ) -> None:
         attention = model.config._attn_implementation
         assert (attention == "fst") == (packing == "forest"), (
@@ -62,11 +81,21 @@ class RolloutEngine:
         assert min(max_batch, prefill_tokens) >= 1, (
             f"max_batch={max_batch}, prefill_tokens={prefill_tokens}: at least 1"
         )
+        assert not stop or decode, "stop texts without the decoding of tokens"
         self.model, self.packing = model, packing
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
-        self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
-        self.tokens_computed = 0
-        self.tokens_unshared = 0
+        self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
+        self.join_tokens = join_tokens
+        self.stop, self.decode, self.note = tuple(stop), decode, note
+        self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
+        self.most_kv_bytes = 0  # held at a time, ever
+        self._prefixes = Prefixes()
+        self._forward: Forward | None = None
+        self._weights: list[float] = []
+
+    def forget(self) -> None:
+        """Drop what earlier calls computed: the next call then does not depend on them, not even in its rounding."""
+        self._prefixes.forget()
 
     def generate(
         self,
@@ -78,34 +107,33 @@ class RolloutEngine:
         top_k: int | None = None,
         policy_version: int,
     ) -> list[Rollout]:
-        """Rollouts in request order. Raises UserError before it starts where a prompt is empty or too long for the model, and
+        """Rollouts in request order. Raises UserError before it starts where a prompt is empty, too long for the model or for kv_bytes,
+        or where two requests are one and the same; UserError where memory runs out twice, the second time with half the sequences; and
         FloatingPointError naming request and token where the model gives NaN or Inf."""
         if not requests:
             return []
         self._check(requests, max_response_tokens)
         prompts = [np.asarray(r.prompt_ids, dtype=np.int64) for r in requests]
-        responses = Responses(
-            [r.seed for r in requests],
-            limit=max_response_tokens,
-            eos_ids=self.eos_ids,
-            sampling=Sampling(temperature, top_p, top_k),
-            name=lambda i: str(requests[i]),
-        )
-        with _evaluating(self.model), torch.inference_mode():
-            if self.packing == "forest":
-                decoder = ForestDecoder(
-                    self.model,
-                    prompts,
-                    responses,
-                    max_batch=self.max_batch,
-                    prefill_tokens=self.prefill_tokens,
-                )
-                decoder.run()
-                self.tokens_computed += decoder.tokens_computed
-            else:
-                self.tokens_computed += decode_padded(
-                    self.model, prompts, responses, max_batch=self.max_batch, pad_id=self.pad_id
-                )
+
+        def fill(max_batch: int) -> Responses:
+            responses = Responses(
+                [r.seed for r in requests],
+                limit=max_response_tokens,
+                eos_ids=self.eos_ids,
+                sampling=Sampling(temperature, top_p, top_k),
+                name=lambda i: str(requests[i]),
+                stop=self._ends if self.stop else None,
+            )
+            with _evaluating(self.model), torch.inference_mode():
+                if self.packing == "forest":
+                    self._decode_forest(prompts, responses, max_batch)
+                else:
+                    self.tokens_computed += decode_padded(
+                        self.model, prompts, responses, max_batch=max_batch, pad_id=self.pad_id
+                    )
+            return responses
+
+        responses = self._in_memory(fill, len(requests))
         self.tokens_unshared += sum(map(len, prompts)) + int(responses.length.sum())
         return [
             Rollout(
@@ -120,6 +148,88 @@ class RolloutEngine:
             )
             for i, r in enumerate(requests)
         ]
+
+    def _decode_forest(
+        self, prompts: Sequence[NDArray[np.int64]], responses: Responses, max_batch: int
+    ) -> None:
+        weights = fingerprint(self.model)
+        if weights != self._weights or self._forward is None:
+            self._prefixes.forget()
+            self._weights = weights
+            self._forward = (
+                transformers_forward(self.model) if why_not(self.model) else LeanForward(self.model)
+            )
+        head = self.model.get_output_embeddings().weight
+        each = self.token_bytes()
+        decoder = ForestDecoder(
+            self._forward,
+            prompts,
+            responses,
+            layers=self.model.config.get_text_config().num_hidden_layers,
+            dtype=head.dtype,
+            device=head.device,
+            max_batch=max_batch,
+            prefill_tokens=self.prefill_tokens,
+            kv_tokens=self._kv_bytes() // each,
+            logits_tokens=-(-head.shape[0] * head.dtype.itemsize // each),
+            prefixes=self._prefixes,
+            join_tokens=self.join_tokens,
+        )
+        if decoder.max_batch < min(max_batch, len(prompts)):
+            self.note(
+                f"rollouts: {decoder.max_batch} instead of {min(max_batch, len(prompts))} sequences at a time, since keys and values of "
+                f"{each} bytes per token must stay within {self._kv_bytes()} bytes (rollout.kv_memory_bytes)"
+            )
+        decoder.run()
+        self.tokens_computed += decoder.tokens_computed
+        self.tokens_reused += decoder.tokens_reused
+        self.most_kv_bytes = max(self.most_kv_bytes, decoder.most_tokens * each)
+
+    def _in_memory(self, fill: Callable[[int], Responses], count: int) -> Responses:
+        """What `fill` returns for a batch of max_batch, or, if memory runs out, for one of half as many: once."""
+        batch = min(self.max_batch, count)
+        try:
+            return fill(batch)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = _first_line(error)
+        self.forget()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = max(1, batch // 2)
+        self.note(
+            f"rollouts: out of memory with {batch} sequences at a time ({reason}); once more with {half}"
+        )
+        try:
+            return fill(half)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory while sampling, with {batch} sequences at a time and again with {half}: {_first_line(error)}; lower "
+                f"rollout.max_batch={self.max_batch} or rollout.kv_memory_bytes, or free memory"
+            ) from error
+
+    def _ends(self, ids: NDArray[np.int64]) -> bool:
+        """Whether the last of these tokens completes a stop text. Each token is at least one byte of text, so a tail is enough."""
+        assert self.decode is not None
+        tail = self.decode(ids[-(max(len(text.encode()) for text in self.stop) + 1) :])
+        return any(text in tail for text in self.stop)
+
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        return token_bytes(
+            config.num_hidden_layers, kv_heads, dim, self.model.get_output_embeddings().weight.dtype
+        )
+
+    def _kv_bytes(self) -> int:
+        return _half_of_free_memory(self.model.get_output_embeddings().weight.device) if self.kv_bytes is None else self.kv_bytes  # fmt: skip
 
     def _check(self, requests: Sequence[Request], max_response_tokens: int) -> None:
         if max_response_tokens < 1:
@@ -138,6 +248,47 @@ class RolloutEngine:
                     f"{request}: {length} prompt tokens + {max_response_tokens} response tokens are more than the model's "
                     f"{positions} positions; the prompt may have at most {positions - max_response_tokens}"
                 )
+        if len({(r.problem_id, r.context_id, r.sample, r.seed) for r in requests}) < len(requests):
+            seen: set[tuple[str, str, int, int]] = set()
+            for r in requests:
+                key = (r.problem_id, r.context_id, r.sample, r.seed)
+                if key in seen:
+                    raise UserError(
+                        f"{r} is asked for twice with the same seed {r.seed}; it would count as two samples and be one"
+                    )
+                seen.add(key)
+        if self.packing == "forest":
+            longest = max(requests, key=lambda r: len(r.prompt_ids))
+            each, room = self.token_bytes(), self._kv_bytes()
+            needed = len(longest.prompt_ids) + max(max_response_tokens - 1, 1)
+            if needed * each > room:
+                raise UserError(
+                    f"{longest}: keys and values of {len(longest.prompt_ids)} prompt and {max_response_tokens} response tokens take "
+                    f"{needed * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
+                )
+
+
+def fingerprint(model: Any) -> list[float]:
+    """A sum for each weight: equal as long as the weights are."""
+    with torch.no_grad():
+        sums = torch.stack([p.sum(dtype=torch.float64) for p in model.parameters()])
+    return sums.tolist()
+
+
+def _half_of_free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    return int(psutil.virtual_memory().available) // (2 * processes)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch raises a type of its own on a GPU and a plain RuntimeError on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

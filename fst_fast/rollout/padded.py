@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from fst_fast.rollout.prompt_tree import Ints
 from fst_fast.rollout.responses import Responses
-
-Ints = NDArray[np.int64]
 
 
 def decode_padded(

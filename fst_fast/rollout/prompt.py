@@ -21,7 +21,7 @@ from fst_fast.policy.attention import model_folder
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a local model folder, or the shipped one for "mini"; nothing is ever downloaded.
 
-    Raises UserError where there is none, or where it has no chat template.
+    Raises UserError where there is none, where it has no chat template, or where it is empty.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -32,6 +32,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         raise UserError(f"model.path={str(path)!r}: its tokenizer cannot be loaded: {reason}") from error
     if not tokenizer.chat_template:
         raise _no_template(path)
+    if not tokenizer.encode(
+        "user", add_special_tokens=False
+    ):  # what is made where a folder has no tokenizer.json
+        raise UserError(
+            f"model.path={str(path)!r}: its tokenizer makes no token of a text; is tokenizer.json missing?"
+        )
     return tokenizer
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.forest import Leaf, pack
+from fst_fast.forest import Forest, Leaf, pack
 
 Ints = NDArray[np.int64]
 _NONE = np.zeros(0, dtype=np.int64)
+JOIN_TOKENS = 32
+"""A node costs an attention call of its own in every layer of every step, about as much as computing and reading this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,41 +34,100 @@ class PromptTree:
     leaf: Ints
     path: Ints
 
+    def path_of(self, nodes: Ints) -> Ints:
+        """Each node and what is above it, from the root: [nodes, levels], then -1."""
+        return _paths(nodes, self.parent, self.level)
 
-def prompt_tree(prompts: Sequence[Ints], *, max_node_tokens: int) -> PromptTree:
-    """Merge equal prefixes. A segment longer than `max_node_tokens` becomes a chain of nodes, so that one can be prefilled at a time."""
+
+def forest_of(prompts: Sequence[Ints], *, join_tokens: int = JOIN_TOKENS) -> Forest:
+    """Equal prefixes merged, but for those too short to be worth a node: a node at which no prompt ends is given to its children, each with
+    a copy of its tokens, where that makes at most `join_tokens` tokens more."""
     forest = pack([Leaf(np.asarray(prompt, dtype=np.int64), _NONE) for prompt in prompts])
+    above = forest.node_parent.tolist()
+    children = np.bincount(forest.node_parent.astype(np.int64) + 1, minlength=len(above) + 1)[1:].tolist()
+    ends = set(forest.leaf_node.tolist())
+    tokens: list[Ints] = []  # of the nodes that stay
+    parent: list[int] = []
+    number: list[int] = []  # of each old node; of one that is given away, its parent's
+    given: list[Ints] = []  # what each old node gives to its children
+    for node, up in enumerate(above):
+        own = forest.token_ids[forest.node_start[node] : forest.node_end[node]]
+        ids = own if up < 0 else np.concatenate([given[up], own])
+        upper = -1 if up < 0 else number[up]
+        if children[node] and node not in ends and len(ids) * (children[node] - 1) <= join_tokens:
+            number.append(upper)
+            given.append(ids)
+        else:
+            number.append(len(tokens))
+            given.append(_NONE)
+            tokens.append(ids)
+            parent.append(upper)
+    if len(tokens) == len(above):
+        return forest
+    length = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    end = np.cumsum(length)
+    depth, last = np.zeros(len(tokens), dtype=np.int64), end.copy()
+    for node, up in enumerate(parent):
+        depth[node] = depth[up] + length[up] if up >= 0 else 0
+    for node in reversed(range(len(tokens))):
+        if parent[node] >= 0:
+            last[parent[node]] = max(last[parent[node]], last[node])
+    return replace(
+        forest,
+        token_ids=np.concatenate(tokens),
+        depth=(np.arange(end[-1]) + np.repeat(depth - end + length, length)).astype(np.int32),
+        subtree_end=np.repeat(last, length).astype(np.int32),
+        node_start=(end - length).astype(np.int32),
+        node_end=end.astype(np.int32),
+        node_parent=np.array(parent, dtype=np.int32),
+        leaf_node=np.array([number[node] for node in forest.leaf_node.tolist()], dtype=np.int32),
+    )
+
+
+def prompt_tree(
+    prompts: Sequence[Ints] | Forest, *, max_node_tokens: int, cuts: Ints | None = None
+) -> PromptTree:
+    """A segment longer than `max_node_tokens` becomes a chain of nodes, so that one can be prefilled at a time. cuts: per node of the
+    forest, how many of its first tokens are to be a node of their own, of any length; 0: none."""
+    forest = prompts if isinstance(prompts, Forest) else forest_of(prompts, join_tokens=0)
     start: list[int] = []
     end: list[int] = []
     parent: list[int] = []
     final: list[int] = []  # the last piece of each node of the forest
-    for lo, hi, up in zip(forest.node_start, forest.node_end, forest.node_parent, strict=True):
+    cut_at = np.zeros(len(forest.node_start), np.int64) if cuts is None else cuts
+    rows = zip(forest.node_start.tolist(), forest.node_end.tolist(), forest.node_parent.tolist(), cut_at.tolist(), strict=True)  # fmt: skip
+    for lo, hi, up, cut in rows:
         above = final[up] if up >= 0 else -1
-        for piece in range(int(lo), int(hi), max_node_tokens):
-            start.append(piece)
-            end.append(min(piece + max_node_tokens, int(hi)))
+        begins = [lo] * (cut > 0) + list(range(lo + cut, hi, max_node_tokens))
+        for begin, stop in zip(begins, [*begins[1:], hi], strict=True):
+            start.append(begin)
+            end.append(stop)
             parent.append(above)
             above = len(start) - 1
         final.append(above)
     level = np.zeros(len(start), dtype=np.int64)
     for node, up in enumerate(parent):
         level[node] = level[up] + 1 if up >= 0 else 0
-    ends = np.asarray(end, dtype=np.int64)
+    ends, parents = np.asarray(end, dtype=np.int64), np.asarray(parent, dtype=np.int64)
     leaf = np.asarray(final, dtype=np.int64)[forest.leaf_node]
-    path = np.full((len(prompts), int(level.max()) + 1), -1, dtype=np.int64)
-    at = leaf.copy()
-    while (at >= 0).any():
-        alive = np.flatnonzero(at >= 0)
-        path[alive, level[at[alive]]] = at[alive]
-        at[alive] = np.asarray(parent, dtype=np.int64)[at[alive]]
     return PromptTree(
         token_ids=forest.token_ids.astype(np.int64),
         depth=forest.depth.astype(np.int64),
         start=np.asarray(start, dtype=np.int64),
         end=ends,
-        parent=np.asarray(parent, dtype=np.int64),
+        parent=parents,
         level=level,
         last=forest.subtree_end.astype(np.int64)[ends - 1],
         leaf=leaf,
-        path=path,
+        path=_paths(leaf, parents, level),
     )
+
+
+def _paths(nodes: Ints, parent: Ints, level: Ints) -> Ints:
+    path = np.full((len(nodes), int(level.max(initial=0)) + 1), -1, dtype=np.int64)
+    at = np.array(nodes, dtype=np.int64)
+    while (at >= 0).any():
+        alive = np.flatnonzero(at >= 0)
+        path[alive, level[at[alive]]] = at[alive]
+        at[alive] = parent[at[alive]]
+    return path

@@ -30,7 +30,9 @@ class Sampling:
 
 
 class Responses:
-    """ids int64 and logprobs float32 [sequences, limit], length [sequences], finish [sequences] ("" while it runs)."""
+    """stop(ids [n]): whether a response that now ends with `ids` ends there, for reasons other than an eos token.
+
+    ids int64 and logprobs float32 [sequences, limit], length [sequences], finish [sequences] ("" while it runs)."""
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Responses:
         eos_ids: Sequence[int],
         sampling: Sampling,
         name: Callable[[int], str],
+        stop: Callable[[Ints], bool] | None = None,
     ) -> None:
         self.seeds = np.asarray(seeds, dtype=np.int64)
         self.ids = np.zeros((len(seeds), limit), dtype=np.int64)
@@ -52,6 +55,7 @@ class Responses:
             sampling,
             name,
         )
+        self.stop = stop
 
     def draw(self, logits: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> Ints:
         """Draw and record the next token of each sequence from logits [S, V]; rows that are not live are drawn and forgotten.
@@ -81,6 +85,8 @@ class Responses:
         self.logprobs[who, at] = logprobs[live]
         self.length[who] = at + 1
         stopped = np.isin(new, self.eos)
+        if self.stop is not None:
+            stopped |= [self.stop(self.ids[i, : n + 1]) for i, n in zip(who, at, strict=True)]
         self.finish[who[stopped]] = "stop"
         self.finish[who[~stopped & (at + 1 == self.limit)]] = "length"
         return ids

@@ -33,18 +33,21 @@ class Slots:
         share = 8 if self.next < len(self.order) else 4
         return idle > 0 and share * idle >= len(self.live)
 
-    def change(self, ready: Callable[[int], bool]) -> tuple[Ints, Ints]:
+    def change(self, ready: Callable[[int], bool | None]) -> tuple[Ints, Ints]:
         """Fill the idle slots from the queue and drop those for which nobody waits: afterwards every slot is live.
 
-        ready(sequence): called once for each sequence as it leaves the queue, False if it needs no decoding (it ended with its first
-        token). Returns (stay, fresh): the old numbers of the remaining slots in their new order; the new numbers of the refilled ones.
+        ready(sequence): called for the first of the queue; True: it takes the slot, False: it needs no decoding (it ended with its first
+        token), None: there is no room for it now; it waits and the slots that are still idle are dropped. Returns (stay, fresh): the old numbers of the remaining slots in their new order; the new numbers of the refilled ones.
         """
         admitted: list[int] = []
         idle = np.flatnonzero(~self.live)
         while len(admitted) < len(idle) and self.next < len(self.order):
             sequence = int(self.order[self.next])
+            goes_on = ready(sequence)
+            if goes_on is None:
+                break
             self.next += 1
-            if ready(sequence):
+            if goes_on:
                 admitted.append(sequence)
         filled = idle[: len(admitted)]
         self.who[filled] = admitted

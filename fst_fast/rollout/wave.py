@@ -6,10 +6,9 @@ on one process or on many, whole or in parts.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +20,12 @@ from fst_fast.errors import UserError
 from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
+from fst_fast.rollout.server import ServerEngine
 from fst_fast.run.faults import reach
+from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.verify import VerifierPool
 
 Triple = tuple[Context, Problem, int]
-
-
-def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' text: the random stream of one sequence, whatever process or batch it runs in."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass
@@ -46,8 +41,17 @@ class Sampler:
     _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
-    def open(cls, config: Config) -> Sampler:
-        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use."""
+    def open(cls, config: Config, log: Callable[[str], None] = lambda _: None) -> Sampler:
+        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use.
+
+        log: gets what the children's programs are isolated by, where they run any, and the first trouble of each kind."""
+        if config.verify.isolation == "required":
+            from fst_fast.tasks.code import missing_layers
+
+            if missing := missing_layers():
+                raise UserError(
+                    f"verify.isolation=required, but this system cannot isolate a program: {missing}; allowed here is available"
+                )
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
         pool = VerifierPool(
@@ -56,7 +60,13 @@ class Sampler:
             workers=config.verify.workers,
             timeout_s=config.verify.timeout_s,
             memory_mib=config.verify.memory_mib,
+            isolation=config.verify.isolation,
+            log=log,
         )
+        if pool.runs_code:
+            from fst_fast.tasks.code import isolation
+
+            log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(config, tokenizer, prompts, pool, pad_id)
 
@@ -70,19 +80,34 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def engine(self, model: nn.Module) -> RolloutEngine:
-        """An engine that samples from `model` as configured."""
+    def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
+        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
         return RolloutEngine(
             model,
             eos_ids=end_ids(self.tokenizer, model),
             pad_id=self.pad_id,
             max_batch=self.config.rollout.max_batch,
             packing=self.config.policy.packing,
+            kv_bytes=self.config.rollout.kv_memory_bytes,
+            stop=self.config.rollout.stop,
+            decode=self.tokenizer.decode,
+            note=note,
+        )
+
+    def server(self, model: nn.Module) -> ServerEngine | None:
+        """The server that rollout.backend=openai names, or None. model: whose end-of-response tokens it uses."""
+        if self.config.rollout.backend == "native":
+            return None
+        return ServerEngine.from_args(
+            self.config.rollout.backend_args,
+            eos_ids=end_ids(self.tokenizer, model),
+            stop=self.config.rollout.stop,
+            encode=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
         )
 
     def local(
         self,
-        engine: RolloutEngine,
+        engine: RolloutEngine | ServerEngine,
         wave: Sequence[Triple],
         *,
         stream: tuple[object, ...],
@@ -132,6 +157,8 @@ class Sampler:
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
-    def spread(self, engine: RolloutEngine, wave: Sequence[Triple], **how: Any) -> list[Sampled]:
+    def spread(
+        self, engine: RolloutEngine | ServerEngine, wave: Sequence[Triple], **how: Any
+    ) -> list[Sampled]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
         return ranks.interleave(ranks.all_gather(self.local(engine, ranks.mine(wave), **how)))

@@ -6,7 +6,7 @@
 
 The order makes it so: files, manifest, fsync of all, rename, `latest` by replacement, and only then do old ones go (renamed to
 .tmp-... first, so that a removal cut short leaves no half a checkpoint). `latest()` believes nothing that does not match its manifest.
-The manifest also says how long the run's logs (RUN/*.jsonl) were at that moment: a resumed run cuts them back to it (metrics.py).
+The manifest also says what wrote the checkpoint (versions, processes, configuration) and how long the run's logs (RUN/*.jsonl) were at that moment: a resumed run cuts them back to it (metrics.py).
 With several processes rank 0 calls begin, all write into the folder, and after a barrier rank 0 calls commit; the folder is shared.
 """
 
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fst_fast.errors import UserError
 from fst_fast.run.faults import reach
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 
-FORMAT = 1
+FORMAT = 2  # 1 held DeepSpeed's own files
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".tmp-"
@@ -56,8 +57,17 @@ def begin(run_dir: Path, step: int) -> Path:
     return temporary
 
 
-def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
-    """Make what was written into `tmp` the checkpoint of `step`, then remove all but the `keep_last` newest up to it.
+def commit(
+    run_dir: Path,
+    tmp: Path,
+    step: int,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    written_by: Mapping[str, Any] | None = None,
+) -> Path:
+    """Make what was written into `tmp` the checkpoint of `step`, then remove all but the `keep_last` newest up to it and those of every
+    `keep_every`th step (0: none). written_by: what `written_by` says later.
 
     Checkpoints of later steps go too: they belong to a future that is being run again. Where a whole checkpoint of this step is already
     there it stays and `tmp` goes: with the same configuration it is the same. Raises UserError where the disk refuses; the old
@@ -67,7 +77,7 @@ def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
     final = root / f"step-{step:06d}"
     with disk_errors(f"the checkpoint of step {step} cannot be written to {root}"):
         try:
-            _seal(run_dir, tmp, step)
+            _seal(run_dir, tmp, step, written_by or {})
             reach("save.manifest")
             if final.exists() and find_damage(final) is None:
                 shutil.rmtree(tmp)
@@ -82,7 +92,10 @@ def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
-        kept = [folder for folder in _by_step(root) if _step(folder) <= step][:keep_last]
+        past = [folder for folder in _by_step(root) if _step(folder) <= step]
+        kept = past[:keep_last] + [
+            folder for folder in past if keep_every and _step(folder) % keep_every == 0
+        ]
         for folder in _by_step(root):
             if folder not in kept:
                 _remove(folder)
@@ -90,11 +103,14 @@ def commit(run_dir: Path, tmp: Path, step: int, keep_last: int) -> Path:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint, the one that `latest` names first; None if there is none. Damaged ones are skipped with a warning."""
+    """The newest whole checkpoint, the one that `latest` names first; None if there is none at all.
+
+    Damaged ones are skipped with a warning. Raises UserError where no other is left: a run must not begin anew over them unasked."""
     root = run_dir / "checkpoints"
     folders = _by_step(root)
     pointer = root / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
+    damage: str | None = None
     for folder in sorted(
         folders, key=lambda folder: folder.name != named
     ):  # stable: the others stay newest first
@@ -102,6 +118,10 @@ def latest(run_dir: Path) -> Path | None:
         if damage is None:
             return folder
         warnings.warn(f"checkpoint {folder} is skipped: {damage}", stacklevel=2)
+    if damage:
+        raise UserError(
+            f"no checkpoint in {root} is whole ({len(folders)} tried; the last one: {damage}); put a whole one back, or start a new run"
+        )
     return None
 
 
@@ -143,7 +163,13 @@ def log_sizes(run_dir: Path, step: int) -> dict[str, int]:
     return {str(name): int(size) for name, size in manifest["logs"].items()}
 
 
-def _seal(run_dir: Path, tmp: Path, step: int) -> None:
+def written_by(folder: Path) -> dict[str, Any]:
+    """What the checkpoint's writer said of itself."""
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["written_by"]
+    return found
+
+
+def _seal(run_dir: Path, tmp: Path, step: int, written_by: Mapping[str, Any]) -> None:
     """Manifest; everything under `tmp`, and the logs as far as they are, durable."""
     logs = sorted(run_dir.glob("*.jsonl"))
     for path in logs:
@@ -157,7 +183,7 @@ def _seal(run_dir: Path, tmp: Path, step: int) -> None:
         for path, digest in zip(files, _hashes(files), strict=True)
     }
     sizes = {path.name: path.stat().st_size for path in logs}
-    manifest = {"format": FORMAT, "step": step, "files": entries, "logs": sizes}
+    manifest = {"format": FORMAT, "step": step, "written_by": written_by, "files": entries, "logs": sizes}
     (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _fsync_file(tmp / MANIFEST)
     for folder in reversed(folders):

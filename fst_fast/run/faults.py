@@ -25,7 +25,7 @@ POINTS = (
     "metrics",  # a record is about to be written
     "evaluation",  # an evaluation begins
     "save.begin",  # the folder of a checkpoint is there, empty
-    "save.engine",  # DeepSpeed's files are in it
+    "save.engine",  # the optimiser's state is in it
     "save.state",  # state.json too
     "save.model",  # the weights as safetensors too
     "save.manifest",  # the manifest too, all of it durable

@@ -35,8 +35,6 @@ FIXED = (
     "task ",
     "task_args",
     "model.",
-    "policy.zero_stage ",
-    "policy.offload_optimizer ",
     "fast.population ",
     "fast.seed_context ",
 )
@@ -221,12 +219,12 @@ def disk_errors(what_failed: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{what_failed}: {error.strerror or error}") from error
     except Exception as error:
-        if not any(
-            sign in str(error) for sign in ("No space left", "PytorchStreamWriter", "inline_container.cc")
-        ):
-            raise
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"{what_failed}, probably because the disk is full: {text}") from error
+        if any(sign in text for sign in ("No space left", "PytorchStreamWriter", "inline_container.cc")):
+            raise UserError(f"{what_failed}, probably because the disk is full: {text}") from error
+        if "(os error " in text:  # a quota, a file system that has become read-only
+            raise UserError(f"{what_failed}: {text}") from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

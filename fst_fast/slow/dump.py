@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -57,7 +58,7 @@ def write(
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
         ranks.barrier()
-        save_file(_arrays(data), tmp / f"rank-{ranks.rank()}.safetensors")
+        save_file(sequences_to_arrays(data), tmp / f"rank-{ranks.rank()}.safetensors")
         ranks.barrier()
         if ranks.rank() == 0:
             model.save_pretrained(tmp / "model")  # type: ignore[operator]
@@ -82,9 +83,10 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
     try:
         tree = json.loads((folder / "dump.json").read_text())
         shares = [
-            _sequences(load_file(folder / f"rank-{rank}.safetensors")) for rank in range(len(tree["losses"]))
+            arrays_to_sequences(load_file(folder / f"rank-{rank}.safetensors"))
+            for rank in range(len(tree["losses"]))
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole dump of a step, such as RUN/dumps/step-000012 ({error})"
         ) from None
@@ -126,7 +128,7 @@ def _line(sampled: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _arrays(data: Sequences) -> dict[str, NDArray[Any]]:
+def sequences_to_arrays(data: Sequences) -> dict[str, NDArray[Any]]:
     """The sequences as flat arrays with the length of each piece."""
     prompts = [np.asarray(leaf.prompt_ids, np.int64) for leaf in data.leaves]
     responses = [np.asarray(leaf.response_ids, np.int64) for leaf in data.leaves]
@@ -142,7 +144,8 @@ def _arrays(data: Sequences) -> dict[str, NDArray[Any]]:
     }
 
 
-def _sequences(arrays: dict[str, NDArray[Any]]) -> Sequences:
+def arrays_to_sequences(arrays: dict[str, NDArray[Any]]) -> Sequences:
+    """Undo `sequences_to_arrays`."""
     lengths = arrays["response_lengths"]
     prompts = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
     responses = np.split(arrays["response_ids"], np.cumsum(lengths)[:-1])

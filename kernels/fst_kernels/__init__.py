@@ -5,6 +5,7 @@ Each operation is a folder with a `reference.py` (plain PyTorch on any device: t
 """
 
 from fst_kernels.backends import backends
+from fst_kernels.cascade_decode import CascadePlan, cascade_decode_attention
 from fst_kernels.linear_logprob import LogprobOutput, linear_logprob
 from fst_kernels.linear_policy_loss import (
     PolicyObjective,
@@ -17,12 +18,14 @@ from fst_kernels.sampling import SampleOutput, sample_tokens
 from fst_kernels.tree_attention import TreeMask, tree_attention
 
 __all__ = [
+    "CascadePlan",
     "LogprobOutput",
     "PolicyObjective",
     "PolicyStats",
     "SampleOutput",
     "TreeMask",
     "backends",
+    "cascade_decode_attention",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",

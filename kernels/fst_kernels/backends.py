@@ -5,6 +5,7 @@ A backend asked for by name either runs or raises; it is never replaced by anoth
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -21,7 +22,8 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("triton", "reference"),
     "linear_policy_loss": ("triton", "reference", "cuda", "host"),
     "tree_attention": ("triton", "reference"),
-    "sample_tokens": ("reference",),
+    "cascade_decode_attention": ("triton", "reference"),
+    "sample_tokens": ("reference", "cuda", "host"),
 }
 
 
@@ -35,8 +37,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache  # a search of the file system: it would cost more than a small operation
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _triton_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "the package triton is not installed"
     if dtype == torch.float64:
         return "its kernels sum in float32, the tensors are float64"
@@ -92,6 +99,7 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype | None) -> str | 
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asked once, at tracing
 def choose_backend(
     op: str, backend: str | None, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> str:

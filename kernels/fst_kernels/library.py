@@ -19,7 +19,8 @@ LibraryName = Literal["cuda", "host"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parents[1]
-_SOURCES = ("policy_rows.cu", "policy_rows.h", "device.cuh", "host/threads.hpp")  # the first is compiled
+_COMPILED = ("policy_rows.cu", "sample_tokens.cu")
+_SOURCES = (*_COMPILED, "policy_rows.h", "sample_tokens.h", "device.cuh", "host/threads.hpp")
 _FLAGS = ("-x", "c++", "-std=c++20", "-O2", "-fPIC", "-shared", "-pthread")
 
 
@@ -30,7 +31,7 @@ def missing(name: LibraryName) -> str | None:
         if not any(p.exists() for p in _cuda_places()):
             return f"{_cuda_places()[0].name} is not in {places}; where nvcc is, build it: cmake -S . -B build/csrc && cmake --build build/csrc"
         return None
-    if not (_CHECKOUT / "csrc" / _SOURCES[0]).exists():
+    if not (_CHECKOUT / "csrc" / _COMPILED[0]).exists():
         return f"it compiles {_CHECKOUT / 'csrc'}, which is not there: it needs a source checkout"
     return None if _compiler() else "it needs g++, or another compiler named by CXX"
 
@@ -64,7 +65,7 @@ def _build_host() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *_FLAGS, str(csrc / _SOURCES[0]), "-o", str(made)]
+            command = [compiler, *_FLAGS, *(str(csrc / source) for source in _COMPILED), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")

@@ -24,12 +24,12 @@ def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-def save(run: Path, step: int, *, text: str = "weights", keep_last: int = 2) -> Path:
+def save(run: Path, step: int, *, text: str = "weights", keep_last: int = 2, keep_every: int = 0) -> Path:
     tmp = begin(run, step)
     (tmp / "zero").mkdir()
     (tmp / "model.bin").write_text(f"{text} of {step}")
     (tmp / "zero" / "rank0.bin").write_text(f"optimiser of {step}")
-    return commit(run, tmp, step, keep_last)
+    return commit(run, tmp, step, keep_last=keep_last, keep_every=keep_every)
 
 
 def names(run: Path) -> list[str]:
@@ -73,7 +73,7 @@ def test_keeping_one_checkpoint_is_not_possible(tmp_path: Path) -> None:
         (
             "manifest.json",
             b'{"format": 9, "files": {}}',
-            "manifest.json has format 9, this version of fst reads 1",
+            "manifest.json has format 9, this version of fst reads 2",
         ),
         ("manifest.json", None, "manifest.json cannot be read (No such file or directory)"),
     ],
@@ -92,10 +92,29 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
     assert str(caught[0].message) == f"checkpoint {broken} is skipped: {said}"
 
 
-def test_no_whole_checkpoint_at_all_is_none(tmp_path: Path) -> None:
+def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew_over_them(tmp_path: Path) -> None:
     (save(tmp_path, 20) / "model.bin").write_text("")
-    with pytest.warns(UserWarning, match="is skipped"):
-        assert latest(tmp_path) is None
+    (save(tmp_path, 40) / "model.bin").unlink()
+    with (
+        pytest.warns(UserWarning, match="is skipped"),
+        pytest.raises(
+            UserError,
+            match=r"no checkpoint in .* is whole \(2 tried; the last one: model.bin has 0 bytes instead of 13\)",
+        ),
+    ):
+        latest(tmp_path)
+
+
+def test_a_checkpoint_says_what_wrote_it(tmp_path: Path) -> None:
+    who = {"config_hash": "abc", "processes": 2, "versions": {"torch": "2.13.0"}}
+    folder = commit(tmp_path, begin(tmp_path, 20), 20, keep_last=2, written_by=who)
+    assert checkpoint.written_by(folder) == who
+
+
+def test_every_mth_step_is_kept_for_good_beside_the_newest(tmp_path: Path) -> None:
+    for step in range(10, 100, 10):
+        save(tmp_path, step, keep_every=30)
+    assert names(tmp_path) == ["latest", *(f"step-{step:06d}" for step in (30, 60, 80, 90))]
 
 
 def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
@@ -153,7 +172,7 @@ run = Path({str(tmp_path)!r})
 tmp = checkpoint.begin(run, 60)
 (tmp / "model.bin").write_text("weights of 60")
 {KILLED_AT[stage]} = lambda *args, **kwargs: os.kill(os.getpid(), 9)
-checkpoint.commit(run, tmp, 60, 2)
+checkpoint.commit(run, tmp, 60, keep_last=2)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True

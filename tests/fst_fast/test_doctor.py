@@ -29,6 +29,15 @@ def test_doctor_reports_a_backend_that_cannot_run_instead_of_failing(monkeypatch
     assert "FST_KERNELS='abacus' is not a backend" in capsys.readouterr().out
 
 
+def test_doctor_says_what_confines_graders_and_programs(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "isolation", lambda: "NOT isolated as a whole: Landlock: not here")
+    monkeypatch.setattr(doctor, "why_unlimited", lambda: "no limit: not here")
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "  programs run by run_code: NOT isolated as a whole: Landlock: not here\n" in out
+    assert "  processes of a grader: no limit: not here\n" in out
+
+
 def test_doctor_needs_no_nvcc(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert any("nvcc not found" in line for line in doctor.findings())

@@ -28,12 +28,12 @@ def sampled(problem: str, reward: float | None, context: str = "c") -> Sampled:
 def test_a_cell_is_the_mean_over_problems_with_its_standard_error_and_pass_at_k() -> None:
     got = cell(
         [
-            sampled("p", 1),
-            sampled("p", 0),
-            sampled("q", 0),
-            sampled("q", 0),
-            sampled("r", 1),
-            sampled("r", 1),
+            ("p", 1),
+            ("p", 0),
+            ("q", 0),
+            ("q", 0),
+            ("r", 1),
+            ("r", 1),
         ],
         2,
     )
@@ -44,8 +44,8 @@ def test_a_cell_is_the_mean_over_problems_with_its_standard_error_and_pass_at_k(
 
 
 def test_an_unjudged_sample_does_not_count_as_a_failure() -> None:
-    assert cell([sampled("p", 1), sampled("p", None)], 2)["mean"] == 1
-    assert cell([sampled("p", None)], 2)["n"] == 0
+    assert cell([("p", 1), ("p", None)], 2)["mean"] == 1
+    assert cell([("p", None)], 2)["n"] == 0
 
 
 def test_evolved_contexts_take_turns_evenly_over_problems_and_samples() -> None:
@@ -86,7 +86,7 @@ def test_cells_that_are_one_by_construction_are_sampled_once(
 ) -> None:
     monkeypatch.setattr(module, "kl", lambda *_: 0.25)
     sampler: Any = RecordingSampler()
-    models: Any = Models("policy", "base", None, None)  # type: ignore[arg-type]
+    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
     config = Config.model_validate({"method": method})
     got = evaluate(
         config, sampler, models, PROBLEMS, seed_context=SEED, population=population, policy_version=version
@@ -98,19 +98,33 @@ def test_cells_that_are_one_by_construction_are_sampled_once(
     assert got["kl_seed"] == (0.25 if trained else 0.0)
 
 
-def test_a_cell_that_is_known_is_not_sampled_again() -> None:
+def measured(sampler: Any, memory: dict[str, dict[str, float]], population: list[Context]) -> dict[str, Any]:
+    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
+    return evaluate(
+        Config(), sampler, models, PROBLEMS, seed_context=SEED, population=population, policy_version=0,
+        base_rewards=memory,
+    )  # fmt: skip
+
+
+def test_what_the_base_model_scored_once_is_not_sampled_again() -> None:
+    memory: dict[str, dict[str, float]] = {}
+    first, again, moved = RecordingSampler(), RecordingSampler(), RecordingSampler()
+    channels = measured(first, memory, [A, B])["channels"]
+    assert first.asked == [("base", {"seed"}), ("base", {"a", "b"})]
+    memory["seed"] = memory.pop(SEED.id)  # under a name that no context has
+    memory[A.id]["0/0"] = 1.0
+    changed = measured(again, memory, [A, B])["channels"]
+    assert again.asked == [("base", {"seed"})]  # A and B are known
+    assert changed["context"]["mean"] > channels["context"]["mean"] == 0.0
+    assert set(memory) == {SEED.id, A.id, B.id}
+    measured(moved, memory, [B, A])  # every sample now meets the other context
+    assert moved.asked == [("base", {"a", "b"})]
+    assert len(memory[A.id]) == len(PROBLEMS) * Config().eval.samples
+
+
+def test_a_sample_that_could_not_be_judged_is_tried_again() -> None:
+    memory: dict[str, dict[str, float]] = {}
     sampler: Any = RecordingSampler()
-    models: Any = Models("policy", "base", None, None)  # type: ignore[arg-type]
-    known = {"neither": cell([sampled("p", 1)], 1)}
-    got = evaluate(
-        Config(),
-        sampler,
-        models,
-        PROBLEMS,
-        seed_context=SEED,
-        population=[SEED],
-        policy_version=0,
-        known=known,
-    )
-    assert sampler.asked == []
-    assert got["channels"]["both"] == known["neither"]
+    sampler.spread = lambda engine, plan, **how: [sampled(p.id, None, c.id) for c, p, _ in plan]
+    measured(sampler, memory, [SEED])
+    assert memory == {}

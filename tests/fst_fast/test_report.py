@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +406,55 @@ def test_text_of_models_and_users_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "<i>" not in page
     assert page.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;") >= 6
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MARK = "document.documentElement.setAttribute('data-ran', '1')"
+ATTACKS = (
+    f"<script>{MARK}</script>",
+    f"</pre></title></style><script>{MARK}</script>",
+    f'<img src="x" onerror="{MARK}">',
+    f'"><svg onload="{MARK}">',
+    f"' onmouseover='{MARK}' autofocus onfocus='{MARK}' x='",
+    f"{{{{ '<script>{MARK}</script>' }}}}",
+    f'<iframe srcdoc="<script>parent.{MARK}</script>"></iframe>',
+)
+
+
+def dom(page: Path, profile: Path) -> str:
+    """The page as it is after a browser has run everything in it that runs."""
+    assert CHROMIUM
+    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+    command = [CHROMIUM, *(f"--{word}" for word in quiet.split()), f"--user-data-dir={profile}"]
+    command += ["--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian package chromium)")
+def test_no_text_of_models_and_users_runs_in_a_browser(tmp_path: Path) -> None:
+    attack = "".join(ATTACKS)
+    folder = write_run(tmp_path / "run", steps=8)
+    for name in ("metrics.jsonl", "rollouts.jsonl", "contexts.json", "summary.json"):
+        texts = (folder / name).read_text()
+        for word in (EVIL, "star_graph", "mini", "train-", "solve", "wrong at 2"):
+            texts = texts.replace(json.dumps(word)[1:-1], json.dumps(word + attack)[1:-1])
+        (folder / name).write_text(texts)
+    (folder / "config.yaml").write_text(f"method: fst\ntask: {json.dumps(attack)}\n")
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    assert text.count("data-ran") > 100
+    policy = re.search(r"<meta http-equiv=.Content-Security-Policy.*?>", text)
+    assert policy
+    pages = {
+        "the control": f"<html><body>{attack}</body></html>",
+        "the policy alone": f"<html><head>{policy[0]}</head><body>{attack}</body></html>",
+        "the escaping alone": text.replace(policy[0], ""),
+    }
+    ran = []
+    for name, content in pages.items():
+        (tmp_path / "page.html").write_text(content)
+        if 'data-ran="1"' in dom(tmp_path / "page.html", tmp_path / "profile").partition("<body")[0]:
+            ran.append(name)
+    assert ran == ["the control"]
 
 
 def test_an_unfinished_run_shows_its_state_and_says_so(tmp_path: Path) -> None:

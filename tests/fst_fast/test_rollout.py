@@ -23,10 +23,10 @@ from transformers import (
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import NAME
-from fst_fast.rollout import kv_tree
+from fst_fast.rollout import cascade
+from fst_fast.rollout.cascade import partial_attention, plain_partial_attention
 from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
-from fst_fast.rollout.kv_tree import partial_attention, plain_partial_attention
 from fst_fast.rollout.prompt_tree import prompt_tree
 from fst_fast.rollout.scheduler import Slots
 from fst_kernels import sample_tokens
@@ -83,7 +83,9 @@ def expected(plain_model):
 
 
 def forest(model, *, max_batch: int = 64, eos: Sequence[int] = EOS, **more) -> RolloutEngine:
-    return RolloutEngine(model, eos_ids=eos, pad_id=0, max_batch=max_batch, packing="forest", **more)
+    return RolloutEngine(
+        model, eos_ids=eos, pad_id=0, max_batch=max_batch, packing="forest", **{"join_tokens": 0, **more}
+    )
 
 
 def padded(model, *, max_batch: int = 64, eos: Sequence[int] = EOS) -> RolloutEngine:
@@ -283,7 +285,10 @@ def test_counters_add_up_over_calls(model, plain_model):
     ours, plain = forest(model, eos=()), padded(plain_model, eos=())
     for engine in (ours, ours, plain):
         sample(engine, requests, 10)
-    assert ours.tokens_computed == 2 * (len(distinct) + 9 * n)  # the last token is never fed
+    assert (
+        ours.tokens_computed == len(distinct) + 2 * 9 * n
+    )  # the last token is never fed; the second call has the prompts
+    assert ours.tokens_reused == len(distinct)
     assert ours.tokens_unshared == 2 * (prompt_tokens + 10 * n)
     assert plain.tokens_unshared == prompt_tokens + 10 * n
     assert plain.tokens_computed == n * (max(len(r.prompt_ids) for r in requests) + 9)
@@ -291,15 +296,15 @@ def test_counters_add_up_over_calls(model, plain_model):
 
 def test_nodes_nobody_needs_any_more_are_freed(model, monkeypatch):
     held: list[int] = []
-    forget = ForestDecoder._forget
+    forget = ForestDecoder._give_back
 
     def spy(self):
         forget(self)
-        held.append(sum(len(b.nodes) for b in self.cache.blocks))
+        held.append(sum(len(b.lengths) for b in self.cache.blocks.values()))
 
-    monkeypatch.setattr(ForestDecoder, "_forget", spy)
+    monkeypatch.setattr(ForestDecoder, "_give_back", spy)
     requests = requests_of(contexts=(9,) * 12, problems=(4, 5), samples=2)
-    sample(forest(model, max_batch=4, prefill_tokens=30), requests, 4)
+    sample(forest(model, max_batch=4, prefill_tokens=30, kv_bytes=300 * 2 * 2 * 2 * 16 * 4), requests, 4)
     nodes = len(prompt_tree([r.prompt_ids for r in requests], max_node_tokens=30).start)
     assert max(held) < nodes // 2
     assert held[-1] < nodes // 3
@@ -397,7 +402,7 @@ def test_the_two_partial_attentions_agree():
 
 
 def test_the_engine_gives_the_same_without_flash_attention(model, expected, monkeypatch):
-    monkeypatch.setattr(kv_tree, "partial_attention", plain_partial_attention)
+    monkeypatch.setattr(cascade, "partial_attention", plain_partial_attention)
     assert_same(sample(forest(model, max_batch=6, prefill_tokens=20), requests_of()), expected)
 
 

@@ -116,7 +116,6 @@ def test_a_changed_configuration_is_taken_when_allowed_and_named(tmp_path: Path)
         ("task: star_graph", "task: x", "task"),
         ("{arms: 5}", "{arms: 6}", "task_args.arms"),
         ("path: mini", "path: x", "model.path"),
-        ("zero_stage: 0", "zero_stage: 3", "policy.zero_stage"),
         ("population: 4", "population: 2", "fast.population"),
         ("seed_context: go", "seed_context: stop", "fast.seed_context"),
     ],
@@ -223,6 +222,15 @@ def test_json_is_replaced_as_a_whole_and_is_strict(tmp_path: Path, monkeypatch: 
 def test_a_full_disk_is_recognised_in_the_errors_of_torch_and_safetensors(text: str) -> None:
     said = "x cannot be written, probably because the disk is full: "
     with pytest.raises(UserError, match=said), disk_errors("x cannot be written"):
+        raise RuntimeError(text)
+
+
+def test_what_else_the_system_refuses_safetensors_is_said_as_it_is() -> None:
+    text = "Error while serializing: I/O error: Disk quota exceeded (os error 122)"
+    with (
+        pytest.raises(UserError, match=r"x cannot be written: Error while .* quota"),
+        disk_errors("x cannot be written"),
+    ):
         raise RuntimeError(text)
 
 

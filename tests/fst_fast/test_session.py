@@ -14,6 +14,7 @@ import pytest
 from fst_fast.cli import main
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.rollout.wave import Sampler
 from fst_fast.session import Session
 
 SHORT = [
@@ -60,6 +61,11 @@ def mini_with_a_window(folder: Path) -> Path:
         (["--policy.offload_optimizer=true"], "needs policy.zero_stage >= 1, which is 0"),
         (["--slow.lr=1e300"], "slow.lr"),
         (["--model.path={window}"], "a sliding window of 64 tokens, which training over a forest does and rollouts over one do not; use policy"),
+        (["--rollout.backend=openai"], "rollout.backend_args.model: Field required; allowed keys: model, base_url"),
+        (["--rollout.backend=openai", "--rollout.backend_args.model=m", "--rollout.backend_args.retries=0",
+          "--rollout.backend_args.base_url=http://127.0.0.1:9/v1"],
+         "rollout.backend=openai: problem probe, context , sample 0 at http://127.0.0.1:9/v1: APIConnectionError"),
+        (["--rollout.kv_memory_bytes=1000"], "rollout.kv_memory_bytes allows 1000"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_leaves_no_folder(
@@ -67,16 +73,36 @@ def test_bad_input_is_one_sentence_and_leaves_no_folder(
 ) -> None:
     (tmp_path / "small.py").write_text(TASK)
     run = tmp_path / "run"
-    words = [
-        word.format(task=f"{tmp_path / 'small.py'}:Small", window=mini_with_a_window(tmp_path))
-        for word in words
-    ]
+    window = mini_with_a_window(tmp_path)
+    words = [word.format(task=f"{tmp_path / 'small.py'}:Small", window=window) for word in words]
     many = ["--slow.tokens_per_micro_batch=4096"] if "max_response" in words[0] else []
     assert main(["train", "--run-dir", str(run), *SHORT, *many, *words]) == 2
     err = capsys.readouterr().err
     assert sentence in err
     assert "Traceback" not in err
     assert not run.exists()
+
+
+def test_isolation_that_is_required_and_not_there_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fst_fast.tasks.code.missing_layers", lambda: "Landlock: not here")
+    assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, "--verify.isolation=required"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "fst: verify.isolation=required, but this system cannot isolate a program: Landlock: not here; allowed here is available\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_programs_are_isolated_is_said_once_where_a_task_runs_any(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(TASK)
+    (tmp_path / "runs.py").write_text(TASK + "\nfrom fst_fast.tasks.code import run_code\n")
+    said: dict[str, list[str]] = {"small": [], "runs": []}
+    for name, lines in said.items():
+        with Sampler.open(Config(task=f"{tmp_path / name}.py:Small"), lines.append):
+            pass
+    assert said["small"] == []
+    assert [line.partition(":")[0] for line in said["runs"]] == ["programs run by run_code"]
 
 
 def test_weights_with_nan_end_the_run_with_a_sentence(
@@ -164,3 +190,18 @@ def test_a_kernel_path_that_cannot_run_here_is_refused_before_anything_is_writte
     assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT]) == 2
     assert "FST_KERNELS" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mismatch_beyond_the_band_is_said_on_fresh_rollouts_only() -> None:
+    notes: list[str] = []
+    s: Any = types.SimpleNamespace(
+        config=Config(), state=types.SimpleNamespace(step=7), console=types.SimpleNamespace(note=notes.append)
+    )
+    for value, reused in ((0.009, 0), (None, 0), (0.5, 3)):
+        Session.warn_of_mismatch(s, value, reused)
+    assert notes == []
+    Session.warn_of_mismatch(s, 0.0123, 0)
+    assert notes == [
+        "warning, step 7: mismatch_kl=0.0123 nats per token between rollout engine and trainer on rollouts of these very weights; "
+        "slow.mismatch_warning=0.01"
+    ]

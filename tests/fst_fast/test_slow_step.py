@@ -233,17 +233,48 @@ def test_a_step_without_reward_variance_leaves_the_weights(models: tuple[Path, P
     assert engine.checksum(policy.module) == before
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(models: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30], ids=["nan", "inf", "huge"])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
+    models: tuple[Path, Path], factor: float
+) -> None:
     config = config_of(models)
     policy = Policy(config)
     reference = engine.load(config, models[1])
     sampled, prompts = rollouts()
     parameter = next(policy.module.parameters())
-    parameter.register_hook(lambda grad: grad * float("nan"))
+    parameter.register_hook(lambda grad: grad * factor)
     before = engine.checksum(policy.module)
     parameter.register_hook(policy._watch)  # hooks run in order: this one sees what the optimiser would
     with pytest.raises(NonFiniteError, match="non-finite gradients"):
         optimise(policy, reference, data(config, sampled, prompts), config, step=0, pad_id=0)
+    assert engine.checksum(policy.module) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("reward", r"0 non-finite log-probs of sampled tokens, [1-9]\d* tokens with a non-finite advantage"),
+        ("logprob", "1 non-finite log-probs of sampled tokens, 0 tokens"),
+        ("weight", r"1 process\(es\) with a non-finite loss"),
+    ],
+)
+def test_a_reward_log_prob_or_loss_that_is_not_finite_never_reaches_the_weights(
+    models: tuple[Path, Path], spoil: str, message: str
+) -> None:
+    config = config_of(models)
+    policy = Policy(config)
+    reference = engine.load(config, models[1])
+    sampled, prompts = rollouts()
+    if spoil == "reward":
+        sampled[0] = Sampled(sampled[0].rollout, Verdict(float("nan")), "")
+    batch = data(config, sampled, prompts)
+    if spoil == "logprob":
+        batch.behaviour[0] = np.inf
+    if spoil == "weight":
+        batch.weights[:] = 3e38
+    before = engine.checksum(policy.module)
+    with pytest.raises(NonFiniteError, match=message):
+        optimise(policy, reference, batch, config, step=0, pad_id=0)
     assert engine.checksum(policy.module) == before
 
 

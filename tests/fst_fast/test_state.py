@@ -26,7 +26,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
         cycle=2,
         counters=Counters(1, 2, 3, 4, 5),
         reusable=[Sampled(rollout, Verdict(0.5, "so so", {"m": 1.0}), "text")],
-        base_cells={"8": {"mean": 0.1}},
+        base_rewards={"c": {"p/0": 0.1}},
     )
     state.save(tmp_path / "state.json")
     again = State.load(tmp_path / "state.json")
@@ -37,7 +37,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
         state.population,
     )
     assert again.fast.to_json() == state.fast.to_json()
-    assert again.base_cells == state.base_cells
+    assert again.base_rewards == state.base_rewards
     [s] = again.reusable
     assert s.verdict == state.reusable[0].verdict
     assert s.rollout.logprobs.dtype == np.float32
@@ -47,7 +47,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
 
 def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(UserError, match="format 99; this version reads 1"):
+    with pytest.raises(UserError, match="format 99; this version reads 2"):
         State.load(tmp_path / "state.json")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import pytest
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.registry import check_gold, load_task
-from fst_fast.tasks.verify import VerifierPool
+from fst_fast.tasks.supervise import MAX_PROCESSES, children, why_unlimited
+from fst_fast.tasks.verify import VerifierPool, _parsed
 
 ROOT = Path(__file__).parents[2]
 ARGS = {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 30, "validation": 4}
@@ -26,6 +28,8 @@ ARGS = {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 30, "validatio
 GRADER = """
 import os, sys, time
 from fst_fast.contracts import Problem, Verdict
+
+kept = []
 
 class Grader:
     def problems(self, split):
@@ -53,12 +57,73 @@ class Grader:
         if response == "raise":
             raise KeyError("the key")
         if response == "print":
-            print("x" * 1_000_000)
-            os.write(1, b"y" * 1_000_000)
-            os.write(2, b"z" * 1_000_000)
+            print("x" * 100_000_000)
+            os.write(1, b"y" * 100_000_000)
+            os.write(2, b"z" * 100_000_000)
             sys.stdin.read()
+        if response == "pipes":  # into every pipe that it has, the one to the trainer among them
+            for fd in os.listdir("/proc/self/fd"):
+                try:
+                    os.set_blocking(int(fd), True)
+                    os.write(int(fd), b"x" * 100_000_000)
+                except OSError:
+                    pass
+        if response.startswith("forge "):
+            import json, struct
+            body = response[6:].encode()
+            for fd in os.listdir("/proc/self/fd"):
+                if int(fd) > 2 and os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
+                    try:
+                        os.write(int(fd), struct.pack("!I", len(body)) + body)
+                    except OSError:
+                        pass
+            time.sleep(600)
+        if response == "close":
+            sys.stdout.close()
+            sys.stderr.close()
+            os.closerange(0, 3)
         if response == "memory":
-            block = bytearray(4 << 30)
+            block = bytearray(10 << 30)
+        if response.startswith("daemon "):  # a process that belongs to nobody: it makes its own session, its parent ends
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    with open(response.split()[1], "w") as file:
+                        file.write(str(os.getpid()))
+                    time.sleep(600)
+                os._exit(0)
+            while not os.path.exists(response.split()[1]) or not open(response.split()[1]).read():
+                time.sleep(0.01)
+            if response.endswith("exit"):
+                os._exit(3)
+            while response.endswith("loop"):
+                pass
+        if response.startswith("bomb "):
+            while True:
+                try:
+                    if os.fork() == 0:
+                        with open(response[5:], "a") as file:
+                            file.write(f"{os.getpid()} ")
+                except BlockingIOError:
+                    pass
+        if response == "fork":
+            os.fork()
+        if response == "ppid":
+            os.kill(os.getppid(), 0)
+        if response.startswith("kill "):
+            os.kill(int(response[5:]), 0)  # 0: only asks whether it may
+        if response == "threads":
+            import threading
+            for _ in range(20):
+                threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+        if response == "files":
+            kept.extend(open(__file__) for _ in range(70))
+        if response == "processes":
+            import subprocess
+            for _ in range(20):
+                kept.append(subprocess.Popen(["sleep", "600"]))
+        if response == "hoard":
+            kept.append(bytearray(900 << 20))
         if response == "modules":
             return Verdict(float("torch" in sys.modules), " ".join(sorted({"torch", "transformers"} & set(sys.modules))))
         if response == "pid":
@@ -109,15 +174,20 @@ def test_a_call_without_items_gives_no_verdicts(shared: VerifierPool) -> None:
     assert shared.verify([]) == []
 
 
+filtered = pytest.mark.skipif(bool(why_unlimited()), reason=f"graders are not filtered: {why_unlimited()}")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 LIMIT_S = 2.0  # long enough for a harmless item on a machine that is busy with other things
 
 
-def test_an_endless_verification_is_cut_and_costs_no_other_item_its_verdict(spec: str) -> None:
-    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
-        verdicts = ask(pool, "7", "loop", "7", "8")
-        assert [v.reward for v in verdicts] == [1.0, None, 1.0, 0.0]
+def test_an_endless_verification_is_cut_costs_no_other_item_its_verdict_and_is_logged_once(spec: str) -> None:
+    lines: list[str] = []
+    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024, log=lines.append) as pool:
+        verdicts = ask(pool, "7", "loop", "7", "8", "raise", "raise", "return Verdict(2.0)", "unjudged")
+        assert [v.reward for v in verdicts] == [1.0, None, 1.0, 0.0, None, None, None, None]
         assert verdicts[1].feedback == "verification timed out after 2 s"
-        assert (pool.timeouts, pool.failures) == (1, 0)
+        assert (pool.timeouts, pool.failures) == (1, 3)
+    once = " (problem 'p'; the reward is None); further ones are counted only"
+    assert lines == [verdicts[i].feedback + once for i in (1, 4, 6)]
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open")
@@ -157,12 +227,20 @@ def test_the_limit_works_from_any_thread_and_against_c_code_that_holds_the_lock(
         ("memory", "the verification ran out of memory (verify.memory_mib)"),
         ("return Verdict(float('nan'))", "verify returned reward=nan; it must be in [0, 1]"),
         ("return Verdict(float('inf'))", "verify returned reward=inf; it must be in [0, 1]"),
+        ("return Verdict(-0.5)", "verify returned reward=-0.5; it must be in [0, 1]"),
         ("return Verdict(2.0)", "verify returned reward=2.0; it must be in [0, 1]"),
-        ("return Verdict(-0.1)", "verify returned reward=-0.1; it must be in [0, 1]"),
+        ("return Verdict(1e999)", "verify returned reward=inf; it must be in [0, 1]"),
         ("return Verdict('1.0')", "verify returned reward='1.0'; it must be a number"),
         ("return Verdict(1.0, None)", "verify returned feedback of type NoneType"),
         ("return Verdict(1.0, '', {'a': float('nan')})", "verify returned metrics['a']=nan"),
+        ("return Verdict(1.0, '', {'a': object()})", "verify returned metrics['a']=<object object"),
+        ("return Verdict(1.0, '', {i: 1 for i in range(101)})", "verify returned 101 metrics; at most 100"),
         ("return Verdict(1.0, '', 3)", "verify returned metrics of type int"),
+        ("return 0.5", "verify returned a float; it must return a Verdict"),
+        ("pipes", "the verifying process died (signal 9, SIGKILL)"),
+        ("forge {}", "the verifying process died (signal 9, SIGKILL)"),
+        ("forge [[1]]", "the verifying process died (signal 9, SIGKILL)"),
+        ('forge {"failure": 3}', "the verifying process died (signal 9, SIGKILL)"),
         ("return None", "verify returned a NoneType; it must return a Verdict"),
         ("return 'good'", "verify returned a str; it must return a Verdict"),
     ],
@@ -177,8 +255,113 @@ def test_a_verification_that_fails_has_no_reward_says_why_and_is_counted(
     assert (shared.failures, shared.timeouts) == (before + 1, 0)
 
 
-def test_what_a_grader_prints_does_not_get_into_the_answers(shared: VerifierPool) -> None:
-    assert [v.reward for v in ask(shared, "print", "7")] == [0.0, 1.0]
+@filtered
+@pytest.mark.parametrize("whom", ["ppid", "kill -1", f"kill {os.getpid()}", f"kill -{os.getpgid(0)}"])
+def test_a_grader_cannot_signal_what_is_above_it(shared: VerifierPool, whom: str) -> None:
+    verdicts = ask(shared, "7", whom, "8")
+    assert [v.reward for v in verdicts] == [1.0, None, 0.0]
+    assert verdicts[1].feedback.startswith(
+        "verify raised PermissionError: [Errno 1] Operation not permitted (grader.py:"
+    )
+
+
+def test_what_a_grader_prints_and_closes_does_not_get_into_the_answers(shared: VerifierPool) -> None:
+    verdicts = ask(shared, "print", "7", "close", "print", "7")
+    assert [v.reward for v in verdicts] == [0.0, 1.0, 0.0, 0.0, 1.0]
+    assert shared.verify([(Problem("p", [], 8), "8")])[0].reward == 1.0
+
+
+def test_a_grader_that_forks_answers_once(shared: VerifierPool) -> None:
+    assert [v.feedback for v in ask(shared, "fork", "7", "8")] == ["said fork", "said 7", "said 8"]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process is there, zombies not counted."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@linux
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [("loop", "verification timed out"), ("exit", "the verifying process died (exit code 3)")],
+)
+def test_a_daemon_that_a_grader_leaves_is_ended_with_it(
+    spec: str, tmp_path: Path, then: str, reason: str
+) -> None:
+    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
+        first, second = ask(pool, f"daemon {tmp_path / 'pid'} {then}", "7")
+    assert first.feedback.startswith(reason)
+    assert second.reward == 1.0
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+@filtered
+def test_a_fork_bomb_reaches_a_limit_and_all_of_it_is_ended(spec: str, tmp_path: Path) -> None:
+    with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
+        assert [v.reward for v in ask(pool, f"bomb {tmp_path / 'pids'}", "7")] == [None, 1.0]
+        started = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
+        assert 1 <= len(started) < 2 * MAX_PROCESSES
+        assert not any(map(alive, started))
+        assert (pool.timeouts, pool.failures) == (1, 0)
+
+
+@linux
+@pytest.mark.parametrize("what", ["threads", "files", "processes", "hoard"])
+def test_a_child_that_leaves_things_behind_is_replaced_and_the_log_says_so(spec: str, what: str) -> None:
+    lines: list[str] = []
+    with VerifierPool(spec, {}, workers=1, timeout_s=30, memory_mib=1024, log=lines.append) as pool:
+        old = ask(pool, "pid")[0].feedback
+        assert [v.reward for v in ask(pool, what)] == [0.0]
+        new = ask(pool, "pid")[0].feedback
+        assert (old != new, pool.replaced, pool.failures) == (True, 1, 0)
+    said = {
+        "threads": "20 threads",
+        "files": "70 open files",
+        "processes": "20 processes",
+        "hoard": "MiB of 1024",
+    }
+    assert len(lines) == 1
+    assert lines[0].startswith("a verifying process is replaced: verify leaves ")
+    assert said[what] in lines[0]
+
+
+@linux
+def test_thousands_of_verifications_leave_no_zombie_descriptor_or_thread(spec: str) -> None:
+    def held() -> tuple[int, int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(children(os.getpid()) or [])
+
+    before = held()
+    with VerifierPool(spec, {}, workers=2, timeout_s=LIMIT_S, memory_mib=1024) as pool:
+        ask(pool, "7")
+        running = held()
+        assert running[2] == before[2] + 2
+        for _ in range(4):
+            verdicts = ask(pool, *["7", "8", "raise"] * 300, "exit", *["7"] * 300)
+            assert sum(v.reward == 1.0 for v in verdicts) == 600
+            ask(pool, "7")
+            assert held() == running
+    assert held() == before
+
+
+@linux
+def test_a_supervisor_that_is_killed_takes_its_child_along_and_is_replaced(spec: str) -> None:
+    with VerifierPool(spec, {}, workers=1, timeout_s=30, memory_mib=1024) as pool:
+        pid = int(ask(pool, "pid")[0].feedback)
+        child = os.pidfd_open(pid)
+        pool._workers[0].process.kill()
+        assert select.select([child], [], [], 20)[0], "the child outlives its supervisor"
+        os.close(child)
+        assert ask(pool, "7")[0].reward == 1.0
+        assert (pool.timeouts, pool.failures) == (0, 0)
+
+
+def test_a_reward_that_did_not_pass_the_childs_check_does_not_pass_the_trainers() -> None:
+    reply = _parsed(b'{"reward": NaN, "feedback": "", "metrics": {}}')
+    assert reply is not None
+    assert reply["failure"] == "verify returned reward=nan; it must be in [0, 1]"
 
 
 def test_a_grader_that_cannot_judge_is_not_a_failure(shared: VerifierPool) -> None:
@@ -221,8 +404,7 @@ def test_a_child_that_died_while_idle_is_replaced_and_nothing_is_counted(spec: s
 def test_a_large_batch_to_a_child_that_does_not_read_does_not_block(spec: str) -> None:
     problem = Problem("p", [{"role": "user", "content": "x" * 300_000}], 7)
     with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
-        ask(pool, "7")
-        os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
+        os.kill(int(ask(pool, "pid")[0].feedback), signal.SIGSTOP)
         verdicts = pool.verify([(problem, "7")] * 4)
     assert [v.reward for v in verdicts] == [None, 1.0, 1.0, 1.0]
 
@@ -237,25 +419,32 @@ def test_close_ends_the_children_and_may_be_called_twice(spec: str) -> None:
             os.kill(pid, 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-def test_children_die_with_a_killed_parent_even_inside_an_endless_verification(spec: str) -> None:
+@linux
+def test_all_that_verifies_dies_with_a_killed_trainer_even_inside_an_endless_verification(
+    spec: str, tmp_path: Path
+) -> None:
     code = f"""
-import os, signal, threading
+import signal, threading
 from fst_fast.contracts import Problem
 from fst_fast.tasks.verify import VerifierPool
 pool = VerifierPool({spec!r}, {{}}, workers=1, timeout_s=600, memory_mib=1024)
-threading.Thread(target=lambda: pool.verify([(Problem("p", [], 7), "pid"), (Problem("p", [], 7), "loop")]), daemon=True).start()
-print(pool._workers[0].process.pid, flush=True)
+print(pool.verify([(Problem("p", [], 7), "pid")])[0].feedback, pool._workers[0].process.pid, flush=True)
+threading.Thread(target=lambda: pool.verify([(Problem("p", [], 7), "daemon {tmp_path}/pid loop")]), daemon=True).start()
 signal.pause()
 """
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     assert parent.stdout is not None
-    child = os.pidfd_open(int(parent.stdout.readline()))
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    while not (note := tmp_path / "pid").exists() or not note.read_text():
+        assert parent.poll() is None
+        time.sleep(0.01)
+    below = [os.pidfd_open(pid) for pid in (*pids, int(note.read_text()))]
     parent.kill()
     parent.wait()
-    assert select.select([child], [], [], 20)[0], "the verifying child outlives its parent"
-    os.close(child)
+    for process in below:
+        assert select.select([process], [], [], 20)[0], "a process below outlives the trainer"
+        os.close(process)
 
 
 def test_a_task_that_does_not_load_in_a_child_is_refused_in_one_sentence(spec: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,48 +58,70 @@ def start_two(
     run_dir: Path, *more: str, fault: str = "", hook: Callable[[], None] | None = None
 ) -> list[tuple[Any, Path]]:
     """A started run on two processes: each with the file that gets what it prints."""
+    return start_group(2, run_dir, _fst, _argv(run_dir, more), env={"FST_FAULT": fault}, hook=hook)
+
+
+def start_group(
+    processes: int,
+    printed: Path,
+    function: Callable[..., None],
+    *arguments: Any,
+    env: dict[str, str] | None = None,
+    hook: Callable[[], None] | None = None,
+) -> list[tuple[Any, Path]]:
+    """`function(*arguments)` in processes that know each other, as under a launcher: each with PRINTED.RANK.out, which gets what it prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [
-        start(run_dir, *more, fault=fault, hook=hook, name=f"{run_dir.name}.{rank}", env={
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        })
-        for rank in (0, 1)
-    ]  # fmt: skip
+    started = []
+    for rank in range(processes):
+        out = printed.with_name(f"{printed.name}.{rank}.out")
+        rendezvous = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        started.append((_started(function, arguments, {**rendezvous, **(env or {})}, out, hook), out))
+    return started
 
 
 def start(
-    run_dir: Path,
-    *more: str,
-    fault: str = "",
-    name: str = "",
-    env: dict[str, str] | None = None,
-    hook: Callable[[], None] | None = None,
+    run_dir: Path, *more: str, fault: str = "", hook: Callable[[], None] | None = None
 ) -> tuple[Any, Path]:
     """A started run, and the file that gets what it prints. hook: called in its process first, to break something."""
-    printed = run_dir.with_name(f"{name or run_dir.name}.out")
-    argv = ["train", "--run-dir", str(run_dir), *TINY, *more]
-    return _started(argv, {"FST_FAULT": fault, **(env or {})}, printed, hook), printed
+    printed = run_dir.with_name(f"{run_dir.name}.out")
+    return _started(_fst, (_argv(run_dir, more),), {"FST_FAULT": fault}, printed, hook), printed
 
 
-def fst(*argv: str, printed: Path) -> tuple[int, str]:
+def fst(*argv: str, printed: Path, hook: Callable[[], None] | None = None) -> tuple[int, str]:
     """One command of `fst`: its exit code and what it printed."""
-    child = _started(list(argv), {}, printed, None)
+    child = _started(_fst, (list(argv),), {}, printed, hook)
     child.join()
     assert child.exitcode is not None
     return child.exitcode, printed.read_text()
 
 
-def _started(argv: list[str], env: dict[str, str], printed: Path, hook: Callable[[], None] | None) -> Any:
+def _argv(run_dir: Path, more: Sequence[str]) -> list[str]:
+    return ["train", "--run-dir", str(run_dir), *TINY, *more]
+
+
+def _fst(argv: list[str]) -> None:
+    from fst_fast.cli import main
+
+    sys.exit(main(argv))
+
+
+def _started(
+    function: Callable[..., None], arguments: Sequence[Any], env: dict[str, str], printed: Path, hook: Callable[[], None] | None
+) -> Any:  # fmt: skip
     printed.write_text("")
-    child = _forkserver.Process(target=_main, args=(argv, env, printed, hook))
+    child = _forkserver.Process(target=_main, args=(function, arguments, env, printed, hook))
     child.start()
     return child
 
 
-def _main(argv: list[str], env: dict[str, str], printed: Path, hook: Callable[[], None] | None) -> None:
+def _main(
+    function: Callable[..., None], arguments: Sequence[Any], env: dict[str, str], printed: Path, hook: Callable[[], None] | None
+) -> None:  # fmt: skip
     with open(printed, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -107,9 +129,7 @@ def _main(argv: list[str], env: dict[str, str], printed: Path, hook: Callable[[]
     os.environ |= {**one_thread(), **env}
     if hook is not None:
         hook()
-    from fst_fast.cli import main
-
-    sys.exit(main(argv))
+    function(*arguments)
 
 
 def until(child: Any, condition: Callable[[], bool]) -> None:

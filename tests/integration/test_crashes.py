@@ -8,14 +8,18 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fst_fast.run import faults
 from tests.integration.crash import TINY, same, start, start_two, train, train_two, until
@@ -73,25 +77,35 @@ def unbroken_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "save.engine:2",
-        *(
-            pytest.param(fault, marks=pytest.mark.chaos)
-            for fault in (
-                "fast.wave:4", "rollout:60", "verification:9", "backward:2", "optimiser:3", "hand_over:1", "save.manifest:2:0",
-                "save.latest:4:0", "backward:2:1", "reflection:2:0", "evaluation:2:1",
-            )
-        ),
-    ],
-)  # fmt: skip
+def faults_of_two() -> list[object]:
+    """Every point, and some where one process alone is killed."""
+    when = {**WHEN, "rollout": 60}  # each process samples half
+    alone = ["backward:2:1", "evaluation:2:1", "hand_over:3:0"]
+    return [
+        pytest.param(fault, marks=() if fault.startswith("save.engine") else pytest.mark.chaos)
+        for fault in [*(f"{point}:{when[point]}" for point in faults.POINTS), *alone]
+    ]
+
+
+@pytest.mark.parametrize("fault", faults_of_two())
 def test_a_run_on_two_processes_continues_bit_equal(fault: str, unbroken_two: Path, tmp_path: Path) -> None:
     codes, printed = train_two(tmp_path / "run", fault=fault, limit_s=60)
     assert -signal.SIGKILL in codes, printed
     codes, printed = train_two(tmp_path / "run", "--resume")
     assert codes == [0, 0], printed
     same(tmp_path / "run", unbroken_two)
+
+
+@pytest.mark.chaos
+def test_a_run_under_zero_3_with_offload_continues_bit_equal(tmp_path: Path) -> None:
+    how = ("--policy.zero_stage=3", "--policy.offload_optimizer=true")
+    codes, printed = train_two(tmp_path / "whole", *how)
+    assert codes == [0, 0], printed
+    codes, printed = train_two(tmp_path / "run", *how, fault="optimiser:3", limit_s=60)
+    assert -signal.SIGKILL in codes, printed
+    codes, printed = train_two(tmp_path / "run", "--resume")
+    assert codes == [0, 0], printed
+    same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
@@ -247,3 +261,69 @@ def test_under_torchrun_a_killed_process_is_named_and_the_run_continues_bit_equa
     done = launch("", "--resume")
     assert done.returncode == 0, done.stderr
     same(tmp_path / "run", unbroken_two)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    ("processes", "before", "now"),
+    [(2, ["--policy.zero_stage=1"], ["--policy.zero_stage=0"]),
+     (1, [], ["--policy.zero_stage=3", "--policy.offload_optimizer=true"])],
+    ids=["two to one", "one to two"],
+)  # fmt: skip
+def test_a_killed_run_continues_on_another_number_of_processes_under_another_zero_stage(
+    processes: int, before: list[str], now: list[str], unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+
+    def go(n: int, *more: str, fault: str = "") -> tuple[list[int], str]:
+        if n == 2:
+            return train_two(folder, *more, fault=fault, limit_s=60)
+        code, printed = train(folder, *more, fault=fault)
+        return [code], printed
+
+    codes, printed = go(processes, *before, fault="optimiser:3")
+    assert -signal.SIGKILL in codes, printed
+    codes, printed = go(3 - processes, *now, "--resume")
+    assert codes[0] == 2
+    assert re.search(r"policy.zero_stage was \d, is \d.*--allow-config-change", printed)
+    codes, printed = go(3 - processes, *now, "--resume", "--allow-config-change", fault="backward:1")
+    assert -signal.SIGKILL in codes, printed
+    codes, printed = go(3 - processes, *now, "--resume")  # killed before it had a checkpoint of its own
+    assert set(codes) == {0}, printed
+    [record] = records(folder, "config")
+    assert [re.sub("'.*'", "...", change) for change in record["changes"]] == [
+        "config_hash was ...",
+        f"processes was {processes}, is {3 - processes}",
+    ]
+    for one, other in zip(records(folder, "step"), records(unbroken, "step"), strict=True):
+        for key in ("reward", "groups_kept", "response_tokens", "rollouts"):
+            assert one[key] == other[key], (one["step"], key)
+        for key in ("loss", "grad_norm", "kl"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), (one["step"], key)
+
+
+def draw_from_the_global_generators() -> None:
+    """Advantages with noise from every generator that code which is not ours may draw from."""
+    from fst_fast import trainer
+
+    sequences = trainer.sequences
+
+    def noisy(*given: Any) -> Any:
+        data = sequences(*given)
+        noise = random.random() + np.random.random() + torch.rand(len(data.advantages)).numpy()
+        data.advantages[:] += 0.1 * noise.astype(np.float32)
+        return data
+
+    trainer.sequences = noisy
+
+
+@pytest.mark.chaos
+def test_what_other_code_draws_from_the_global_generators_is_drawn_again(tmp_path: Path) -> None:
+    draws = {"hook": draw_from_the_global_generators}
+    code, printed = train(tmp_path / "whole", **draws)
+    assert code == 0, printed
+    code, printed = train(tmp_path / "run", fault="optimiser:3", **draws)
+    assert code == -signal.SIGKILL, printed
+    code, printed = train(tmp_path / "run", "--resume", **draws)
+    assert code == 0, printed
+    same(tmp_path / "run", tmp_path / "whole")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,38 @@ def spoil_advantages() -> None:
         return data
 
     trainer.sequences = spoilt
+
+
+def spoil_logprobs() -> None:
+    """An Inf where the log-prob of a sampled token was."""
+    from fst_fast import trainer
+
+    sequences, calls = trainer.sequences, itertools.count(1)
+
+    def spoilt(*given):
+        data = sequences(*given)
+        if next(calls) == BAD:
+            data.behaviour[0] = -np.inf
+        return data
+
+    trainer.sequences = spoilt
+
+
+def spoil_rewards() -> None:
+    """A NaN where a reward was: what a verifying child would have to smuggle past two checks."""
+    from fst_fast import trainer
+
+    make_groups, calls = trainer.make_groups, itertools.count(1)
+
+    def spoilt(sampled, eps):
+        if next(calls) == BAD:
+            sampled = [
+                dataclasses.replace(s, verdict=dataclasses.replace(s.verdict, reward=float("nan")))
+                for s in sampled
+            ]
+        return make_groups(sampled, eps)
+
+    trainer.make_groups = spoilt
 
 
 def empty() -> None:
@@ -121,10 +155,20 @@ def test_a_step_left_out_is_counted_and_changes_nothing_that_follows(stage: int,
 
 
 @pytest.mark.chaos
-def test_a_non_finite_advantage_is_found_before_the_forward_pass(tmp_path: Path) -> None:
-    code, printed = train(tmp_path / "run", hook=spoil_advantages)
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        (spoil_advantages, "0 non-finite log-probs of sampled tokens, 3 tokens with a non-finite advantage"),
+        (spoil_logprobs, "1 non-finite log-probs of sampled tokens, 0 tokens with a non-finite advantage"),
+        (spoil_rewards, r"0 non-finite log-probs of sampled tokens, \d+ tokens with a non-finite advantage"),
+    ],
+)
+def test_a_non_finite_number_is_found_before_the_forward_pass(
+    hook: Callable[[], None], reason: str, tmp_path: Path
+) -> None:
+    code, printed = train(tmp_path / "run", hook=hook)
     assert code == 2
-    assert "step 1: 0 non-finite log-probs of sampled tokens, 3 tokens with a non-finite advantage" in printed
+    assert re.search(f"step 1: {reason}", printed)
     code, printed = fst("replay", str(tmp_path / "run/dumps/step-000001"), printed=tmp_path / "replay.out")
     assert printed.splitlines()[-1] == "the same numbers"
 

@@ -107,7 +107,7 @@ def test_on_a_gpu_the_losss_gradients_are_those_of_fp32(kl):
     hidden, weight, labels = gpu_case(300)
     objective = PolicyObjective("dapo", kl=kl, kl_coef=0.1 if kl else 0.0, entropy_coef=0.01 if kl else 0.0)
     g = torch.Generator().manual_seed(2)
-    advantages, bias = torch.randn(300, generator=g).cuda(), torch.randn(50257, generator=g).cuda()
+    advantages, bias = torch.randn(300, generator=g).cuda(), torch.randn(50257, generator=g).bfloat16().cuda()
     found = []
     for dtype, backend in ((torch.float32, "reference"), (torch.bfloat16, "triton")):
         inputs = [x.to(dtype).detach().requires_grad_() for x in (hidden, weight, bias)]

@@ -1,6 +1,6 @@
 """Reflection by any OpenAI-compatible endpoint (OpenAI, vLLM, llama.cpp, Ollama, a proxy), through the `openai` package.
 
-The key comes from the environment variable OPENAI_API_KEY only and is cut out of every error text. Requests of a batch run in a few
+The key comes from the environment variable OPENAI_API_KEY only and is cut out of every error and reply. Requests of a batch run in a few
 threads; the client repeats what is worth repeating (connection faults, time-outs, 408, 409, 429, 5xx) at most `retries` times with
 growing pauses, honouring Retry-After up to two minutes. Whatever fails after that is a reply with an error.
 """
@@ -29,8 +29,8 @@ class OpenAIArgs(BaseModel):
 
     model: str = Field(min_length=1)
     """Name of the model at the endpoint."""
-    base_url: str = Field(OPENAI_URL, pattern=r"^https?://[^\s@]+$")
-    """Root of the API, up to and including /v1. It must not hold a user name or password."""
+    base_url: str = Field(OPENAI_URL, pattern=r"^https?://[^\s@?#]+$")
+    """Root of the API, up to and including /v1. It must not hold a user name, a password or a query: it is written to config.yaml."""
     timeout_s: float = Field(120.0, gt=0)
     """Longest wait for one try."""
     retries: int = Field(3, ge=0, le=10)
@@ -93,7 +93,7 @@ class OpenAIReflector:
                 raise UserError(f"{where} is missing, but fast.reflector=openai needs it") from None
             if where.endswith("base_url"):  # its value may hold a password
                 raise UserError(
-                    f"{where} must be http(s)://host/path without user name or password"
+                    f"{where} must be http(s)://host/path without user name, password or query"
                 ) from None
             raise UserError(f"{where}={first['input']!r}: {first['msg']}") from None
         key = os.environ.get(KEY_VARIABLE, "")
@@ -157,7 +157,7 @@ class OpenAIReflector:
         finish = str(getattr(choices[0], "finish_reason", None) or "stop")
         if not isinstance(text, str):
             return Reply(None, finish, f"the endpoint's answer has no text (finish: {finish})", read, written)
-        return Reply(text, finish, None, read, written)
+        return Reply(self._without_key(text), finish, None, read, written)
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key != "not-needed" else text

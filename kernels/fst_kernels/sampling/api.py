@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fst_kernels.backends import choose_backend
 from fst_kernels.checks import FLOATS, check_tensor, look_at_values
-from fst_kernels.sampling import reference
+from fst_kernels.sampling import cuda, reference
 
 
 class SampleOutput(NamedTuple):
@@ -36,21 +36,28 @@ def sample_tokens(
 
     temperature: a float or [S]. 0 is greedy: the most probable token (the lowest id among equals) with logprob 0, since nothing else
         could be sampled; untruncated_logprob is then that of temperature 1, because that of temperature 0 would say nothing.
-    top_k: the k most probable tokens (the lower id among equals). top_p, in (0, 1]: then the most probable ones of those up to and
+    top_k: the k most probable tokens (the lower id among equal logits). top_p, in (0, 1]: then the most probable ones of those up to and
         including the one that reaches the fraction top_p of their mass. min_p, in [0, 1]: then those with at least min_p times the
         greatest probability. The most probable token always stays.
     seeds, positions: [S] int64, any value: the random number of a row is a pure function of the two. Use a new position for every
         token of a sequence and a seed of its own for every sequence.
-    Logits of -inf are never sampled. ValueError names the row that holds NaN, +inf or only -inf (on a GPU: with FST_CHECK=1).
+    Logits of -inf are never sampled. ValueError names the row that holds NaN, +inf or only -inf (on a GPU: with FST_CHECK=1; without it
+        both log-probs of such a row are NaN and its id means nothing).
+    Backends agree on the order and on top_k and min_p exactly; they round exponentials and sums differently, which can move top_p's last token
+        or the drawn one only where the compared sums agree to about 1e-6. Within one backend nothing depends on batch or launch.
     """
-    choose_backend("sample_tokens", backend)
     check_tensor("logits", logits, ("S", "V"), FLOATS)
+    taken = choose_backend("sample_tokens", backend, logits.device, logits.dtype)
     rows, vocabulary = logits.shape
     if vocabulary == 0:
         raise ValueError(f"logits has shape {[rows, vocabulary]}; at least one token is needed")
     check_tensor("seeds", seeds, (rows,), (torch.int64,), logits.device)
     check_tensor("positions", positions, (rows,), (torch.int64,), logits.device)
-    values = look_at_values(logits.device)
+    if taken != "reference" and vocabulary > cuda.LARGEST_VOCABULARY:
+        raise ValueError(
+            f"logits has {vocabulary} columns; backend={taken} takes up to {cuda.LARGEST_VOCABULARY}, backend='reference' any number"
+        )
+    values = look_at_values(logits.device) and not torch.compiler.is_compiling()
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, (rows,), FLOATS, logits.device)
         if values and not bool((torch.isfinite(temperature) & (temperature >= 0)).all()):
@@ -67,12 +74,26 @@ def sample_tokens(
         top_k = None
     if top_p == 1:
         top_p = None
-    ids, logprob, untruncated, mass = reference.sample(
-        logits, temperature, top_k, top_p, min_p, seeds, positions
-    )
-    if values and not bool(torch.isfinite(mass).all()):
-        row = int((~torch.isfinite(mass)).nonzero()[0, 0])
+    if taken == "reference":
+        out = SampleOutput(*reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions))
+    else:
+        per_row = isinstance(temperature, Tensor)
+        out = SampleOutput(
+            *cuda.sample_tokens_op(
+                logits,
+                temperature if per_row else None,
+                1.0 if per_row else float(temperature),
+                top_k,
+                top_p,
+                min_p,
+                seeds,
+                positions,
+                taken,
+            )
+        )
+    if values and bool(out.untruncated_logprob.isnan().any()):
+        row = int(out.untruncated_logprob.isnan().nonzero()[0, 0])
         raise ValueError(
             f"logits row {row} holds NaN or +inf, or only -inf; at least one finite logit and none of those are needed"
         )
-    return SampleOutput(ids, logprob, untruncated)
+    return out

@@ -8,6 +8,7 @@ its batch neighbours are, in whatever order the batch is, and after a resume. Ev
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -56,28 +57,31 @@ def sample(
     min_p: float | None,
     seeds: Tensor,  # [S]
     positions: Tensor,  # [S]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> ids, logprob, untruncated_logprob, kept probability mass, each [S]; the mass is not positive and finite iff the row is unusable."""
-    scores = logits.float()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> ids, logprob, untruncated_logprob, each [S]; untruncated_logprob is NaN iff the row is unusable, and its id then means nothing."""
+    logits = logits.float()
     greedy: Tensor | None = None  # [S] bool: rows of temperature 0, where the temperature is per row
-    all_greedy = False
+    scores = logits
     if isinstance(temperature, Tensor):
         greedy = temperature == 0
-        scores = scores / torch.where(greedy, 1.0, temperature.float()).unsqueeze(1)
-    elif temperature == 0:
-        all_greedy = True
-    elif temperature != 1:
-        scores = scores / temperature
+        temperature = torch.where(greedy, 1.0, temperature.float()).unsqueeze(1)
+        scores = (logits - logits.amax(1, keepdim=True)) / temperature
+    elif temperature not in (
+        0,
+        1,
+    ):  # the distance to the maximum first: quotients of large logits would lose digits
+        scores = (logits - logits.amax(1, keepdim=True)) / temperature
     log_p = torch.log_softmax(scores, -1)  # [S, V]
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        ids = log_p.argmax(-1)
+        untruncated = log_p.gather(1, ids.unsqueeze(1)).squeeze(1)
+        return ids, torch.where(untruncated.isnan(), untruncated, 0.0), untruncated
     p = log_p.exp()
     truncated = top_k is not None or top_p is not None or bool(min_p)
-    if truncated and not all_greedy:
-        p = p * _kept(p, top_k, top_p, min_p)
+    if truncated:
+        p = p * _kept(logits, p, temperature, top_k, top_p, min_p)
     cumulative = p.cumsum(-1, dtype=torch.float64)  # [S, V]
     mass = cumulative[:, -1]
-    if all_greedy:
-        ids = log_p.argmax(-1)
-        return ids, torch.zeros_like(log_p[:, 0]), log_p.gather(1, ids.unsqueeze(1)).squeeze(1), mass
     target = (uniform(seeds, positions) * mass).unsqueeze(1)
     # the first token whose cumulative mass exceeds the target: it exists, since u < 1, and has mass of its own
     ids = torch.searchsorted(cumulative, target, right=True)  # [S, 1]
@@ -86,22 +90,35 @@ def sample(
     untruncated = log_p.gather(1, ids.clamp_(max=log_p.shape[1] - 1)).squeeze(1)  # clamp: unusable rows only
     logprob = untruncated - mass.log().float() if truncated else untruncated
     if greedy is not None:
-        logprob = torch.where(greedy, 0.0, logprob)
-    return ids.squeeze(1), logprob, untruncated, mass
+        logprob = torch.where(greedy & ~untruncated.isnan(), 0.0, logprob)
+    return ids.squeeze(1), logprob, untruncated
 
 
-def _kept(p: Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> Tensor:
-    """The tokens that survive, [S, V] bool. Sorted by probability (ties: lower id first) they are a prefix for each of the three rules."""
-    ranked, order = torch.sort(p, dim=-1, descending=True, stable=True)  # [S, V]
-    keep = torch.ones_like(ranked, dtype=torch.bool)
-    if top_k is not None:
-        keep[:, top_k:] = False
-    if top_p is not None:
-        candidates = ranked if top_k is None else ranked * keep
-        cumulative = candidates.cumsum(-1, dtype=torch.float64)
-        keep &= (
-            cumulative - candidates < top_p * cumulative[:, -1:]
-        )  # left: the mass of the more probable ones
-    if min_p:
-        keep &= ranked >= min_p * ranked[:, :1]
-    return torch.zeros_like(keep).scatter_(1, order, keep)
+def _kept(
+    logits: Tensor,  # [S, V] fp32
+    p: Tensor,  # [S, V] their probabilities
+    temperature: float | Tensor,  # [S, 1]
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+) -> Tensor:
+    """The tokens that survive, [S, V] bool. In the order of their logits (ties: lower id first) they are a prefix for each of the three rules.
+
+    The order and min_p look at logits, not at probabilities, so that no rounding of an exponential moves them; top_p is a comparison of sums.
+    """
+    keep = torch.ones_like(logits, dtype=torch.bool)
+    if top_k is not None or top_p is not None:
+        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices  # [S, V]
+        if top_k is not None:
+            keep[:, top_k:] = False
+        if top_p is not None:
+            candidates = p.gather(1, order)
+            candidates = candidates if top_k is None else candidates * keep
+            cumulative = candidates.cumsum(-1, dtype=torch.float64)
+            # left: the mass of the more probable ones
+            keep &= cumulative - candidates < top_p * cumulative[:, -1:]
+        keep = torch.zeros_like(keep).scatter_(1, order, keep)
+    if min_p:  # p >= min_p * max p, in float32: x - max x >= T log(min_p)
+        lowest = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device) * math.log(min_p)
+        keep &= logits - logits.amax(1, keepdim=True) >= lowest
+    return keep

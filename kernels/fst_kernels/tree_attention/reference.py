@@ -189,7 +189,7 @@ def _group(items: Tensor, keys: Tensor, queries: Tensor) -> Iterator[Tensor]:
         for i, j in pairwise(cuts):
             group = items[i:j].sort().values
             tokens = int(keys[group].max() + queries[group].max())
-            yield from group.split(1 if tokens > ALONE else BATCH_TOKENS // tokens)
+            yield from torch.split(group, 1 if tokens > ALONE else BATCH_TOKENS // tokens)
 
 
 def _cheapest_cuts(k: Tensor, q: Tensor, bounds: Tensor) -> list[int]:

@@ -1,0 +1,253 @@
+"""A whole optimiser step, sampling included: this trainer against TRL's GRPOTrainer (transformers.generate), on the CPU.
+
+    python benchmarks/end_to_end.py [--steps 3] [--threads 1] [--out benchmarks/results/end_to_end.json]
+
+The same on both sides: the shipped 0.8M model, float32; star graph problems of the mini world; K = 4 contexts of about 256 tokens in the system message;
+16 problems x 4 contexts x 2 samples = 128 samples per step, at most 32 new tokens, temperature 1; KL penalty to the frozen base model; AdamW; a
+reward that reads the completion (a hash, so that every group varies). What differs: TRL takes an advantage group per prompt, we per
+problem over its contexts, which costs nothing either way. TRL runs with its best of several micro-batch sizes and without gradient checkpointing.
+Each side runs in a process of its own; a step's time is the mean over the steps after the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fst_fast import mini
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Problem, Sampled, Verdict
+from fst_fast.rollout.prompt import load_tokenizer, messages_with_context, render_prompt
+from fst_fast.tasks.registry import load_task
+
+CONTEXTS, PROBLEMS, SAMPLES, NEW_TOKENS, CONTEXT_TOKENS = 4, 16, 2, 32, 256
+BATCH = CONTEXTS * PROBLEMS * SAMPLES
+TASK = {"form": "mini", "arms": 5, "path": 4, "ids": 40}
+KL_COEF, LR = 1e-3, 1e-4
+
+
+def problems(steps: int) -> list[list[Problem]]:
+    train = load_task("star_graph", TASK).problems("train")
+    return [[train[step * PROBLEMS + i] for i in range(PROBLEMS)] for step in range(steps)]
+
+
+def contexts() -> list[Context]:
+    words = [
+        "start",
+        "at",
+        "the",
+        "goal",
+        "and",
+        "go",
+        "back",
+        "to",
+        "the",
+        "start",
+        ".",
+        "put",
+        "the",
+        "final",
+        "path",
+        "in",
+        "the",
+        "box",
+        ".",
+    ]
+    rng = np.random.default_rng(0)
+    return [Context.of(" ".join(rng.choice(words, CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
+
+
+def reward(ids: Any) -> float:
+    return float(hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=1).digest()[0] % 2)
+
+
+def ours(steps: int) -> list[tuple[float, float]]:
+    """(wall-clock, CPU) seconds of each step."""
+    from fst_fast.policy import engine as policy_engine
+    from fst_fast.policy import ranks
+    from fst_fast.rollout.engine import Request
+    from fst_fast.rollout.wave import Sampler
+    from fst_fast.slow.groups import make_groups
+    from fst_fast.slow.step import optimise, sequences
+
+    config = Config.model_validate(
+        {
+            "task_args": TASK,
+            "rollout": {"max_prompt_tokens": 448, "max_response_tokens": NEW_TOKENS},
+            "slow": {
+                "lr": LR,
+                "warmup_steps": 0,
+                "group_size": CONTEXTS * SAMPLES,
+                "kl": "k3",
+                "kl_coef": KL_COEF,
+            },
+        }
+    )
+    ranks.init()
+    out = []
+    with Sampler.open(config) as sampler:
+        policy, reference = policy_engine.Policy(config), policy_engine.load(config)
+        engine = sampler.engine(policy.rollout_model)
+        prompts = {}
+        for step, chosen in enumerate(problems(steps)):
+            clock = time.perf_counter(), time.process_time()
+            requests = []
+            for p in chosen:
+                for c in contexts():
+                    prompts[p.id, c.id] = sampler.prompts.ids(c, p)
+                    requests += [
+                        Request(p.id, c.id, j, prompts[p.id, c.id], hash((step, p.id, c.id, j)) % 2**62)
+                        for j in range(SAMPLES)
+                    ]
+            rollouts = engine.generate(
+                requests, max_response_tokens=NEW_TOKENS, temperature=1.0, policy_version=step
+            )
+            sampled = [Sampled(r, Verdict(reward(r.response_ids)), "") for r in rollouts]
+            groups = [g for g in make_groups(sampled, 1e-6) if g.advantages is not None]
+            of = [[prompts[m.rollout.problem_id, m.rollout.context_id] for m in g.sampled] for g in groups]
+            optimise(
+                policy, reference, sequences(groups, of, "problem"), config, step=step, pad_id=sampler.pad_id
+            )
+            policy.hand_over()
+            out.append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
+    return out
+
+
+def trl(steps: int, micro: int) -> list[tuple[float, float]]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = load_tokenizer("mini")
+    rows = [
+        {"prompt": messages_with_context(c, p)}
+        for chosen in problems(steps)
+        for p in chosen
+        for c in contexts()
+    ]
+    lengths = [len(render_prompt(tokenizer, c, p)) for p in problems(1)[0] for c in contexts()]
+    seen: list[int] = []
+
+    def judge(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.append(len(completion_ids))
+        return [reward(ids) for ids in completion_ids]
+
+    clock: list[tuple[float, float]] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.append((time.perf_counter(), time.process_time()))
+
+        on_train_end = on_step_begin
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(mini.path(), dtype=torch.float32),
+            reward_funcs=judge,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+            args=GRPOConfig(
+                output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=BATCH // micro,
+                generation_batch_size=BATCH, num_generations=SAMPLES, max_completion_length=NEW_TOKENS, temperature=1.0, beta=KL_COEF,
+                learning_rate=LR, lr_scheduler_type="constant", max_steps=steps, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                shuffle_dataset=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            ),
+        )  # fmt: skip
+        trainer.train()
+    assert sum(seen) == steps * BATCH, f"TRL sampled {sum(seen)} for {steps} steps"
+    assert max(lengths) + NEW_TOKENS <= 512
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clock)]
+
+
+def child(name: str, args: argparse.Namespace, steps: int, micro: int = 0) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        name,
+        f"--steps={steps}",
+        f"--threads={args.threads}",
+        f"--micro={micro}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--micros", type=int, nargs="+", default=[16, 32, 64], help="micro-batch sizes tried for TRL"
+    )
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--micro", type=int, default=32, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/end_to_end.json"))
+    args = parser.parse_args()
+    if args.side:
+        torch.set_num_threads(args.threads)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        steps = ours(args.steps) if args.side == "ours" else trl(args.steps, args.micro)
+        rest = np.array(steps[1:])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(
+            json.dumps(
+                {
+                    "seconds": rest[:, 0].mean(),
+                    "cpu_seconds": rest[:, 1].mean(),
+                    "steps": steps,
+                    "peak_bytes": peak,
+                }
+            )
+        )
+        return
+
+    tried = {micro: child("trl", args, 2, micro) for micro in args.micros}
+    best = min(tried, key=lambda m: tried[m]["cpu_seconds"])
+    sides = {"ours": child("ours", args, args.steps), "trl": child("trl", args, args.steps, best)}
+    a, b = sides["ours"], sides["trl"]
+    result = {
+        "load": {"contexts": [CONTEXTS, CONTEXT_TOKENS], "problems": PROBLEMS, "samples": SAMPLES, "new_tokens": NEW_TOKENS},
+        "model": "mini (0.8M parameters), float32",
+        "sides": sides,
+        "trl_micro_batch": best,
+        "trl_by_micro_batch": tried,
+        "samples_per_s": {name: BATCH / s["seconds"] for name, s in sides.items()},
+        "speedup": b["seconds"] / a["seconds"],
+        "speedup_cpu": b["cpu_seconds"] / a["cpu_seconds"],
+        "threads": args.threads,
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(), "load_average_1min": os.getloadavg()[0]},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "trl")}},
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, s in sides.items():
+        print(
+            f"{name:5s} {s['seconds']:7.2f} s {s['cpu_seconds']:7.2f} s CPU per step, {BATCH / s['seconds']:6.1f} samples/s"
+        )
+    print(
+        f"{result['speedup']:.2f}x by wall clock, {result['speedup_cpu']:.2f}x by CPU seconds (TRL at micro-batch {best} of {args.micros}); {args.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Sampling of next tokens: sample_tokens against torch's multinomial, sort-based truncation and, where it is installed, FlashInfer.
+
+On a GPU [512, 151936] float32 and bf16 logits, on the CPU [32, 32000] float32. Reported: median ms (CUDA events; on the CPU CPU seconds of
+all threads), TB/s of one reading of the logits, and that reading's floor (4.3 TB/s, on a GPU) as a share of the time.
+
+    python benchmarks/sampling.py [--rounds 20] [--threads 1] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from cascade_decode import BANDWIDTH, DEVICE, RESULTS, cpu_name, milliseconds
+from torch import Tensor
+
+from fst_kernels import library, sample_tokens
+
+RULES: dict[str, dict[str, float]] = {
+    "temperature": {"temperature": 0.8},
+    "top-k 50, top-p 0.95": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    "top-p 0.95": {"temperature": 0.8, "top_p": 0.95},
+    "min-p 0.05": {"temperature": 0.8, "min_p": 0.05},
+}
+ROTATED = 3  # batches of logits, so that none is in a cache
+
+
+def torch_multinomial(
+    x: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """What is usually written in plain torch: softmax, sorted truncation, multinomial; ids and their log-prob."""
+    p = (x.float() / temperature).softmax(-1)
+    order = None
+    if top_k is not None or top_p is not None:
+        p, order = p.sort(-1, descending=True)
+        if top_k is not None:
+            p[:, int(top_k) :] = 0
+        if top_p is not None:
+            p[p.cumsum(-1) - p > top_p * p.sum(-1, keepdim=True)] = 0
+    if min_p is not None:
+        p[p < min_p * p.amax(-1, keepdim=True)] = 0
+    ids = torch.multinomial(p, 1)
+    p.gather(1, ids).div_(p.sum(-1, keepdim=True)).log_()
+    return ids if order is None else order.gather(1, ids)
+
+
+def flashinfer(
+    x: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """It returns ids only: no log-prob of any kind."""
+    import flashinfer as peer  # need not be installed
+
+    scaled = x.float() / temperature
+    if min_p is not None:
+        ids = peer.sampling.min_p_sampling_from_probs(scaled.softmax(-1), min_p)
+    elif top_k is not None:
+        ids = peer.sampling.top_k_top_p_sampling_from_logits(scaled, int(top_k), top_p)
+    elif top_p is not None:
+        ids = peer.sampling.top_p_sampling_from_probs(scaled.softmax(-1), top_p)
+    else:
+        ids = peer.sampling.sampling_from_logits(scaled)
+    found: Tensor = ids
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/sampling.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    gpu = DEVICE.type == "cuda"
+    rows, vocabulary = (512, 151936) if gpu else (32, 32000)
+    seeds, positions = torch.arange(rows, device=DEVICE), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+
+    def ours(backend: str) -> Callable[..., object]:
+        return lambda x, **rules: sample_tokens(x, seeds=seeds, positions=positions, backend=backend, **rules)
+
+    peers: dict[str, Callable[..., object]] = {
+        "reference": ours("reference"),
+        "torch multinomial": torch_multinomial,
+    }
+    skipped = {}
+    if not gpu:
+        skipped["cuda"] = skipped["FlashInfer"] = "it needs a GPU"
+    else:
+        if (reason := library.missing("cuda")) is None:
+            peers["cuda"] = ours("cuda")
+        else:
+            skipped["cuda"] = reason
+        if importlib.util.find_spec("flashinfer"):
+            peers["FlashInfer"] = flashinfer
+        else:
+            skipped["FlashInfer"] = "flashinfer is not installed"
+    found = []
+    for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
+        batches = [(3 * torch.randn(rows, vocabulary, device=DEVICE)).to(dtype) for _ in range(ROTATED)]
+        size = batches[0].numel() * batches[0].element_size()
+        for what, rules in RULES.items():
+            times: dict[str, list[float]] = {name: [] for name in peers}
+            for i in range(args.rounds + 2):  # two to warm up
+                for name, run in peers.items():
+                    x = batches[i % ROTATED]
+                    times[name].append(milliseconds(partial(run, x, **rules)))
+            for name in peers:
+                ms = statistics.median(times[name][2:])
+                share = size / BANDWIDTH * 1e3 / ms if gpu else None
+                short = str(dtype).removeprefix("torch.")
+                found.append(
+                    {
+                        "rules": what,
+                        "dtype": short,
+                        "name": name,
+                        "median_ms": ms,
+                        "tb_per_s": size / ms / 1e9,
+                        "of_byte_floor": share,
+                    }
+                )
+                print(
+                    f"{short:9s} {what:22s} {name:18s} {ms:9.3f} ms {size / ms / 1e9:8.4f} TB/s {'' if share is None else f'{share:6.1%} of the floor'}"
+                )
+    for name, why in skipped.items():
+        print(f"{name:18s} SKIPPED: {why}")
+    if args.write:
+        result = {
+            "benchmark": "sampling", "device": torch.cuda.get_device_name() if gpu else cpu_name(), "threads": args.threads, "shape": [rows, vocabulary],
+            "clock": "CUDA events" if gpu else "CPU seconds of all threads",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "rows": found, "skipped": skipped,
+        }  # fmt: skip
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "sampling.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A lean forward for sampling on the CPU: Llama, Qwen2 and Qwen3 in few operations per layer, on the weights of the model at hand.
+
+On a small model or a small batch the transformers forward costs several times its matrix products: some fifty operations and a dozen
+module calls per layer, each a pass over memory. Here a layer is ten operations around the attention. It computes the same function of the same weights; what is
+different is where the work goes:
+- q, k and v are one product, gate and up are one, and the weight of the norm before them is multiplied into them;
+- rows of q and k are permuted so that the pairs that rotary embedding turns lie side by side: it is then one complex product. Scores do
+  not see a permutation that q and k share; keys and values never leave the engine;
+- the last layer of a prefill computes its keys and values for every token and the rest for those tokens whose logits are read.
+
+The products are copies of the weights, made anew when these change. Whatever is not certainly one of the three architectures as
+transformers ships them (adapters, hooks, other types than float32, another device) takes the transformers forward: `why_not` says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROWS = 1024  # of one dense product: what lies between two of them then stays in the cache of a core
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length at hand
+
+
+class TokenPlan(Protocol):
+    """Attention for the tokens of a forward, N of them in any arrangement that the plan knows."""
+
+    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]"""
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """The same where only these rows [R] are asked for: -> [R, Hq, D]"""
+
+
+def why_not(model: Any) -> str | None:
+    """Why this model takes the transformers forward, or None where the lean one serves."""
+    weight = model.get_output_embeddings().weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return f"the lean forward is for float32 on the CPU, the weights are {weight.dtype} on {weight.device.type}"
+    if type(model).__name__ not in ARCHITECTURES:
+        return f"{type(model).__name__} is none of {', '.join(ARCHITECTURES)}"
+    if model.config.hidden_act != "silu":
+        return f"its activation is {model.config.hidden_act}, not silu"
+    if model.model.rotary_emb.rope_type not in STATIC_ROPE:
+        return f"its rotary embedding is of type {model.model.rotary_emb.rope_type}"
+    for name, module in model.model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name} has hooks"
+        if name.endswith("_proj") and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}"
+        if name.endswith(("o_proj", "gate_proj", "up_proj", "down_proj")) and module.bias is not None:
+            return f"{name} has a bias"
+    return None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: Tensor  # [(Hq + 2 Hkv) D, H]
+    qkv_bias: Tensor | None
+    norms: Tensor | None  # [Hq + Hkv, D], of each query and key head
+    out: Tensor  # [Hq D, H], transposed
+    gate_up: Tensor  # [2 I, H]
+    down: Tensor  # [I, H], transposed
+
+
+class LeanForward:
+    """The forward of `model` as its weights are now. Raises ValueError where `why_not` gives a reason."""
+
+    def __init__(self, model: Any) -> None:
+        reason = why_not(model)
+        if reason:
+            raise ValueError(reason)
+        config, rotary = model.config, model.model.rotary_emb
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self.eps = float(config.rms_norm_eps)
+        self.embedding = model.get_input_embeddings().weight
+        self.head = model.get_output_embeddings()
+        self.scale = float(model.model.layers[0].self_attn.scaling)
+        self.frequencies, self.rope_scale = rotary.inv_freq.float(), float(rotary.attention_scaling)
+        with torch.no_grad():
+            self.final_norm = model.model.norm.weight.detach().clone()
+            self.layers = [self._fuse(layer) for layer in model.model.layers]
+
+    def _fuse(self, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        pair = torch.arange(self.dim).view(2, -1).t().reshape(-1)  # 0, D/2, 1, D/2 + 1, ...
+
+        def turned(rows: Tensor) -> Tensor:
+            return rows.view(-1, self.dim, *rows.shape[1:])[:, pair].reshape(rows.shape)
+
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (p.weight for p in projections)
+        bias = None
+        if attention.q_proj.bias is not None:
+            q_bias, k_bias, v_bias = (p.bias for p in projections)
+            bias = torch.cat([turned(q_bias), turned(k_bias), v_bias])
+        norms = None
+        if hasattr(attention, "q_norm"):
+            q_norm, k_norm = attention.q_norm.weight[pair], attention.k_norm.weight[pair]
+            norms = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)])
+        return _Layer(
+            qkv=torch.cat([turned(q), turned(k), v]) * layer.input_layernorm.weight,
+            qkv_bias=bias,
+            norms=norms,
+            out=attention.o_proj.weight.t().contiguous(),
+            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            * layer.post_attention_layernorm.weight,
+            down=mlp.down_proj.weight.t().contiguous(),
+        )
+
+    def __call__(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
+        """Logits [R, V] of the tokens `rows` [R]; None: of all. ids, positions [N]."""
+        hidden = self.hidden(ids, positions, plan, rows)
+        return F.linear(hidden, self.head.weight, self.head.bias)
+
+    def hidden(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
+        """What the head reads: [R, H]."""
+        x = F.embedding(ids, self.embedding)  # [N, H]
+        angle = torch.outer(positions.float(), self.frequencies)
+        turn = torch.polar(torch.full_like(angle, self.rope_scale), angle)[:, None]  # [N, 1, D/2] complex
+        for number, layer in enumerate(self.layers):
+            q, k, v = self._qkv(layer, x, turn)
+            if rows is not None and number == len(self.layers) - 1:
+                x = x.index_select(0, rows)
+                seen = plan.last(number, q, k, v, self.scale, rows)
+            else:
+                seen = plan.tokens(number, q, k, v, self.scale)
+            self._rest(layer, x, seen.flatten(1))
+        return self._normed(x).mul_(self.final_norm)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """x / rms(x), a new tensor"""
+        mean: Tensor = torch.linalg.vecdot(x, x).div_(x.shape[-1])
+        return x * mean.add_(self.eps).rsqrt_().unsqueeze(-1)
+
+    def _qkv(self, layer: _Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        both = self.heads + self.kv_heads
+        parts = []
+        for rows, turned in zip(torch.split(x, ROWS), torch.split(turn, ROWS), strict=True):
+            out = F.linear(self._normed(rows), layer.qkv, layer.qkv_bias).view(len(rows), -1, self.dim)
+            qk = out[:, :both]
+            if layer.norms is not None:
+                mean = torch.linalg.vecdot(qk, qk).div_(self.dim)
+                qk.mul_(mean.add_(self.eps).rsqrt_().unsqueeze(-1)).mul_(layer.norms)
+            torch.view_as_complex(torch.unflatten(qk, -1, (-1, 2))).mul_(turned)
+            parts.append(out)
+        qkv = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return qkv[:, : self.heads], qkv[:, self.heads : both], qkv[:, both:]
+
+    def _rest(self, layer: _Layer, x: Tensor, seen: Tensor) -> None:
+        """What follows the attention, added to x."""
+        middle = layer.down.shape[0]
+        for rows, attended in zip(torch.split(x, ROWS), torch.split(seen, ROWS), strict=True):
+            rows.addmm_(attended, layer.out)
+            gate_up = F.linear(self._normed(rows), layer.gate_up)
+            rows.addmm_(F.silu(gate_up[:, :middle]).mul_(gate_up[:, middle:]), layer.down)

@@ -1,0 +1,85 @@
+"""Attention for a window of prompt nodes, all their tokens in one forward; their keys and values become new blocks of the cache.
+
+The window is any run of nodes in depth-first order, nodes that are already there left out. Within it the attention is tree attention. What
+a token's past holds beyond the window are nodes of the cache, and the queries below one of them are contiguous in the window.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fst_fast.rollout.cascade import PathAttention, partial_attention
+from fst_fast.rollout.kv_tree import Block, TreeCache, blocks_of
+from fst_fast.rollout.prompt_tree import Ints
+from fst_kernels.tree_attention import TreeMask, tree_attention
+
+
+class PrefillPlan:
+    """nodes: ascending, not yet in the cache, their ancestors in it or among them. read: those of them at whose ends logits are wanted."""
+
+    def __init__(
+        self, cache: TreeCache, nodes: Ints, read: Ints, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        tree = cache.tree
+        self.cache, self.read, self.device = cache, read, device
+        lengths = tree.end[nodes] - tree.start[nodes]
+        offset = np.concatenate([[0], np.cumsum(lengths)])  # [nodes + 1], of each node in the window
+        self.tokens_of = np.repeat(tree.start[nodes] - offset[:-1], lengths) + np.arange(offset[-1])
+        self.read_rows = offset[1:][np.searchsorted(nodes, read)] - 1  # [R], in the window
+        behind = np.searchsorted(tree.start, tree.last)  # exclusive end of each node's subtree, as a node
+        subtree_end = np.repeat(offset[np.searchsorted(nodes, behind[nodes])], lengths)
+        self.mask = TreeMask.from_subtree_end(torch.as_tensor(subtree_end.astype(np.int32), device=device))
+        above = set(tree.path_of(nodes).reshape(-1).tolist()) - {-1} - set(nodes.tolist())
+        self.ancestors = [  # (node, its queries in the window), from the deepest level up
+            (node, slice(*offset[np.searchsorted(nodes, [node, behind[node]])].tolist()))
+            for node in sorted(above, key=lambda node: -tree.level[node])
+        ]
+        self.blocks: list[tuple[Block, Tensor]] = []  # and [rows * L], the tokens of the window that go there
+        for own, block, place in blocks_of(tree.level[nodes], lengths, device=device, dtype=dtype):
+            index = np.where(place >= 0, offset[own][:, None] + place, 0)
+            self.blocks.append((block, torch.as_tensor(index.reshape(-1), device=device)))
+            cache.add(block, nodes[own], np.arange(len(own)))
+
+    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]; stores k and v."""
+        self._store(layer, k, v)
+        out, lse = tree_attention(
+            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], self.mask,
+            scale=scale, return_lse=True,
+        )  # fmt: skip
+        out = out.float()
+        heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
+        for node, below in self.ancestors:
+            seen = below.stop - below.start
+            key, value = self.cache.block(self.cache.block_of[node]).row(layer, int(self.cache.row_of[node]))
+            queries = q[below].transpose(0, 1).reshape(1, kv_heads, heads // kv_heads * seen, dim)
+            part, part_lse = partial_attention(queries, key, value, scale, None)
+            part_lse = part_lse.reshape(1, heads, seen)
+            total = torch.logaddexp(lse[:, :, below], part_lse)
+            out[:, :, below] *= (lse[:, :, below] - total).exp().unsqueeze(-1)
+            out[:, :, below] += part.reshape(1, heads, seen, -1) * (part_lse - total).exp().unsqueeze(-1)
+            lse[:, :, below] = total
+        return out[0].transpose(0, 1).to(q.dtype)
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """q [N, Hq, D], k and v [N, Hkv, D], rows: read_rows -> [R, Hq, D]; stores k and v."""
+        self._store(layer, k, v)
+        q = q.index_select(0, rows)
+        if not len(q):
+            return q
+        paths = PathAttention(self.cache, self.cache.tree.path_of(self.read), self.device)
+        return paths.attend(layer, q, k.shape[1], scale, None)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """For the transformers forward: q [1, Hq, N, D], k and v [1, Hkv, N, D] -> [1, N, Hq, D]."""
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return self.tokens(layer, q, k, v, scale)[None]
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        for block, index in self.blocks:
+            for kept, new in ((block.k, k), (block.v, v)):
+                assert len(kept) == layer, f"layer {layer} came after {len(kept)} layers"
+                rows = new.transpose(0, 1).index_select(1, index)  # [Hkv, rows * L, D]
+                kept.append(rows.view(len(rows), len(block.lengths), -1, new.shape[2]).transpose(0, 1))

@@ -1,0 +1,93 @@
+"""`cascade_decode_attention`: arguments checked, backend chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fst_kernels.backends import choose_backend
+from fst_kernels.cascade_decode import reference
+from fst_kernels.cascade_decode.plan import CascadePlan
+from fst_kernels.checks import FLOATS, check_tensor, look_at_values
+
+
+@overload
+def cascade_decode_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    plan: CascadePlan,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def cascade_decode_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    plan: CascadePlan,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.no_grad()
+def cascade_decode_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    plan: CascadePlan,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of one new token per sequence over the nodes of its path and its own suffix (the new token's key included, if the caller
+    has written it and counts it in the plan's suffix_lengths). For sampling: no gradient.
+
+    q [S,Hq,D]; k_pool, v_pool [slots,Hkv,D] of the same float type, Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv)), rows
+    of D contiguous, as the pool lies; plan: CascadePlan.build, made once for as long as no sequence changes its path. scale: default
+    D ** -0.5. Pools must hold finite numbers everywhere (make them with zeros). Returns out [S,Hq,D], with `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores).
+    A sequence that sees no key gets zeros and -inf. No atomics; segments are cut by their own length alone and parts merge in one order.
+
+    A CUDA graph can be captured after one call that warms up, and replays with whatever q, the pools, plan.suffix_lengths and
+    plan.suffix_slots then hold. Raises ValueError for shapes, types and devices that do not fit, for a pool smaller than the plan's slots
+    and, on the CPU or with FST_CHECK=1, for a suffix length over the plan's capacity; RuntimeError for a backend that cannot run here.
+    """
+    check_tensor("q", q, (plan.sequences, "Hq", "D"), FLOATS, plan.suffix_lengths.device)
+    sequences, heads, dim = q.shape
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        check_tensor(name, pool, ("slots", "Hkv", dim), (q.dtype,), q.device)
+        if pool.shape[:2] != k_pool.shape[:2] or pool.shape[1] < 1 or heads % pool.shape[1]:
+            raise ValueError(
+                f"{name} has shape {list(pool.shape)}, k_pool {list(k_pool.shape)}, q {list(q.shape)}; allowed: equal pools, Hq a multiple of Hkv"
+            )
+        if len(pool) <= plan.last_slot:
+            raise ValueError(f"{name} has {len(pool)} slots; the plan's nodes read slot {plan.last_slot}")
+        if pool.stride(2) != 1 and dim > 1:
+            raise ValueError(
+                f"{name} has strides {list(pool.stride())}; the D numbers of a key must lie side by side"
+            )
+    if sequences and look_at_values(q.device):
+        plan.of_step("checked", plan.check_lengths)
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    taken = choose_backend("cascade_decode_attention", backend, q.device, q.dtype)
+    if not q.numel():
+        out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
+    elif taken == "triton":
+        from fst_kernels.cascade_decode import triton  # only here: it is not installed everywhere
+
+        out, lse = triton.cascade_decode(q, k_pool, v_pool, plan, scale)
+    else:
+        out, partial_lse = reference.cascade_decode(q, k_pool, v_pool, plan, scale)
+        lse = torch.logsumexp(partial_lse, 0) if return_lse else partial_lse
+    return (out, lse) if return_lse else out

@@ -1,0 +1,141 @@
+"""The device code of cascade decoding: one kernel for the parts, one that merges them.
+
+A program of `part_kernel` takes one work item (a tile of query rows below a segment, a chunk of its keys; plan.Work) and one KV head. Rows
+of the tile are (query, head of the group) pairs: the keys and values are loaded once for all of them. It writes the softmax output over
+its keys and the log-sum-exp, in float32; suffixes are items whose last key is read from the device. `merge_kernel` adds the parts of one
+sequence in their order, root first. No atomics: every part has one writer, every output too.
+
+Scores are kept in units of log2 (scale2 = scale * log2 e). The interpreter multiplies in float32 only; tiles are chosen by the caller.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Names of arguments that belong together share a line.
+# fmt: off
+
+
+@triton.jit
+def _slot(table, first_slot, key, inside, PAGE: tl.constexpr):
+    """Slots of a segment's keys; `table` points at its first entry. PAGE = 0: one range."""
+    if PAGE == 0:
+        slot = first_slot + key
+    else:
+        slot = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64) + key % PAGE
+    return slot
+
+
+@triton.jit
+def part_kernel(
+    q, k_pool, v_pool,
+    node_slots, suffix_slots,  # tables of first slots
+    suffix_lengths,  # [S] int32
+    ranked,  # [S] int32: sequence of each rank
+    items,  # [I, 8] int32; see plan.Work
+    part_out,  # [parts, Hq, D] float32
+    part_lse2,  # [parts, Hq] float32, in units of log2
+    scale2, heads, kv_heads,
+    group,  # query heads per KV head
+    stride_qs, stride_qh,
+    stride_ks, stride_kh,
+    stride_vs, stride_vh,
+    D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    NODE_PAGE: tl.constexpr, SUFFIX_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    kv_head = program % kv_heads
+    item = items + (program // kv_heads).to(tl.int64) * 8
+    entry, begin, end, sequence = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    first_query, first_row, rows, first_part = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6), tl.load(item + 7)
+    if sequence >= 0:
+        end = tl.minimum(end, tl.load(suffix_lengths + sequence))
+    if begin < end:
+        row, column = first_row + tl.arange(0, ROWS), tl.arange(0, DIM)
+        live, wide = row < rows, column < D
+        query = row // group
+        head = kv_head * group + row % group
+        at = tl.load(ranked + first_query + query, mask=live, other=0).to(tl.int64)
+        q_tile = tl.load(
+            q + (at * stride_qs + head * stride_qh)[:, None] + column[None, :], mask=live[:, None] & wide[None, :], other=0.0
+        )
+        acc = tl.zeros([ROWS, DIM], tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        first_slot = tl.zeros((), tl.int64)  # of a range; loaded once, so that the loop's loads wait for nothing but the loop
+        if sequence >= 0:
+            if SUFFIX_PAGE == 0:
+                first_slot = tl.load(suffix_slots + entry).to(tl.int64)
+        else:
+            if NODE_PAGE == 0:
+                first_slot = tl.load(node_slots + entry).to(tl.int64)
+        k_head, v_head = k_pool + kv_head.to(tl.int64) * stride_kh, v_pool + kv_head.to(tl.int64) * stride_vh
+        for first in range(begin, end, KEYS):
+            key = first + tl.arange(0, KEYS)
+            inside = key < end
+            if NODE_PAGE == 0 and SUFFIX_PAGE == 0:
+                slot = first_slot + key
+            elif sequence >= 0:
+                slot = _slot(suffix_slots + entry, first_slot, key, inside, SUFFIX_PAGE)
+            else:
+                slot = _slot(node_slots + entry, first_slot, key, inside, NODE_PAGE)
+            there = inside[:, None] & wide[None, :]
+            k_tile = tl.load(k_head + (slot * stride_ks)[:, None] + column[None, :], mask=there, other=0.0)
+            v_tile = tl.load(v_head + (slot * stride_vs)[:, None] + column[None, :], mask=there, other=0.0)
+            score = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale2
+            score = tl.where(inside[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            weight = tl.exp2(score - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weight, 1)
+            acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
+            top = new_top
+        part = (first_part + query).to(tl.int64) * heads + head
+        tl.store(part_out + (part * D)[:, None] + column[None, :], acc / total[:, None], mask=live[:, None] & wide[None, :])
+        tl.store(part_lse2 + part, top + tl.log2(total), mask=live)
+
+
+@triton.jit
+def _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D: tl.constexpr):
+    at = part.to(tl.int64) * heads + head
+    lse2 = tl.load(part_lse2 + at, mask=inside, other=0.0)
+    value = tl.load(part_out + (at * D)[:, None] + column[None, :], mask=there, other=0.0)
+    new_top = tl.maximum(top, lse2)
+    shrink, weight = tl.exp2(top - new_top), tl.exp2(lse2 - new_top)
+    return acc * shrink[:, None] + value * weight[:, None], total * shrink + weight, new_top
+
+
+@triton.jit
+def merge_kernel(
+    part_out, part_lse2,
+    parts,  # [S, W] int32: the parts of each rank's nodes, in order
+    part_count,  # [S] int32
+    suffix_lengths, ranked,
+    out,
+    lse,  # [S, Hq] float32, natural log
+    heads, width, suffix_part, suffix_chunks,
+    stride_os, stride_oh,
+    D: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+):
+    rank = tl.program_id(0)
+    head, column = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM)
+    inside = head < heads
+    there = inside[:, None] & (column < D)[None, :]
+    sequence = tl.load(ranked + rank).to(tl.int64)
+    acc = tl.zeros([HEADS, DIM], tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    for i in range(0, tl.load(part_count + rank)):
+        part = tl.load(parts + rank.to(tl.int64) * width + i)
+        acc, total, top = _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D)
+    for i in range(0, tl.cdiv(tl.load(suffix_lengths + sequence), CHUNK)):
+        part = suffix_part + rank * suffix_chunks + i
+        acc, total, top = _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D)
+    some = tl.where(total == 0.0, 1.0, total)  # a sequence that sees no key: zeros and -inf
+    tl.store(
+        out + sequence * stride_os + (head * stride_oh)[:, None] + column[None, :],
+        (acc / some[:, None]).to(out.dtype.element_ty), mask=there,
+    )
+    tl.store(lse + sequence * heads + head, (top + tl.log2(some)) * 0.6931471805599453, mask=inside)

@@ -1,0 +1,165 @@
+"""`sample_tokens` over csrc/sample_tokens.cu, reached through its C interface with ctypes.
+
+backend="cuda" is the library that CMake builds with nvcc; backend="host" is the same source compiled with g++ at its first use, where CPU
+threads play the CUDA threads: for tests. Registered as the torch operation fst::sample_tokens, whose fake kernel lets torch.compile trace it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fst_kernels.library import LibraryName, load
+
+LARGEST_VOCABULARY = 1 << 22
+NAMES: tuple[LibraryName, ...] = ("cuda", "host")
+
+
+class _SampleTokens(ctypes.Structure):
+    """FstSampleTokens of csrc/sample_tokens.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "vocabulary")),
+        ("logits", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("temperature", "seeds", "positions")),
+        *((name, ctypes.c_void_p) for name in ("ids", "logprob", "untruncated")),
+        ("top_p", ctypes.c_double),
+        *((name, ctypes.c_float) for name in ("log_min_p", "temperature_of_all")),
+        *((name, ctypes.c_int32) for name in ("top_k", "logits_are_bf16", "threads", "cluster", "resident")),
+    ]
+
+
+@functools.cache
+def _library(name: LibraryName) -> ctypes.CDLL:
+    lib, path = load(name)
+    lib.fst_sample_tokens_size.restype = ctypes.c_int64
+    lib.fst_sample_tokens.argtypes = [ctypes.POINTER(_SampleTokens), ctypes.c_void_p]
+    lib.fst_error.restype = ctypes.c_char_p
+    theirs, ours = lib.fst_sample_tokens_size(), ctypes.sizeof(_SampleTokens)
+    if theirs != ours:
+        raise RuntimeError(
+            f"{path} was built from other sources (its arguments take {theirs} bytes, {ours} expected); build it again"
+        )
+    return lib
+
+
+class Launch(NamedTuple):
+    """How the kernel runs; 0 and -1 leave it to the kernel, which decides by the vocabulary and the device alone. No result depends on it."""
+
+    threads: int = 0
+    cluster: int = 0
+    resident: int = -1  # 1: the row stays in shared memory; 0: it is read again for every pass
+
+
+CHOOSE = Launch()
+
+
+def launch_kernel(
+    logits: Tensor,  # [S, V] fp32 or bf16; rows may lie apart, elements may not
+    temperature: float | Tensor,  # [S] fp32
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seeds: Tensor,  # [S] int64
+    positions: Tensor,  # [S] int64
+    library_name: LibraryName = "cuda",
+    launch: Launch = CHOOSE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, logprob, untruncated_logprob, each [S]; both log-probs are NaN where a row is unusable. One kernel on the current stream."""
+    lib = _library(library_name)
+    rows, vocabulary = logits.shape
+    assert logits.dtype in (torch.float32, torch.bfloat16)
+    assert logits.stride(1) == 1 or vocabulary == 1
+    per_row = temperature if isinstance(temperature, Tensor) else None
+    for x, dtype in ((seeds, torch.int64), (positions, torch.int64), (per_row, torch.float32)):
+        assert x is None or (x.dtype == dtype and x.is_contiguous() and x.device == logits.device)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprob, untruncated = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    arguments = _SampleTokens(
+        rows=rows,
+        vocabulary=vocabulary,
+        logits=logits.data_ptr(),
+        stride=logits.stride(0),
+        temperature=None if per_row is None else per_row.data_ptr(),
+        seeds=seeds.data_ptr(),
+        positions=positions.data_ptr(),
+        ids=ids.data_ptr(),
+        logprob=logprob.data_ptr(),
+        untruncated=untruncated.data_ptr(),
+        top_p=1.0 if top_p is None else top_p,
+        log_min_p=math.log(min_p) if min_p else -math.inf,
+        temperature_of_all=1.0 if isinstance(temperature, Tensor) else temperature,
+        top_k=top_k or 0,
+        logits_are_bf16=int(logits.dtype == torch.bfloat16),
+        threads=launch.threads,
+        cluster=launch.cluster,
+        resident=launch.resident,
+    )
+    if logits.is_cuda:
+        with torch.cuda.device(logits.device):
+            stream = torch.cuda.current_stream(logits.device).cuda_stream
+            error = lib.fst_sample_tokens(ctypes.byref(arguments), stream)
+    else:
+        error = lib.fst_sample_tokens(ctypes.byref(arguments), None)
+    if error:
+        raise RuntimeError(
+            f"sample_tokens on [{rows}, {vocabulary}] with {launch}: {lib.fst_error(error).decode()} (code {error})"
+        )
+    return ids, logprob, untruncated
+
+
+@torch.library.custom_op("fst::sample_tokens", mutates_args=())
+def sample_tokens_op(
+    logits: Tensor,
+    temperature: Tensor | None,
+    temperature_of_all: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seeds: Tensor,
+    positions: Tensor,
+    library_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert library_name in NAMES
+    name: LibraryName = "cuda" if library_name == "cuda" else "host"
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        logits = logits.float()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    per_row = None if temperature is None else temperature.float().contiguous()
+    return launch_kernel(
+        logits,
+        temperature_of_all if per_row is None else per_row,
+        top_k,
+        top_p,
+        min_p,
+        seeds.contiguous(),
+        positions.contiguous(),
+        name,
+    )
+
+
+@sample_tokens_op.register_fake
+def _(
+    logits: Tensor,
+    temperature: Tensor | None,
+    temperature_of_all: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    seeds: Tensor,
+    positions: Tensor,
+    library_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+    )

@@ -1,0 +1,65 @@
+"""Run by test_hand_over.py, alone or on two processes: samples waves of uneven size, then spoils the weights of one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fst_fast.cli import prepare_environment
+from fst_fast.config import Config
+from fst_fast.contracts import Context
+from fst_fast.policy import ranks
+from fst_fast.policy.engine import Policy
+from fst_fast.rollout.wave import Sampler
+from fst_fast.tasks.registry import load_task
+
+
+def main() -> None:
+    prepare_environment()
+    config = Config.model_validate(
+        {
+            "task_args": {"form": "mini", "arms": 5, "path": 4, "ids": 40},
+            "rollout": {"max_response_tokens": 16},
+            "policy": {"zero_stage": 1},
+        }
+    )
+    ranks.init(60.0)
+    problems = load_task(config.task, config.task_args).problems("train")
+    contexts = [Context.of("solve the problem ."), Context.of("start at the goal and go back to the start .")]
+    waves = []
+    with Sampler.open(config) as sampler:
+        policy = Policy(config)
+        policy.hand_over()
+        engine = sampler.engine(policy.rollout_model)
+        for size in (1, 7, 0):  # a process without work, more than the other, and none at all
+            wave = [(contexts[i % 2], problems[i // 2], i) for i in range(size)]
+            sampled = sampler.spread(engine, wave, stream=(0, "test"), policy_version=0, temperature=1.0)
+            waves.append(
+                [
+                    (
+                        s.rollout.problem_id,
+                        s.rollout.response_ids.tolist(),
+                        s.rollout.logprobs.tolist(),
+                        s.verdict.reward,
+                    )
+                    for s in sampled
+                ]
+            )
+        if ranks.rank() == 1:
+            with torch.no_grad():
+                next(policy.module.parameters())[3, 3] += 1e-3
+        try:
+            policy.hand_over()
+            said = ""
+        except RuntimeError as error:
+            said = str(error)
+    everybody = ranks.all_gather((waves, said))
+    if ranks.rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(everybody))
+
+
+if __name__ == "__main__":
+    main()
