@@ -30,7 +30,7 @@ class PrefillPlan:
         self.read_rows = offset[1:][np.searchsorted(nodes, read)] - 1  # [R], in the window
         behind = np.searchsorted(tree.start, tree.last)  # exclusive end of each node's subtree, as a node
         subtree_end = np.repeat(offset[np.searchsorted(nodes, behind[nodes])], lengths)
-        self.mask = TreeMask.from_subtree_end(torch.as_tensor(subtree_end.astype(np.int32), device=device))
+        self.mask = TreeMask.from_subtree_end(torch.from_numpy(subtree_end.astype(np.int32)), device=device)
         above = set(tree.path_of(nodes).reshape(-1).tolist()) - {-1} - set(nodes.tolist())
         self.ancestors = [  # (node, its queries in the window), from the deepest level up
             (node, slice(*offset[np.searchsorted(nodes, [node, behind[node]])].tolist()))
