@@ -256,7 +256,11 @@ def test_a_verification_that_fails_has_no_reward_says_why_and_is_counted(
 
 
 @filtered
-@pytest.mark.parametrize("whom", ["ppid", "kill -1", f"kill {os.getpid()}", f"kill -{os.getpgid(0)}"])
+@pytest.mark.parametrize(
+    "whom",
+    ["ppid", "kill -1", f"kill {os.getpid()}", f"kill -{os.getpgid(0)}"],
+    ids=["its parent", "everybody", "the trainer", "the trainer's group"],
+)
 def test_a_grader_cannot_signal_what_is_above_it(shared: VerifierPool, whom: str) -> None:
     verdicts = ask(shared, "7", whom, "8")
     assert [v.reward for v in verdicts] == [1.0, None, 0.0]
