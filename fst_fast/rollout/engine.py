@@ -89,6 +89,7 @@ class RolloutEngine:
         self.stop, self.decode, self.note = tuple(stop), decode, note
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
         self.most_kv_bytes = 0  # held at a time, ever
+        self._noted: set[tuple[int, int]] = set()
         self._prefixes = Prefixes()
         self._forward: Forward | None = None
         self._weights: list[float] = []
@@ -175,10 +176,12 @@ class RolloutEngine:
             prefixes=self._prefixes,
             join_tokens=self.join_tokens,
         )
-        if decoder.max_batch < min(max_batch, len(prompts)):
+        wanted = min(max_batch, len(prompts))
+        if decoder.max_batch < wanted and (decoder.max_batch, wanted) not in self._noted:
+            self._noted.add((decoder.max_batch, wanted))
             self.note(
-                f"rollouts: {decoder.max_batch} instead of {min(max_batch, len(prompts))} sequences at a time, since keys and values of "
-                f"{each} bytes per token must stay within {self._kv_bytes()} bytes (rollout.kv_memory_bytes)"
+                f"rollouts: {decoder.max_batch} instead of {wanted} sequences at a time, since keys and values of {each} bytes per token "
+                f"must stay within {decoder.kv_tokens * each} bytes (rollout.kv_memory_bytes)"
             )
         decoder.run()
         self.tokens_computed += decoder.tokens_computed
