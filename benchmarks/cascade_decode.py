@@ -6,7 +6,7 @@ attention over copies of each whole past (batched: copies made before the clock 
 cascade where it is installed. Reported: median ms (CUDA events; on the CPU CPU seconds of all threads), TB/s of what the peer must read, and
 the floor (unique bytes at 4.3 TB/s, on a GPU) as a share of the time.
 
-    python benchmarks/cascade_decode.py [--rounds 20] [--threads 1] [--write]
+    python -m benchmarks.cascade_decode [--rounds 20] [--threads 1] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fst_kernels import CascadePlan, backends, cascade_decode_attention
 
-RESULTS = Path(__file__).parent / "results"
 BANDWIDTH = 4.3e12  # bytes/s of an H200, measured
 PAGE = 16  # FlashInfer's
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +96,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/cascade_decode.json")
+    parser.add_argument(
+        "--out", type=Path, help="folder for cascade_decode_cpu.json or cascade_decode_cuda.json"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -179,15 +180,17 @@ def main() -> None:
     for name, why in skipped.items():
         print(f"{name:48s} SKIPPED: {why}")
     print(f"bytes: unique {volume.unique:,}, read by tiles {volume.read:,}, unshared {volume.unshared:,}")
-    if args.write:
+    if args.out:
         result = {
             "benchmark": "cascade_decode", "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu_name(), "threads": args.threads,
             "clock": "CUDA events" if DEVICE.type == "cuda" else "CPU seconds of all threads", "dtype": str(dtype).removeprefix("torch."),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "sizes": s, "bytes": volume._asdict(), "floor_ms": floor_ms, "rows": rows, "skipped": skipped,
         }  # fmt: skip
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "cascade_decode.json").write_text(json.dumps(result, indent=1) + "\n")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"cascade_decode_{torch.device(DEVICE).type}.json").write_text(
+            json.dumps(result, indent=1) + "\n"
+        )
 
 
 def cpu_name() -> str:

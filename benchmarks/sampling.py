@@ -3,7 +3,7 @@
 On a GPU [512, 151936] float32 and bf16 logits, on the CPU [32, 32000] float32. Reported: median ms (CUDA events; on the CPU CPU seconds of
 all threads), TB/s of one reading of the logits, and that reading's floor (4.3 TB/s, on a GPU) as a share of the time.
 
-    python benchmarks/sampling.py [--rounds 20] [--threads 1] [--write]
+    python -m benchmarks.sampling [--rounds 20] [--threads 1] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
-from cascade_decode import BANDWIDTH, DEVICE, RESULTS, cpu_name, milliseconds
 from torch import Tensor
 
+from benchmarks.cascade_decode import BANDWIDTH, DEVICE, cpu_name, milliseconds
 from fst_kernels import library, sample_tokens
 
 RULES: dict[str, dict[str, float]] = {
@@ -83,7 +84,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/sampling.json")
+    parser.add_argument("--out", type=Path, help="folder for sampling_cpu.json or sampling_cuda.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -139,14 +140,16 @@ def main() -> None:
                 )
     for name, why in skipped.items():
         print(f"{name:18s} SKIPPED: {why}")
-    if args.write:
+    if args.out:
         result = {
             "benchmark": "sampling", "device": torch.cuda.get_device_name() if gpu else cpu_name(), "threads": args.threads, "shape": [rows, vocabulary],
             "clock": "CUDA events" if gpu else "CPU seconds of all threads",
             "versions": {"python": platform.python_version(), "torch": torch.__version__}, "rows": found, "skipped": skipped,
         }  # fmt: skip
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "sampling.json").write_text(json.dumps(result, indent=1) + "\n")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"sampling_{torch.device(DEVICE).type}.json").write_text(
+            json.dumps(result, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -86,11 +86,11 @@ def _cannot(op: str, name: str, device: torch.device, dtype: torch.dtype | None)
     return CANNOT[name](device, dtype)
 
 
-def _unfit(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+def _unfit(op: str, name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
     """Why a backend that can run is not taken unless it is named."""
     if name == "triton" and device.type != "cuda":
         return "its interpreter is for tests"
-    if name == "triton" and dtype == torch.float32:
+    if name == "triton" and dtype == torch.float32 and op.startswith("linear_"):
         return "full float32 products are faster in cuBLAS"
     if name == "cuda":
         return "it has not been timed on a GPU yet"
@@ -115,7 +115,7 @@ def choose_backend(
         return next(
             name
             for name in IMPLEMENTED[op]
-            if _cannot(op, name, device, dtype) is None and _unfit(name, device, dtype) is None
+            if _cannot(op, name, device, dtype) is None and _unfit(op, name, device, dtype) is None
         )
     if wanted not in NAMES:
         raise ValueError(
@@ -135,7 +135,9 @@ def backends() -> dict[str, BackendReport]:
     for op in IMPLEMENTED:
         taken = choose_backend(op, None, device, dtype)
         others = {
-            name: _cannot(op, name, device, dtype) or _unfit(name, device, dtype) or f"{taken} is preferred"
+            name: _cannot(op, name, device, dtype)
+            or _unfit(op, name, device, dtype)
+            or f"{taken} is preferred"
             for name in NAMES
             if name != taken
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,15 +50,17 @@ def _cuda_places() -> tuple[Path, ...]:
     return _PACKAGE / "libfst_cuda.so", _CHECKOUT / "build" / "csrc" / "libfst_cuda.so"
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++")
+def _compiler() -> list[str] | None:
+    """The command of the C++ compiler: CXX, words apart, or g++; None if it is not there."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return command if shutil.which(command[0]) else None
 
 
 def _build_host() -> Path:
     """build/csrc/libfst_host-<hash of sources and command>.so, made if it is not there."""
     csrc, compiler = _CHECKOUT / "csrc", _compiler()
     assert compiler is not None
-    stamp = hashlib.sha256(" ".join((compiler, *_FLAGS)).encode())
+    stamp = hashlib.sha256(" ".join((*compiler, *_FLAGS)).encode())
     for source in _SOURCES:
         stamp.update((csrc / source).read_bytes())
     path = _CHECKOUT / "build" / "csrc" / f"libfst_host-{stamp.hexdigest()[:16]}.so"
@@ -65,7 +68,7 @@ def _build_host() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [compiler, *_FLAGS, *(str(csrc / source) for source in _COMPILED), "-o", str(made)]
+            command = [*compiler, *_FLAGS, *(str(csrc / source) for source in _COMPILED), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 def run(*arguments):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     environment.pop("PYTEST_ADDOPTS", None)
-    for name in [n for n in environment if n.startswith("PYTEST_XDIST")]:  # with which pytest-benchmark measures nothing
+    for name in [
+        n for n in environment if n.startswith("PYTEST_XDIST")
+    ]:  # with which pytest-benchmark measures nothing
         del environment[name]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -146,3 +146,15 @@ def test_the_gpu_tests_and_benchmarks_load_where_most_packages_are_missing(tmp_p
 def test_the_script_is_clean_for_shellcheck():
     done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("part", PARTS[2:])
+def test_every_benchmark_takes_the_folder_that_the_script_gives_it(part):
+    source = (ROOT / "benchmarks" / f"{part}.py").read_text()
+    if "\ndef test_" in source:
+        return  # pytest's own option, of benchmarks/conftest.py
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+    command = [sys.executable, "-m", f"benchmarks.{part}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout

@@ -361,6 +361,12 @@ def test_second_derivatives_are_refused():
         ({"ref_hidden": torch.zeros(9, 4).double()}, r"ref_hidden has shape \[9, 4\]; allowed: \[9, 5\]"),
         ({"ref_hidden": torch.zeros(9, 4), "ref_weight": torch.zeros(11, 3)}, r"allowed: \[11, 4\]"),
         ({"ref_weight": torch.zeros(11, 5)}, "ref_weight is given without ref_hidden"),
+        ({"weight": torch.zeros(0, 5).double()}, r"weight has shape \[0, H\]; a vocabulary of at least 1"),
+        ({"bias": torch.tensor([0.0] * 10 + [-torch.inf])}, r"bias\[10\]=-inf; it must be finite"),
+        (
+            {"ref_hidden": torch.zeros(9, 4), "ref_weight": torch.zeros(11, 4)},
+            "ref_hidden has dtype torch.float32 and hidden torch.float64",
+        ),
         ({"chunk_rows": 0}, "chunk_rows=0; allowed"),
         ({"backend": "tpu"}, "backend='tpu' is not a backend; allowed: reference, triton, cuda, host"),
     ],

@@ -606,3 +606,17 @@ def test_a_backend_asked_for_by_name_runs_or_raises() -> None:
             tree_attention(Q, KV, KV, END, backend=name)
     with pytest.raises(ValueError, match="tpu"):
         tree_attention(Q, KV, KV, END, backend="tpu")
+
+
+def test_autocast_does_not_reach_inside(monkeypatch):
+    monkeypatch.setattr(reference, "flash_shares_heads", lambda: False)  # the path that other devices take
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 12, 16, generator=g).requires_grad_() for h in (4, 2, 2))
+    mask = TreeMask.shared_prefixes([(4, (5, 3))])
+    want = tree_attention(q, k, v, mask)
+    grads = torch.autograd.grad(want.square().sum(), (q, k, v))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = tree_attention(q, k, v, mask)
+        same = torch.autograd.grad(got.square().sum(), (q, k, v))
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(same, grads, strict=True))

@@ -59,7 +59,7 @@ def cascade_decode_attention(
     D ** -0.5. Pools must hold finite numbers everywhere (make them with zeros). Returns out [S,Hq,D], with `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores).
     A sequence that sees no key gets zeros and -inf. No atomics; segments are cut by their own length alone and parts merge in one order.
 
-    A CUDA graph can be captured after one call that warms up, and replays with whatever q, the pools, plan.suffix_lengths and
+    backend="triton" can be captured in a CUDA graph after one call that warms up, and replays with whatever q, the pools, plan.suffix_lengths and
     plan.suffix_slots then hold. Raises ValueError for shapes, types and devices that do not fit, for a pool smaller than the plan's slots
     and, on the CPU or with FST_CHECK=1, for a suffix length over the plan's capacity; RuntimeError for a backend that cannot run here.
     """
@@ -88,6 +88,11 @@ def cascade_decode_attention(
 
         out, lse = triton.cascade_decode(q, k_pool, v_pool, plan, scale)
     else:
-        out, partial_lse = reference.cascade_decode(q, k_pool, v_pool, plan, scale)
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cascade_decode_attention: backend=reference cannot be captured in a CUDA graph, a replay would see the lengths of the capture; triton can"
+            )
+        with torch.autocast(q.device.type, enabled=False):
+            out, partial_lse = reference.cascade_decode(q, k_pool, v_pool, plan, scale)
         lse = torch.logsumexp(partial_lse, 0) if return_lse else partial_lse
     return (out, lse) if return_lse else out

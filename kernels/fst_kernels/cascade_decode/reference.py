@@ -199,14 +199,14 @@ def _groups(plan: CascadePlan, start: Tensor, levels: int) -> list[Tensor]:
     return groups
 
 
-def _suffixes(plan: CascadePlan) -> Suffixes:
+def _suffixes(plan: CascadePlan, slots_of_pool: int) -> Suffixes:
     """For the lengths and slots of now."""
     lengths, table, page = plan.suffix_lengths, plan.suffix_slots, plan.suffix_page
     on_host = lengths.device.type == "cpu"
     # The largest length is looked at where that does not wait for a device.
     longest = max(1, int(lengths.max())) if on_host else plan.suffix_capacity
     step = _regular(table[:, 0]) if on_host and (not page or longest <= page) else None
-    if step is not None:
+    if step is not None and int(table[:, 0].max()) + longest <= slots_of_pool:
         keys = Keys(len(lengths), longest, int(table[0, 0]), step)
     else:
         slots = _slots(table.long(), page, longest)
@@ -223,7 +223,7 @@ def cascade_decode(
     kv_heads, value_dim = k_pool.shape[1], v_pool.shape[2]
     group = heads // kv_heads
     known: Schedule = schedule(plan)
-    own: Suffixes = plan.of_step("suffixes", lambda: _suffixes(plan))
+    own: Suffixes = plan.of_step("suffixes", lambda: _suffixes(plan, len(k_pool)))
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.reshape(sequences, kv_heads, group, dim)
     out = q.new_empty((known.used, kv_heads, group, value_dim), dtype=wide)

@@ -30,6 +30,8 @@ def check_head(
     num_rows, size = hidden.shape
     check_tensor("weight", weight, ("V", size), (hidden.dtype,), device)
     vocabulary = weight.shape[0]
+    if not vocabulary:
+        raise ValueError("weight has shape [0, H]; a vocabulary of at least 1 is needed")
     check_tensor("labels", labels, ("M",) if rows is not None else (num_rows,), (torch.int64,), device)
     if rows is not None:
         check_tensor("rows", rows, (labels.shape[0],), INTS, device)
@@ -58,6 +60,10 @@ def check_head(
         check_tensor("ref_weight", ref_weight, (vocabulary, ref_hidden.shape[1]), (ref_hidden.dtype,), device)
         if ref_bias is not None:
             check_tensor("ref_bias", ref_bias, (vocabulary,), FLOATS, device)
+        if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            raise ValueError(
+                f"ref_hidden has dtype {ref_hidden.dtype} and hidden {hidden.dtype}; float64 goes with float64 only"
+            )
 
 
 def check_head_values(
@@ -66,6 +72,7 @@ def check_head_values(
     rows: Tensor | None,
     row_temperature: Tensor | None,
     ref_hidden: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
     vocabulary: int,
     live: Tensor,  # [M] bool: labels that count
 ) -> None:
@@ -76,6 +83,12 @@ def check_head_values(
         if not bool(good.all()):
             bad = int((~good).nonzero()[0, 0])
             raise ValueError(f"temperature[{bad}]={float(row_temperature[bad])}; allowed: finite numbers > 0")
+    for name, bias in zip(("bias", "ref_bias"), biases, strict=True):
+        if bias is not None and not bool(torch.isfinite(bias).all()):
+            bad = int((~torch.isfinite(bias)).nonzero()[0, 0])
+            raise ValueError(
+                f"{name}[{bad}]={float(bias[bad])}; it must be finite: to mask a token take a number such as -1e4"
+            )
     known = torch.where(labels == IGNORED, 0, labels)
     check_range("labels", known, 0, max(vocabulary, 1), f", or {IGNORED} (ignored)")
     if rows is not None:

@@ -89,7 +89,9 @@ def linear_logprob_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprob [M], entropy [N], lse [N], ref_logprob [M] or [0], kl [N] or [0], kept [4, N]."""
     ignored = labels == IGNORED
-    check_head_values(hidden, labels, rows, row_temperature, ref_hidden, weight.shape[0], ~ignored)
+    check_head_values(
+        hidden, labels, rows, row_temperature, ref_hidden, (bias, ref_bias), weight.shape[0], ~ignored
+    )
     dtype, num_rows = accumulator(hidden.dtype), hidden.shape[0]
     table = every_label(labels, rows)
     logprob = hidden.new_zeros(labels.shape, dtype=dtype)
@@ -156,7 +158,10 @@ def _setup_context(
     output: tuple[Tensor, ...],
 ) -> None:
     _, entropy, lse, ref_logprob, divergence, kept = output
-    ctx.save_for_backward(*inputs, entropy, divergence, kept)
+    needed = list(inputs)
+    if keyword_only_inputs["kl"] is None:  # the reference's own log-probs have no gradient
+        needed[5:8] = [None] * 3
+    ctx.save_for_backward(*needed, entropy, divergence, kept)
     ctx.numbers = keyword_only_inputs
     without_kl = [divergence] if keyword_only_inputs["kl"] is None else []
     ctx.mark_non_differentiable(lse, ref_logprob, kept, *without_kl)

@@ -255,6 +255,7 @@ class TritonRows:
         self.head = weights(heads.weight, heads.bias)
         self.ref_head = self.head if heads.ref_weight is None else weights(heads.ref_weight, heads.ref_bias)
         self.softcap, self.kl = heads.softcap, heads.kl
+        self.operands: tuple[Tensor, Tensor] | None = None
 
     def evaluate(self, rows: Rows, *, keep: bool) -> RowValues:
         n, count, device = rows.hidden.shape[0], rows.labels.shape[0], rows.hidden.device
@@ -291,13 +292,16 @@ class TritonRows:
         return values
 
     def recall(self, rows: Rows, entropy: Tensor, kl: Tensor | None, kept: Tensor) -> None:
-        def products(hidden: Tensor, head: Weights) -> Tensor:
-            return matmul(hidden, operand(head.weight).t())
+        if self.operands is None:  # in fp16 a copy in fp32
+            own = operand(self.head.weight)
+            other = own if self.ref_head is self.head else operand(self.ref_head.weight)
+            self.operands = own, other
+        own, other = self.operands
 
-        ref_products = None if rows.ref_hidden is None else products(rows.ref_hidden, self.ref_head)
+        ref_products = None if rows.ref_hidden is None else matmul(rows.ref_hidden, other.t())
         ranges = LabelRanges.of(rows.hidden.shape[0], rows.label_rows, rows.labels)
         numbers = numbers_of(row_temperatures(rows), kept, entropy, kl)
-        self.last = products(rows.hidden, self.head), ref_products, ranges, numbers
+        self.last = matmul(rows.hidden, own.t()), ref_products, ranges, numbers
 
     def gradient(
         self,

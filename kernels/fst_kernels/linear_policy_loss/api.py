@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fst_kernels.backends import choose_backend
-from fst_kernels.checks import FLOATS, check_tensor
+from fst_kernels.checks import FLOATS, INTS, check_tensor
 from fst_kernels.linear_logprob.api import LogprobOutput, detached, split_temperature
 from fst_kernels.linear_logprob.arguments import check_head
 from fst_kernels.linear_logprob.rows import IGNORED, accumulate_
@@ -120,6 +120,8 @@ def policy_loss(
     check_tensor("labels", labels, tuple(output.logprob.shape), (torch.int64,), output.logprob.device)
     ref_logprob = output.ref_logprob if ref_logprob is None else ref_logprob
     per_label = check_labels(labels, advantages, token_weight, old_logprob, rollout_weight, ref_logprob)
+    if rows is not None:
+        check_tensor("rows", rows, tuple(labels.shape), INTS, labels.device)
     if sequence is not None:
         check_tensor("sequence", sequence, tuple(labels.shape), (torch.int64, torch.int32), labels.device)
     exact = objective.exact_kl is not None

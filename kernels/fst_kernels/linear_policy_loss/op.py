@@ -93,7 +93,9 @@ def linear_policy_loss_op(
     objective = PolicyObjective(**objective_fields)
     given = {name: x for name, x in zip(PER_LABEL, per_label, strict=True) if x is not None}
     live = (labels != IGNORED) & (given["token_weight"] != 0)
-    check_head_values(hidden, labels, rows, row_temperature, ref_hidden, weight.shape[0], live)
+    check_head_values(
+        hidden, labels, rows, row_temperature, ref_hidden, (bias, ref_bias), weight.shape[0], live
+    )
     check_label_values(given, live)
     dtype, device = accumulator(hidden.dtype), hidden.device
     # Rows whose labels are all ignored or weigh nothing take no part at all.

@@ -1,7 +1,7 @@
 """`sample_tokens` over csrc/sample_tokens.cu, reached through its C interface with ctypes.
 
 backend="cuda" is the library that CMake builds with nvcc; backend="host" is the same source compiled with g++ at its first use, where CPU
-threads play the CUDA threads: for tests. Registered as the torch operation fst::sample_tokens, whose fake kernel lets torch.compile trace it.
+threads play the CUDA threads: for tests. Registered as the torch operation fst_kernels::sample_tokens, whose fake kernel lets torch.compile trace it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def launch_kernel(
     return ids, logprob, untruncated
 
 
-@torch.library.custom_op("fst::sample_tokens", mutates_args=())
+@torch.library.custom_op("fst_kernels::sample_tokens", mutates_args=())
 def sample_tokens_op(
     logits: Tensor,
     temperature: Tensor | None,

@@ -43,7 +43,8 @@ def _forward(
 
         out, total = triton.forward(q, k, v, mask, scale, window)
         return out, triton.natural(total), total
-    out, total = reference.forward(q, k, v, mask.expand(len(q)), scale, window)
+    with torch.autocast(q.device.type, enabled=False):
+        out, total = reference.forward(q, k, v, mask.expand(len(q)), scale, window)
     return out, total.to(torch.float32, copy=True), total
 
 
@@ -64,7 +65,8 @@ def _backward(
         from fst_kernels.tree_attention import triton
 
         return triton.backward(dout, q, k, v, out, total, mask, scale, window)
-    return reference.backward(dout, q, k, v, out, total, mask.expand(len(q)), scale, window)
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.backward(dout, q, k, v, out, total, mask.expand(len(q)), scale, window)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -350,15 +350,16 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 def flash_shares_heads() -> bool:
     """Whether this torch's CPU flash attention takes fewer key heads than query heads, as newer ones do; tried, not guessed."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 4, 3, 8, generator=generator)
-    k, v = torch.randn(2, 1, 2, 3, 8, generator=generator)
-    try:
-        shared, lse = Flash().forward(q, k, v, True, None, 1.0)
-        grads = Flash().backward(q, q, k, v, shared, lse, True, None, 1.0)
-    except (AttributeError, RuntimeError):
-        return False
-    plain, plain_lse = Matmul().forward(q, k, v, True, None, 1.0)
-    plain_grads = Matmul().backward(q, q, k, v, plain, plain_lse, True, None, 1.0)
+    q = torch.randn(1, 4, 3, 8, generator=generator, dtype=torch.float32, device="cpu")
+    k, v = torch.randn(2, 1, 2, 3, 8, generator=generator, dtype=torch.float32, device="cpu")
+    with torch.autocast("cpu", enabled=False):
+        try:
+            shared, lse = Flash().forward(q, k, v, True, None, 1.0)
+            grads = Flash().backward(q, q, k, v, shared, lse, True, None, 1.0)
+        except (AttributeError, RuntimeError):
+            return False
+        plain, plain_lse = Matmul().forward(q, k, v, True, None, 1.0)
+        plain_grads = Matmul().backward(q, q, k, v, plain, plain_lse, True, None, 1.0)
     pairs = zip((shared, *grads), (plain, *plain_grads), strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
