@@ -46,6 +46,21 @@ def load(name: LibraryName) -> tuple[ctypes.CDLL, Path]:
     return ctypes.CDLL(str(path)), path
 
 
+def load_kernel(name: LibraryName, function: str, arguments: type[ctypes.Structure]) -> ctypes.CDLL:
+    """The library, with `function(arguments *, stream)` and `fst_error` declared. RuntimeError: see load, or its arguments are others."""
+    lib, path = load(name)
+    size = getattr(lib, f"{function}_size")
+    size.restype = ctypes.c_int64
+    getattr(lib, function).argtypes = [ctypes.POINTER(arguments), ctypes.c_void_p]
+    lib.fst_error.restype = ctypes.c_char_p
+    theirs, ours = size(), ctypes.sizeof(arguments)
+    if theirs != ours:
+        raise RuntimeError(
+            f"{path} was built from other sources (its arguments take {theirs} bytes, {ours} expected); build it again"
+        )
+    return lib
+
+
 def _cuda_places() -> tuple[Path, ...]:
     return _PACKAGE / "libfst_cuda.so", _CHECKOUT / "build" / "csrc" / "libfst_cuda.so"
 

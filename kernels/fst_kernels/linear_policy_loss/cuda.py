@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fst_kernels.library import LibraryName, load
+from fst_kernels.library import LibraryName, load_kernel
 from fst_kernels.linear_logprob.reference import ROW_BLOCK, Head, make_heads, pad_rows
 from fst_kernels.linear_logprob.rows import Heads, Rows, RowValues, matmul
 from fst_kernels.linear_policy_loss.objective import PolicyObjective
@@ -60,16 +60,7 @@ class _PolicyRows(ctypes.Structure):
 
 @functools.cache
 def _library(name: LibraryName) -> ctypes.CDLL:
-    lib, path = load(name)
-    lib.fst_policy_rows_size.restype = ctypes.c_int64
-    lib.fst_policy_rows.argtypes = [ctypes.POINTER(_PolicyRows), ctypes.c_void_p]
-    lib.fst_error.restype = ctypes.c_char_p
-    theirs, ours = lib.fst_policy_rows_size(), ctypes.sizeof(_PolicyRows)
-    if theirs != ours:
-        raise RuntimeError(
-            f"{path} was built from other sources (its arguments take {theirs} bytes, {ours} expected); build it again"
-        )
-    return lib
+    return load_kernel(name, "fst_policy_rows", _PolicyRows)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the kernel

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fst_kernels.library import LibraryName, load
+from fst_kernels.library import LibraryName, load_kernel
 
 LARGEST_VOCABULARY = 1 << 22
 NAMES: tuple[LibraryName, ...] = ("cuda", "host")
@@ -37,16 +37,7 @@ class _SampleTokens(ctypes.Structure):
 
 @functools.cache
 def _library(name: LibraryName) -> ctypes.CDLL:
-    lib, path = load(name)
-    lib.fst_sample_tokens_size.restype = ctypes.c_int64
-    lib.fst_sample_tokens.argtypes = [ctypes.POINTER(_SampleTokens), ctypes.c_void_p]
-    lib.fst_error.restype = ctypes.c_char_p
-    theirs, ours = lib.fst_sample_tokens_size(), ctypes.sizeof(_SampleTokens)
-    if theirs != ours:
-        raise RuntimeError(
-            f"{path} was built from other sources (its arguments take {theirs} bytes, {ours} expected); build it again"
-        )
-    return lib
+    return load_kernel(name, "fst_sample_tokens", _SampleTokens)
 
 
 class Launch(NamedTuple):
