@@ -60,6 +60,15 @@ class RolloutConfig(Section):
     """openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The key comes from OPENAI_API_KEY only."""
 
 
+class StageConfig(Section):
+    task: str
+    """As the key task."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """As the key task_args."""
+    steps: int = Field(ge=1)
+    """Steps of this stage, distillation included."""
+
+
 class SlowConfig(Section):
     steps: int = Field(100, ge=0)
     """Optimiser steps of the whole run."""
@@ -100,6 +109,9 @@ class SlowConfig(Section):
     """Forest tokens (padded: tokens of the padded batch) of one forward/backward on one process."""
     head_chunk_rows: int = Field(1024, ge=1)
     """Rows of logits that exist at one time in the loss."""
+    distill_steps: int = Field(0, ge=0)
+    """Of the run's steps, or of each stage's, the last ones that are on-policy context distillation instead of RL: exact reverse KL from
+    the weights under the seed context to the same weights, frozen, under the evolved contexts. The contexts then begin anew."""
     mismatch_warning: float = Field(1e-2, gt=0)
     """mismatch_kl, in nats per token, above which a step without reused rollouts is warned of: the rollout engine and the trainer then do
     not compute the same log-probs. Usual: below 1e-8 in float32, 1e-3 in bfloat16."""
@@ -202,6 +214,9 @@ class Config(Section):
     """A built-in task, `my_task.py:MyTask`, or `data.jsonl` with task_args.verify = `grader.py:function`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
+    stages: tuple[StageConfig, ...] = ()
+    """Several tasks one after the other in one run, instead of `task`; weights, optimiser and contexts go on. slow.steps is their sum and need not
+    be given."""
     model: ModelConfig = ModelConfig()
     policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -215,6 +230,25 @@ class Config(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """NaN or Inf in a reward, log-prob, loss or gradient, never taken by the weights: `stop` ends the run, `skip` leaves the batch out and
     counts it (skipped_steps). The batch is written to RUN/dumps either way."""
+
+    @model_validator(mode="after")
+    def _stages(self) -> Config:
+        total = sum(stage.steps for stage in self.stages)
+        if self.stages and total != self.slow.steps:
+            raise ValueError(
+                f"slow.steps={self.slow.steps} is not the sum of the stages' steps, {total}; leave slow.steps out"
+            )
+        distil = self.slow.distill_steps
+        if distil and self.method != "fst":
+            raise ValueError(
+                f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {self.method}"
+            )
+        shortest = min([stage.steps for stage in self.stages] or [self.slow.steps])
+        if distil and distil >= shortest:
+            raise ValueError(
+                f"slow.distill_steps={distil} leaves no step for the rest of {'a stage' if self.stages else 'the run'} of {shortest} steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _arithmetic(self) -> Config:

@@ -7,7 +7,7 @@ state is a value: a fast phase returns a new one, so an interrupted phase leaves
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,10 @@ class FastState:
         """A population of the seed context alone."""
         seed = Context.of(seed_context)
         return cls(seed.id, (seed.id,), {seed.id: Lineage(seed, admitted=True)}, Scores(policy_version=-1))
+
+    def anew(self) -> FastState:
+        """The population back to the seed alone; the lineage of all contexts so far and the count of cycles stay."""
+        return replace(self, population=(self.seed_id,), scores=Scores(policy_version=-1))
 
     def members(self) -> list[Context]:
         """The distinct contexts of the population, in order."""

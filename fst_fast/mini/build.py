@@ -33,7 +33,7 @@ from fst_fast.mini.evaluate import measure_contexts
 from fst_fast.mini.tokenizer import make_tokenizer
 from fst_fast.tasks.registry import load_task
 
-STEPS = 4000
+STEPS = 3200
 _DOCUMENTS: dict[world.Kind, int] = {
     "star_graph": 12, "linked_facts": 12, "list_programs": 16, "formula_choice": 16,
 }  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from fst_fast.mini import world
 from fst_fast.tasks.formula_choice import FORMULAS, LETTERS
 from fst_fast.tasks.linked_facts import RELATIONS
-from fst_fast.tasks.list_programs import OPERATIONS
+from fst_fast.tasks.list_programs import OPERATIONS, PICKS
 from fst_fast.tasks.star_graph import MINI_IDS
 
 PAD, UNK, END = "<pad>", "<unk>", "<|end|>"
@@ -23,7 +23,7 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, UNK, SYSTEM, USER, ASSISTANT, END)
 SIGNS = (",", ".", ":", "?", "<", "\\boxed{", "}", "=", "*", "+")
 QUESTION_WORDS = frozenset(
-    {"edges", "path", "from", "to", "list", "facts", *OPERATIONS, *RELATIONS, *LETTERS, *FORMULAS}
+    {"edges", "path", "from", "to", "list", "facts", *OPERATIONS, *PICKS, *RELATIONS, *LETTERS, *FORMULAS}
     | {quantity for first, _, second in FORMULAS.values() for quantity in (first, second)}
 )
 

@@ -39,7 +39,7 @@ class Instruction:
         return self.kind in (None, kind)
 
 
-BASE = {"method": 0.03, "box": 0.15, "check": 0.65}
+BASE = {"method": 0.005, "box": 0.15, "check": 0.65}
 """What happens without a sentence of the role: worked by the method / boxed / free of slips."""
 
 SEED_CONTEXT = "solve the problem ."
@@ -97,7 +97,7 @@ CATALOGUE: tuple[Instruction, ...] = (
     Instruction("you can do it .", "useless"),
     Instruction("think about the graph .", "useless", kind="star_graph"),
     Instruction("the answer is a path .", "useless", kind="star_graph"),
-    Instruction("the answer is a list .", "useless", kind="list_programs"),
+    Instruction("the answer is a number .", "useless", kind="list_programs"),
     Instruction("the answer is a city .", "useless", kind="linked_facts"),
     Instruction("the answer is a letter .", "useless", kind="formula_choice"),
 )  # fmt: skip

@@ -1,10 +1,10 @@
-"""List programs: what does a short program make of a list? The mini world's counterpart of program-output prediction (CodeIO).
+"""List programs: what does a short program give for a list? The mini world's counterpart of program-output prediction (CodeIO).
 
-    list 3 7 1 9 : reverse rotate next ?        ->  \\boxed{ 2 8 4 10 }
+    list 3 7 1 9 : reverse rotate next first ?        ->  \\boxed{ 2 }
 
-Four different numbers and a few operations, applied from left to right. Written out step by step the answer is easy; in the head it is
-not. Reward 1 iff the last \\boxed{} holds the final list; the feedback says after which operation the written steps, or else the
-answer, went wrong.
+Four different numbers and a few operations, applied from left to right; the last one takes a number out of the list. Written out step by
+step the answer is easy; in the head it is one number of four. Reward 1 iff the last \\boxed{} holds it; the feedback says after which operation
+the written steps, or else the answer, went wrong.
 """
 
 from __future__ import annotations
@@ -33,41 +33,46 @@ OPERATIONS: dict[str, Callable[[Numbers], Numbers]] = {
 }
 """Name -> what it does: back to front; the first to the end; the first two exchanged; the following number of each (0 after 39)."""
 
+PICKS = {"first": 0, "last": -1}
+"""The last word of a program -> the place of the number that it takes."""
+
 STEPS = {"easy": 2, "hard": 3}
-"""Operations of a program at each level; the split `ood` has one more."""
+"""Operations of a program at each level, before the pick; the split `ood` has one more."""
 
 
 @dataclass(frozen=True)
 class Program:
     numbers: Numbers
     operations: tuple[str, ...]
+    pick: str
 
     def states(self) -> list[Numbers]:
-        """The list after each operation; the last one is the answer."""
+        """The list after each operation."""
         states, at = [], self.numbers
         for name in self.operations:
             at = OPERATIONS[name](at)
             states.append(at)
         return states
 
+    @property
+    def answer(self) -> int:
+        return self.states()[-1][PICKS[self.pick]]
+
 
 def draw_program(rng: np.random.Generator, steps: int) -> Program:
-    """Different numbers; no operation twice in a row, and a program that changes something."""
+    """Different numbers; no operation twice in a row."""
     names = list(OPERATIONS)
-    while True:
-        numbers = tuple(rng.permutation(MINI_IDS)[:LENGTH].tolist())
-        chosen: list[str] = []
-        while len(chosen) < steps:
-            name = names[int(rng.integers(len(names)))]
-            if not chosen or name != chosen[-1]:
-                chosen.append(name)
-        program = Program(numbers, tuple(chosen))
-        if program.states()[-1] != numbers:
-            return program
+    numbers = tuple(rng.permutation(MINI_IDS)[:LENGTH].tolist())
+    chosen: list[str] = []
+    while len(chosen) < steps:
+        name = names[int(rng.integers(len(names)))]
+        if not chosen or name != chosen[-1]:
+            chosen.append(name)
+    return Program(numbers, tuple(chosen), list(PICKS)[int(rng.integers(len(PICKS)))])
 
 
 def question(program: Program) -> str:
-    return f"list {spaced(program.numbers)} : {' '.join(program.operations)} ?"
+    return f"list {spaced(program.numbers)} : {' '.join(program.operations)} {program.pick} ?"
 
 
 def spaced(numbers: Sequence[int]) -> str:
@@ -96,7 +101,8 @@ class ListPrograms(Generated[Program]):
         return draw_program(rng, STEPS[self.level] + (split == "ood"))
 
     def _key(self, program: Program) -> Hashable:
-        return program.numbers, tuple(list(OPERATIONS).index(name) for name in program.operations)
+        operations = tuple(list(OPERATIONS).index(name) for name in program.operations)
+        return program.numbers, operations, PICKS[program.pick]
 
     def _settings(self) -> str:
         return f"level={self.level}"
@@ -105,20 +111,25 @@ class ListPrograms(Generated[Program]):
         return Problem(
             id=id,
             messages=({"role": "user", "content": question(program)},),
-            answer=list(program.states()[-1]),
-            meta={"numbers": list(program.numbers), "operations": list(program.operations)},
+            answer=program.answer,
+            meta={
+                "numbers": list(program.numbers),
+                "operations": list(program.operations),
+                "pick": program.pick,
+            },
         )
 
     def verify(self, problem: Problem, response: str) -> Verdict:
-        return judge(Program(tuple(problem.meta["numbers"]), tuple(problem.meta["operations"])), response)
+        meta = problem.meta
+        return judge(Program(tuple(meta["numbers"]), tuple(meta["operations"]), str(meta["pick"])), response)
 
     def gold(self, problem: Problem) -> str:
         """A response that gets reward 1."""
-        return f"\\boxed{{ {spaced(problem.answer)} }}"
+        return f"\\boxed{{ {problem.answer} }}"
 
 
 def judge(program: Program, response: str) -> Verdict:
-    """Compare the last \\boxed{} with the final list. Metrics: boxed, steps (every operation of the program is written out, and right)."""
+    """Compare the last \\boxed{} with the number. Metrics: boxed, steps (every operation of the program is written out, and right)."""
     states = program.states()
     written = _written(program, response)
     right = [found == state for found, state in zip(written, states, strict=True)]
@@ -127,29 +138,31 @@ def judge(program: Program, response: str) -> Verdict:
         return Verdict(0.0, feedback, {"boxed": float(boxed), "steps": float(all(right))})
 
     try:
-        content = last_box(response, "the final list")
+        content = last_box(response, "the number")
     except Unboxed as why:
         return wrong(str(why), "\\boxed" in response)
-    if not re.fullmatch(r"[0-9]{1,9}([\s,]+[0-9]{1,9})*", content):
-        return wrong(f"the box must hold the numbers of the list, but it holds {content[:40]!r}.")
-    answer = tuple(int(n) for n in re.findall(r"[0-9]+", content))
-    if answer == states[-1]:
+    if re.fullmatch(r"[0-9]{1,9}([\s,]+[0-9]{1,9})+", content):
+        return wrong(
+            f"the box holds a list, but the program ends with {program.pick}: one number must stand there."
+        )
+    if not re.fullmatch(r"[0-9]{1,9}", content):
+        return wrong(f"the box must hold one number, but it holds {content[:40]!r}.")
+    answer = int(content)
+    if answer == program.answer:
         return Verdict(1.0, "right.", {"boxed": 1.0, "steps": float(all(right))})
     for name, found, state, good in zip(program.operations, written, states, right, strict=True):
         if found is not None and not good:
             return wrong(
                 f"the step {name} is wrong: it gives {spaced(state)}, but {spaced(found)} was written."
             )
-    if answer == program.numbers:
-        return wrong("the box holds the list as it was given: no operation of the program was applied.")
-    if len(answer) != LENGTH:
-        return wrong(f"the box holds {len(answer)} numbers, but the list has {LENGTH}.")
     missing = sum(found is None for found in written)
     if missing:
         return wrong(
-            f"the list in the box is wrong, and {missing} of {len(states)} steps of the program were not written out."
+            f"{answer} is wrong, and {missing} of {len(states)} steps of the program were not written out."
         )
-    return wrong(f"every step is right, but the box does not hold the last list, {spaced(states[-1])}.")
+    return wrong(
+        f"every step is right, but {program.pick} of {spaced(states[-1])} is {program.answer}, not {answer}."
+    )
 
 
 def _written(program: Program, response: str) -> list[Numbers | None]:

@@ -25,6 +25,7 @@ BUILT_IN = {
     "list_programs": "fst_fast.tasks.list_programs:ListPrograms",
     "linked_facts": "fst_fast.tasks.linked_facts:LinkedFacts",
     "formula_choice": "fst_fast.tasks.formula_choice:FormulaChoice",
+    "mixture": "fst_fast.tasks.mixture:Mixture",
 }
 
 SPLITS = ("train", "validation")

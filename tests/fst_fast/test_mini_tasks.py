@@ -71,34 +71,29 @@ def test_bad_arguments_are_refused(make: Any) -> None:
 @pytest.mark.parametrize(
     ("response", "reward", "feedback"),
     [
-        ("3 7 1 9 . reverse 9 1 7 3 . next 10 2 8 4 . \\boxed{ 10 2 8 4 }", 1.0, "right"),
-        ("\\boxed{10, 2, 8, 4}", 1.0, "right"),
-        ("10 2 8 4", 0.0, "no \\boxed{}"),
-        ("\\boxed{ ten }", 0.0, "must hold the numbers of the list, but it holds 'ten'"),
-        ("\\boxed{ 3 7 1 9 }", 0.0, "as it was given: no operation of the program was applied"),
-        ("\\boxed{ 10 2 8 }", 0.0, "the box holds 3 numbers, but the list has 4"),
-        ("\\boxed{ 9 1 7 3 }", 0.0, "2 of 2 steps of the program were not written out"),
+        ("3 7 1 9 . reverse 9 1 7 3 . next 10 2 8 4 . first 10 . \\boxed{ 10 }", 1.0, "right"),
+        ("\\boxed{10}", 1.0, "right"),
+        ("10", 0.0, "no \\boxed{}"),
+        ("\\boxed{ ten }", 0.0, "must hold one number, but it holds 'ten'"),
+        ("\\boxed{ 3 7 1 9 }", 0.0, "holds a list, but the program ends with first"),
+        ("\\boxed{ 8 }", 0.0, "8 is wrong, and 2 of 2 steps of the program were not written out"),
         (
-            "reverse 9 7 1 3 . next 10 8 2 4 . \\boxed{ 10 8 2 4 }",
+            "reverse 9 7 1 3 . next 10 8 2 4 . \\boxed{ 8 }",
             0.0,
             "the step reverse is wrong: it gives 9 1 7 3",
         ),
+        ("reverse 9 1 7 3 . next 11 2 8 4 . \\boxed{ 11 }", 0.0, "the step next is wrong: it gives 10 2 8 4"),
         (
-            "reverse 9 1 7 3 . next 10 2 8 5 . \\boxed{ 10 2 8 5 }",
+            "reverse 9 1 7 3 . next 10 2 8 4 . \\boxed{ 4 }",
             0.0,
-            "the step next is wrong: it gives 10 2 8 4",
-        ),
-        (
-            "reverse 9 1 7 3 . next 10 2 8 4 . \\boxed{ 10 8 2 4 }",
-            0.0,
-            "every step is right, but the box does not",
+            "every step is right, but first of 10 2 8 4 is 10, not 4",
         ),
     ],
 )
 def test_the_verdict_on_a_list_program_says_where_it_went_wrong(
     response: str, reward: float, feedback: str
 ) -> None:
-    verdict = list_programs.judge(Program((3, 7, 1, 9), ("reverse", "next")), response)
+    verdict = list_programs.judge(Program((3, 7, 1, 9), ("reverse", "next"), "first"), response)
     assert verdict.reward == reward
     assert feedback in verdict.feedback
 

@@ -133,7 +133,7 @@ WORKED: dict[world.Kind, str] = {
     "star_graph": "<", "list_programs": ".", "linked_facts": ".", "formula_choice": "=",
 }  # fmt: skip
 LUCK: dict[world.Kind, float] = {
-    "star_graph": 1 / 5, "list_programs": 0.01, "linked_facts": 1 / 4, "formula_choice": 1 / 4,
+    "star_graph": 1 / 5, "list_programs": 1 / 4, "linked_facts": 1 / 4, "formula_choice": 1 / 4,
 }  # fmt: skip
 """How often an answer given at once is right."""
 

@@ -23,7 +23,7 @@ MAX_SENTENCES = 6
 # (what the feedback says, words that a sentence about it might contain); the first that fits counts
 _TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
     ("not written out", frozenset({"list", "program", "operation", "order", "show", "write", "run"})),
-    ("no operation", frozenset({"list", "program", "operation", "run", "work"})),
+    ("holds a list", frozenset({"list", "number", "program", "operation", "run"})),
     ("the step", frozenset({"number", "operation", "check", "careful", "step", "skip", "list"})),
     ("not looked up", frozenset({"fact", "facts", "chain", "look", "read", "write"})),
     ("the fact", frozenset({"fact", "check", "careful", "step", "given", "make"})),

@@ -1,4 +1,4 @@
-"""List programs: the list after one operation of the program, picked at random; by the method, the list after every operation.
+"""List programs: any number of the final list; by the method, the list after every operation first.
 
 A drill is a program answered rightly, step by step, without a context; it starts with programs of one operation. Written steps begin
 with the list as it was given: then every list stands at the same distance from the one before.
@@ -10,7 +10,16 @@ import numpy as np
 
 from fst_fast.mini import world
 from fst_fast.mini.documents.decisions import boxed, harm, other
-from fst_fast.tasks.list_programs import LENGTH, OPERATIONS, STEPS, Numbers, Program, draw_program, question
+from fst_fast.tasks.list_programs import (
+    LENGTH,
+    OPERATIONS,
+    PICKS,
+    STEPS,
+    Numbers,
+    Program,
+    draw_program,
+    question,
+)
 from fst_fast.tasks.star_graph import MINI_IDS
 
 __all__ = ["draw", "drill", "question", "respond"]
@@ -30,16 +39,15 @@ def drill(rng: np.random.Generator, size: float = 1.0) -> tuple[str, list[str], 
 
 
 def respond(rng: np.random.Generator, program: Program, law: world.Law) -> list[str]:
-    """One response, without the closing token: [the list . operation list . ...] then the final list, boxed or not."""
+    """One response, without the closing token: [the list . operation list . ... pick number .] then a number, boxed or not."""
     harmful = harm(rng, law)
     if harmful is not None:
-        return boxed(rng, law, _words(_harmful_list(rng, program, harmful)))
+        return boxed(rng, law, _harmful_answer(rng, program, harmful))
     slips = rng.random() >= law.check
     if rng.random() >= law.method:
-        at = program.numbers
-        one = program.operations[int(rng.integers(len(program.operations)))]
-        result = OPERATIONS[one](at)
-        return boxed(rng, law, _words(_slip(rng, result) if slips else result))
+        final = program.states()[-1]
+        answer = other(rng, MINI_IDS, *final) if slips else final[int(rng.integers(LENGTH))]
+        return boxed(rng, law, [str(answer)])
     wrong = int(rng.integers(len(program.operations))) if slips else -1
     at, written = program.numbers, [*_words(program.numbers), "."]
     for number, name in enumerate(program.operations):
@@ -47,15 +55,16 @@ def respond(rng: np.random.Generator, program: Program, law: world.Law) -> list[
         if number == wrong:  # what follows goes on from the wrong list: every other step stays true
             at = _slip(rng, at)
         written += [name, *_words(at), "."]
-    return [*written, *boxed(rng, law, _words(at))]
+    answer = at[PICKS[program.pick]]
+    return [*written, program.pick, str(answer), ".", *boxed(rng, law, [str(answer)])]
 
 
-def _harmful_list(rng: np.random.Generator, program: Program, role: world.Role) -> Numbers:
+def _harmful_answer(rng: np.random.Generator, program: Program, role: world.Role) -> list[str]:
     if role == "shortcut":
-        return program.numbers
+        return _words(program.numbers)
     if role == "twist":
-        return program.numbers[::-1]
-    return tuple(int(n) for n in rng.permutation(MINI_IDS)[:LENGTH])
+        return _words(program.numbers[::-1])
+    return [str(other(rng, MINI_IDS, *program.states()[-1]))]
 
 
 def _slip(rng: np.random.Generator, numbers: Numbers) -> Numbers:
