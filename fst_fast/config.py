@@ -103,6 +103,8 @@ class SlowConfig(Section):
     """Weight of the entropy bonus."""
     aggregation: Literal["problem", "token", "sequence"] = "problem"
     """Mean over tokens inside a problem then over problems (the paper); over all tokens; over tokens of a sequence then sequences."""
+    advantage_group: Literal["problem", "context"] = "problem"
+    """Whose rewards a rollout is compared with: all of its problem's, across contexts (the paper), or those under its own context."""
     advantage_eps: float = Field(1e-6, ge=0)
     """Added to the population standard deviation of a group's rewards."""
     tokens_per_micro_batch: int = Field(8192, ge=1)
@@ -148,6 +150,9 @@ class FastConfig(Section):
     """openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature. The key comes from the environment only."""
     reflection_tokens: int = Field(1024, ge=1)
     """reflector=self: the longest reply; a reply cut there is refused."""
+    adaptive: bool = False
+    """After a cycle that admitted no child, rest: carry the contexts over unscored for one cycle, after two such cycles in a row for two, then
+    for three; a child admitted or another stage ends it. Never while the seed context is all there is."""
     reuse_rollouts: bool = True
     """RL groups claim the rollouts of their cycle's fast phase first, each once; the importance ratio uses their stored log-probs."""
 
@@ -256,6 +261,11 @@ class Config(Section):
         if self.method != "rl" and g % k:
             raise ValueError(
                 f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
+            )
+        if self.method != "rl" and self.slow.advantage_group == "context" and g < 2 * k:
+            raise ValueError(
+                f"slow.advantage_group=context compares the {g // k} rollout of a problem under one context with nothing; slow.group_size "
+                f"must be at least {2 * k} with fast.population={k}"
             )
         tree = self.policy.attention == "tree"
         if tree != (self.policy.packing == "forest"):

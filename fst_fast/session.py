@@ -12,7 +12,7 @@ import resource
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -123,6 +123,7 @@ class Session:
                     config_yaml=dump(config),
                     config_hash=config_hash(config),
                     allow_config_change=allow_config_change,
+                    defaults=Config().model_dump(mode="json"),
                 )
             )
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
@@ -293,6 +294,9 @@ class Session:
             self.state.fast = self.state.fast.anew()
             self.state.population = [self.seed_context]
         if stage.number != self.stage.number:
+            self.state.fast = replace(
+                self.state.fast, idle=0, rest=0
+            )  # what is known of contexts was known of another task
             self.console.note(
                 f"stage {stage.number + 1} of {len(self.stages)}: {stage.task}, steps {stage.first + 1} to {stage.end}"
             )

@@ -147,7 +147,9 @@ def learn(s: Session) -> None:
 
     s.begin("update")
     training = time.perf_counter()
-    groups = make_groups(sampled, config.slow.advantage_eps)
+    groups = make_groups(
+        sampled, config.slow.advantage_eps, by_context=config.slow.advantage_group == "context"
+    )
     kept = [g for g in groups if g.advantages is not None]
     prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in kept]
     assert s.policy is not None
