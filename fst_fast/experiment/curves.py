@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.report.load import Cell, Run, load_runs
+from fst_fast.run.metrics import METRICS
 
 AXES = {
     "steps": "optimiser steps",
@@ -30,6 +32,7 @@ class Curve:
     reward: Floats  # under the method's own contexts: the cell `both`
     seed_reward: Floats  # trained weights, seed context
     kl: Floats  # KL(train||base) under the method's own contexts, nats per token
+    seed_kl: Floats  # under the seed context
     cells: dict[str, Cell]  # of the last evaluation
 
     def smooth(self) -> Floats:
@@ -42,6 +45,16 @@ def read(folder: Path) -> Curve:
     """The curve of a run folder. Raises UserError where it is none."""
     [run] = load_runs([folder])
     return curve(run)
+
+
+def stage_ends(folder: Path) -> dict[tuple[int, int], float]:
+    """(stage that ended, stage whose task it was measured on) -> mean reward under the run's own contexts."""
+    found = {}
+    with (folder / METRICS).open(encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            if line["kind"] == "stage":
+                found[line["after_stage"], line["stage"]] = float(line["channels"]["both"]["mean"])
+    return found
 
 
 def curve(run: Run) -> Curve:
@@ -61,6 +74,7 @@ def curve(run: Run) -> Curve:
         reward=np.array([_mean(line.channels, "both") for line in periodic]),
         seed_reward=np.array([_mean(line.channels, "weights") for line in periodic]),
         kl=np.array([line.kl_evolved or 0.0 for line in periodic]),
+        seed_kl=np.array([line.kl_seed or 0.0 for line in periodic]),
         cells=final[-1].channels if final else {},
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fst_fast.experiment import figures, statistics
-from fst_fast.experiment.curves import AXES, Curve, read
+from fst_fast.experiment.curves import AXES, Curve, read, stage_ends
 from fst_fast.experiment.lab import Lab
 from fst_fast.experiment.runs import METHODS, Changes, Run
 from fst_fast.experiment.statistics import Interval
@@ -365,9 +365,189 @@ def plasticity(lab: Lab) -> Result:
     )  # fmt: skip
 
 
+STAGES = ("linked_facts", "list_programs", "formula_choice")
+"""continual: the paper's HoVer, CodeIO, Physics."""
+DISTIL_SHARE = 5
+"""One step in so many is distillation, in the arm that distils."""
+STALLED = 0.5
+"""RL stalls on a stage where it ends below this share of the best method."""
+
+
+def continual(lab: Lab) -> Result:
+    """One run through three tasks, weights and contexts going on: who learns the later ones, and what is left of the earlier?"""
+    tuned = strongest_rl(lab)
+    if not set(STAGES) <= set(lab.families):
+        return Result(continual.__doc__ or "", {"left out": f"needs the families {', '.join(STAGES)}"})
+    each = lab.budget.steps // 2
+    stages = "[" + ", ".join(f"{{task: {task}, steps: {each}}}" for task in STAGES) + "]"
+    common: Changes = (
+        ("stages", stages),
+        ("slow.steps", each * len(STAGES)),
+        ("rollout.max_response_tokens", 40),
+    )
+    arms: dict[str, list[Run]] = {
+        "rl": [Run(STAGES[0], "rl", s, (*tuned[STAGES[0]], *common), "continual") for s in lab.seeds],
+        "fst": [Run(STAGES[0], "fst", s, common, "continual") for s in lab.seeds],
+        "fst, distilled": [
+            Run(
+                STAGES[0],
+                "fst",
+                s,
+                (*common, ("slow.distill_steps", each // DISTIL_SHARE)),
+                "continual-distilled",
+            )
+            for s in lab.seeds
+        ],
+    }
+    lab.make([run for several in arms.values() for run in several])
+    if lab.dry:
+        return Result(continual.__doc__ or "", {})
+    curves = {arm: [read(lab.folder(run)) for run in several] for arm, several in arms.items()}
+    ends = {arm: [stage_ends(lab.folder(run)) for run in several] for arm, several in arms.items()}
+    last = len(STAGES) - 1
+    numbers: dict[str, Any] = {}
+    own: dict[str, list[float]] = {}  # arm -> at each stage's end the reward on its own task, mean over seeds
+    own_table = Table(
+        "Reward at each stage's end on its own task, per cent, mean over seeds ± standard error",
+        ["method", *STAGES],
+        [],
+    )
+    left_table = Table("After the last stage, on every task", ["method", *STAGES], [])
+    for arm, several in ends.items():
+        at_end = [[e[i, i] for e in several] for i in range(len(STAGES))]
+        left = [[e[last, i] for e in several] for i in range(len(STAGES))]
+        own[arm] = [float(np.mean(values)) for values in at_end]
+        numbers[arm] = {
+            "own": [_over_seeds(values) for values in at_end],
+            "after_the_last": [_over_seeds(values) for values in left],
+        }
+        own_table.rows.append([arm, *(_pm(value, 100, 1) for value in numbers[arm]["own"])])
+        left_table.rows.append([arm, *(_pm(value, 100, 1) for value in numbers[arm]["after_the_last"])])
+    best = [max(own[arm][i] for arm in own) for i in range(len(STAGES))]
+    share = [own["fst"][i] / best[i] if best[i] else 0.0 for i in range(len(STAGES))]
+    stalled = [task for i, task in enumerate(STAGES) if own["rl"][i] < STALLED * best[i]]
+    claims = [
+        Claim(
+            "FST ends each stage at 90 % or more of the best method",
+            ", ".join(f"{x:.0%}" for x in share),
+            min(share) >= 0.9,
+        ),
+        Claim(
+            f"RL stalls (below {STALLED:.0%} of the best) on at least one stage",
+            ", ".join(stalled) or "none",
+            bool(stalled),
+        ),
+    ]
+    picture = figures.staircase(curves, list(STAGES), each)
+    return Result(continual.__doc__ or "", numbers, [own_table, left_table], claims, {"continual": picture})
+
+
+def distill(lab: Lab) -> Result:
+    """Can what the contexts know be moved into the weights, and what is it worth there?"""
+    runs = _main_runs(lab)
+    steps = lab.budget.steps // DISTIL_SHARE // 2
+    arms = {
+        family: {
+            **{m: several for m, several in methods.items() if m != "gepa"},
+            "fst, distilled": [Run(family, "fst", s, (("slow.distill_steps", steps),)) for s in lab.seeds],
+        }
+        for family, methods in runs.items()
+    }
+    curves = _made(lab, arms)
+    table = Table(
+        f"Trained weights under the seed context alone, per cent (the last {steps} of {lab.budget.steps} steps distil)",
+        ["family", "RL", "FST", "FST, distilled", "FST with its contexts", "KL to the base, distilled"],
+        [],
+    )
+    numbers: dict[str, Any] = {}
+    good = []
+    for family, methods in curves.items():
+        bare = {
+            arm: [float(c.cells["weights"].mean or 0.0) for c in several] for arm, several in methods.items()
+        }
+        both = [float(c.cells["both"].mean or 0.0) for c in methods["fst"]]
+        moved = [float(c.seed_kl[-1]) for c in methods["fst, distilled"]]
+        numbers[family] = {
+            **{arm: _over_seeds(values) for arm, values in bare.items()},
+            "with contexts": _over_seeds(both),
+            "kl": _over_seeds(moved),
+        }
+        row = [_pm(numbers[family][arm], 100, 1) for arm in ("rl", "fst", "fst, distilled", "with contexts")]
+        table.rows.append([family, *row, _pm(numbers[family]["kl"], 1, 3)])
+        if np.mean(bare["fst, distilled"]) >= 0.9 * np.mean(both):
+            good.append(family)
+    claims = [] if lab.dry else [
+        Claim("after distillation the weights alone reach 90 % of weights and contexts together", ", ".join(good) or "none", len(good) == len(curves))
+    ]  # fmt: skip
+    return Result(distill.__doc__ or "", numbers, [table], claims)
+
+
+ABLATIONS: dict[str, Changes] = {
+    "as configured": (),
+    "one context": (("fast.population", 1),),
+    "2 contexts": (("fast.population", 2),),
+    "8 contexts": (("fast.population", 8),),
+    "cycle of 3 steps": (("fast.cycle_steps", 3),),
+    "cycle of 12 steps": (("fast.cycle_steps", 12),),
+    "anchor set of 16": (("fast.anchor_size", 16),),
+    "anchor set of 64": (("fast.anchor_size", 64),),
+    "no reuse": (("fast.reuse_rollouts", "false"),),
+    "adaptive fast phase": (("fast.adaptive", "true"),),
+    "baseline by context": (("slow.advantage_group", "context"),),
+    "no KL": (("slow.kl", "none"),),
+    "reverse KL": (("slow.kl", "reverse"),),
+    "forward KL": (("slow.kl", "forward"),),
+    "KL x 10": (("slow.kl_coef", "1e-2"),),
+}
+ABLATED = "linked_facts"
+LEVEL = 0.9
+
+
+def ablation(lab: Lab) -> Result:
+    """Which parts matter, and what do the defaults rest on?"""
+    family = ABLATED if ABLATED in lab.families else lab.families[0]
+    steps = lab.budget.steps // 2
+    runs = {
+        name: [
+            Run(
+                family,
+                "fst",
+                s,
+                (*changes, ("slow.steps", steps), ("eval.every", max(3, lab.budget.eval_every // 2))),
+            )
+            for s in lab.seeds
+        ]
+        for name, changes in ABLATIONS.items()
+    }
+    curves = _made(lab, {family: runs}).get(family, {})
+    table = Table(
+        f"FST on {family}, {steps} steps: what it takes to {LEVEL:.0%} (median over seeds, 95 % interval) and where it ends",
+        ["variant", "steps", "rollouts", "tokens", "reward at the end, %", "rollouts in all", "KL"],
+        [],
+    )
+    numbers: dict[str, Any] = {}
+    for name, several in curves.items():
+        to = {
+            axis: statistics.bootstrap(
+                [statistics.reach(c.at[axis], c.smooth(), LEVEL) for c in several], statistics.median
+            )
+            for axis in ("steps", "rollouts", "tokens")
+        }
+        final = _final(several)
+        numbers[name] = {"to_level": {axis: value.json() for axis, value in to.items()}, "final": final}
+        table.rows.append([
+            name, *(value.text(0) for value in to.values()), _pm(final["reward"], 100, 1), _pm(final["rollouts"]), _pm(final["kl"], 1, 3),
+        ])  # fmt: skip
+    pictures = {"ablation": figures.bars(curves, LEVEL)} if curves else {}
+    return Result(ablation.__doc__ or "", numbers, [table], [], pictures)
+
+
 EXPERIMENTS: dict[str, Callable[[Lab], Result]] = {
     "efficiency": efficiency,
     "drift": drift,
     "channels": channels,
     "plasticity": plasticity,
+    "continual": continual,
+    "distill": distill,
+    "ablation": ablation,
 }

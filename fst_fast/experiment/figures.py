@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from fst_fast.experiment import statistics
 from fst_fast.experiment.curves import AXES, Curve
 from fst_fast.report.figures import CELL_NAMES, COLOURS, STYLE, blank
 
@@ -126,4 +127,56 @@ def starts(curves: dict[str, list[Curve]], family: str) -> Figure:
         loc="outside upper center",
         ncols=3,
     )
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def staircase(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) -> Figure:
+    """Reward on the task of the stage that a run is in, against steps; one part of the figure for each stage."""
+    figure = blank(3.2 * len(stages) + 0.6, 3.4)
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+    for i, (ax, task) in enumerate(zip(panels, stages, strict=True)):
+        for arm, several in curves.items():
+            inside = (several[0].at["steps"] > i * each) & (several[0].at["steps"] <= (i + 1) * each)
+            y = np.stack([c.reward[inside] for c in several])
+            x = several[0].at["steps"][inside]
+            mean = y.mean(axis=0)
+            error = y.std(axis=0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros_like(mean)
+            ax.plot(x, mean, color=METHOD_COLOURS[arm], marker="o", ms=3)
+            ax.fill_between(x, mean - error, mean + error, color=METHOD_COLOURS[arm], alpha=0.18, lw=0)
+        ax.set_title(task.replace("_", " "), loc="left")
+        ax.set_xlabel(AXES["steps"])
+        ax.set_ylim(0, 1.02)
+    panels[0].set_ylabel("validation reward, own task")
+    names = {**METHOD_NAMES, "fst, distilled": "FST, distilled at each stage's end"}
+    figure.legend(
+        handles=[Line2D([], [], color=METHOD_COLOURS[a], lw=2, label=names[a]) for a in curves],
+        loc="outside upper center",
+        ncols=3,
+    )
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def bars(curves: dict[str, list[Curve]], level: float) -> Figure:
+    """What each variant takes to the level, in steps and in rollouts: dots are seeds, hollow at the right edge where it was not reached."""
+    figure = blank(8.6, 0.33 * len(curves) + 1.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, axis in zip(panels, ("steps", "rollouts"), strict=True):
+        edge = max(c.at[axis][-1] for several in curves.values() for c in several) * 1.06
+        for row, several in enumerate(curves.values()):
+            places = [statistics.reach(c.at[axis], c.smooth(), level) for c in several]
+            ax.barh(row, min(statistics.median(np.array(places)), edge), 0.62, color=COLOURS[5])
+            for place in places:
+                hollow = not np.isfinite(place)
+                ax.plot(
+                    min(place, edge), row, "o", ms=4, color="#222222", mfc="white" if hollow else "#222222"
+                )
+        ax.set_xlabel(f"{AXES[axis]}, to {level:.0%}")
+        ax.set_xlim(0, edge * 1.03)
+        ax.grid(False, axis="y")
+        if axis != "steps":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].set_yticks(range(len(curves)), list(curves))
+    panels[0].invert_yaxis()
     return figure

@@ -36,6 +36,7 @@ class Lab:
     workers: int
     dry: bool = False
     say: Callable[[str], None] = print
+    fst: Sequence[str] = (sys.executable, "-m", "fst_fast.cli")  # the command line that trains and exports
     planned: list[Run] = field(default_factory=list)
     _spent: float = 0.0  # seconds of finished runs
     _units: float = 0.0  # their cost
@@ -121,14 +122,14 @@ class Lab:
         words = ["train", str(run.config_file()), "--run-dir", str(folder), *resume]
         with log.open("ab") as said:
             return subprocess.Popen(
-                [sys.executable, "-m", "fst_fast.cli", *words, *run.overrides(self.budget, model)],
+                [*self.fst, *words, *run.overrides(self.budget, model)],
                 stdout=said, stderr=subprocess.STDOUT, env=_one_thread(), start_new_session=True,
             )  # fmt: skip
 
     def _fst(self, *words: str, log: Path) -> None:
         with log.open("ab") as said:
             done = subprocess.run(
-                [sys.executable, "-m", "fst_fast.cli", *words],
+                [*self.fst, *words],
                 stdout=said, stderr=subprocess.STDOUT, env=_one_thread(), check=False,
             )  # fmt: skip
         if done.returncode:

@@ -41,19 +41,22 @@ QUICK = Budget(steps=60, eval_every=6, eval_problems=64, final_problems=128, see
 
 @dataclass(frozen=True)
 class Run:
-    """family: whose configuration; changes: dotted keys that differ from it; after: the run whose weights it begins with."""
+    """family: whose configuration; changes: dotted keys that differ from it; label: their name, where they are too long to be one; after:
+    the run whose weights it begins with."""
 
     family: str
     method: str
     seed: int
     changes: Changes = ()
+    label: str = ""
     after: Run | None = None
 
     @property
     def name(self) -> str:
         """The folder: readable, and different for different runs of one suite."""
         parts = [self.family, self.method]
-        parts += [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(self.changes)]
+        named = [f"{key.rpartition('.')[2]}={value}" for key, value in sorted(self.changes)]
+        parts += [self.label] if self.label else named
         if self.after:
             parts.append(f"after-{self.after.name}")
         else:

@@ -17,6 +17,7 @@ from fst_fast.report.curves import Series, fit_sigmoid
 
 Floats = NDArray[np.float64]
 DRAWS = 2000
+FIT_DRAWS = 200  # each is a fit
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,18 @@ def ceiling(curves: Sequence[tuple[Floats, Floats]]) -> float | None:
 
 
 def ceiling_difference(
-    a: Sequence[tuple[Floats, Floats]], b: Sequence[tuple[Floats, Floats]], draws: int = 200, seed: int = 0
+    a: Sequence[tuple[Floats, Floats]], b: Sequence[tuple[Floats, Floats]], seed: int = 0
 ) -> tuple[Interval, Interval, Interval] | None:
     """Ceilings of a and of b and their difference, seeds resampled in pairs. None where more than a tenth of the fits are undetermined."""
     rng = np.random.default_rng(seed)
     n = len(a)
     whole = (ceiling(a), ceiling(b))
     drawn = []
-    for _ in range(draws):
+    for _ in range(FIT_DRAWS):
         picked = rng.integers(n, size=n)
         drawn.append((ceiling([a[i] for i in picked]), ceiling([b[i] for i in picked])))
     good = np.array([(p, q) for p, q in drawn if p is not None and q is not None])
-    if whole[0] is None or whole[1] is None or len(good) < 0.9 * draws:
+    if whole[0] is None or whole[1] is None or len(good) < 0.9 * FIT_DRAWS:
         return None
 
     def interval(value: float, values: Floats) -> Interval:
