@@ -34,7 +34,6 @@ from fst_fast.errors import UserError
 from fst_fast.evaluate import Models
 from fst_fast.policy import engine as policy_engine
 from fst_fast.policy import ranks
-from fst_fast.policy.attention import WAY_OUT, sliding_window
 from fst_fast.policy.engine import NonFiniteError, Policy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import render_prompt
@@ -507,11 +506,6 @@ def _check_room(
         raise UserError(
             f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
             f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
-        )
-    window = sliding_window(base.model.config)
-    if config.policy.packing == "forest" and window is not None:
-        raise UserError(
-            f"the model has a sliding window of {window} tokens, which training over a forest does and rollouts over one do not; {WAY_OUT}"
         )
     room, each = config.rollout.kv_memory_bytes, base.token_bytes()
     if room is not None and config.policy.packing == "forest" and longest * each > room:
