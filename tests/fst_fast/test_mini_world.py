@@ -195,14 +195,14 @@ def test_the_shipped_base_is_small_and_says_how_it_was_built(tokenizer: PreTrain
 def test_neither_the_seed_context_nor_one_instruction_suffices(kind: world.Kind) -> None:
     model = AutoModelForCausalLM.from_pretrained(mini.path(), dtype=torch.float32).eval()
     measured = world.measured_contexts(kind)
-    contexts = {k: measured[k] for k in ("seed", "method", "box", "all", "all+guess")}
+    contexts = {k: measured[k] for k in ("seed", "method", "all", "all+twist")}
     tokenizer = AutoTokenizer.from_pretrained(mini.path())
-    scores = measure_contexts(model, tokenizer, mini_task(kind), contexts, problems=128, seed=0)
+    scores = measure_contexts(model, tokenizer, mini_task(kind), contexts, problems=96, seed=0)
     mean = {name: score["mean"] for name, score in scores.items()}
     assert mean["seed"] <= 0.08
-    assert 0.30 <= mean["all"] <= 0.70
-    assert max(mean["method"], mean["box"]) < 0.7 * mean["all"]
-    assert mean["all+guess"] < 0.6 * mean["all"]
+    assert 0.15 <= mean["all"] <= 0.60
+    assert mean["method"] < 0.6 * mean["all"]
+    assert mean["all+twist"] < 0.4 * mean["all"]
 
 
 # --- the build
