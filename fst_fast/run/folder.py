@@ -189,6 +189,11 @@ def _check_config(
             "--allow-config-change continues with the new one"
         )
     fixed = [change for change in changes if change.startswith(FIXED)]
+    before, now = _over(defaults, old).get("stages") or [], yaml.safe_load(config_yaml).get("stages") or []
+    if before != now[: len(before)] or bool(before) != bool(now):
+        fixed += [
+            change for change in changes if change.startswith("stages ")
+        ]  # more stages may follow, no other change
     if fixed:
         raise UserError(
             f"--allow-config-change: what the checkpoints hold depends on {'; '.join(fixed)}; start a new run for it"

@@ -122,6 +122,32 @@ def test_a_key_that_came_after_the_run_is_no_change_at_its_default(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("now", "allowed"),
+    [
+        ("[{task: a, steps: 1}, {task: b, steps: 2}]", True),
+        ("[{task: a, steps: 2}]", False),
+        ("[{task: b, steps: 1}, {task: a, steps: 1}]", False),
+        ("[]", False),
+    ],
+)
+def test_more_stages_may_follow_and_no_other_change_of_them(tmp_path: Path, now: str, allowed: bool) -> None:
+    config = "stages: [{task: a, steps: 1}]\n"
+    with open_run(tmp_path, resume=False, config_yaml=config, config_hash="h"):
+        pass
+    more = {
+        "resume": True,
+        "config_yaml": f"stages: {now}\n",
+        "config_hash": "h2",
+        "allow_config_change": True,
+    }
+    if allowed:
+        open_run(tmp_path, **more).close()  # type: ignore[arg-type]
+    else:
+        with pytest.raises(UserError, match="depends on stages was"):
+            open_run(tmp_path, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("old", "new", "key"),
     [
         ("method: fst", "method: rl", "method"),
