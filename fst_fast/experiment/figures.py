@@ -47,17 +47,17 @@ def efficiency(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
     axes = [axis for axis in AXES if axis != "unshared"]
     figure = blank(3.0 * len(axes), 2.3 * len(curves) + 0.6)
     panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
-    for row, (family, methods) in zip(panels, curves.items(), strict=True):
-        for ax, axis in zip(row, axes, strict=True):
+    for number, (family, methods) in enumerate(curves.items()):
+        for ax, axis in zip(panels[number], axes, strict=True):
             for method, several in methods.items():
                 if method == "gepa" and axis == "steps":
                     continue  # it takes none
                 _band(ax, several, axis, METHOD_COLOURS[method])
             _x(ax, axis)
             ax.set_ylim(0, 1.02)
-            if ax is row[0]:
+            if axis == axes[0]:
                 ax.set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
-            if row is panels[-1]:
+            if number == len(curves) - 1:
                 ax.set_xlabel(AXES[axis])
     handles = [Line2D([], [], color=METHOD_COLOURS[m], lw=2, label=METHOD_NAMES[m]) for m in METHOD_NAMES]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -172,7 +172,7 @@ def bars(curves: dict[str, list[Curve]], level: float) -> Figure:
                 ax.plot(
                     min(place, edge), row, "o", ms=4, color="#222222", mfc="white" if hollow else "#222222"
                 )
-        ax.set_xlabel(f"{AXES[axis]}, to {level:.0%}")
+        ax.set_xlabel(f"{AXES[axis]}, to {level:.0%} (hollow: never)")
         ax.set_xlim(0, edge * 1.03)
         ax.grid(False, axis="y")
         if axis != "steps":
