@@ -203,7 +203,9 @@ def test_a_context_that_leaves_no_room_for_the_longest_problem_does_not_fit() ->
     seed = Context.of("solve the problem .")
     room = len(PromptCache(tokenizer, max_prompt_tokens=999).ids(seed, long)) + 1
     config = Config.model_validate({"rollout": {"max_prompt_tokens": room}})
-    session: Any = types.SimpleNamespace(config=config, validation=[], seed_context=seed)
+    session: Any = types.SimpleNamespace(
+        config=config, stage=types.SimpleNamespace(validation=[]), seed_context=seed
+    )
     session.sampler = types.SimpleNamespace(
         tokenizer=tokenizer, prompts=PromptCache(tokenizer, max_prompt_tokens=room)
     )
