@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer
 
 import fst_fast.mini
-from fst_fast.mini.world import BEST_CONTEXT
+from fst_fast.mini.world import best_context
 from fst_fast.tasks.star_graph import StarGraph
 from fst_kernels import PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss, policy_loss
 
@@ -223,7 +223,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 def problems(count: int, seed: int) -> Dataset:
     """Prompts of the star graph task in the words of the mini model, each with its answer."""
     task = StarGraph(form="mini", arms=5, path=4, ids=40, train=count, validation=1, seed=seed)
-    context = {"role": "system", "content": BEST_CONTEXT}
+    context = {"role": "system", "content": best_context("star_graph")}
     return Dataset.from_list(
         [{"prompt": [context, *p.messages], "answer": list(p.answer)} for p in task.problems("train")]
     )

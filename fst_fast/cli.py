@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | report | export | replay | base build | doctor`.
+"""The command line: `fst train | eval | probe | report | export | replay | experiment | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -172,6 +172,21 @@ def _parser() -> argparse.ArgumentParser:
     replay = command("replay", _replay, "repeat a step that gave NaN or Inf from what the run dumped of it")
     replay.add_argument("dump", type=Path, metavar="DUMP", help="such as RUN/dumps/step-000012")
 
+    experiment = command(
+        "experiment", _experiment, "the paper's experiments on the mini world, with seeds and intervals"
+    )
+    experiment.add_argument(
+        "name", metavar="NAME", help="all, efficiency, drift, channels, plasticity, ...; several with commas"
+    )
+    experiment.add_argument(
+        "--out", type=Path, default=Path("experiments"), metavar="DIR", help="default: experiments"
+    )
+    experiment.add_argument("--quick", action="store_true", help="two seeds, two families, half the steps")
+    experiment.add_argument("--seeds", type=_count, metavar="N", help="default: 5, with --quick 2")
+    experiment.add_argument("--families", metavar="A,B", help="default: all four, with --quick the first two")
+    experiment.add_argument("--workers", type=_count, metavar="N", help="runs at a time; default: the cores")
+    experiment.add_argument("--dry-run", action="store_true", help="name the runs, make none")
+
     base = command("base", _base, "the base model of the mini world")
     base.add_argument("action", choices=["build"], help="build: train it from scratch")
     base.add_argument(
@@ -254,6 +269,32 @@ def _replay(args: argparse.Namespace) -> None:
     from fst_fast.slow.dump import replay
 
     replay(args.dump, print)
+
+
+def _experiment(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from fst_fast.experiment import EXPERIMENTS, Lab, run
+    from fst_fast.experiment.page import markdown
+    from fst_fast.experiment.runs import FAMILIES, FULL, QUICK
+
+    budget = QUICK if args.quick else FULL
+    if args.seeds:
+        budget = replace(budget, seeds=args.seeds)
+    families = args.families.split(",") if args.families else list(FAMILIES[: 2 if args.quick else None])
+    for family in families:
+        if family not in FAMILIES:
+            raise UserError(f"--families: {family!r} is not known; allowed are {', '.join(FAMILIES)}")
+    names = list(EXPERIMENTS) if args.name == "all" else args.name.split(",")
+    lab = Lab(args.out, budget, families, args.workers or usable_cores(), dry=args.dry_run)
+    results = run(names, lab)
+    if args.dry_run:
+        for planned in lab.planned:
+            print(planned.name)
+        return
+    for name, result in results.items():
+        print(f"\n## {name}\n{result.question}\n\n{markdown(result)}")
+    print(f"\n{args.out / 'report.html'}")
 
 
 def _base(args: argparse.Namespace) -> None:

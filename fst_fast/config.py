@@ -60,6 +60,15 @@ class RolloutConfig(Section):
     """openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The key comes from OPENAI_API_KEY only."""
 
 
+class StageConfig(Section):
+    task: str
+    """As the key task."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """As the key task_args."""
+    steps: int = Field(ge=1)
+    """Steps of this stage, distillation included."""
+
+
 class SlowConfig(Section):
     steps: int = Field(100, ge=0)
     """Optimiser steps of the whole run."""
@@ -94,12 +103,17 @@ class SlowConfig(Section):
     """Weight of the entropy bonus."""
     aggregation: Literal["problem", "token", "sequence"] = "problem"
     """Mean over tokens inside a problem then over problems (the paper); over all tokens; over tokens of a sequence then sequences."""
+    advantage_group: Literal["problem", "context"] = "problem"
+    """Whose rewards a rollout is compared with: all of its problem's, across contexts (the paper), or those under its own context."""
     advantage_eps: float = Field(1e-6, ge=0)
     """Added to the population standard deviation of a group's rewards."""
     tokens_per_micro_batch: int = Field(8192, ge=1)
     """Forest tokens (padded: tokens of the padded batch) of one forward/backward on one process."""
     head_chunk_rows: int = Field(1024, ge=1)
     """Rows of logits that exist at one time in the loss."""
+    distill_steps: int = Field(0, ge=0)
+    """Of the run's steps, or of each stage's, the last ones that are on-policy context distillation instead of RL: exact reverse KL from
+    the weights under the seed context to the same weights, frozen, under the evolved contexts. The contexts then begin anew."""
     mismatch_warning: float = Field(1e-2, gt=0)
     """mismatch_kl, in nats per token, above which a step without reused rollouts is warned of: the rollout engine and the trainer then do
     not compute the same log-probs. Usual: below 1e-8 in float32, 1e-3 in bfloat16."""
@@ -136,6 +150,9 @@ class FastConfig(Section):
     """openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature. The key comes from the environment only."""
     reflection_tokens: int = Field(1024, ge=1)
     """reflector=self: the longest reply; a reply cut there is refused."""
+    adaptive: bool = False
+    """After a cycle that admitted no child, rest: carry the contexts over unscored for one cycle, after two such cycles in a row for two, then
+    for three; a child admitted or another stage ends it. Never while the seed context is all there is."""
     reuse_rollouts: bool = True
     """RL groups claim the rollouts of their cycle's fast phase first, each once; the importance ratio uses their stored log-probs."""
 
@@ -202,6 +219,9 @@ class Config(Section):
     """A built-in task, `my_task.py:MyTask`, or `data.jsonl` with task_args.verify = `grader.py:function`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
+    stages: tuple[StageConfig, ...] = ()
+    """Several tasks one after the other in one run, instead of `task`; weights, optimiser and contexts go on. slow.steps is their sum and need not
+    be given."""
     model: ModelConfig = ModelConfig()
     policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -217,11 +237,35 @@ class Config(Section):
     counts it (skipped_steps). The batch is written to RUN/dumps either way."""
 
     @model_validator(mode="after")
+    def _stages(self) -> Config:
+        total = sum(stage.steps for stage in self.stages)
+        if self.stages and total != self.slow.steps:
+            raise ValueError(
+                f"slow.steps={self.slow.steps} is not the sum of the stages' steps, {total}; leave slow.steps out"
+            )
+        distil = self.slow.distill_steps
+        if distil and self.method != "fst":
+            raise ValueError(
+                f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {self.method}"
+            )
+        shortest = min([stage.steps for stage in self.stages] or [self.slow.steps])
+        if distil and distil >= shortest:
+            raise ValueError(
+                f"slow.distill_steps={distil} leaves no step for the rest of {'a stage' if self.stages else 'the run'} of {shortest} steps"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _arithmetic(self) -> Config:
         g, k = self.slow.group_size, self.fast.population
         if self.method != "rl" and g % k:
             raise ValueError(
                 f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
+            )
+        if self.method != "rl" and self.slow.advantage_group == "context" and g < 2 * k:
+            raise ValueError(
+                f"slow.advantage_group=context compares the {g // k} rollout of a problem under one context with nothing; slow.group_size "
+                f"must be at least {2 * k} with fast.population={k}"
             )
         tree = self.policy.attention == "tree"
         if tree != (self.policy.packing == "forest"):

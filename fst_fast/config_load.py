@@ -141,7 +141,7 @@ def check(tree: Mapping[str, Any], source: str = "", overridden: Collection[str]
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_where(key, source, overridden)}={value} is refused; allowed: a finite number")
     try:
-        text = json.dumps(tree)
+        text = json.dumps(_with_steps(tree))
     except TypeError as error:
         raise UserError(
             f"{source}{error}; allowed are text, numbers, true, false, null, lists and keys"
@@ -151,6 +151,17 @@ def check(tree: Mapping[str, Any], source: str = "", overridden: Collection[str]
     except ValidationError as error:
         sentences = [_sentence(item, source, overridden) for item in error.errors(include_url=False)]
         raise UserError("; ".join(sentences)) from None
+
+
+def _with_steps(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tree with slow.steps, where stages say it and nobody else does. What is wrong with the stages is said later."""
+    stages, slow = tree.get("stages"), tree.get("slow", {})
+    if not stages or not isinstance(slow, dict) or "steps" in slow:
+        return tree
+    try:
+        return {**tree, "slow": {**slow, "steps": sum(stage["steps"] for stage in stages)}}
+    except (LookupError, TypeError):
+        return tree
 
 
 def dump(config: Config) -> str:
@@ -271,7 +282,12 @@ def _allowed(field: FieldInfo) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(json.dumps(option).strip('"') for option in get_args(annotation))
     if get_origin(annotation) is tuple:
-        return f"a list of {len(get_args(annotation))} numbers"
+        kind, *others = get_args(annotation)
+        if others != [...]:
+            return f"a list of {len(get_args(annotation))} numbers"
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return f"a list of sections with the keys {', '.join(kind.model_fields)}"
+        return "a list of texts"
     if get_origin(annotation) is dict:
         return "keys with values"
     if isinstance(annotation, type) and issubclass(annotation, Section):

@@ -28,6 +28,7 @@ from fst_fast.policy.scoring import kl_to_reference
 from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.rollout.server import ServerEngine
 from fst_fast.rollout.wave import Sampler, Triple
+from fst_fast.stages import make_stages, stage_at, task_spec
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task
 
@@ -209,12 +210,13 @@ def evaluate_run(run_dir: Path, *, problems: int | None = None, samples: int | N
         policy = base if config.method == "gepa" else load(config, found / "model")
         own = sampler.engine(base)
         served = sampler.server(base)
-        validation = load_task(config.task, config.task_args).problems("validation")
+        stages = make_stages(config, load_task(*task_spec(config)))
+        validation = stage_at(stages, state.step).validation
         return evaluate(
             config,
             sampler,
             Models(sampler.engine(policy), served or own, served or own, policy, base),
-            list(validation[: problems or config.eval.final_problems]),
+            validation[: problems or config.eval.final_problems],
             seed_context=Context.of(config.fast.seed_context),
             population=state.population,
             policy_version=0 if config.method == "gepa" else state.step,

@@ -13,13 +13,14 @@ from fst_fast.contracts import Context
 from fst_fast.errors import UserError
 from fst_fast.policy.engine import load
 from fst_fast.rollout.wave import Sampler
+from fst_fast.stages import task_spec
 from fst_fast.tasks.registry import load_task
 
 
 def probe(config: Config, *, context: str | None, problems: int, samples: int, split: str) -> Iterator[str]:
     """The report, line by line. context: None means fast.seed_context. Raises UserError."""
     phi = Context.of(config.fast.seed_context if context is None else context)
-    chosen = list(load_task(config.task, config.task_args).problems(split)[:problems])
+    chosen = list(load_task(*task_spec(config)).problems(split)[:problems])
     if not chosen:
         raise UserError(f"--split {split} of task {config.task} has no problems")
     with Sampler.open(config) as sampler:

@@ -22,6 +22,7 @@ from fst_fast.slow.groups import Group
 
 if TYPE_CHECKING:
     from fst_fast.session import Session
+    from fst_fast.stages import Stage
 
 SPIKE = 10.0  # times the median of the steps before
 SPIKE_STEPS = 32  # of which the median is taken; at least SPIKE_STEPS / 4 of them
@@ -100,11 +101,26 @@ def cycle(s: Session, record: dict[str, Any], sampled: Sequence[Sampled]) -> Non
 
 def evaluation(s: Session, result: dict[str, Any], *, final: bool) -> None:
     """Write one evaluation of the four cells."""
-    record = {"step": s.state.step, "final": final, **result, **asdict(s.state.counters)}
+    stage = {"stage": s.stage.number, "task": s.stage.task} if s.config.stages else {}
+    record = {"step": s.state.step, "final": final, **stage, **result, **asdict(s.state.counters)}
     if s.metrics:
         s.metrics.write("eval", **record)
         s.metrics.write_timing(step=s.state.step, seconds=s.seconds(), **s.spent_since_last_record())
     s.console.evaluation(record)
+
+
+def stage_end(s: Session, stage: Stage, result: dict[str, Any]) -> None:
+    """Write the four cells on one stage's task as they are at the end of a stage, its own or a later one."""
+    record = {
+        "step": s.state.step,
+        "after_stage": s.stage.number,
+        "stage": stage.number,
+        "task": stage.task,
+        **result,
+    }
+    s.stage_ends = [r for r in s.stage_ends if r["after_stage"] == s.stage.number] + [record]
+    if s.metrics:
+        s.metrics.write("stage", **record)
 
 
 def spike(before: Sequence[float], norm: float | None) -> float | None:

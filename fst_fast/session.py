@@ -12,7 +12,7 @@ import resource
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +34,6 @@ from fst_fast.errors import UserError
 from fst_fast.evaluate import Models
 from fst_fast.policy import engine as policy_engine
 from fst_fast.policy import ranks
-from fst_fast.policy.attention import WAY_OUT, sliding_window
 from fst_fast.policy.engine import NonFiniteError, Policy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import render_prompt
@@ -47,9 +46,12 @@ from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.presence import Presence, missing
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.track import check_trackers
+from fst_fast.stages import Stage, make_stages, stage_at, task_spec
 from fst_fast.state import State, minibatch
 from fst_fast.tasks.registry import check_gold, load_task
 from fst_kernels.backends import choose_backend
+
+TEACHER = "teacher"  # in a checkpoint that was written while contexts were distilled
 
 
 @dataclass
@@ -58,8 +60,8 @@ class Session:
 
     config: Config
     run_dir: Path
-    train: Sequence[Problem]
-    validation: list[Problem]
+    stages: list[Stage]
+    stage: Stage  # the one that the run is in
     seed_context: Context
     sampler: Sampler
     models: Models
@@ -72,12 +74,16 @@ class Session:
     folder: RunFolder | None = None  # [rank 0]
     metrics: MetricsWriter | None = None  # [rank 0]
     presence: Presence | None = None  # with several processes
+    teacher: nn.Module | None = None  # while contexts are distilled
     continued: bool = False  # whether it goes on from a checkpoint
     seconds_before: float = 0.0  # of the runs that this one resumes
     at_hand: dict[str, Problem] = field(default_factory=dict)  # the problems of this phase, by id
     opened: float = field(default_factory=time.perf_counter)
     spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     counted: tuple[int, int] = (0, 0)
+    stage_ends: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of the last stage's end: see trainer.measure_stages
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=records.SPIKE_STEPS))
 
     # -- opening and closing ----------------------------------------------------------------------------------------------------
@@ -92,7 +98,7 @@ class Session:
         _check_kernels(config)
         ranks.init(config.run.timeout_s)
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
-        task = load_task(config.task, config.task_args)
+        task = load_task(*task_spec(config))
         sampler = Sampler.open(config, console.note)
         try:
             check_gold(task, sampler.pool)
@@ -104,15 +110,11 @@ class Session:
             reflect = _reflector(config, base, sampler.tokenizer)
             check_trackers(config.track)
             seed_context = Context.of(config.fast.seed_context)
-            train, validation = task.problems("train"), list(task.problems("validation"))
-            _check_room(
-                config,
-                base,
-                sampler,
-                seed_context,
-                minibatch(train, 0, config.slow.problems_per_step, config.seed),
-            )
-            _check_room(config, base, sampler, seed_context, validation[: config.eval.final_problems])
+            stages = make_stages(config, task)
+            for stage in stages:
+                first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
+                evaluated = stage.validation[: config.eval.final_problems]
+                _check_room(config, base, sampler, seed_context, [*first, *evaluated])
             folder = _on_rank_zero(
                 lambda: open_run(
                     run_dir,
@@ -120,6 +122,7 @@ class Session:
                     config_yaml=dump(config),
                     config_hash=config_hash(config),
                     allow_config_change=allow_config_change,
+                    defaults=Config().model_dump(mode="json"),
                 )
             )
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
@@ -130,8 +133,8 @@ class Session:
             session = cls(
                 config=config,
                 run_dir=run_dir,
-                train=train,
-                validation=validation,
+                stages=stages,
+                stage=stages[0],
                 seed_context=seed_context,
                 sampler=sampler,
                 models=models,
@@ -181,6 +184,8 @@ class Session:
                         f"--resume: {found} does not hold the optimiser's state: {type(error).__name__}: {error}"
                     ) from error
                 self.policy.hand_over()
+            if (Path(found) / TEACHER).is_dir():
+                self.teacher = policy_engine.load(self.config, Path(found) / TEACHER)
         if self.folder:
             self.metrics = MetricsWriter(
                 self.run_dir, resume_at_step=self.state.step if found else None, track=self.config.track
@@ -239,6 +244,8 @@ class Session:
             with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
                 self.state.save(tmp / "state.json")
                 reach("save.state")
+                if self.teacher is not None:
+                    self.teacher.save_pretrained(tmp / TEACHER)  # type: ignore[operator]
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
                 self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
                 reach("save.model")
@@ -267,6 +274,8 @@ class Session:
             "kl_evolved": result["kl_evolved"],
             "peak_memory_bytes": peak,
         }
+        if self.config.stages:
+            summary["stages"] = self.stage_ends
         if self.metrics and self.folder:
             self.metrics.write("end", step=self.state.step)
             reach("summary")
@@ -274,7 +283,37 @@ class Session:
         self.console.final_table(result["channels"])
         return summary
 
+    # -- stages and the teacher --------------------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Be in the stage that the next step belongs to. What was distilled is in the weights: contexts begin anew in the next stage."""
+        stage = stage_at(self.stages, self.state.step)
+        if self.teacher is not None and not stage.distils(self.state.step):
+            self.teacher = None
+            self.state.fast = self.state.fast.anew()
+            self.state.population = [self.seed_context]
+        if stage.number != self.stage.number:
+            self.state.fast = replace(
+                self.state.fast, idle=0, rest=0
+            )  # what is known of contexts was known of another task
+            self.console.note(
+                f"stage {stage.number + 1} of {len(self.stages)}: {stage.task}, steps {stage.first + 1} to {stage.end}"
+            )
+        self.stage = stage
+
+    def teach(self) -> nn.Module:
+        """The frozen weights that are distilled from: as they were when distillation began. All processes call it."""
+        if self.teacher is None:
+            self.teacher = policy_engine.load(self.config)
+            self.teacher.load_state_dict(self.models.policy_module.state_dict())
+        return self.teacher
+
     # -- what the loop asks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def step_of_stage(self) -> int:
+        """Steps done of the stage that the run is in: the cursor in its data."""
+        return self.state.step - self.stage.first
 
     @property
     def policy_version(self) -> int:
@@ -319,23 +358,31 @@ class Session:
 
     def fits(self, context: Context, problems: Sequence[Problem]) -> bool:
         """Whether the context leaves room for the longest of these problems and of the validation problems that will be evaluated."""
-        evaluated = self.validation[: max(self.config.eval.problems, self.config.eval.final_problems)]
+        evaluated = self.stage.validation[: max(self.config.eval.problems, self.config.eval.final_problems)]
         prompts = self.sampler.prompts
         longest = max([*problems, *evaluated], key=lambda p: len(prompts.ids(self.seed_context, p)))
         tokens = len(render_prompt(self.sampler.tokenizer, context, longest))
         return tokens <= self.config.rollout.max_prompt_tokens
 
-    def non_finite(self, error: NonFiniteError, dumped: Path) -> None:
-        """A step with NaN or Inf: the end of the run, or (on_nonfinite=skip) a step that is left out and counted."""
+    def non_finite(self, error: NonFiniteError, dumped: Path | None) -> None:
+        """A step with NaN or Inf: the end of the run, or (on_nonfinite=skip) a step that is left out and counted. dumped: None for a step of
+        distillation, whose batch is not dumped."""
+        batch = (
+            f"the batch is in {dumped}, which `fst replay` repeats; "
+            if dumped
+            else "a step of distillation is not dumped; "
+        )
         if self.config.on_nonfinite == "stop":
             raise UserError(
-                f"step {self.state.step}: {error}; the weights were not touched, on_nonfinite=stop. The batch is in {dumped}, which "
-                "`fst replay` repeats; lower slow.lr or skip such batches, and continue with --resume --allow-config-change"
+                f"step {self.state.step}: {error}; the weights were not touched, on_nonfinite=stop. {batch[0].upper()}{batch[1:]}"
+                "lower slow.lr or skip such batches, and continue with --resume --allow-config-change"
             ) from None
         assert self.policy is not None
         self.policy.discard()
         self.state.counters.skipped_steps += 1
-        self.console.note(f"step {self.state.step} is left out: {error}; the batch is in {dumped}")
+        self.console.note(
+            f"step {self.state.step} is left out: {error}" + (f"; the batch is in {dumped}" if dumped else "")
+        )
 
     def warn_of_mismatch(self, mismatch_kl: float | None, reused: int) -> None:
         """Say so where fresh rollouts have other log-probs in the trainer than in the engine that sampled them. Reused ones may differ: the
@@ -459,11 +506,6 @@ def _check_room(
         raise UserError(
             f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
             f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
-        )
-    window = sliding_window(base.model.config)
-    if config.policy.packing == "forest" and window is not None:
-        raise UserError(
-            f"the model has a sliding window of {window} tokens, which training over a forest does and rollouts over one do not; {WAY_OUT}"
         )
     room, each = config.rollout.kv_memory_bytes, base.token_bytes()
     if room is not None and config.policy.packing == "forest" and longest * each > room:

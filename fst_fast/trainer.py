@@ -25,8 +25,11 @@ from fst_fast.run import stop
 from fst_fast.run.faults import reach
 from fst_fast.session import Session
 from fst_fast.slow import dump
+from fst_fast.slow.distil import contexts_of, distil
+from fst_fast.slow.distil import groups as groups_to_distil
 from fst_fast.slow.groups import make_groups, plan_group
 from fst_fast.slow.step import optimise, sequences, skipped
+from fst_fast.stages import Stage
 from fst_fast.state import anchor_set, lookahead, minibatch
 
 
@@ -41,16 +44,22 @@ def train(
         if s.state.step == 0 and config.eval.every and not s.continued:
             measure(s, final=False)
         while s.state.step < config.slow.steps and not s.stopping():
+            s.enter()
             s.forget_prefixes()
-            if config.method != "rl" and s.state.step % config.fast.cycle_steps == 0:
+            distilling = s.stage.distils(s.state.step)
+            if config.method != "rl" and not distilling and s.step_of_stage % config.fast.cycle_steps == 0:
                 evolve(s)
             if config.method == "gepa":
-                s.state.step = min(s.state.step + config.fast.cycle_steps, config.slow.steps)
+                s.state.step = min(s.state.step + config.fast.cycle_steps, s.stage.end)
+            elif distilling:
+                consolidate(s)
             else:
                 learn(s)
             done = s.state.step >= config.slow.steps
             if s.due(config.eval.every) and not done:
                 measure(s, final=False)
+            if config.stages and s.state.step == s.stage.end and not done:
+                measure_stages(s)
             if s.due(config.checkpoint.every) and not done:
                 s.checkpoint()
         s.checkpoint()  # before the last evaluation: to continue a run that has ended is to measure it again, to the same figures
@@ -61,7 +70,10 @@ def train(
                 f"stopped after step {s.state.step} of {config.slow.steps}; continue with: {how} --run-dir {run_dir} --resume"
             )
             return None
+        s.enter()
         result = measure(s, final=True)
+        if config.stages:
+            measure_stages(s)
         return s.finish(result)
 
 
@@ -70,7 +82,7 @@ def evolve(s: Session) -> None:
     config, state = s.config, s.state
     started = s.begin("fast phase")
     ahead = lookahead(
-        s.train, state.step, config.fast.cycle_steps, config.slow.problems_per_step, config.seed
+        s.stage.train, s.step_of_stage, config.fast.cycle_steps, config.slow.problems_per_step, config.seed
     )
     s.at_hand = {p.id: p for p in ahead}
     version = s.policy_version
@@ -113,7 +125,7 @@ def learn(s: Session) -> None:
     """One slow step: sample G rollouts per problem under the frozen contexts, judge, group, update the weights."""
     config, state = s.config, s.state
     started = s.begin("rollouts")
-    problems = minibatch(s.train, state.step, config.slow.problems_per_step, config.seed)
+    problems = minibatch(s.stage.train, s.step_of_stage, config.slow.problems_per_step, config.seed)
     s.at_hand = {p.id: p for p in problems}
     plans = [plan_group(p, state.population, config.slow.group_size) for p in problems]
     claims = [
@@ -135,7 +147,9 @@ def learn(s: Session) -> None:
 
     s.begin("update")
     training = time.perf_counter()
-    groups = make_groups(sampled, config.slow.advantage_eps)
+    groups = make_groups(
+        sampled, config.slow.advantage_eps, by_context=config.slow.advantage_group == "context"
+    )
     kept = [g for g in groups if g.advantages is not None]
     prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in kept]
     assert s.policy is not None
@@ -161,18 +175,70 @@ def learn(s: Session) -> None:
     records.step(s, sampled, groups, numbers, reused, seconds=time.perf_counter() - started)
 
 
+def consolidate(s: Session) -> None:
+    """One step of context distillation: sample under the seed context, move towards what the frozen weights say under the evolved ones."""
+    config, state = s.config, s.state
+    started = s.begin("rollouts")
+    teacher = s.teach()
+    problems = minibatch(s.stage.train, s.step_of_stage, config.slow.problems_per_step, config.seed)
+    s.at_hand = {p.id: p for p in problems}
+    taught = dict(
+        zip(s.at_hand, contexts_of(len(problems), state.step * len(problems), state.population), strict=True)
+    )
+    sampled = s.sampler.local(
+        s.models.policy,
+        [t for p in ranks.mine(problems) for t in plan_group(p, [s.seed_context], config.slow.group_size)],
+        stream=(config.seed, "distil", state.step),
+        policy_version=s.policy_version,
+        temperature=config.rollout.temperature,
+    )
+    s.count_rollout_tokens()
+
+    s.begin("update")
+    training = time.perf_counter()
+    assert s.policy is not None
+    groups = groups_to_distil(sampled)
+    prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in groups]
+    read = [
+        [s.sampler.prompts.ids(taught[g.problem_id], s.at_hand[g.problem_id])] * len(g.sampled)
+        for g in groups
+    ]
+    try:
+        numbers = distil(
+            s.policy, teacher, groups, prompts, read, config, step=state.step, pad_id=s.sampler.pad_id
+        )
+    except NonFiniteError as bad:
+        s.non_finite(bad, None)
+        numbers = skipped(s.policy.lr(state.step))
+    s.policy.hand_over()
+    s.add_seconds("train_s", time.perf_counter() - training)
+    state.step += 1
+    records.step(s, sampled, groups, {**numbers, "distilled": True}, 0, seconds=time.perf_counter() - started)
+
+
 def measure(s: Session, *, final: bool) -> dict[str, Any]:
     """Evaluate the four cells on validation problems and write the result."""
+    result = _cells(s, s.stage, s.config.eval.final_problems if final else s.config.eval.problems)
+    records.evaluation(s, result, final=final)
+    return result
+
+
+def measure_stages(s: Session) -> None:
+    """At a stage's end: the four cells on its task and on those of all stages before, as many problems as the final evaluation has."""
+    for stage in s.stages[: s.stage.number + 1]:
+        records.stage_end(s, stage, _cells(s, stage, s.config.eval.final_problems))
+
+
+def _cells(s: Session, stage: Stage, problems: int) -> dict[str, Any]:
     config, state = s.config, s.state
     started = s.begin("evaluation")
     s.forget_prefixes()
     reach("evaluation")
-    problems = s.validation[: config.eval.final_problems if final else config.eval.problems]
     result = evaluate(
         config,
         s.sampler,
         s.models,
-        problems,
+        stage.validation[:problems],
         seed_context=s.seed_context,
         population=state.population,
         policy_version=s.policy_version,
@@ -180,5 +246,4 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
     )
     s.forget_rollout_tokens()
     s.end("eval_s", started)
-    records.evaluation(s, result, final=final)
     return result

@@ -7,7 +7,7 @@ state is a value: a fast phase returns a new one, so an interrupted phase leaves
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -115,12 +115,18 @@ class FastState:
     contexts: Mapping[str, Lineage]
     scores: Scores
     cycle: int = 0
+    idle: int = 0  # fast phases in a row that admitted no child
+    rest: int = 0  # cycles still to be left out (fast.adaptive)
 
     @classmethod
     def initial(cls, seed_context: str) -> FastState:
         """A population of the seed context alone."""
         seed = Context.of(seed_context)
         return cls(seed.id, (seed.id,), {seed.id: Lineage(seed, admitted=True)}, Scores(policy_version=-1))
+
+    def anew(self) -> FastState:
+        """The population back to the seed alone; the lineage of all contexts so far and the count of cycles stay."""
+        return replace(self, population=(self.seed_id,), scores=Scores(policy_version=-1), idle=0, rest=0)
 
     def members(self) -> list[Context]:
         """The distinct contexts of the population, in order."""
@@ -138,6 +144,8 @@ class FastState:
         """Plain JSON values; `from_json` gives an equal state back. This is also the content of contexts.json."""
         return {
             "cycle": self.cycle,
+            "idle": self.idle,
+            "rest": self.rest,
             "seed": self.seed_id,
             "population": list(self.population),
             "contexts": {context_id: lineage.to_json() for context_id, lineage in self.contexts.items()},
@@ -161,4 +169,6 @@ class FastState:
             contexts={context_id: Lineage.from_json(item) for context_id, item in data["contexts"].items()},
             scores=Scores(data["scores"]["policy_version"], cells),
             cycle=data["cycle"],
+            idle=data.get("idle", 0),
+            rest=data.get("rest", 0),
         )

@@ -64,6 +64,9 @@ class FastResult:
     record: dict[str, Any]
 
 
+MOST_REST = 3  # cycles that fast.adaptive leaves out in a row
+
+
 @dataclass(frozen=True)
 class Size:
     """What scoring one context costs: problems x samples rollouts."""
@@ -109,6 +112,9 @@ def fast_phase(
     cycle 0 is the first and runs config.first_generations waves, later ones config.generations. Never uses more than
     config.rollout_budget rollouts. A reflector that is down costs the wave its proposals and nothing else.
     """
+    if config.adaptive and state.rest:
+        log(f"fast phase of cycle {cycle} left out: the last {state.idle} admitted no child (fast.adaptive)")
+        return _carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
     problems = list({problem.id: problem for problem in anchor}.values())
     members = state.members()
     size = affordable(config, members=len(members), anchor=len(problems))
@@ -201,7 +207,10 @@ def fast_phase(
         reflection_tokens=(read, written),
         contexts=[_line(lineage[context_id], birth=True) for context_id in born],
     )
-    after = FastState(state.seed_id, kept, lineage, round.scores.only(kept), cycle + 1)
+    idle = 0 if len(archive) > len(members) else state.idle + 1
+    found = any(context_id != state.seed_id for context_id in kept)
+    rest = min(idle, MOST_REST) if config.adaptive and found else 0
+    after = FastState(state.seed_id, kept, lineage, round.scores.only(kept), cycle + 1, idle, rest)
     return FastResult(after, population, round.sampled, record)
 
 

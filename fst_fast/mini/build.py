@@ -26,23 +26,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from fst_fast.contracts import Task
 from fst_fast.errors import UserError
-from fst_fast.mini import documents
+from fst_fast.mini import documents, world
 from fst_fast.mini.evaluate import measure_contexts
 from fst_fast.mini.tokenizer import make_tokenizer
-from fst_fast.tasks.star_graph import StarGraph
+from fst_fast.tasks.registry import load_task
 
-ARMS, PATH = 5, 4
-STEPS = 3000
-_DOCS_PER_STEP = 32
+STEPS = 3200
+_DOCUMENTS: dict[world.Kind, int] = {
+    "star_graph": 12, "linked_facts": 12, "list_programs": 16, "formula_choice": 16,
+}  # fmt: skip
+"""Documents of a step."""
+_TOGETHER: tuple[tuple[world.Kind, ...], ...] = (
+    ("star_graph", "linked_facts"),
+    ("list_programs", "formula_choice"),
+)
+"""Kinds whose documents are about as long go through the model together."""
 _MUON_LR, _ADAM_LR = 0.01, 2e-3
-_LISTS_UNTIL, _MIXED_UNTIL = 0.15, 0.4  # fractions of the steps; the learning rate falls from _MIXED_UNTIL on
+_DRILLS_UNTIL, _MIXED_UNTIL = (
+    0.15,
+    0.4,
+)  # fractions of the steps; the learning rate falls from _MIXED_UNTIL on
 _ROPE_THETA, _EMBEDDING_STD = 10000.0, 0.1
 
 
-def mini_task(**changes: Any) -> StarGraph:
-    """The task that the shipped base is built and measured for."""
-    return StarGraph(**{"form": "mini", "arms": ARMS, "path": PATH, "ids": 40, **changes})
+def mini_task(kind: world.Kind = "star_graph", **changes: Any) -> Task:
+    """The task of a kind as the shipped base is built and measured for it."""
+    standard: dict[str, Any] = (
+        {"form": "mini", "arms": 5, "path": 4, "ids": 40} if kind == "star_graph" else {}
+    )
+    return load_task(kind, {**standard, **changes})
 
 
 def build_base(
@@ -80,16 +94,22 @@ def build_base(
         last = _train(model, tokenizer, seed=seed, steps=steps, log=log)
         model = model.to(torch.bfloat16).eval()
         log(f"trained {steps} steps in {time.monotonic() - began:.0f} s; measuring")
-        scores = measure_contexts(model, tokenizer, mini_task(), problems=128, seed=seed)
-        for name, score in scores.items():
-            log(f"  {name:<16} {score['mean']:.3f} +- {score['stderr']:.3f}   {score['context']}")
+        scores = {}
+        for kind in world.KINDS:
+            log(kind)
+            contexts = world.measured_contexts(kind)
+            scores[kind] = measure_contexts(
+                model, tokenizer, mini_task(kind), contexts, problems=128, seed=seed
+            )
+            for name, score in scores[kind].items():
+                log(f"  {name:<18} {score['mean']:.3f} +- {score['stderr']:.3f}   {score['context']}")
     finally:
         torch.set_num_threads(before)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     record = {
-        "seed": seed, "steps": steps, "threads": threads, "torch": torch.__version__, "docs_per_step": _DOCS_PER_STEP,
-        "muon_lr": _MUON_LR, "adam_lr": _ADAM_LR, "arms": ARMS, "path": PATH, "parameters": model.num_parameters(), **last,
+        "seed": seed, "steps": steps, "threads": threads, "torch": torch.__version__, "documents_per_step": _DOCUMENTS,
+        "muon_lr": _MUON_LR, "adam_lr": _ADAM_LR, "parameters": model.num_parameters(), **last,
         "scores_at_temperature_1": scores,
     }  # fmt: skip
     (out / "build.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -167,17 +187,27 @@ def _train(
     ]
     rng = np.random.default_rng([seed, 1])
     began, tokens = time.monotonic(), 0
-    window: list[tuple[float, float]] = []
+    window: dict[world.Kind, list[tuple[float, float]]] = {kind: [] for kind in world.KINDS}
     for step in range(steps):
         done = step / steps
-        batch = _draw_batch(rng, done)
-        ids, supervised = _tensors(batch, tokenizer)  # [B, L], [B, L]
-        tokens += ids.numel()
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
-        logits = model.lm_head(hidden[:, :-1][supervised[:, 1:]])  # [N, V]
-        target = ids[:, 1:][supervised[:, 1:]]  # [N]
-        loss = F.cross_entropy(logits, target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        for kinds in _TOGETHER:
+            drawn = [(kind, document) for kind in kinds for document in _draw_documents(rng, kind, done)]
+            ids, supervised = _tensors([document for _, document in drawn], tokenizer)  # [B, L], [B, L]
+            tokens += ids.numel()
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
+            logits = model.lm_head(hidden[:, :-1][supervised[:, 1:]])  # [N, V]
+            target = ids[:, 1:][supervised[:, 1:]]  # [N]
+            losses = F.cross_entropy(logits, target, reduction="none")  # [N]
+            of = torch.tensor([world.KINDS.index(kind) for kind, _ in drawn])  # [B]
+            row = of[:, None].expand_as(supervised[:, 1:])[supervised[:, 1:]]  # [N]
+            right = logits.argmax(-1) == target
+            total = logits.new_zeros(())
+            for kind in kinds:
+                mine = row == world.KINDS.index(kind)
+                mean = losses[mine].mean()
+                total = total + mean / len(world.KINDS)
+                window[kind].append((mean.item(), right[mine].float().mean().item()))
+            total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min(1.0, (step + 1) / 50, (1.0 - done) / (1.0 - _MIXED_UNTIL))
         for optimizer, lr in optimizers:
@@ -185,37 +215,34 @@ def _train(
                 group["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad()
-        window.append((loss.item(), (logits.argmax(-1) == target).float().mean().item()))
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            mean_loss, accuracy = np.mean(window, axis=0)
+            means = {kind: np.mean(seen, axis=0) for kind, seen in window.items()}
             spent = time.monotonic() - began
             left = spent / (step + 1) * (steps - step - 1)
             log(
-                f"step {step + 1}/{steps} loss {mean_loss:.4f} accuracy {accuracy:.3f} {tokens / spent:.0f} tokens/s "
-                f"{spent:.0f} s, about {left:.0f} s left"
+                f"step {step + 1}/{steps} {tokens / spent:.0f} tokens/s {spent:.0f} s, about {left:.0f} s left; loss (accuracy): "
+                + ", ".join(f"{kind} {loss:.3f} ({accuracy:.3f})" for kind, (loss, accuracy) in means.items())
             )
-            window = []
-    return {"tokens": tokens, "final_loss": round(float(mean_loss), 4)}
+            window = {kind: [] for kind in world.KINDS}
+    return {
+        "tokens": tokens,
+        "final_loss": {kind: round(float(loss), 4) for kind, (loss, _) in means.items()},
+    }
 
 
-def _draw_batch(rng: np.random.Generator, done: float) -> list[documents.Document]:
-    """The documents of one step. Sizes are drawn once per step, so that rows have about the same length."""
-    full = ARMS * (PATH - 1)
-    if done < _LISTS_UNTIL:
-        most = 3 + int((full - 3) * min(1.0, done / (0.7 * _LISTS_UNTIL)))
-        edges = int(rng.integers(2, most + 1))
-        count = _DOCS_PER_STEP * (6 * full + 12) // (6 * edges + 12)  # keep the tokens of a step about equal
-        return [documents.list_document(rng, edges=edges) for _ in range(count)]
-    if done < _MIXED_UNTIL:
-        share, arms, path = 0.5, int(rng.integers(2, ARMS + 1)), int(rng.integers(3, PATH + 1))
-    else:
-        share, arms, path = 0.1, ARMS, PATH
-    lists = rng.binomial(_DOCS_PER_STEP, share)
+def _draw_documents(rng: np.random.Generator, kind: world.Kind, done: float) -> list[documents.Document]:
+    """The documents of one kind in one step: drills alone, then half drills, then nearly none."""
+    if done < _DRILLS_UNTIL:
+        size = min(1.0, done / (0.7 * _DRILLS_UNTIL))
+        count = round(
+            _DOCUMENTS[kind] / max(size, 0.25)
+        )  # small ones are many, so that a step costs about the same
+        return [documents.drill_document(rng, kind, size) for _ in range(count)]
+    share, size = (0.5, 0.0) if done < _MIXED_UNTIL else (0.1, 1.0)
+    drills = rng.binomial(_DOCUMENTS[kind], share)
     return [
-        documents.list_document(rng, edges=full)
-        if i < lists
-        else documents.answer_document(rng, arms=arms, path=path)
-        for i in range(_DOCS_PER_STEP)
+        documents.drill_document(rng, kind) if i < drills else documents.answer_document(rng, kind, size)
+        for i in range(_DOCUMENTS[kind])
     ]
 
 

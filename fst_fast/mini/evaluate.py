@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fst_fast.contracts import Problem
-from fst_fast.mini import world
-from fst_fast.tasks.star_graph import StarGraph
+from fst_fast.contracts import Problem, Task
 
 
 @torch.no_grad()
@@ -23,7 +21,7 @@ def sample_responses(
     *,
     seed: int,
     temperature: float = 1.0,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 40,
 ) -> list[str]:
     """One response to each problem under the context. Seeds torch's global generator."""
     system = [{"role": "system", "content": context}]
@@ -49,8 +47,8 @@ def sample_responses(
 def measure_contexts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: StarGraph,
-    contexts: Mapping[str, str] = world.MEASURED_CONTEXTS,
+    task: Task,
+    contexts: Mapping[str, str],
     *,
     problems: int,
     seed: int,
@@ -66,7 +64,6 @@ def measure_contexts(
             "context": context,
             "mean": round(float(rewards.mean()), 4),
             "stderr": round(float(rewards.std() / np.sqrt(len(rewards))), 4),
-            "traced": round(float(np.mean(["<" in r for r in responses])), 4),
             **{k: round(float(np.mean([v.metrics[k] for v in verdicts])), 4) for k in verdicts[0].metrics},
         }
     return scores

@@ -1,7 +1,7 @@
 """The mini world's tokenizer: one token per word, number or sign, with a chat template.
 
 A real `PreTrainedTokenizerFast`, so that nothing else in the house knows that the model is small. The vocabulary is closed: the special
-tokens, the numbers of the mini graphs, the signs, the words of the questions and of the instruction catalogue. Text is lower-cased;
+tokens, the numbers below 40, the signs, the words of the questions and of the instruction catalogue. Text is lower-cased;
 anything else becomes <unk>. Decoding puts a space between tokens ("\\boxed{ 3 , 7 }"), which the verifier reads.
 """
 
@@ -13,13 +13,19 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fst_fast.mini import world
+from fst_fast.tasks.formula_choice import FORMULAS, LETTERS
+from fst_fast.tasks.linked_facts import RELATIONS
+from fst_fast.tasks.list_programs import OPERATIONS, PICKS
 from fst_fast.tasks.star_graph import MINI_IDS
 
 PAD, UNK, END = "<pad>", "<unk>", "<|end|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL = (PAD, UNK, SYSTEM, USER, ASSISTANT, END)
-SIGNS = (",", ".", ":", "?", "<", "\\boxed{", "}")
-QUESTION_WORDS = ("edges", "path", "from", "to", "list")
+SIGNS = (",", ".", ":", "?", "<", "\\boxed{", "}", "=", "*", "+")
+QUESTION_WORDS = frozenset(
+    {"edges", "path", "from", "to", "list", "facts", *OPERATIONS, *PICKS, *RELATIONS, *LETTERS, *FORMULAS}
+    | {quantity for first, _, second in FORMULAS.values() for quantity in (first, second)}
+)
 
 # One word, one number, "\boxed{" or one sign; white space separates and is dropped.
 _PIECE = r"\\boxed\{|[a-z]+|[0-9]+|[^\sa-z0-9]"
@@ -33,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> dict[str, int]:
-    words = {w for i in world.CATALOGUE for w in re.findall(_PIECE, i.text)} | set(QUESTION_WORDS)
+    words = {w for i in world.CATALOGUE for w in re.findall(_PIECE, i.text)} | QUESTION_WORDS
     tokens = [*SPECIAL, *SIGNS, *(str(n) for n in range(MINI_IDS)), *sorted(words - set(SIGNS))]
     return {token: i for i, token in enumerate(tokens)}
 

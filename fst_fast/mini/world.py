@@ -1,12 +1,12 @@
 """The mini world's law: which sentences in the system message change how a problem is answered, and how reliably.
 
-A context is a list of sentences. Each sentence of the catalogue belongs to one family and has a strength; the strongest sentence of a
-family counts, order does not matter, unknown sentences do nothing. What remains without any instruction (BASE) is a walk forward from
-the start on an arm picked at random, rarely traced, rarely boxed, sometimes with a slip. The law is used only to write the training
-documents: the reward never sees it, the reflector (contexts/reflectors/mini.py) sees the sentences but neither family nor strength.
+A context is a list of sentences. Each sentence of the catalogue has a role and a strength, and speaks of all kinds of problems or of
+one; the strongest sentence of a role counts, order does not matter, all others do nothing. The law is used only to write the training
+documents: the reward never sees it, the reflector (contexts/reflectors/mini.py) sees the sentences but neither role nor strength.
 
-Compliance is imperfect on purpose: under the best context the base model is right about half of the time, so contexts alone do not
-suffice, and reinforcement learning can make it comply always.
+A response makes three decisions: to work by the method that makes the problem easy, or to answer at once; to box the answer, or not;
+to take care, or to slip. Without any instruction (BASE) it answers at once, boxes rarely and sometimes slips. Compliance is imperfect on purpose: under
+the best context the base model is right about half of the time, so contexts alone do not suffice, and reinforcement learning can make it comply always.
 """
 
 from __future__ import annotations
@@ -17,123 +17,156 @@ from typing import Literal
 
 import numpy as np
 
-Family = Literal["trace", "box", "check", "goal_only", "guess", "reverse", "useless"]
-HARMFUL: tuple[Family, ...] = ("goal_only", "guess", "reverse")
+Kind = Literal["star_graph", "list_programs", "linked_facts", "formula_choice"]
+"""A kind of problem, by the name of its task."""
+KINDS: tuple[Kind, ...] = ("star_graph", "list_programs", "linked_facts", "formula_choice")
+
+Role = Literal["method", "box", "check", "shortcut", "guess", "twist", "useless"]
+HARMFUL: tuple[Role, ...] = ("shortcut", "guess", "twist")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One sentence. strength: trace, box: probability that it is followed; check: probability that no slip is made; harmful:
-    probability that it overrides everything else; useless: unused."""
+    """One sentence. strength: method, box: probability that it is followed; check: probability that no slip is made; shortcut, guess,
+    twist (harmful): probability that it overrides everything else; useless: unused. kind: the problems that it speaks of, None: all."""
 
     text: str
-    family: Family
+    role: Role
     strength: float = 0.0
+    kind: Kind | None = None
+
+    def works_on(self, kind: Kind) -> bool:
+        return self.kind in (None, kind)
 
 
-BASE = {"trace": 0.03, "box": 0.15, "check": 0.65}
-"""What happens without a sentence of the family: traced / boxed / free of slips."""
+BASE = {"method": 0.005, "box": 0.15, "check": 0.65}
+"""What happens without a sentence of the role: worked by the method / boxed / free of slips."""
 
 SEED_CONTEXT = "solve the problem ."
 
 CATALOGUE: tuple[Instruction, ...] = (
-    Instruction("first trace back from the goal .", "trace", 0.60),
-    Instruction("start at the goal and go back to the start .", "trace", 0.52),
-    Instruction("work backward before you write the path .", "trace", 0.40),
-    Instruction("look at the goal first .", "trace", 0.18),
-    Instruction("put the final path in the box .", "box", 0.78),
+    Instruction("put the final answer in the box .", "box", 0.78),
     Instruction("write the answer inside \\boxed{ } .", "box", 0.70),
-    Instruction("box the path .", "box", 0.50),
+    Instruction("box the answer .", "box", 0.50),
     Instruction("mark the final answer .", "box", 0.28),
-    Instruction("check that every edge is in the list .", "check", 0.92),
-    Instruction("do not skip a node .", "check", 0.84),
     Instruction("be careful with each step .", "check", 0.75),
-    Instruction("answer with the goal only .", "goal_only", 0.92),
-    Instruction("give only the last node .", "goal_only", 0.85),
     Instruction("guess quickly .", "guess", 0.90),
-    Instruction("do not look at the edges .", "guess", 0.85),
-    Instruction("write the path from goal to start .", "reverse", 0.90),
-    Instruction("give the path in reverse order .", "reverse", 0.85),
+    Instruction("first trace back from the goal .", "method", 0.60, "star_graph"),
+    Instruction("start at the goal and go back to the start .", "method", 0.52, "star_graph"),
+    Instruction("work backward before you write the path .", "method", 0.40, "star_graph"),
+    Instruction("look at the goal first .", "method", 0.18, "star_graph"),
+    Instruction("check that every edge is in the list .", "check", 0.92, "star_graph"),
+    Instruction("do not skip a node .", "check", 0.84, "star_graph"),
+    Instruction("answer with the goal only .", "shortcut", 0.92, "star_graph"),
+    Instruction("give only the last node .", "shortcut", 0.85, "star_graph"),
+    Instruction("do not look at the edges .", "guess", 0.85, "star_graph"),
+    Instruction("write the path from goal to start .", "twist", 0.90, "star_graph"),
+    Instruction("give the path in reverse order .", "twist", 0.85, "star_graph"),
+    Instruction("write the list after each operation .", "method", 0.60, "list_programs"),
+    Instruction("work through the program in order .", "method", 0.52, "list_programs"),
+    Instruction("show every list on the way .", "method", 0.40, "list_programs"),
+    Instruction("look at the program first .", "method", 0.18, "list_programs"),
+    Instruction("check every number of the list .", "check", 0.92, "list_programs"),
+    Instruction("do not skip an operation .", "check", 0.84, "list_programs"),
+    Instruction("answer with the list as it is given .", "shortcut", 0.92, "list_programs"),
+    Instruction("do not run the program .", "shortcut", 0.85, "list_programs"),
+    Instruction("give the list from back to front .", "twist", 0.90, "list_programs"),
+    Instruction("write every fact of the chain .", "method", 0.60, "linked_facts"),
+    Instruction("follow the chain from fact to fact .", "method", 0.52, "linked_facts"),
+    Instruction("look up one fact after the other .", "method", 0.40, "linked_facts"),
+    Instruction("read the facts first .", "method", 0.18, "linked_facts"),
+    Instruction("check that every fact is given .", "check", 0.92, "linked_facts"),
+    Instruction("do not make up a fact .", "check", 0.84, "linked_facts"),
+    Instruction("answer with the first name .", "shortcut", 0.92, "linked_facts"),
+    Instruction("repeat the name in the question .", "shortcut", 0.85, "linked_facts"),
+    Instruction("stop after one fact .", "twist", 0.90, "linked_facts"),
+    Instruction("write the formula first .", "method", 0.60, "formula_choice"),
+    Instruction("put the numbers into the formula .", "method", 0.52, "formula_choice"),
+    Instruction("name the formula that you use .", "method", 0.40, "formula_choice"),
+    Instruction("think about the formula .", "method", 0.18, "formula_choice"),
+    Instruction("check which number stands for which quantity .", "check", 0.92, "formula_choice"),
+    Instruction("do not mix up the numbers .", "check", 0.84, "formula_choice"),
+    Instruction("always choose option a .", "shortcut", 0.92, "formula_choice"),
+    Instruction("the first option is right .", "shortcut", 0.85, "formula_choice"),
+    Instruction("write the value and no letter .", "twist", 0.90, "formula_choice"),
     Instruction(SEED_CONTEXT, "useless"),
     Instruction("be polite .", "useless"),
     Instruction("you are a careful assistant .", "useless"),
     Instruction("read the problem again .", "useless"),
-    Instruction("think about the graph .", "useless"),
-    Instruction("the answer is a path .", "useless"),
     Instruction("use short words .", "useless"),
     Instruction("you can do it .", "useless"),
-)
+    Instruction("think about the graph .", "useless", kind="star_graph"),
+    Instruction("the answer is a path .", "useless", kind="star_graph"),
+    Instruction("the answer is a number .", "useless", kind="list_programs"),
+    Instruction("the answer is a city .", "useless", kind="linked_facts"),
+    Instruction("the answer is a letter .", "useless", kind="formula_choice"),
+)  # fmt: skip
 
-TRACE, BOX, CHECK = (
-    "first trace back from the goal .",
-    "put the final path in the box .",
-    "check that every edge is in the list .",
-)
-BEST_CONTEXT = f"{TRACE} {BOX} {CHECK}"
 
-MEASURED_CONTEXTS: dict[str, str] = {
-    "seed": SEED_CONTEXT,
-    "useless": "be polite . you are a careful assistant .",
-    "trace": TRACE,
-    "box": BOX,
-    "check": CHECK,
-    "trace+box": f"{TRACE} {BOX}",
-    "box+check": f"{BOX} {CHECK}",
-    "all": BEST_CONTEXT,
-    "all, weaker words": "work backward before you write the path . box the path . be careful with each step .",
-    "all+useless": f"be polite . {BOX} {CHECK} you can do it . {TRACE}",
-    "all+goal_only": f"{BEST_CONTEXT} answer with the goal only .",
-    "all+guess": f"{BEST_CONTEXT} guess quickly .",
-    "all+reverse": f"{BEST_CONTEXT} write the path from goal to start .",
-}
-"""What a build measures: each family alone, together, and spoiled."""
+def strongest(role: Role, kind: Kind) -> Instruction:
+    """The sentence of a role that does most for a kind of problem."""
+    return max((i for i in CATALOGUE if i.role == role and i.works_on(kind)), key=lambda i: i.strength)
+
+
+def best_context(kind: Kind) -> str:
+    """The strongest sentence of each helpful role."""
+    return context_text([strongest("method", kind), strongest("box", kind), strongest("check", kind)])
 
 
 @dataclass(frozen=True)
 class Law:
     """What a set of sentences amounts to: probabilities of the decisions that a response makes."""
 
-    trace: float
+    method: float
     box: float
     check: float
     harmful: tuple[
-        tuple[Family, float], ...
-    ] = ()  # (family, probability that this one takes over); they sum to at most 1
+        tuple[Role, float], ...
+    ] = ()  # (role, probability that this one takes over); they sum to at most 1
 
 
-def law(sentences: Sequence[Instruction]) -> Law:
-    """Combine: the strongest of a family counts; several harmful families share the probability of the strongest equally."""
+FAITHFUL = Law(method=1.0, box=1.0, check=1.0)
+"""A response that does everything right."""
 
-    def strongest(family: Family, base: float) -> float:
-        return max([base, *(s.strength for s in sentences if s.family == family)])
 
-    present = [f for f in HARMFUL if any(s.family == f for s in sentences)]
-    share = max((strongest(f, 0.0) for f in present), default=0.0) / max(len(present), 1)
+def law(sentences: Sequence[Instruction], kind: Kind) -> Law:
+    """Combine: the strongest of a role counts; several harmful roles share the probability of the strongest equally."""
+    heard = [s for s in sentences if s.works_on(kind)]
+
+    def most(role: Role, base: float) -> float:
+        return max([base, *(s.strength for s in heard if s.role == role)])
+
+    present = [r for r in HARMFUL if any(s.role == r for s in heard)]
+    share = max((most(r, 0.0) for r in present), default=0.0) / max(len(present), 1)
     return Law(
-        trace=strongest("trace", BASE["trace"]),
-        box=strongest("box", BASE["box"]),
-        check=strongest("check", BASE["check"]),
-        harmful=tuple((f, share) for f in present),
+        method=most("method", BASE["method"]),
+        box=most("box", BASE["box"]),
+        check=most("check", BASE["check"]),
+        harmful=tuple((r, share) for r in present),
     )
 
 
-_FAMILY_WEIGHTS: dict[Family, float] = {
-    "trace": 0.24, "box": 0.24, "check": 0.18, "goal_only": 0.04, "guess": 0.04, "reverse": 0.04, "useless": 0.22,
+_ROLE_WEIGHTS: dict[Role, float] = {
+    "method": 0.24, "box": 0.24, "check": 0.18, "shortcut": 0.04, "guess": 0.04, "twist": 0.04, "useless": 0.22,
 }  # fmt: skip
-_BY_FAMILY = {f: [i for i in CATALOGUE if i.family == f] for f in _FAMILY_WEIGHTS}
 _LENGTHS = (0.08, 0.20, 0.22, 0.25, 0.15, 0.10)  # probability of 0, 1, ... 5 sentences
 _SEED_SHARE = 0.10
+_FOREIGN = 0.12  # how often a sentence speaks of another kind of problem, and does nothing
 
 
-def draw_context(rng: np.random.Generator) -> list[Instruction]:
+def draw_context(rng: np.random.Generator, kind: Kind) -> list[Instruction]:
     """A random context of the documents: 0 to 5 different sentences in any order; every tenth is the seed context alone."""
     if rng.random() < _SEED_SHARE:
         return [i for i in CATALOGUE if i.text == SEED_CONTEXT]
-    families = list(_FAMILY_WEIGHTS)
-    weights = np.array([_FAMILY_WEIGHTS[f] for f in families])
+    roles = list(_ROLE_WEIGHTS)
+    weights = np.array([_ROLE_WEIGHTS[r] for r in roles])
     chosen: list[Instruction] = []
     for _ in range(int(rng.choice(len(_LENGTHS), p=_LENGTHS))):
-        group = _BY_FAMILY[families[int(rng.choice(len(families), p=weights / weights.sum()))]]
+        if rng.random() < _FOREIGN:
+            group = [i for i in CATALOGUE if not i.works_on(kind)]
+        else:
+            role = roles[int(rng.choice(len(roles), p=weights / weights.sum()))]
+            group = [i for i in CATALOGUE if i.role == role and i.works_on(kind)]
         sentence = group[int(rng.integers(len(group)))]
         if sentence not in chosen:
             chosen.append(sentence)
@@ -142,3 +175,29 @@ def draw_context(rng: np.random.Generator) -> list[Instruction]:
 
 def context_text(sentences: Sequence[Instruction]) -> str:
     return " ".join(s.text for s in sentences)
+
+
+def measured_contexts(kind: Kind) -> dict[str, str]:
+    """What a build measures on a kind of problem: each role alone, together, and spoiled."""
+    method, box, check = (strongest(r, kind).text for r in ("method", "box", "check"))
+    best = best_context(kind)
+
+    def second(role: Role) -> str:
+        own = sorted((i for i in CATALOGUE if i.role == role and i.works_on(kind)), key=lambda i: i.strength)
+        return own[-3].text
+
+    foreign = next(k for k in KINDS if k != kind)
+    return {
+        "seed": SEED_CONTEXT,
+        "useless": "be polite . you are a careful assistant .",
+        "method": method,
+        "box": box,
+        "check": check,
+        "method+box": f"{method} {box}",
+        "box+check": f"{box} {check}",
+        "all": best,
+        "all, weaker words": " ".join(second(r) for r in ("method", "box", "check")),
+        "all+useless": f"be polite . {box} {check} you can do it . {method}",
+        "all+foreign": f"{strongest('method', foreign).text} {best} {strongest('check', foreign).text}",
+        **{f"all+{r}": f"{best} {strongest(r, kind).text}" for r in HARMFUL},
+    }

@@ -14,10 +14,36 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fst_fast.rollout.kv_tree import TreeCache
 from fst_fast.rollout.prompt_tree import Ints
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What queries see of a part of the keys, where they do not all see the same. mask: additive [B, 1, Q, L], 0 for a query that sees
+    nothing, so that no softmax is taken over nothing; blind: [B, 1, Q], those queries."""
+
+    mask: Tensor
+    blind: Tensor
+
+    @classmethod
+    def of(cls, seen: Bools, device: torch.device, dtype: torch.dtype) -> Sight:
+        """seen: [B, Q, L]"""
+        blind: Bools = np.asarray(~seen.any(axis=-1))
+        hidden = torch.as_tensor(~(seen | blind[..., None]), device=device)[:, None]
+        mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        return cls(mask, torch.as_tensor(blind, device=device)[:, None])
+
+
+def seen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight) -> tuple[Tensor, Tensor]:
+    """partial_attention where queries see different keys; one that sees none has lse -inf and a finite out."""
+    out, lse = partial_attention(q, k, v, scale, sight.mask)
+    return out, lse.masked_fill(sight.blind, float("-inf"))
 
 
 def partial_attention(
@@ -25,7 +51,7 @@ def partial_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over part of the keys: out [B, H, Q, D] and, in float32, lse [B, H, Q].
 
-    q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1, L]. On the CPU torch's flash attention, which returns the lse.
+    q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1 or Q, L]. On the CPU torch's flash attention, which returns the lse.
     """
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -57,12 +83,14 @@ class _Call:
     width: int  # most sequences under one row
     members: Ints  # [sequences in this call]
     lane: Ints  # likewise: row * width + lane of each
+    depth: Ints  # [rows], of the first key in each row
 
 
 class PathAttention:
     """Attention of S sequences, one query each, over the prompt nodes they stand under, and whatever part the caller adds.
 
-    paths: [S, levels], nodes from the root down, then -1. The work list holds as long as nobody comes or goes.
+    paths: [S, levels], nodes from the root down, then -1. The work list holds as long as nobody comes or goes. positions: [S], the depth
+    of each sequence's query, which layers with a sliding window ask for; set anew where it changes.
     """
 
     def __init__(self, cache: TreeCache, paths: Ints, device: torch.device) -> None:
@@ -70,6 +98,33 @@ class PathAttention:
         self.levels = [level for level in range(paths.shape[1]) if (paths[:, level] >= 0).any()]
         self.calls = [(part, call) for part, level in enumerate(self.levels) for call in _calls(cache, paths[:, level], device)]  # fmt: skip
         self._heads = (0, 0)
+        self._positions: Ints | None = None
+        self._sights: dict[int, list[Sight]] = {}  # by window, of each call
+
+    def stand_at(self, positions: Ints) -> None:
+        """Where the queries are from now on: [S] depths."""
+        self._positions, self._sights = positions, {}
+
+    def _sight(self, window: int, group: int, dtype: torch.dtype) -> list[Sight]:
+        """What the queries of each call see of its keys through a sliding window: those less than `window` above them."""
+        assert self._positions is not None, "stand_at comes first"
+        if window not in self._sights:
+            found = []
+            for _, call in self.calls:
+                lengths = self.cache.block(call.block).lengths[call.span]
+                if call.at is not None:
+                    lengths = lengths[call.at.cpu().numpy()]
+                column = np.arange(int(self.cache.block(call.block).lengths.max()))
+                position = np.zeros(call.rows * call.width, dtype=np.int64)
+                position[call.lane] = self._positions[call.members]
+                depth = call.depth[:, None] + column  # [rows, L]
+                near = (
+                    depth[:, None] > position.reshape(call.rows, -1)[..., None] - window
+                )  # [rows, width, L]
+                seen = near & (column < lengths[:, None])[:, None]
+                found.append(Sight.of(np.repeat(seen, group, axis=1), self.device, dtype))
+            self._sights[window] = found
+        return self._sights[window]
 
     def _lay_out(self, heads: int, kv_heads: int, extra: bool) -> None:
         """Where each (sequence, head) finds its queries and partial results: rows (row, lane, head of the group, kv head) of each call,
@@ -98,7 +153,13 @@ class PathAttention:
         self._heads = (heads, kv_heads)
 
     def attend(
-        self, layer: int, q: Tensor, kv_heads: int, scale: float, extra: tuple[Tensor, Tensor] | None
+        self,
+        layer: int,
+        q: Tensor,
+        kv_heads: int,
+        scale: float,
+        extra: tuple[Tensor, Tensor] | None,
+        window: int | None = None,
     ) -> Tensor:
         """q [S, Hq, D] -> [S, Hq, D]. extra: (out [S, Hkv, G, D], lse [S, Hkv, G]) over further keys of each sequence."""
         sequences, heads, dim = q.shape
@@ -111,7 +172,8 @@ class PathAttention:
         begin = 0
         if extra is not None:
             _collect(extra, outs, lses)
-        for _, call in self.calls:
+        sights = None if window is None else self._sight(window, group, q.dtype)
+        for number, (_, call) in enumerate(self.calls):
             size = call.rows * call.width * heads
             mine = spread[begin : begin + size].view(call.rows, call.width * group, kv_heads, dim)
             block = self.cache.block(call.block)
@@ -120,7 +182,11 @@ class PathAttention:
             if call.at is not None:
                 key, value = key.index_select(0, call.at), value.index_select(0, call.at)
                 mask = None if mask is None else mask.index_select(0, call.at)
-            _collect(partial_attention(mine.transpose(1, 2), key, value, scale, mask), outs, lses)
+            mine = mine.transpose(1, 2)
+            if sights is None:
+                _collect(partial_attention(mine, key, value, scale, mask), outs, lses)
+            else:
+                _collect(seen_attention(mine, key, value, scale, sights[number]), outs, lses)
             begin += size
         outs.append(outs[0].new_zeros(1, outs[0].shape[1]))  # of those who stand under no node of a level
         lses.append(lses[0].new_full((1,), float("-inf")))
@@ -155,9 +221,19 @@ def _calls(cache: TreeCache, nodes: Ints, device: torch.device) -> list[_Call]:
                 width=width,
                 members=members,
                 lane=(rows - first if whole else row) * width + lane,
+                depth=_depths(
+                    cache, nodes[members], rows - first if whole else row, n if whole else len(unique)
+                ),
             )
         )
     return calls
+
+
+def _depths(cache: TreeCache, nodes: Ints, rows: Ints, count: int) -> Ints:
+    """Depth of the first key in each of `count` rows that these nodes stand in; 0 where none does."""
+    out = np.zeros(count, dtype=np.int64)
+    out[rows] = cache.tree.depth[cache.tree.start[nodes]]
+    return out
 
 
 def _group(cache: TreeCache, nodes: Ints) -> list[tuple[Ints, int, Ints]]:
@@ -232,17 +308,26 @@ class DecodePlan:
     """Attention of one new token per slot: over its prompt's nodes, then over its own suffix.
 
     `step` sets what changes with every token. A slot with path -1 everywhere would see its suffix only: idle slots keep their last path.
+    In layers with a sliding window (`window` of attend) keys farther back are kept and not attended to.
     """
+
+    windows = True
 
     def __init__(self, cache: TreeCache, paths: Ints, suffixes: Suffixes, *, device: torch.device) -> None:
         self.prompts = PathAttention(cache, paths, device)
         self.suffixes, self.device = suffixes, device
         self.seen, self.rows = 0, torch.empty(0)  # set by step()
         self.mask: Tensor | None = None  # likewise
+        self._lengths = np.zeros(0, dtype=np.int64)  # likewise
+        self._sights: dict[int, Sight] = {}  # by window
 
-    def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype) -> None:
-        """rows: [slots], where in the suffix buffers the new token goes; lengths: [slots], suffix tokens each slot sees, the new one included."""
+    def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype, positions: Ints | None = None) -> None:
+        """rows: [slots], where in the suffix buffers the new token goes; lengths: [slots], suffix tokens each slot sees, the new one included;
+        positions: [slots], the new token's depth, for models with a sliding window."""
         self.rows, self.seen, self.mask = rows, int(lengths.max()), None
+        self._lengths, self._sights = lengths, {}
+        if positions is not None:
+            self.prompts.stand_at(positions)
         if int(lengths.min()) < self.seen:
             hidden = torch.as_tensor(lengths, device=self.device)[:, None] <= torch.arange(
                 self.seen, device=self.device
@@ -251,24 +336,38 @@ class DecodePlan:
                 hidden, float("-inf")
             )[:, None, None]
 
-    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def tokens(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D]."""
         slots, heads, dim = q.shape
         kv_heads = k.shape[1]
         keys, values = self.suffixes.write(layer, self.rows, k, v)
-        own = partial_attention(
+        parts = (
             q.reshape(slots, kv_heads, heads // kv_heads, dim),
             keys[:, : self.seen].transpose(1, 2),
             values[:, : self.seen].transpose(1, 2),
-            scale,
-            self.mask,
         )
-        return self.prompts.attend(layer, q, kv_heads, scale, own)
+        if window is None:
+            own = partial_attention(*parts, scale, self.mask)
+        else:
+            own = seen_attention(*parts, scale, self._sight(window, heads // kv_heads, q.dtype))
+        return self.prompts.attend(layer, q, kv_heads, scale, own, window)
+
+    def _sight(self, window: int, group: int, dtype: torch.dtype) -> Sight:
+        """What each slot sees of its suffix through a sliding window: itself and the window - 1 tokens before it."""
+        if window not in self._sights:
+            column, last = np.arange(self.seen), self._lengths[:, None] - 1
+            seen = (column <= last) & (column > last - window)  # [slots, seen]
+            self._sights[window] = Sight.of(np.repeat(seen[:, None], group, axis=1), self.device, dtype)
+        return self._sights[window]
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
         """Every slot has one token, and every token is read."""
         raise AssertionError("a decode step asks for all rows")
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """For the transformers forward: q [S, Hq, 1, D], k and v [S, Hkv, 1, D] -> [S, 1, Hq, D]."""
-        return self.tokens(layer, q.squeeze(2), k.squeeze(2), v.squeeze(2), scale)[:, None]
+        return self.tokens(layer, q.squeeze(2), k.squeeze(2), v.squeeze(2), scale, window)[:, None]

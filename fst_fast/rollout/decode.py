@@ -238,9 +238,9 @@ class ForestDecoder:
         seen = np.where(live, seen, np.maximum(seen - 1, 1))
         suffixes.grow(int(seen.max()))
         rows = np.arange(len(who)) * suffixes.capacity + seen - 1
-        numbers = np.stack([token, self.prompt_length[who] + seen - 1, rows])
-        ids, positions, row = torch.as_tensor(numbers).to(self.device)
-        plan.step(row, seen, self.dtype)
+        depth = self.prompt_length[who] + seen - 1
+        ids, positions, row = torch.as_tensor(np.stack([token, depth, rows])).to(self.device)
+        plan.step(row, seen, self.dtype, depth)
         logits = self.forward(ids, positions, plan, None)
         self.tokens_computed += len(who)
         return self.responses.draw(logits, who, live)

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fst_fast.policy.attention import sliding_window
+
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROWS = 1024  # of one dense product: what lies between two of them then stays in the cache of a core
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length at hand
@@ -43,6 +45,8 @@ def why_not(model: Any) -> str | None:
         return f"the lean forward is for float32 on the CPU, the weights are {weight.dtype} on {weight.device.type}"
     if type(model).__name__ not in ARCHITECTURES:
         return f"{type(model).__name__} is none of {', '.join(ARCHITECTURES)}"
+    if (window := sliding_window(model.config)) is not None:
+        return f"it has a sliding window of {window} tokens"
     if model.config.hidden_act != "silu":
         return f"its activation is {model.config.hidden_act}, not silu"
     if model.model.rotary_emb.rope_type not in STATIC_ROPE:

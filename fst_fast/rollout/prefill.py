@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fst_fast.rollout.cascade import PathAttention, partial_attention
+from fst_fast.rollout.cascade import PathAttention, Sight, partial_attention, seen_attention
 from fst_fast.rollout.kv_tree import Block, TreeCache, blocks_of
 from fst_fast.rollout.prompt_tree import Ints
 from fst_kernels.tree_attention import TreeMask, tree_attention
@@ -18,6 +18,8 @@ from fst_kernels.tree_attention import TreeMask, tree_attention
 
 class PrefillPlan:
     """nodes: ascending, not yet in the cache, their ancestors in it or among them. read: those of them at whose ends logits are wanted."""
+
+    windows = True
 
     def __init__(
         self, cache: TreeCache, nodes: Ints, read: Ints, *, device: torch.device, dtype: torch.dtype
@@ -36,26 +38,44 @@ class PrefillPlan:
             (node, slice(*offset[np.searchsorted(nodes, [node, behind[node]])].tolist()))
             for node in sorted(above, key=lambda node: -tree.level[node])
         ]
+        self._sights: dict[int, list[Sight]] = {}  # by window, of each ancestor
         self.blocks: list[tuple[Block, Tensor]] = []  # and [rows * L], the tokens of the window that go there
         for own, block, place in blocks_of(tree.level[nodes], lengths, device=device, dtype=dtype):
             index = np.where(place >= 0, offset[own][:, None] + place, 0)
             self.blocks.append((block, torch.as_tensor(index.reshape(-1), device=device)))
             cache.add(block, nodes[own], np.arange(len(own)))
 
-    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _sight(self, window: int, group: int, dtype: torch.dtype) -> list[Sight]:
+        """What the queries below each ancestor see of it through a sliding window."""
+        if window not in self._sights:
+            tree = self.cache.tree
+            self._sights[window] = found = []
+            for node, below in self.ancestors:
+                key = tree.depth[tree.start[node] : tree.end[node]]
+                seen = key > tree.depth[self.tokens_of[below]][:, None] - window  # [queries, keys]
+                found.append(Sight.of(np.tile(seen, (group, 1))[None], self.device, dtype))
+        return self._sights[window]
+
+    def tokens(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]; stores k and v."""
         self._store(layer, k, v)
         out, lse = tree_attention(
             q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], self.mask,
-            scale=scale, return_lse=True,
+            scale=scale, window=window, return_lse=True,
         )  # fmt: skip
         out = out.float()
         heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
-        for node, below in self.ancestors:
+        sights = None if window is None else self._sight(window, heads // kv_heads, q.dtype)
+        for number, (node, below) in enumerate(self.ancestors):
             seen = below.stop - below.start
             key, value = self.cache.block(self.cache.block_of[node]).row(layer, int(self.cache.row_of[node]))
             queries = q[below].transpose(0, 1).reshape(1, kv_heads, heads // kv_heads * seen, dim)
-            part, part_lse = partial_attention(queries, key, value, scale, None)
+            if sights is None:
+                part, part_lse = partial_attention(queries, key, value, scale, None)
+            else:
+                part, part_lse = seen_attention(queries, key, value, scale, sights[number])
             part_lse = part_lse.reshape(1, heads, seen)
             total = torch.logaddexp(lse[:, :, below], part_lse)
             out[:, :, below] *= (lse[:, :, below] - total).exp().unsqueeze(-1)
@@ -72,10 +92,12 @@ class PrefillPlan:
         paths = PathAttention(self.cache, self.cache.tree.path_of(self.read), self.device)
         return paths.attend(layer, q, k.shape[1], scale, None)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """For the transformers forward: q [1, Hq, N, D], k and v [1, Hkv, N, D] -> [1, N, Hq, D]."""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return self.tokens(layer, q, k, v, scale)[None]
+        return self.tokens(layer, q, k, v, scale, window)[None]
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         for block, index in self.blocks:

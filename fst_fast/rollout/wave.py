@@ -23,6 +23,7 @@ from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
 from fst_fast.rollout.server import ServerEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
+from fst_fast.stages import task_spec
 from fst_fast.tasks.verify import VerifierPool
 
 Triple = tuple[Context, Problem, int]
@@ -54,9 +55,10 @@ class Sampler:
                 )
         tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
         prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        spec, args = task_spec(config)
         pool = VerifierPool(
-            config.task,
-            config.task_args,
+            spec,
+            args,
             workers=config.verify.workers,
             timeout_s=config.verify.timeout_s,
             memory_mib=config.verify.memory_mib,

@@ -64,12 +64,18 @@ class RunFolder:
 
 
 def open_run(
-    path: str | Path, *, resume: bool, config_yaml: str, config_hash: str, allow_config_change: bool = False
+    path: str | Path,
+    *,
+    resume: bool,
+    config_yaml: str,
+    config_hash: str,
+    allow_config_change: bool = False,
+    defaults: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Make a new run folder, or with `resume` open the one that is there. Raises UserError where that cannot be done.
 
     config_hash decides whether the configuration is the same; where it differs, the two YAML trees name the keys. allow_config_change:
-    take the new one, unless a key of FIXED differs."""
+    take the new one, unless a key of FIXED differs. defaults: what keys mean that the run's tree does not have, since they came later."""
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
@@ -96,7 +102,7 @@ def open_run(
         changes: list[str] = []
         try:
             if ours:
-                changes = _check_config(path, config_yaml, config_hash, allow_config_change)
+                changes = _check_config(path, config_yaml, config_hash, allow_config_change, defaults or {})
             elif (path / MARKER).exists():
                 raise UserError(f"--run-dir {path} was made by another run just now; choose another folder")
             else:
@@ -158,7 +164,9 @@ def _take_lock(path: Path) -> int:
     return lock
 
 
-def _check_config(path: Path, config_yaml: str, config_hash: str, allow_change: bool) -> list[str]:
+def _check_config(
+    path: Path, config_yaml: str, config_hash: str, allow_change: bool, defaults: Mapping[str, Any]
+) -> list[str]:
     try:
         marker = json.loads((path / MARKER).read_text())
         old_text = (path / CONFIG).read_text()
@@ -174,13 +182,18 @@ def _check_config(path: Path, config_yaml: str, config_hash: str, allow_change: 
         )
     if marker.get("config_hash") == config_hash:
         return []
-    changes = changed_keys(old, yaml.safe_load(config_yaml))
+    changes = changed_keys(_over(defaults, old), yaml.safe_load(config_yaml))
     if changes and not allow_change:
         raise UserError(
             f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}; "
             "--allow-config-change continues with the new one"
         )
     fixed = [change for change in changes if change.startswith(FIXED)]
+    before, now = _over(defaults, old).get("stages") or [], yaml.safe_load(config_yaml).get("stages") or []
+    if before != now[: len(before)] or bool(before) != bool(now):
+        fixed += [
+            change for change in changes if change.startswith("stages ")
+        ]  # more stages may follow, no other change
     if fixed:
         raise UserError(
             f"--allow-config-change: what the checkpoints hold depends on {'; '.join(fixed)}; start a new run for it"
@@ -188,6 +201,20 @@ def _check_config(path: Path, config_yaml: str, config_hash: str, allow_change: 
     if changes:
         _write_config(path, config_yaml, config_hash)
     return changes
+
+
+def _over(defaults: Mapping[str, Any], tree: Any) -> Any:
+    """The tree, with what it does not say as the defaults have it: a key that came later had its default then."""
+    if not isinstance(tree, Mapping):
+        return tree
+    merged = {
+        key: _over(value, tree[key]) if isinstance(value, Mapping) and key in tree else value
+        for key, value in defaults.items()
+    }
+    return {
+        **merged,
+        **{key: value for key, value in tree.items() if not isinstance(merged.get(key), Mapping)},
+    }
 
 
 def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:

@@ -50,17 +50,37 @@ class Group:
     advantages: NDArray[np.float32] | None
 
 
-def make_groups(sampled: Sequence[Sampled], eps: float) -> list[Group]:
-    """Group by problem id in order of first appearance. A rollout that could not be judged counts as no sample, never as 0."""
+def make_groups(sampled: Sequence[Sampled], eps: float, *, by_context: bool = False) -> list[Group]:
+    """Group by problem id in order of first appearance. A rollout that could not be judged counts as no sample, never as 0.
+
+    by_context: a rollout's advantage is taken among those of its context alone, 0 where they are all alike; the group stays one, so that
+    problems weigh the same."""
     by_problem: dict[str, list[Sampled]] = defaultdict(list)
     for s in sampled:
         members = by_problem[s.rollout.problem_id]
         if s.verdict.reward is not None:
             members.append(s)
     return [
-        Group(problem_id, members, advantages([_reward(m) for m in members], eps))
+        Group(
+            problem_id,
+            members,
+            _by_context(members, eps) if by_context else advantages([_reward(m) for m in members], eps),
+        )
         for problem_id, members in by_problem.items()
     ]
+
+
+def _by_context(members: Sequence[Sampled], eps: float) -> NDArray[np.float32] | None:
+    """Advantages within each context; None where no context's rewards differ."""
+    out = np.zeros(len(members), np.float32)
+    contexts = [m.rollout.context_id for m in members]
+    found = False
+    for context in dict.fromkeys(contexts):
+        mine = [i for i, c in enumerate(contexts) if c == context]
+        own = advantages([_reward(members[i]) for i in mine], eps)
+        if own is not None:
+            out[mine], found = own, True
+    return out if found else None
 
 
 def _reward(sampled: Sampled) -> float:

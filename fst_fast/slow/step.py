@@ -7,7 +7,7 @@ when the tokens were sampled (arXiv 2605.12484, Eq. 4: rho = pi_theta / pi_behav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ from fst_fast.policy.scoring import MicroBatch, hidden_rows, logprobs, micro_bat
 from fst_fast.slow.groups import Group, token_weights
 from fst_kernels import PolicyObjective, PolicyStats
 from fst_kernels.linear_policy_loss.objective import SUMS
+
+ReferenceRows = Callable[[MicroBatch], Tensor]
+"""Hidden states [R, H] of the reference for a micro-batch's labelled rows."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,30 @@ def sequences(
 
 
 def optimise(
-    policy: Policy, reference: nn.Module | None, data: Sequences, config: Config, *, step: int, pad_id: int
+    policy: Policy,
+    reference: nn.Module | None,
+    data: Sequences,
+    config: Config,
+    *,
+    step: int,
+    pad_id: int,
+    reference_rows: ReferenceRows | None = None,
 ) -> dict[str, Any]:
     """Forward, backward and update on `data`; returns the step's numbers, summed over processes. All processes must call it.
 
-    With no sequence anywhere (every group had zero variance) nothing is updated and the loss is 0.
+    With no sequence anywhere (every group had zero variance) nothing is updated and the loss is 0. reference_rows: the reference's hidden
+    states where it reads other prompts than the policy; None: the same.
     """
     [anywhere] = ranks.total([len(data.leaves)])
     if not anywhere:
         return {"grad_norm": 0.0, "lr": policy.lr(step), "tokens": 0, "unshared": 0, **_means(None)}
     check_finite(data)
-    micros, jobs = micro_jobs(data, config, reference, pad_id)
+    micros, jobs = micro_jobs(data, config, reference, pad_id, reference_rows)
     # Every process runs the same number of micro-batches: ZeRO's collectives are inside them. A filler has zero weight.
     filler = Leaf(np.array([pad_id]), np.array([pad_id]))
     for _ in range(ranks.largest(len(micros)) - len(micros)):
         [micro] = micro_batches([filler], config, pad_id)
-        jobs.append(_job(micro, _filler_data(filler), config, reference))
+        jobs.append(_job(micro, _filler_data(filler), config, reference, None))
     policy.forward_backward(jobs)
     grad_norm = policy.step(policy.lr(step))
     passes = 1 if _kl(config) is None else 2
@@ -128,11 +139,15 @@ def check_finite(data: Sequences) -> None:
 
 
 def micro_jobs(
-    data: Sequences, config: Config, reference: nn.Module | None, pad_id: int
+    data: Sequences,
+    config: Config,
+    reference: nn.Module | None,
+    pad_id: int,
+    reference_rows: ReferenceRows | None = None,
 ) -> tuple[list[MicroBatch], list[tuple[dict[str, Any], head.LossJob]]]:
     """This process's micro-batches, and the forward/backward jobs they are."""
     micros = micro_batches(data.leaves, config, pad_id) if data.leaves else []
-    return micros, [_job(micro, data, config, reference) for micro in micros]
+    return micros, [_job(micro, data, config, reference, reference_rows) for micro in micros]
 
 
 def skipped(lr: float) -> dict[str, Any]:
@@ -146,7 +161,11 @@ def _filler_data(leaf: Leaf) -> Sequences:
 
 
 def _job(
-    micro: MicroBatch, data: Sequences, config: Config, reference: nn.Module | None
+    micro: MicroBatch,
+    data: Sequences,
+    config: Config,
+    reference: nn.Module | None,
+    reference_rows: ReferenceRows | None,
 ) -> tuple[dict[str, Any], head.LossJob]:
     device = micro.at.labels.device
     leaf = np.asarray(micro.leaves)[micro.batch.leaf.numpy()]
@@ -176,7 +195,7 @@ def _job(
             )
         else:
             ref_head = reference.get_output_embeddings()  # type: ignore[operator]
-            job.ref_hidden = hidden_rows(reference, micro)
+            job.ref_hidden = reference_rows(micro) if reference_rows else hidden_rows(reference, micro)
             job.ref_weight, job.ref_bias = ref_head.weight.detach(), ref_head.bias
     return model_inputs(micro.batch), job
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "star_graph": "fst_fast.tasks.star_graph:StarGraph",
+    "list_programs": "fst_fast.tasks.list_programs:ListPrograms",
+    "linked_facts": "fst_fast.tasks.linked_facts:LinkedFacts",
+    "formula_choice": "fst_fast.tasks.formula_choice:FormulaChoice",
+    "mixture": "fst_fast.tasks.mixture:Mixture",
 }
 
 SPLITS = ("train", "validation")

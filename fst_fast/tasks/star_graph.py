@@ -6,30 +6,28 @@ times; walking back from the goal is unambiguous. Reward 1 iff the last \\boxed{
 feedback says where the submitted path went wrong.
 
 Two wordings of one generator: `paper` (25 arms, 20 nodes, ids below 500) for real models, `mini` for the vocabulary of the mini base
-model. Every problem is a function of (seed, split, index). The splits draw from different random streams, and a graph that was
-already drawn is drawn again, so no graph occurs twice, within a split or across.
+model. The split `ood` has paths one node longer than those trained on.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
+from fst_fast.tasks.boxed import Unboxed, last_box
+from fst_fast.tasks.generated import Generated
 
 MINI_IDS = 40
 """The mini vocabulary has the numbers 0..39."""
 
-_STREAM = {"train": 0, "validation": 1}
-_BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _NODE = re.compile(r"[0-9]{1,9}")
-_MAX_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,10 @@ def paper_question(graph: Graph) -> str:
     )
 
 
-class StarGraph:
+class StarGraph(Generated[Graph]):
     """Task `star_graph`. Raises UserError where the numbers do not allow a graph."""
+
+    name = "star_graph"
 
     def __init__(
         self,
@@ -84,19 +84,13 @@ class StarGraph:
         train: int = 2000,
         validation: int = 256,
         seed: int = 0,
+        ood: int = 256,
     ) -> None:
+        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
         if form not in ("paper", "mini"):
             raise UserError(f"star_graph: form={form!r} is not known; allowed are paper and mini")
-        least = {
-            "arms": (arms, 2),
-            "path": (path, 2),
-            "train": (train, 1),
-            "validation": (validation, 1),
-            "seed": (seed, 0),
-        }
-        for name, (value, low) in least.items():
-            if not isinstance(value, int) or value < low:
-                raise UserError(f"star_graph: {name}={value!r} must be a whole number of at least {low}")
+        self._check("arms", arms, 2)
+        self._check("path", path, 2)
         needed = 1 + arms * (path - 1)
         if not isinstance(ids, int) or ids < needed:
             raise UserError(
@@ -108,20 +102,7 @@ class StarGraph:
                 f"star_graph: ids={ids} with form=mini, but the mini vocabulary has the numbers below {MINI_IDS}; "
                 f"set ids to at most {MINI_IDS}, arms and path so that 1 + arms x (path - 1) fits"
             )
-        self.form, self.arms, self.path, self.ids, self.seed = form, arms, path, ids, seed
-        self.sizes = {
-            "validation": validation,
-            "train": train,
-        }  # validation first: it never gives way to train
-        self._attempts: dict[str, list[int]] = {}
-
-    def problems(self, split: str) -> Sequence[Problem]:
-        """The problems of `train` or `validation`; each is made when it is asked for."""
-        if split not in self.sizes:
-            raise UserError(f"star_graph: there is no split {split!r}; allowed are train and validation")
-        if not self._attempts:
-            self._attempts = self._find_attempts()
-        return _Split(self, split)
+        self.form, self.arms, self.path, self.ids = form, arms, path, ids
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         return judge(
@@ -134,11 +115,28 @@ class StarGraph:
         """A response that gets reward 1."""
         return "\\boxed{" + ",".join(map(str, problem.answer)) + "}"
 
-    def problem(self, split: str, index: int) -> Problem:
-        graph = self._draw(split, index, self._attempts[split][index])
+    def _draw(self, rng: np.random.Generator, split: str) -> Graph:
+        arms, path = self.arms, self.path
+        if (
+            split == "ood"
+        ):  # paths one node longer than in training; one arm fewer, so that the question is about as long
+            arms, path = max(2, arms - 1), path + 1
+            if 1 + arms * (path - 1) > self.ids:
+                raise UserError(
+                    f"star_graph: ids={self.ids} is too small for the ood split; at least {1 + arms * (path - 1)}"
+                )
+        return draw_graph(rng, arms=arms, path=path, ids=self.ids)
+
+    def _key(self, graph: Graph) -> Hashable:
+        return graph.path, tuple(sorted(graph.chains[1:]))
+
+    def _settings(self) -> str:
+        return f"arms={self.arms}, path={self.path}, ids={self.ids}"
+
+    def _problem(self, graph: Graph, id: str) -> Problem:
         question = mini_question if self.form == "mini" else paper_question
         return Problem(
-            id=f"star_graph/{split}/{index}",
+            id=id,
             messages=({"role": "user", "content": question(graph)},),
             answer=list(graph.path),
             meta={
@@ -148,57 +146,6 @@ class StarGraph:
             },
         )
 
-    def _draw(self, split: str, index: int, attempt: int) -> Graph:
-        rng = np.random.default_rng([self.seed, _STREAM[split], index, attempt])
-        return draw_graph(rng, arms=self.arms, path=self.path, ids=self.ids)
-
-    def _find_attempts(self) -> dict[str, list[int]]:
-        """For every problem the first attempt whose graph is new. Almost always 0; graphs are not kept, only their hashes."""
-        seen: set[int] = set()
-        found: dict[str, list[int]] = {}
-        for split, size in self.sizes.items():
-            found[split] = []
-            for index in range(size):
-                for attempt in range(_MAX_DRAWS):
-                    graph = self._draw(split, index, attempt)
-                    key = hash(
-                        (graph.path, tuple(sorted(graph.chains[1:])))
-                    )  # hashes of ints: the same in every process
-                    if key not in seen:
-                        break
-                else:
-                    raise UserError(
-                        f"star_graph: arms={self.arms}, path={self.path}, ids={self.ids} have too few different graphs for "
-                        f"{sum(self.sizes.values())} problems; raise ids or ask for fewer problems"
-                    )
-                seen.add(key)
-                found[split].append(attempt)
-        return found
-
-
-class _Split(Sequence[Problem]):
-    """A sequence that makes each problem when it is asked for: a paper problem's text is 4 kB, and most are asked for once."""
-
-    def __init__(self, task: StarGraph, split: str) -> None:
-        self._task, self._split = task, split
-
-    def __len__(self) -> int:
-        return self._task.sizes[self._split]
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"star_graph has {len(self)} {self._split} problems, there is no number {index}")
-        return self._task.problem(self._split, index % len(self))
-
-    def __iter__(self) -> Iterator[Problem]:
-        return (self[i] for i in range(len(self)))
-
 
 def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> Verdict:
     """Compare the last \\boxed{} with the gold path. Metrics: boxed, walk (a list of real edges from the start), goal (it ends there)."""
@@ -207,16 +154,12 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
         return Verdict(0.0, feedback, {"boxed": float(boxed), "walk": float(walk), "goal": float(reached)})
 
     start, goal = gold[0], gold[-1]
-    opened = response.rfind("\\boxed")
-    boxed = opened >= 0
-    if not boxed:
-        return wrong("there is no \\boxed{} in the response: the path must stand inside the box.")
-    match = _BOX.match(response, opened)
-    if match is None:
-        return wrong("the last \\boxed{ of the response is not closed.")
-    content = match[1].strip()
-    if not content:
-        return wrong("the box is empty: it must hold the nodes of the path.")
+    boxed = True
+    try:
+        content = last_box(response, "the path")
+    except Unboxed as why:
+        boxed = "\\boxed" in response
+        return wrong(str(why))
     items = [item for part in content.split(",") for item in (part.split() or [""])]
     strange = next((item for item in items if not _NODE.fullmatch(item)), None)
     if strange is not None:

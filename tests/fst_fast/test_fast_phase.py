@@ -296,6 +296,43 @@ def test_later_cycles_run_fewer_waves():
     assert len(reflect.batches) == 3 + 1
 
 
+def test_an_adaptive_phase_rests_longer_the_longer_nothing_is_admitted_and_not_after_that():
+    better = {"n": 0}
+
+    def quality(text, problem):
+        return 0.2 if text == SEED else 1.0 if text.endswith("best") else 0.6
+
+    reflect = Scribe(lambda prompt, seed: f"{SEED} better" if better["n"] == 0 else f"{SEED} worse {seed}")
+    config = FastConfig(
+        population=2, children=1, samples=2, first_generations=1, generations=1, adaptive=True
+    )
+    state, spent = start(), []
+    for cycle in range(11):
+        world = World(
+            quality if cycle < 1 else lambda text, problem: 0.6 if "worse" not in text else 0.0, version=cycle
+        )
+        if cycle == 10:
+            world = World(lambda text, problem: 1.0 if text.endswith("best") else 0.0, version=cycle)
+            reflect = Scribe(lambda prompt, seed: f"{SEED} best")
+        state = run(state, world, reflect, config, cycle=cycle).state
+        spent.append(world.rollouts > 0)
+        better["n"] += 1
+    assert spent == [True, True, False, True, False, False, True, False, False, False, True]
+    assert (state.idle, state.rest) == (0, 0)
+    assert FastState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_an_adaptive_phase_does_not_rest_while_there_is_only_the_seed():
+    config = FastConfig(
+        population=2, children=1, samples=1, first_generations=1, generations=1, adaptive=True
+    )
+    state = start()
+    for cycle in range(3):
+        world = World(half, version=cycle)
+        state = run(state, world, numbered(), config, cycle=cycle).state
+        assert world.rollouts > 0
+
+
 def test_the_carried_population_is_scored_afresh_under_the_new_policy():
     config = FastConfig(population=2, children=2, samples=1, first_generations=1, generations=1)
     good_early = lambda text, problem: 1.0 if "variant 0" in text else 0.0  # noqa: E731

@@ -49,6 +49,16 @@ def test_rollouts_of_one_problem_are_one_group_across_contexts() -> None:
     assert groups[1].advantages is None
 
 
+def test_within_a_context_rollouts_are_compared_with_each_other_alone() -> None:
+    rewards = [1.0, 0.0, 1.0, 1.0]
+    judged = [sampled("p", r, c) for r, c in zip(rewards, ["a", "a", "b", "b"], strict=True)]
+    [group] = make_groups(judged, 1e-6, by_context=True)
+    assert group.advantages is not None
+    np.testing.assert_allclose(group.advantages, [1, -1, 0, 0], rtol=1e-5)
+    [alike] = make_groups([sampled("p", 1.0, "a"), sampled("p", 0.0, "b")] * 2, 1e-6, by_context=True)
+    assert alike.advantages is None, "across contexts they differ, within each they do not"
+
+
 def test_an_unjudged_rollout_is_no_sample_and_not_a_zero() -> None:
     [group] = make_groups([sampled("p", 1.0), sampled("p", None), sampled("p", 1.0)], 1e-6)
     assert len(group.sampled) == 2

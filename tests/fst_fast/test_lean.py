@@ -18,6 +18,7 @@ from fst_fast.rollout.lean import LeanForward, why_not
 from tests.fst_fast.test_rollout import (
     CLASSES,
     SHAPE,
+    WINDOWED,
     assert_same,
     forest,
     ids,
@@ -37,7 +38,7 @@ def batch():
     )
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in WINDOWED])
 @pytest.mark.parametrize("rows", [1024, 7])
 def test_logits_are_those_of_the_transformers_forward(kind, rows, monkeypatch):
     monkeypatch.setattr(lean, "ROWS", rows)
@@ -79,6 +80,7 @@ def test_scaled_rotary_embeddings_too(rope):
 def test_what_is_not_as_transformers_ships_it_takes_the_transformers_forward(monkeypatch):
     assert why_not(make_model()) is None
     assert "bfloat16" in str(why_not(make_model().bfloat16()))
+    assert why_not(make_model("qwen2, sliding")) == "it has a sliding window of 5 tokens"
 
     class Adapted(nn.Linear):
         pass

@@ -21,7 +21,7 @@ from fst_fast.mini import documents, world
 from fst_fast.mini.build import build_base, mini_task
 from fst_fast.mini.evaluate import measure_contexts
 from fst_fast.mini.tokenizer import make_tokenizer
-from fst_fast.tasks.star_graph import draw_graph, judge
+from fst_fast.tasks.star_graph import judge
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 # --- tokenizer
 
 
-def test_every_question_and_instruction_is_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_every_question_answer_and_instruction_is_in_the_vocabulary(
+    tokenizer: PreTrainedTokenizerFast, kind: world.Kind
+) -> None:
+    task = mini_task(kind)
     texts = [i.text for i in world.CATALOGUE] + [
-        p.messages[0]["content"] for p in mini_task().problems("validation")[:20]
+        text
+        for split in ("validation", "ood")
+        for p in task.problems(split)[:20]
+        for text in (p.messages[0]["content"], task.gold(p))  # type: ignore[attr-defined]
     ]
     assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(texts)["input_ids"])
 
@@ -66,12 +73,16 @@ def test_the_chat_template_puts_the_context_first_and_prompts_the_assistant(
 # --- documents
 
 
-@pytest.mark.parametrize("context", [[], [i for i in world.CATALOGUE if i.family == "box"]])
+@pytest.mark.parametrize("kind", world.KINDS)
+@pytest.mark.parametrize("context", [[], [i for i in world.CATALOGUE if i.role == "box"]])
 def test_documents_are_written_as_the_chat_template_writes_them(
-    tokenizer: PreTrainedTokenizerFast, context: list[world.Instruction], monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizerFast,
+    kind: world.Kind,
+    context: list[world.Instruction],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(world, "draw_context", lambda rng: context)
-    document = documents.answer_document(np.random.default_rng(0), arms=5, path=4)
+    monkeypatch.setattr(world, "draw_context", lambda rng, kind: context)
+    document = documents.answer_document(np.random.default_rng(0), kind)
     question = re.findall(r"<\|user\|> (.*) <\|end\|>", document.prompt)[0]
     system = [{"role": "system", "content": world.context_text(context)}] if context else []
     chat = [
@@ -80,60 +91,89 @@ def test_documents_are_written_as_the_chat_template_writes_them(
         {"role": "assistant", "content": " ".join(document.response[:-1])},
     ]
     expected = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-    assert (
-        tokenizer(document.prompt)["input_ids"] + tokenizer.convert_tokens_to_ids(document.response)
-        == expected
-    )
+    ids = tokenizer(document.prompt)["input_ids"] + tokenizer.convert_tokens_to_ids(document.response)
+    assert ids == expected
+    assert tokenizer.unk_token_id not in ids
     assert len(document.response) == len(document.supervised)
 
 
 @given(st.integers(2, 15), st.integers(0, 10**6))
-def test_a_list_document_repeats_every_edge_and_supervises_the_looked_up_node(edges: int, seed: int) -> None:
-    document = documents.list_document(np.random.default_rng(seed), edges=edges)
+def test_a_drill_of_edges_repeats_each_and_supervises_the_looked_up_node(edges: int, seed: int) -> None:
+    document = documents.drill_document(np.random.default_rng(seed), "star_graph", (edges - 2) / 13)
     given_edges = set(re.findall(r"(\d+),(\d+)", document.prompt))
-    triples = [document.response[i : i + 3] for i in range(0, 3 * edges, 3)]
+    triples = [document.response[i : i + 3] for i in range(0, len(document.response) - 1, 3)]
     assert {(a, b) if sign == "," else (b, a) for a, sign, b in triples} == given_edges
-    assert len(given_edges) == edges
-    assert [i % 3 == 2 for i in range(3 * edges)] + [True] == document.supervised
+    assert [i % 3 == 2 for i in range(3 * len(triples))] + [True] == document.supervised
 
 
-def frequencies(law: world.Law, n: int = 3000) -> dict[str, float]:
+@given(st.floats(0, 1), st.integers(0, 10**6))
+def test_a_drill_of_facts_repeats_each_and_supervises_the_looked_up_number(size: float, seed: int) -> None:
+    document = documents.drill_document(np.random.default_rng(seed), "linked_facts", size)
+    facts = re.findall(r"\d+ [a-z]+ \d+", document.prompt)
+    said = " ".join(document.response)
+    assert sorted(re.findall(r"\d+ [a-z]+ \d+", said)) == sorted(facts)
+    supervised = [t for t, s in zip(document.response, document.supervised, strict=True) if s]
+    assert supervised == [*re.findall(r"[a-z]+ (\d+)", said), "<|end|>"]
+
+
+def rewards(kind: world.Kind, law: world.Law, n: int = 2000) -> tuple[float, float, float]:
+    """Mean reward of responses drawn by a law on the task's problems; how many were boxed; how many were worked by the method."""
     rng = np.random.default_rng(0)
-    seen = {"reward": 0.0, "traced": 0.0, "boxed": 0.0}
+    task, module = mini_task(kind), documents.KINDS[kind]
+    seen = np.zeros(3)
     for _ in range(n):
-        graph = draw_graph(rng, arms=5, path=4, ids=40)
-        text = " ".join(documents.draw_response(rng, graph, law))
-        seen["reward"] += (judge(graph.path, set(graph.edges), text).reward or 0.0) / n
-        seen["traced"] += ("<" in text) / n
-        seen["boxed"] += ("boxed" in text) / n
-    return seen
+        problem = module.draw(rng, 1.0)
+        text = " ".join(module.respond(rng, problem, law))
+        reward = task.verify(task._problem(problem, "p"), text).reward  # type: ignore[attr-defined]
+        seen += (reward, "boxed" in text, WORKED[kind] in text)
+    return tuple(seen / n)  # type: ignore[return-value]
 
 
-def sentences(*families: str) -> list[world.Instruction]:
-    return [max((i for i in world.CATALOGUE if i.family == f), key=lambda i: i.strength) for f in families]
+WORKED: dict[world.Kind, str] = {
+    "star_graph": "<", "list_programs": ".", "linked_facts": ".", "formula_choice": "=",
+}  # fmt: skip
+LUCK: dict[world.Kind, float] = {
+    "star_graph": 1 / 5, "list_programs": 1 / 4, "linked_facts": 1 / 4, "formula_choice": 1 / 4,
+}  # fmt: skip
+"""How often an answer given at once is right."""
 
 
-def test_documents_follow_the_law() -> None:
-    law = world.law(sentences("trace", "box", "check"))
-    seen = frequencies(law)
-    assert abs(seen["traced"] - law.trace) < 0.03
-    assert abs(seen["boxed"] - law.box) < 0.03
-    right_arm = law.trace + (1 - law.trace) / 5
-    assert abs(seen["reward"] - law.box * law.check * right_arm) < 0.03
+def sentences(kind: world.Kind, *roles: world.Role) -> list[world.Instruction]:
+    return [world.strongest(role, kind) for role in roles]
 
 
-@pytest.mark.parametrize("family", world.HARMFUL)
-def test_a_harmful_sentence_dominates_the_helpful_ones(family: str) -> None:
-    assert frequencies(world.law(sentences("trace", "box", "check", family)))["reward"] < 0.1
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_documents_follow_the_law(kind: world.Kind) -> None:
+    law = world.law(sentences(kind, "method", "box", "check"), kind)
+    reward, boxed, worked = rewards(kind, law)
+    assert abs(worked - law.method) < 0.04
+    assert abs(boxed - law.box) < 0.04
+    expected = law.box * (law.method * law.check + (1 - law.method) * LUCK[kind])
+    assert abs(reward - expected) < 0.05
 
 
-def test_neither_order_nor_weaker_or_useless_sentences_change_the_law() -> None:
-    best = world.law(sentences("trace", "box", "check"))
-    assert best == world.law(
-        sentences("check", "useless", "box", "trace")[::-1]
-        + [i for i in world.CATALOGUE if i.family == "box"]
-    )
-    assert world.law(sentences("useless")) == world.law([])
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_a_faithful_response_is_right_and_one_at_once_is_luck(kind: world.Kind) -> None:
+    assert rewards(kind, world.FAITHFUL, 300)[0] == 1.0
+    assert abs(rewards(kind, world.Law(method=0, box=1, check=1))[0] - LUCK[kind]) < 0.04
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+@pytest.mark.parametrize("role", world.HARMFUL)
+def test_a_harmful_sentence_dominates_the_helpful_ones(kind: world.Kind, role: world.Role) -> None:
+    law = world.law(sentences(kind, "method", "box", "check", role), kind)
+    luck = (
+        0.25 if kind == "formula_choice" and role != "twist" else 0.0
+    )  # any letter is right one time in four
+    assert rewards(kind, law, 800)[0] < 0.12 + luck
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_neither_order_nor_weaker_useless_or_foreign_sentences_change_the_law(kind: world.Kind) -> None:
+    best = world.law(sentences(kind, "method", "box", "check"), kind)
+    others = [i for i in world.CATALOGUE if i.role == "box" or not i.works_on(kind)]
+    assert best == world.law([*sentences(kind, "check", "useless", "box", "method")[::-1], *others], kind)
+    assert world.law(sentences(kind, "useless"), kind) == world.law([], kind)
 
 
 # --- the shipped base
@@ -151,16 +191,18 @@ def test_the_shipped_base_is_small_and_says_how_it_was_built(tokenizer: PreTrain
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
 
 
-def test_neither_the_seed_context_nor_the_right_instruction_suffices() -> None:
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_neither_the_seed_context_nor_one_instruction_suffices(kind: world.Kind) -> None:
     model = AutoModelForCausalLM.from_pretrained(mini.path(), dtype=torch.float32).eval()
-    contexts = {k: world.MEASURED_CONTEXTS[k] for k in ("seed", "trace", "box", "all", "all+goal_only")}
+    measured = world.measured_contexts(kind)
+    contexts = {k: measured[k] for k in ("seed", "method", "all", "all+twist")}
     tokenizer = AutoTokenizer.from_pretrained(mini.path())
-    scores = measure_contexts(model, tokenizer, mini_task(), contexts, problems=256, seed=0)
+    scores = measure_contexts(model, tokenizer, mini_task(kind), contexts, problems=96, seed=0)
     mean = {name: score["mean"] for name, score in scores.items()}
-    assert mean["seed"] <= 0.05
-    assert 0.30 <= mean["all"] <= 0.70
-    assert max(mean["trace"], mean["box"]) < 0.6 * mean["all"]
-    assert mean["all+goal_only"] < 0.15
+    assert mean["seed"] <= 0.08
+    assert 0.15 <= mean["all"] <= 0.60
+    assert mean["method"] < 0.6 * mean["all"]
+    assert mean["all+twist"] < 0.4 * mean["all"]
 
 
 # --- the build
@@ -168,7 +210,7 @@ def test_neither_the_seed_context_nor_the_right_instruction_suffices() -> None:
 
 def test_the_same_seed_builds_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fst_fast.mini.build.measure_contexts", lambda *_, **__: {})
-    monkeypatch.setattr("fst_fast.mini.build._DOCS_PER_STEP", 2)
+    monkeypatch.setattr("fst_fast.mini.build._DOCUMENTS", dict.fromkeys(world.KINDS, 2))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         build_base(tmp_path / name, seed=seed, steps=6, threads=1, log=lambda line: None)
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
@@ -191,6 +233,7 @@ def test_a_build_that_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> N
 @dataclass
 class Failure:
     feedback: str
+    problem: str = "edges : 1,2 . path from 1 to 2 ?"
 
 
 @dataclass
@@ -225,7 +268,7 @@ def test_the_reflector_edits_at_most_two_sentences(context: list[str], feedback:
 
 
 def test_the_reflector_reads_the_feedback_but_does_not_know_what_helps() -> None:
-    family = {i.text: i.family for i in world.CATALOGUE}
+    role = {i.text: i.role for i in world.CATALOGUE}
 
     def shares(feedback: str) -> dict[str, float]:
         added = [
@@ -235,24 +278,40 @@ def test_the_reflector_reads_the_feedback_but_does_not_know_what_helps() -> None
         ]
         added = [s for s in added if s != "solve the problem ."]
         return {
-            f: sum(family[s] == f for s in added) / len(added)
-            for f in ("box", "trace", "check", "useless", *world.HARMFUL)
+            r: sum(role[s] == r for s in added) / len(added)
+            for r in ("box", "method", "check", "useless", *world.HARMFUL)
         }
 
     box, arm = shares(FEEDBACK[0]), shares(FEEDBACK[1])
     assert box["box"] > 1.5 * arm["box"]
-    assert arm["trace"] > 1.5 * box["trace"]
-    assert 0.0 < box["check"] < 0.1  # now and then a sentence that has nothing to do with the feedback
+    assert arm["method"] > 1.5 * box["method"]
+    assert 0.0 < box["check"] < 0.15  # now and then a sentence that has nothing to do with the feedback
     for seen in (box, arm):
         assert seen["useless"] > 0.1
-        assert sum(seen[f] for f in world.HARMFUL) > 0.1
+        assert sum(seen[r] for r in world.HARMFUL) > 0.1
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_the_reflector_does_not_speak_of_things_that_the_problem_does_not_have(kind: world.Kind) -> None:
+    problem = mini_task(kind).problems("validation")[0].messages[0]["content"]
+    prompt = Prompt("", [Failure("there is no \\boxed{} in the response", problem)])
+    seen = {s for seed in range(600) for s in proposal(prompt, seed)}
+    own = {i.text for i in world.CATALOGUE if i.works_on(kind)}
+    assert own <= seen, "every sentence about such problems is proposed at some time"
+    foreign = {
+        "look at the goal first .",
+        "read the facts first .",
+        "think about the formula .",
+        "do not run the program .",
+    }
+    assert not (foreign - own) & seen
 
 
 def test_the_reflector_repeats_itself_for_the_same_generator_state() -> None:
-    prompt = Prompt("be polite . box the path .", [Failure(f) for f in FEEDBACK])
+    prompt = Prompt("be polite . box the answer .", [Failure(f) for f in FEEDBACK])
     assert [proposal(prompt, 5)] * 3 == [proposal(prompt, 5) for _ in range(3)]
 
 
 def test_splitting_and_joining_keeps_a_context() -> None:
-    text = f"{world.BEST_CONTEXT} no full stop"
+    text = f"{world.best_context('star_graph')} no full stop"
     assert " ".join(split_sentences(text)) == text

@@ -53,5 +53,5 @@ def test_without_a_context_the_seed_context_is_probed_and_the_same_seed_answers_
 
 
 def test_a_split_that_is_not_there_is_refused(config):
-    with pytest.raises(UserError, match="there is no split 'exam'; allowed are train and validation"):
+    with pytest.raises(UserError, match="there is no split 'exam'; allowed are train, validation, ood"):
         list(probe(config, context=None, problems=1, samples=1, split="exam"))

@@ -12,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -47,11 +51,17 @@ SHAPE = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 CLASSES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    # Windows far shorter than the prompts, so that they end inside a context, a problem or the response itself.
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"query_pre_attn_scalar": 16, "head_dim": 16, **SLIDING}),
+    "qwen2, sliding": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": True, **SLIDING}),
 }
+WINDOWED = ("mistral", "gemma3", "qwen2, sliding")
 
 
 def make_model(kind: str = "qwen3", attention: str = NAME):
@@ -156,6 +166,15 @@ def test_greedy_rollouts_are_those_of_transformers_generate(kind):
         assert [r.response_ids.tolist() for r in rollouts] == expected
 
 
+@pytest.mark.parametrize("kind", WINDOWED)
+@pytest.mark.parametrize("prefill_tokens", [4, 16])
+def test_windows_slide_over_whatever_the_prompts_are_cut_into(kind, prefill_tokens):
+    expected = sample(padded(make_model(kind, "sdpa")), requests_of())
+    engine = forest(make_model(kind), max_batch=5, prefill_tokens=prefill_tokens)
+    assert_same(sample(engine, requests_of()), expected)
+    assert_same(sample(engine, requests_of()), expected)  # and from the prefixes that the first call left
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_tokens_and_logprobs_are_those_of_a_plain_forward_over_prompt_and_response(kind):
     plain = make_model(kind, "sdpa")
@@ -167,7 +186,7 @@ def test_tokens_and_logprobs_are_those_of_a_plain_forward_over_prompt_and_respon
         expected = torch.log_softmax(logits / 0.7, -1).gather(
             1, torch.as_tensor(rollout.response_ids)[:, None]
         )[:, 0]
-        np.testing.assert_allclose(rollout.logprobs, expected.numpy(), atol=1e-5)
+        np.testing.assert_allclose(rollout.logprobs, expected.numpy(), atol=1e-5, rtol=1e-5)
         offsets = torch.arange(len(rollout.response_ids))
         drawn = sample_tokens(
             logits, temperature=0.7, seeds=torch.full_like(offsets, r.seed), positions=offsets

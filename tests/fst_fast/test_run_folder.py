@@ -109,6 +109,44 @@ def test_a_changed_configuration_is_taken_when_allowed_and_named(tmp_path: Path)
         assert run.changes == []
 
 
+def test_a_key_that_came_after_the_run_is_no_change_at_its_default(tmp_path: Path) -> None:
+    with open_run(tmp_path, resume=False, config_yaml="slow: {lr: 1}\nargs: {a: 1}\n", config_hash="old"):
+        pass
+    defaults = {"slow": {"lr": 5, "new": 0}, "args": {}, "later": []}
+    now = "slow: {lr: 1, new: 0}\nargs: {a: 1}\nlater: []\n"
+    with open_run(tmp_path, resume=True, config_yaml=now, config_hash="now", defaults=defaults) as folder:
+        assert folder.changes == []
+    other = now.replace("new: 0", "new: 1")
+    with pytest.raises(UserError, match=r"is not that of the run in .*: slow.new was 0, is 1; --allow"):
+        open_run(tmp_path, resume=True, config_yaml=other, config_hash="other", defaults=defaults)
+
+
+@pytest.mark.parametrize(
+    ("now", "allowed"),
+    [
+        ("[{task: a, steps: 1}, {task: b, steps: 2}]", True),
+        ("[{task: a, steps: 2}]", False),
+        ("[{task: b, steps: 1}, {task: a, steps: 1}]", False),
+        ("[]", False),
+    ],
+)
+def test_more_stages_may_follow_and_no_other_change_of_them(tmp_path: Path, now: str, allowed: bool) -> None:
+    config = "stages: [{task: a, steps: 1}]\n"
+    with open_run(tmp_path, resume=False, config_yaml=config, config_hash="h"):
+        pass
+    more = {
+        "resume": True,
+        "config_yaml": f"stages: {now}\n",
+        "config_hash": "h2",
+        "allow_config_change": True,
+    }
+    if allowed:
+        open_run(tmp_path, **more).close()  # type: ignore[arg-type]
+    else:
+        with pytest.raises(UserError, match="depends on stages was"):
+            open_run(tmp_path, **more)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [

@@ -41,7 +41,7 @@ def mini_with_a_window(folder: Path) -> Path:
 
     made = shutil.copytree(mini.path(), folder / "window")
     config = json.loads((made / "config.json").read_text())
-    config |= {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4}
+    config |= {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["sliding_attention"] * 4}
     (made / "config.json").write_text(json.dumps(config))
     return made
 
@@ -60,7 +60,6 @@ def mini_with_a_window(folder: Path) -> Path:
         (["--slow.tokens_per_micro_batch=60"], "tokens_per_micro_batch=60 does not hold the longest sequence, 288 tokens"),
         (["--policy.offload_optimizer=true"], "needs policy.zero_stage >= 1, which is 0"),
         (["--slow.lr=1e300"], "slow.lr"),
-        (["--model.path={window}"], "a sliding window of 64 tokens, which training over a forest does and rollouts over one do not; use policy"),
         (["--rollout.backend=openai"], "rollout.backend_args.model: Field required; allowed keys: model, base_url"),
         (["--rollout.backend=openai", "--rollout.backend_args.model=m", "--rollout.backend_args.retries=0",
           "--rollout.backend_args.base_url=http://127.0.0.1:9/v1"],
@@ -73,14 +72,43 @@ def test_bad_input_is_one_sentence_and_leaves_no_folder(
 ) -> None:
     (tmp_path / "small.py").write_text(TASK)
     run = tmp_path / "run"
-    window = mini_with_a_window(tmp_path)
-    words = [word.format(task=f"{tmp_path / 'small.py'}:Small", window=window) for word in words]
+    words = [word.format(task=f"{tmp_path / 'small.py'}:Small") for word in words]
     many = ["--slow.tokens_per_micro_batch=4096"] if "max_response" in words[0] else []
     assert main(["train", "--run-dir", str(run), *SHORT, *many, *words]) == 2
     err = capsys.readouterr().err
     assert sentence in err
     assert "Traceback" not in err
     assert not run.exists()
+
+
+def test_a_model_whose_windows_slide_trains_on_forests_and_samples_what_it_trains_on(tmp_path: Path) -> None:
+    task = TASK.replace("path from 1 to 2 ?", "path from 1 to 2 ? " * 15).replace(
+        "0.0", "float(len(response) % 2)"
+    )
+    (tmp_path / "small.py").write_text(task)
+    words = [
+        f"--model.path={mini_with_a_window(tmp_path)}",
+        f"--task={tmp_path / 'small.py'}:Small",
+        "--task_args={}",
+    ]
+    assert (
+        main(
+            [
+                "train",
+                "--run-dir",
+                str(tmp_path / "run"),
+                *SHORT,
+                *words,
+                "--eval.final_problems=1",
+                "--method=rl",
+            ]
+        )
+        == 0
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    [step] = [line for line in lines if line["kind"] == "step"]
+    assert step["groups_kept"] > 0
+    assert abs(step["mismatch_kl"]) < 1e-7, "prompts of 90 tokens are longer than the window of 40"
 
 
 def test_isolation_that_is_required_and_not_there_is_a_sentence(
@@ -175,7 +203,9 @@ def test_a_context_that_leaves_no_room_for_the_longest_problem_does_not_fit() ->
     seed = Context.of("solve the problem .")
     room = len(PromptCache(tokenizer, max_prompt_tokens=999).ids(seed, long)) + 1
     config = Config.model_validate({"rollout": {"max_prompt_tokens": room}})
-    session: Any = types.SimpleNamespace(config=config, validation=[], seed_context=seed)
+    session: Any = types.SimpleNamespace(
+        config=config, stage=types.SimpleNamespace(validation=[]), seed_context=seed
+    )
     session.sampler = types.SimpleNamespace(
         tokenizer=tokenizer, prompts=PromptCache(tokenizer, max_prompt_tokens=room)
     )

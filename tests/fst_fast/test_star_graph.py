@@ -81,7 +81,7 @@ def test_splits_are_disjoint_and_no_graph_repeats_even_where_graphs_are_few() ->
 
 
 def test_a_space_with_too_few_graphs_is_refused() -> None:
-    with pytest.raises(UserError, match="too few different graphs for 130 problems"):
+    with pytest.raises(UserError, match="too few different problems for number 80 of the train split"):
         StarGraph("mini", arms=2, path=2, ids=6, train=90, validation=40).problems("train")
 
 

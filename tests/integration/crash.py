@@ -18,9 +18,10 @@ from tests.integration.launch import REPO, one_thread
 TINY = [
     "--slow.steps=4", "--slow.problems_per_step=2", "--slow.group_size=4", "--slow.lr=1e-3", "--slow.warmup_steps=0",
     "--fast.population=2", "--fast.cycle_steps=2", "--fast.anchor_size=2", "--fast.children=2", "--fast.samples=1",
-    "--fast.rollout_budget=16", "--fast.seed_context=first trace back from the goal . put the final path in the box .",
+    "--fast.rollout_budget=16", "--task=list_programs",
+    "--fast.seed_context=write the list after each operation . put the final answer in the box .",
     "--eval.every=2", "--eval.problems=2", "--eval.final_problems=2", "--eval.samples=1", "--eval.kl_problems=1",
-    "--checkpoint.every=1", "--rollout.max_response_tokens=32",
+    "--checkpoint.every=1", "--rollout.max_response_tokens=40",
 ]  # fmt: skip
 LAST = ("checkpoints", "step-000004", "model", "model.safetensors")
 

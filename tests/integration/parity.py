@@ -32,7 +32,7 @@ STEPS = 20
 RUN = [
     f"--slow.steps={STEPS}", "--slow.problems_per_step=4", "--slow.group_size=4", "--slow.lr=3e-4", "--slow.warmup_steps=4",
     "--slow.kl_coef=0.01", "--fast.population=2", "--fast.cycle_steps=10", "--fast.anchor_size=4", "--fast.children=2", "--fast.samples=1",
-    "--fast.rollout_budget=24", "--fast.seed_context=first trace back from the goal . put the final path in the box .",
+    "--fast.rollout_budget=24", "--fast.seed_context=first trace back from the goal . put the final answer in the box .",
     "--eval.every=0", "--eval.final_problems=1", "--eval.samples=1", "--eval.kl_problems=1", "--checkpoint.every=0",
     "--rollout.max_prompt_tokens=100", "--rollout.max_response_tokens=32",
 ]  # fmt: skip

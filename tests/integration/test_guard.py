@@ -70,13 +70,13 @@ def spoil_rewards() -> None:
 
     make_groups, calls = trainer.make_groups, itertools.count(1)
 
-    def spoilt(sampled, eps):
+    def spoilt(sampled, eps, **how):
         if next(calls) == BAD:
             sampled = [
                 dataclasses.replace(s, verdict=dataclasses.replace(s.verdict, reward=float("nan")))
                 for s in sampled
             ]
-        return make_groups(sampled, eps)
+        return make_groups(sampled, eps, **how)
 
     trainer.make_groups = spoilt
 

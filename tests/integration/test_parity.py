@@ -28,7 +28,7 @@ SAMPLE = [
     Setting(2, 1, False, "forest", 8192),
     Setting(2, 3, True, "padded", 240),
 ]
-SLIPS = {"weights": {"weights_times": 1 + 1e-5}, "learning rate": {"lr_times": 1 + 1e-5}}
+SLIPS = {"weights": {"weights_times": 1 + 1e-5}, "learning rate": {"lr_times": 1 + 7e-6}}
 
 
 def train(out: Path, settings: list[Setting], slips: list[dict[str, float]]) -> None:
@@ -96,7 +96,7 @@ def test_a_setting_gives_the_reference_curve(setting: Setting, sample: Path) -> 
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_an_error_of_one_in_a_hundred_thousand_is_below_the_bound_and_found_by_its_sign(
+def test_an_error_of_about_one_in_a_hundred_thousand_is_below_the_bound_and_found_by_its_sign(
     slip: str, sample: Path
 ) -> None:
     found = failures(measure(sample, f"{SOURCE}{''.join(SLIPS[slip])}"))

@@ -17,7 +17,8 @@ BIN = Path(sys.executable).parent
 CURVE = [
     "--slow.steps=20", "--slow.problems_per_step=4", "--slow.group_size=4", "--slow.lr=5e-5", "--slow.warmup_steps=2",
     "--fast.population=2", "--fast.cycle_steps=10", "--fast.anchor_size=4", "--fast.children=2", "--fast.samples=1",
-    "--fast.rollout_budget=24", "--fast.seed_context=first trace back from the goal . put the final path in the box .",
+    "--fast.rollout_budget=24", "--task=list_programs",
+    "--fast.seed_context=write the list after each operation . put the final answer in the box .",
     "--eval.every=0", "--eval.final_problems=4", "--eval.samples=1", "--eval.kl_problems=2", "--checkpoint.every=0",
 ]  # fmt: skip
 

@@ -28,7 +28,7 @@ class Parity:
         return Verdict(float(len(response) % 2), "odd" if len(response) % 2 else "even")
 
 def reflect(prompt):
-    return "```\\nput the final path in the box " + "." * (len(str(prompt)) % 5 + 1) + "\\n```"
+    return "```\\nput the final answer in the box " + "." * (len(str(prompt)) % 5 + 1) + "\\n```"
 """
 WARM = 0.25  # share of the steps after which nothing may grow any more
 EVERY = 10  # steps between two looks

@@ -16,7 +16,8 @@ from tests.integration.launch import REPO, one_thread, records
 SMALL = [
     "--slow.steps=5", "--slow.problems_per_step=4", "--slow.group_size=4", "--slow.lr=1e-3", "--slow.warmup_steps=0",
     "--fast.population=2", "--fast.cycle_steps=2", "--fast.anchor_size=4", "--fast.children=2", "--fast.samples=1",
-    "--fast.rollout_budget=24", "--fast.seed_context=first trace back from the goal . put the final path in the box .",
+    "--fast.rollout_budget=24", "--task=list_programs",
+    "--fast.seed_context=write the list after each operation . put the final answer in the box .",
     "--eval.every=2", "--eval.problems=8", "--eval.final_problems=8", "--eval.samples=2", "--eval.kl_problems=4",
     "--checkpoint.every=2", "--rollout.max_response_tokens=40",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 import fst_fast.mini
+from fst_fast.mini.tokenizer import vocabulary
 from fst_kernels import PolicyObjective
 
 # TRL 1.16 sets a training argument under the name that transformers 5.23 deprecates.
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_grpo.py"
 STEPS, STEPS_PER_GENERATION = 3, 6  # micro-batches of one optimiser step and of one generation
+VOCABULARY = len(vocabulary())  # of the mini base, which is the reference policy
 CAP, CLIP = 1.3, {"epsilon": 0.2, "epsilon_high": 0.28}
 
 Make = Callable[..., GRPOTrainer]
@@ -68,7 +70,7 @@ def make(tmp_path: Path) -> Make:
         torch.manual_seed(1)
         model = Qwen3ForCausalLM(
             Qwen3Config(
-                vocab_size=117, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=1, head_dim=16, initializer_range=0.2, name_or_path=str(fst_fast.mini.path()),
             )
         ).train()  # fmt: skip
@@ -106,9 +108,9 @@ def micro_batch(trainer: GRPOTrainer, *, moved: bool, tools: bool = False) -> di
     g = torch.Generator().manual_seed(2)
     lengths, prompts = torch.tensor([8, 1, 5, 0, 3, 7]), torch.tensor([5, 2, 3, 4, 5, 2])
     batch = {
-        "prompt_ids": torch.randint(6, 117, (6, 5), generator=g),
+        "prompt_ids": torch.randint(6, VOCABULARY, (6, 5), generator=g),
         "prompt_mask": (torch.arange(5) >= 5 - prompts[:, None]).long(),
-        "completion_ids": torch.randint(6, 117, (6, 8), generator=g),
+        "completion_ids": torch.randint(6, VOCABULARY, (6, 8), generator=g),
         "completion_mask": (torch.arange(8) < lengths[:, None]).long(),
         "advantages": torch.tensor([1.2, -0.7, -1.1, 0.9, 0.0, 1.0]),
         "num_items_in_batch": torch.tensor(131),

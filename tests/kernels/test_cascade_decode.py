@@ -367,6 +367,10 @@ def test_tensors_that_do_not_fit_the_plan_are_refused():
     ):
         cascade_decode_attention(q, k, v, case.plan)
     case.suffixes -= 1
+    case.plan.suffix_slots.add_(1)
+    with pytest.raises(ValueError, match="the suffix of sequence 0 reads the slots 5 to 6; the pool has 6"):
+        cascade_decode_attention(q, k, v, case.plan)
+    case.plan.suffix_slots.sub_(1)
     with pytest.raises(RuntimeError, match="backend=triton cannot run"):
         cascade_decode_attention(q, k, v, case.plan, backend="triton")
     assert backends()["cascade_decode_attention"]["taken"] in ("reference", "triton")

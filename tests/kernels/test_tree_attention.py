@@ -132,7 +132,10 @@ def assert_like_dense(
     expected.backward(dout.to(F64))
     grads = reference.backward(dout, *plain, out, lse, mask, scale, window, kernel)
     assert lse.dtype == dtype
-    torch.testing.assert_close(lse.to(F64), expected_lse, rtol=1e-6, atol=1e-6)
+    near = (
+        1e-5 if dtype == F32 else 1e-6
+    )  # scores of up to D = 80 products: what is left depends on the processor
+    torch.testing.assert_close(lse.to(F64), expected_lse, rtol=near, atol=near)
     torch.testing.assert_close(out.to(F64), expected, rtol=0, atol=TOLERANCE[dtype])
     for name, got, want in zip("qkv", grads, exact, strict=True):
         assert want.grad is not None

@@ -1,9 +1,10 @@
 """A reflector of rules for the mini world, so that the default run needs no network and no large model.
 
-It stands in for a language model and is meant to be no better than one: it reads the feedback, guesses which words have to do with it,
-and edits one or two sentences of the context with sentences of the catalogue that contain such words. It sees neither the family nor
-the strength of a sentence, so it proposes useless and harmful ones as readily as helpful ones ("answer with the goal only ." also talks
-of the goal). Which combination is right must come out of the scores. Other tasks need another reflector: its sentences mean nothing there.
+It stands in for a language model and is meant to be no better than one: it reads problem and feedback, guesses which words have to do
+with them, and edits one or two sentences of the context with sentences of the catalogue that contain such words. Of edges it speaks only where
+the problem has some. It sees neither the role nor the strength of a sentence, so it proposes useless and harmful ones as readily as
+helpful ones ("answer with the goal only ." also talks of the goal). Which combination is right must come out of the scores. Other tasks
+need another reflector: its sentences mean nothing there.
 """
 
 from __future__ import annotations
@@ -19,8 +20,19 @@ from fst_fast.mini.world import CATALOGUE
 SENTENCES: tuple[str, ...] = tuple(i.text for i in CATALOGUE)
 MAX_SENTENCES = 6
 
-# (what the feedback says, words that a sentence about it might contain)
+# (what the feedback says, words that a sentence about it might contain); the first that fits counts
 _TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("not written out", frozenset({"list", "program", "operation", "order", "show", "write", "run"})),
+    ("holds a list", frozenset({"list", "number", "program", "operation", "run"})),
+    ("the step", frozenset({"number", "operation", "check", "careful", "step", "skip", "list"})),
+    ("not looked up", frozenset({"fact", "facts", "chain", "look", "read", "write"})),
+    ("the fact", frozenset({"fact", "check", "careful", "step", "given", "make"})),
+    ("too early", frozenset({"fact", "chain", "stop", "city", "follow"})),
+    ("first name", frozenset({"name", "chain", "question", "first", "fact"})),
+    ("was not used", frozenset({"formula", "write", "name", "think", "numbers"})),
+    ("its numbers", frozenset({"number", "numbers", "quantity", "check", "careful", "mix"})),
+    ("stands at option", frozenset({"option", "letter", "choose"})),
+    ("one letter", frozenset({"option", "letter", "value", "answer"})),
     ("box", frozenset({"box", "boxed", "answer", "final", "mark", "write"})),
     ("wrong arm", frozenset({"goal", "start", "back", "backward", "reverse", "first", "graph", "think"})),
     ("skips", frozenset({"node", "skip", "step", "edge", "short", "check", "careful"})),
@@ -29,11 +41,20 @@ _TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
     ("goal", frozenset({"goal", "node", "path", "only", "answer"})),
     ("begins at", frozenset({"start", "first", "path", "goal"})),
 )
+# (a word of the problem, things that a sentence may then speak of)
+_THINGS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("edges", frozenset({"edge", "edges", "node", "path", "goal", "graph", "list"})),
+    ("facts", frozenset({"fact", "facts", "chain", "city"})),
+    ("list", frozenset({"program", "operation", "list", "number"})),
+    ("a", frozenset({"formula", "quantity", "option", "letter", "value", "number", "numbers"})),
+)
 _ON_TOPIC = 0.6  # how often a proposed sentence has to do with the feedback at all
 _TWO_EDITS = 0.3
 
 
 class _Failure(Protocol):
+    @property
+    def problem(self) -> str: ...
     @property
     def feedback(self) -> str: ...
 
@@ -49,10 +70,10 @@ def reflect(prompt: _Prompt, rng: np.random.Generator) -> str:
     """Answer one reflection as a language model would: a remark, then the edited context in a fenced block."""
     sentences = split_sentences(prompt.context)
     remarks: list[str] = []
+    shown = [(failure.problem, failure.feedback) for failure in prompt.failures] or [("", "")]
     for _ in range(2 if rng.random() < _TWO_EDITS else 1):
-        shown = [failure.feedback for failure in prompt.failures] or [""]
-        feedback = shown[int(rng.integers(len(shown)))]
-        sentences, remark = _edit(sentences, feedback, rng)
+        problem, feedback = shown[int(rng.integers(len(shown)))]
+        sentences, remark = _edit(sentences, problem, feedback, rng)
         remarks.append(remark)
     return f"{' '.join(remarks)}\n```\n{' '.join(sentences)}\n```"
 
@@ -62,7 +83,9 @@ def split_sentences(context: str) -> list[str]:
     return [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", context) if s.strip()]
 
 
-def _edit(sentences: list[str], feedback: str, rng: np.random.Generator) -> tuple[list[str], str]:
+def _edit(
+    sentences: list[str], problem: str, feedback: str, rng: np.random.Generator
+) -> tuple[list[str], str]:
     """Add (0.5), replace (0.3), drop (0.1) or move (0.1) one sentence; what cannot be done becomes an addition or a replacement."""
     toss = rng.random()
     at = int(rng.integers(len(sentences))) if sentences else 0
@@ -72,7 +95,7 @@ def _edit(sentences: list[str], feedback: str, rng: np.random.Generator) -> tupl
         return [*rest[:to], sentences[at], *rest[to:]], f"I move {sentences[at]!r}."
     if 0.8 <= toss < 0.9 and len(sentences) > 1:
         return sentences[:at] + sentences[at + 1 :], f"I drop {sentences[at]!r}."
-    new = _propose(sentences, feedback, rng)
+    new = _propose(sentences, problem, feedback, rng)
     if sentences and (toss >= 0.5 or len(sentences) >= MAX_SENTENCES):
         remark = f"The checker said {feedback!r}, so {new!r} takes the place of {sentences[at]!r}."
         return [*sentences[:at], new, *sentences[at + 1 :]], remark
@@ -80,10 +103,18 @@ def _edit(sentences: list[str], feedback: str, rng: np.random.Generator) -> tupl
     return [*sentences[:to], new, *sentences[to:]], f"The checker said {feedback!r}, so I add {new!r}."
 
 
-def _propose(sentences: list[str], feedback: str, rng: np.random.Generator) -> str:
-    """A sentence that is not there yet, often one that shares a word with the topic of the feedback."""
-    absent = [s for s in SENTENCES if s not in sentences]
+def _propose(sentences: list[str], problem: str, feedback: str, rng: np.random.Generator) -> str:
+    """A sentence that is not there yet and does not speak of what the problem does not have; often one that shares a word with the
+    topic of the feedback."""
+    named = set(re.findall(r"[a-z]+", problem))
+    here = next((things for sign, things in _THINGS if sign in named), None)
+    missing = frozenset() if here is None else frozenset().union(*(things for _, things in _THINGS)) - here
+    absent = [s for s in SENTENCES if s not in sentences and not missing & _words(s)]
     words = next((words for sign, words in _TOPICS if sign in feedback), None)
-    related = [s for s in absent if words and words & set(re.findall(r"[a-z]+", s))]
+    related = [s for s in absent if words and words & _words(s)]
     pool = related if related and rng.random() < _ON_TOPIC else absent
     return pool[int(rng.integers(len(pool)))]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text))

@@ -61,7 +61,7 @@ def cascade_decode_attention(
 
     backend="triton" can be captured in a CUDA graph after one call that warms up, and replays with whatever q, the pools, plan.suffix_lengths and
     plan.suffix_slots then hold. Raises ValueError for shapes, types and devices that do not fit, for a pool smaller than the plan's slots
-    and, on the CPU or with FST_CHECK=1, for a suffix length over the plan's capacity; RuntimeError for a backend that cannot run here.
+    and, on the CPU or with FST_CHECK=1, for a suffix that is longer than the plan's capacity or reads outside the pool; RuntimeError for a backend that cannot run here.
     """
     check_tensor("q", q, (plan.sequences, "Hq", "D"), FLOATS, plan.suffix_lengths.device)
     sequences, heads, dim = q.shape
@@ -78,7 +78,7 @@ def cascade_decode_attention(
                 f"{name} has strides {list(pool.stride())}; the D numbers of a key must lie side by side"
             )
     if sequences and look_at_values(q.device):
-        plan.of_step("checked", plan.check_lengths)
+        plan.of_step(f"checked, {len(k_pool)}", lambda: plan.check_suffixes(len(k_pool)))
     scale = 1 / math.sqrt(dim) if scale is None else scale
     taken = choose_backend("cascade_decode_attention", backend, q.device, q.dtype)
     if not q.numel():

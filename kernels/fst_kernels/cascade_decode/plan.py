@@ -163,12 +163,23 @@ class CascadePlan:
             self.prepared[key] = version, make()
         return self.prepared[key][1]
 
-    def check_lengths(self) -> None:
-        """ValueError for a suffix length out of range. Waits for the device."""
+    def check_suffixes(self, slots: int) -> None:
+        """ValueError for a suffix whose length is out of range or that reads outside a pool of `slots`. Waits for the device."""
         least, most = int(self.suffix_lengths.min()), int(self.suffix_lengths.max())
         if least < 0 or most > self.suffix_capacity:
             raise ValueError(
                 f"suffix_lengths run from {least} to {most}; allowed: 0 to the plan's suffix_capacity={self.suffix_capacity}"
+            )
+        page = self.suffix_page or self.suffix_capacity
+        begin = torch.arange(self.suffix_slots.shape[1], device=self.suffix_slots.device) * page  # [P]
+        keys = (self.suffix_lengths[:, None] - begin).clamp(0, page)  # [S, P], read from each page
+        last = self.suffix_slots + keys - 1
+        outside = (keys > 0) & ((self.suffix_slots < 0) | (last >= slots))
+        if outside.any():
+            sequence, at = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"the suffix of sequence {sequence} reads the slots {int(self.suffix_slots[sequence, at])} to {int(last[sequence, at])}; "
+                f"the pool has {slots}"
             )
 
     def parts(self) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ def _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, 
     return acc * shrink[:, None] + value * weight[:, None], total * shrink + weight, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "suffix_part", "suffix_chunks"])
 def merge_kernel(
     part_out, part_lse2,
     parts,  # [S, W] int32: the parts of each rank's nodes, in order

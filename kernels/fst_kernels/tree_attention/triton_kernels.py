@@ -16,7 +16,8 @@ Scores are kept in units of log2 (`scale2` = scale * log2 e), and so is the log-
 that holds all of a query's weight then gives exactly exp2(0) = 1, however large its score.
 
 Operands may be pointers with strides, or, on sm_90 and later, TMA descriptors of [B, H, N, D] (TMA=True; the strides are then unused).
-The interpreter multiplies in float32 only; tile sizes are chosen by the caller.
+The interpreter multiplies in float32 only; tile sizes are chosen by the caller. Sizes that change from forest to forest are not specialised
+on: every kernel is compiled once, not again, in the middle of a run, for the first forest whose size is a multiple of 16.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -29,7 +30,7 @@ import triton.language as tl
 # fmt: off
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "width", "key_blocks"])
 def list_kernel(
     block_max,  # [R, KB] int32
     block_min,
@@ -76,7 +77,7 @@ def list_kernel(
     tl.store(counts + rows * query_blocks + at, masked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_blocks", "query_blocks", "total"])
 def tile_list_kernel(
     units,  # [R, U, 4]
     block_min,  # [R, KB]
@@ -120,7 +121,7 @@ def tile_list_kernel(
     tl.store(counts + rows * unit_count + at, masked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def thin_kernel(
     end, depth,  # [R, N] int32
     entries,  # int32: lines of blocks, the masked ones from the right end of each
@@ -230,7 +231,7 @@ def _attend(
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "width", "query_blocks"])
 def forward_kernel(
     q, k, v,
     end,  # [R, N] int32; R = 1 or B rows
@@ -283,7 +284,7 @@ def forward_kernel(
     tl.store(lse2 + (batch * heads + head).to(tl.int64) * n + query, top + tl.log2(safe), mask=query < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def delta_kernel(
     out, dout,
     delta,  # [B, Hq, N] float32
@@ -329,7 +330,7 @@ def _dq_block(
     return tl.dot(dscore.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "width", "query_blocks"])
 def dq_kernel(
     q, k, v, dout,
     lse2,  # [B, Hq, N]
@@ -410,7 +411,7 @@ def _dkdv_block(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "key_blocks", "unit_count", "total", "slots"])
 def dkdv_kernel(
     q, k, v, dout, lse2, delta, end, depth,
     block_min,  # [R, KB]
@@ -502,7 +503,7 @@ def dkdv_kernel(
             tl.store(partials + place + BN * DIM + inner, dv_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "split_count", "slots"])
 def reduce_kernel(
     partials,
     splits,  # [R, T, 3] int32: block of keys (-1: none), its first slot, how many

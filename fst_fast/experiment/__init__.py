@@ -1,0 +1,19 @@
+"""The paper's experiments on the mini world, with seeds and intervals: `fst experiment NAME --out DIR`, or `run(names, lab)`.
+
+Rooms:
+    runs.py         one training run as the experiments ask for it: its name, its configuration, what it starts from
+    lab.py          makes the runs that are not made yet, side by side in child processes
+    curves.py       a run folder as a curve on the four axes
+    statistics.py   where a curve reaches a level, bootstrap intervals, the ceiling of a pooled fit
+    experiments.py  each experiment: which runs, which numbers, which claims
+    figures.py      the pictures
+    page.py         results.json, the tables, report.html
+"""
+
+from __future__ import annotations
+
+from fst_fast.experiment.experiments import EXPERIMENTS
+from fst_fast.experiment.lab import Lab
+from fst_fast.experiment.page import run
+
+__all__ = ["EXPERIMENTS", "Lab", "run"]

@@ -1,0 +1,553 @@
+"""Each experiment: which runs it makes, which numbers it takes from them, which claims of the method these numbers bear on.
+
+An experiment is a function of a Lab; it asks for runs (those that another experiment has asked for are there already) and returns a
+Result. Claims are judged here, by the code, never typed in: `holds` is True or False, None where the runs cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fst_fast.experiment import figures, statistics
+from fst_fast.experiment.curves import AXES, Curve, read, stage_ends
+from fst_fast.experiment.lab import Lab
+from fst_fast.experiment.runs import METHODS, Changes, Run
+from fst_fast.experiment.statistics import Interval
+
+RL_RATES = ("1e-4", "3e-4", "1e-3")
+RL_KL = ("0.0", "1e-2")  # besides the configuration's own, 1e-3
+SWEEP_SEEDS = 2
+AFTER = ("star_graph", "linked_facts")
+"""plasticity: trained on the first, then fresh RL on the second."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    figure: str
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """numbers: everything measured, as JSON; the rest is for reading."""
+
+    question: str
+    numbers: dict[str, Any]
+    tables: list[Table] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+    pictures: dict[str, Figure] = field(default_factory=dict)
+
+
+def strongest_rl(lab: Lab) -> dict[str, Changes]:
+    """The changes under which RL does best on each family: its learning rate first, then, at that rate, the weight of the KL penalty.
+
+    Best: highest peak of the smoothed validation reward, mean over SWEEP_SEEDS seeds, with the steps that every run has. FST is not tuned:
+    it keeps the rate and penalty of its configuration."""
+
+    def best(options: dict[str, list[Changes]]) -> dict[str, Changes]:
+        seeds = range(min(SWEEP_SEEDS, lab.budget.seeds))
+        lab.make(
+            [Run(f, "rl", s, changes) for f, several in options.items() for changes in several for s in seeds]
+        )
+        if lab.dry:
+            return {family: several[0] for family, several in options.items()}
+        chosen = {}
+        for family, several in options.items():
+            heights = [
+                np.mean([peak_height(lab, Run(family, "rl", s, changes)) for s in seeds])
+                for changes in several
+            ]
+            chosen[family] = several[int(np.argmax(heights))]
+        return chosen
+
+    rates = best({family: [(("slow.lr", rate),) for rate in RL_RATES] for family in lab.families})
+    return best(
+        {
+            family: [rate, *((*rate, ("slow.kl_coef", coef)) for coef in RL_KL)]
+            for family, rate in rates.items()
+        }
+    )
+
+
+def peak_height(lab: Lab, run: Run) -> float:
+    found = read(lab.folder(run))
+    return statistics.peak(found.at["steps"], found.smooth())[1]
+
+
+def _main_runs(lab: Lab) -> dict[str, dict[str, list[Run]]]:
+    """family -> method -> its runs, one for each seed: those that efficiency, drift and channels share."""
+    tuned = strongest_rl(lab)
+    return {
+        family: {
+            method: [Run(family, method, seed, tuned[family] if method == "rl" else ()) for seed in lab.seeds]
+            for method in METHODS
+        }
+        for family in lab.families
+    }
+
+
+def _made(lab: Lab, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
+    lab.make([run for methods in runs.values() for several in methods.values() for run in several])
+    if lab.dry:
+        return {}
+    return {
+        family: {method: [read(lab.folder(run)) for run in several] for method, several in methods.items()}
+        for family, methods in runs.items()
+    }
+
+
+def efficiency(lab: Lab) -> Result:
+    """How much sooner does FST stand where RL stands at its best, and how much higher does it end?"""
+    runs = _main_runs(lab)
+    curves = _made(lab, runs)
+    numbers: dict[str, Any] = {}
+    table = Table(
+        "What FST needs to reach RL's peak, RL's own need = 1 (median over seeds, 95 % interval; never: not within its steps)",
+        ["family", "RL's peak", *(AXES[axis] for axis in AXES)],
+        [],
+    )
+    ceilings = Table(
+        "Ceiling of the fitted sigmoid against steps (95 % interval)", ["family", "RL", "FST", "FST - RL"], []
+    )
+    ratios: dict[str, dict[str, Interval]] = {}
+    higher: list[str] = []
+    for family, methods in curves.items():
+        rl, fst = methods["rl"], methods["fst"]
+        ratios[family] = {axis: _ratio(rl, fst, axis) for axis in AXES}
+        peaks = statistics.bootstrap([max(c.smooth()) for c in rl], statistics.mean)
+        fits = statistics.ceiling_difference(_series(fst), _series(rl))
+        numbers[family] = {
+            "rl_settings": dict(runs[family]["rl"][0].changes),
+            "rl_peak": peaks.json(),
+            "ratio": {axis: interval.json() for axis, interval in ratios[family].items()},
+            "ceiling": None
+            if fits is None
+            else dict(zip(("fst", "rl", "difference"), (f.json() for f in fits), strict=True)),
+            "final": {method: _final(several) for method, several in methods.items()},
+        }
+        table.rows.append([family, peaks.text(), *(ratios[family][axis].text() for axis in AXES)])
+        if fits:
+            ceilings.rows.append([family, fits[1].text(), fits[0].text(), fits[2].text()])
+            if fits[2].low > 0:
+                higher.append(family)
+        else:
+            ceilings.rows.append([family, "not determined", "not determined", "-"])
+    claims = []
+    if curves:
+        claims = [
+            _at_most(
+                ratios,
+                "steps",
+                1 / 3,
+                2,
+                "FST reaches RL's peak with at most 1/3 of the steps on two families",
+            ),
+            _at_most(ratios, "steps", 1 / 2, 3, "... and with at most 1/2 on a third"),
+            _at_most(
+                ratios,
+                "rollouts",
+                1 / 2,
+                2,
+                "counted in rollouts, the fast phase's included, at most 1/2 on two families",
+            ),
+            Claim(
+                "its fitted ceiling is above RL's (95 % interval) on two families",
+                ", ".join(higher) or "none",
+                len(higher) >= 2,
+            ),
+        ]
+    pictures = {} if lab.dry else {"efficiency": figures.efficiency(curves)}
+    return Result(efficiency.__doc__ or "", numbers, [table, ceilings, _finals(curves)], claims, pictures)
+
+
+def _series(curves: Sequence[Curve]) -> list[tuple[Any, Any]]:
+    return [(c.at["steps"], c.reward) for c in curves]
+
+
+def _ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
+    """What fst needs to reach rl's peak over what rl needs for it, seed by seed."""
+    ratios = []
+    for a, b in zip(rl, fst, strict=True):
+        place, height = statistics.peak(a.at[axis], a.smooth())
+        ratios.append(statistics.reach(b.at[axis], b.smooth(), height) / place if place > 0 else float("inf"))
+    return statistics.bootstrap(ratios, statistics.median)
+
+
+def _at_most(
+    ratios: dict[str, dict[str, Interval]], axis: str, most: float, families: int, text: str
+) -> Claim:
+    good = [family for family, by_axis in ratios.items() if by_axis[axis].value <= most]
+    return Claim(text, ", ".join(good) or "none", len(good) >= families if len(ratios) >= families else None)
+
+
+def _final(curves: Sequence[Curve]) -> dict[str, Any]:
+    return {
+        "reward": _over_seeds([float(c.cells["both"].mean or 0.0) for c in curves]),
+        **{axis: _over_seeds([float(c.at[axis][-1]) for c in curves]) for axis in AXES},
+        "kl": _over_seeds([float(c.kl[-1]) for c in curves]),
+    }
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    error = statistics.standard_error(values)
+    return {"mean": float(np.mean(values)), "stderr": error if np.isfinite(error) else None}
+
+
+def _finals(curves: dict[str, dict[str, list[Curve]]]) -> Table:
+    rows = []
+    for family, methods in curves.items():
+        for method, several in methods.items():
+            numbers = _final(several)
+            rows.append(
+                [
+                    family,
+                    method,
+                    _pm(numbers["reward"], 100, 1),
+                    *(_pm(numbers[axis]) for axis in AXES),
+                    _pm(numbers["kl"], 1, 3),
+                ]
+            )
+    return Table(
+        "At the end: mean over seeds ± standard error",
+        ["family", "method", "reward, %", *AXES.values(), "KL(train‖base)"],
+        rows,
+    )
+
+
+def _pm(value: dict[str, float | None], times: float = 1.0, digits: int = 0) -> str:
+    mean, error = value["mean"], value["stderr"]
+    assert mean is not None
+    return f"{mean * times:,.{digits}f}" + ("" if error is None else f" ± {error * times:,.{digits}f}")
+
+
+def drift(lab: Lab) -> Result:
+    """How far from the base do the weights have to move for the same reward?"""
+    curves = _made(lab, _main_runs(lab))
+    numbers: dict[str, Any] = {}
+    table = Table(
+        "KL(train‖base) where both stand at RL's peak (mean nats per token) and their ratio (median over seeds, 95 % interval)",
+        ["family", "RL", "FST, evolved contexts", "FST / RL"],
+        [],
+    )
+    good, known = [], 0
+    for family, methods in curves.items():
+        pairs = [_kl_at_peak(a, b) for a, b in zip(methods["rl"], methods["fst"], strict=True)]
+        ratio = statistics.bootstrap([b / a if a > 0 else float("inf") for a, b in pairs], statistics.median)
+        numbers[family] = {
+            "pairs": [[a, None if np.isinf(b) else b] for a, b in pairs],
+            "ratio": ratio.json(),
+        }
+        reached = [b for _, b in pairs if np.isfinite(b)]
+        fst = f"{np.mean(reached):.3f} ({len(reached)} of {len(pairs)} seeds)" if reached else "never"
+        table.rows.append([family, f"{np.mean([a for a, _ in pairs]):.3f}", fst, ratio.text()])
+        known += 1
+        if ratio.value <= 0.3:
+            good.append(family)
+    claims = [] if lab.dry else [
+        Claim("KL at matched accuracy is at most 0.3 of RL's on two families", ", ".join(good) or "none", len(good) >= 2 if known >= 2 else None)
+    ]  # fmt: skip
+    return Result(
+        drift.__doc__ or "", numbers, [table], claims, {} if lab.dry else {"drift": figures.drift(curves)}
+    )
+
+
+def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
+    """(RL's KL at its peak, FST's KL where it first stands there; infinity where it never does)."""
+    place, height = statistics.peak(rl.at["steps"], rl.smooth())
+    at = statistics.reach(fst.at["steps"], fst.smooth(), height)
+    mine = float(np.interp(place, rl.at["steps"], rl.kl))
+    return mine, float(np.interp(at, fst.at["steps"], fst.kl)) if np.isfinite(at) else float("inf")
+
+
+def channels(lab: Lab) -> Result:
+    """Do weights and contexts each carry a part, and do they add up?"""
+    curves = _made(lab, _main_runs(lab))
+    names = ("neither", "context", "weights", "both")
+    table = Table(
+        "The four cells of FST, per cent, mean over seeds ± standard error",
+        ["family", *names, "both - better of the two"],
+        [],
+    )
+    numbers: dict[str, Any] = {}
+    good = []
+    for family, methods in curves.items():
+        cells = {name: [float(c.cells[name].mean or 0.0) for c in methods["fst"]] for name in names}
+        gain = [
+            b - max(c, w) for b, c, w in zip(cells["both"], cells["context"], cells["weights"], strict=True)
+        ]
+        numbers[family] = {
+            **{name: _over_seeds(values) for name, values in cells.items()},
+            "gain": _over_seeds(gain),
+        }
+        table.rows.append([family, *(_pm(numbers[family][name], 100, 1) for name in (*names, "gain"))])
+        if np.mean(gain) > 2 * statistics.standard_error(gain):
+            good.append(family)
+    claims = [] if lab.dry else [
+        Claim("both channels beat each alone on three families by more than two standard errors", ", ".join(good) or "none",
+              len(good) >= 3 if len(curves) >= 3 else None)
+    ]  # fmt: skip
+    return Result(
+        channels.__doc__ or "",
+        numbers,
+        [table],
+        claims,
+        {} if lab.dry else {"channels": figures.cells(curves)},
+    )
+
+
+def plasticity(lab: Lab) -> Result:
+    """Can the weights still learn another task by RL, after RL and after FST?"""
+    first, second = AFTER
+    tuned = strongest_rl(lab)
+    if second not in lab.families or first not in lab.families:
+        return Result(plasticity.__doc__ or "", {"left out": f"needs the families {first} and {second}"})
+    lab.make(
+        [
+            Run(first, method, seed, tuned[first] if method == "rl" else ())
+            for method in ("rl", "fst")
+            for seed in lab.seeds
+        ]
+    )
+    starts: dict[str, list[Run]] = {"base": [Run(second, "rl", seed, tuned[second]) for seed in lab.seeds]}
+    for method in ("rl", "fst"):
+        starts[f"after {method}"] = [
+            Run(
+                second,
+                "rl",
+                seed,
+                tuned[second],
+                after=Run(first, method, seed, tuned[first] if method == "rl" else ()),
+            )
+            for seed in lab.seeds
+        ]
+    curves = _made(lab, {second: starts})
+    if lab.dry:
+        return Result(plasticity.__doc__ or "", {})
+    found = curves[second]
+    peaks = {name: [max(c.smooth()) for c in several] for name, several in found.items()}
+    numbers = {name: _over_seeds(values) for name, values in peaks.items()}
+    against = {
+        name: statistics.bootstrap(np.subtract(peaks[name], peaks["base"]).tolist(), statistics.mean)
+        for name in ("after rl", "after fst")
+    }
+    table = Table(
+        f"Fresh RL on {second} (highest smoothed reward, per cent, mean over seeds ± standard error)",
+        ["starting from", "peak", "difference to the base (95 % interval)"],
+        [
+            [name, _pm(numbers[name], 100, 1), against[name].text() if name in against else "-"]
+            for name in found
+        ],
+    )
+    claims = [
+        Claim(
+            f"fresh RL from the FST checkpoint of {first} reaches at least the base's result",
+            against["after fst"].text(),
+            against["after fst"].value >= 0,
+        ),
+        Claim("from the RL checkpoint less", against["after rl"].text(), against["after rl"].value < 0),
+    ]
+    return Result(
+        plasticity.__doc__ or "", {**numbers, "difference": {k: v.json() for k, v in against.items()}}, [table], claims,
+        {"plasticity": figures.starts(found, second)},
+    )  # fmt: skip
+
+
+STAGES = ("linked_facts", "list_programs", "formula_choice")
+"""continual: the paper's HoVer, CodeIO, Physics."""
+DISTIL_SHARE = 5
+"""One step in so many is distillation, in the arm that distils."""
+STALLED = 0.5
+"""RL stalls on a stage where it ends below this share of the best method."""
+
+
+def continual(lab: Lab) -> Result:
+    """One run through three tasks, weights and contexts going on: who learns the later ones, and what is left of the earlier?"""
+    tuned = strongest_rl(lab)
+    if not set(STAGES) <= set(lab.families):
+        return Result(continual.__doc__ or "", {"left out": f"needs the families {', '.join(STAGES)}"})
+    each = lab.budget.steps // 2
+    stages = "[" + ", ".join(f"{{task: {task}, steps: {each}}}" for task in STAGES) + "]"
+    common: Changes = (
+        ("stages", stages),
+        ("slow.steps", each * len(STAGES)),
+        ("rollout.max_response_tokens", 40),
+    )
+    arms: dict[str, list[Run]] = {
+        "rl": [Run(STAGES[0], "rl", s, (*tuned[STAGES[0]], *common), "continual") for s in lab.seeds],
+        "fst": [Run(STAGES[0], "fst", s, common, "continual") for s in lab.seeds],
+        "fst, distilled": [
+            Run(
+                STAGES[0],
+                "fst",
+                s,
+                (*common, ("slow.distill_steps", each // DISTIL_SHARE)),
+                "continual-distilled",
+            )
+            for s in lab.seeds
+        ],
+    }
+    lab.make([run for several in arms.values() for run in several])
+    if lab.dry:
+        return Result(continual.__doc__ or "", {})
+    curves = {arm: [read(lab.folder(run)) for run in several] for arm, several in arms.items()}
+    ends = {arm: [stage_ends(lab.folder(run)) for run in several] for arm, several in arms.items()}
+    last = len(STAGES) - 1
+    numbers: dict[str, Any] = {}
+    own: dict[str, list[float]] = {}  # arm -> at each stage's end the reward on its own task, mean over seeds
+    own_table = Table(
+        "Reward at each stage's end on its own task, per cent, mean over seeds ± standard error",
+        ["method", *STAGES],
+        [],
+    )
+    left_table = Table("After the last stage, on every task", ["method", *STAGES], [])
+    for arm, several in ends.items():
+        at_end = [[e[i, i] for e in several] for i in range(len(STAGES))]
+        left = [[e[last, i] for e in several] for i in range(len(STAGES))]
+        own[arm] = [float(np.mean(values)) for values in at_end]
+        numbers[arm] = {
+            "own": [_over_seeds(values) for values in at_end],
+            "after_the_last": [_over_seeds(values) for values in left],
+        }
+        own_table.rows.append([arm, *(_pm(value, 100, 1) for value in numbers[arm]["own"])])
+        left_table.rows.append([arm, *(_pm(value, 100, 1) for value in numbers[arm]["after_the_last"])])
+    best = [max(own[arm][i] for arm in own) for i in range(len(STAGES))]
+    share = [own["fst"][i] / best[i] if best[i] else 0.0 for i in range(len(STAGES))]
+    stalled = [task for i, task in enumerate(STAGES) if own["rl"][i] < STALLED * best[i]]
+    claims = [
+        Claim(
+            "FST ends each stage at 90 % or more of the best method",
+            ", ".join(f"{x:.0%}" for x in share),
+            min(share) >= 0.9,
+        ),
+        Claim(
+            f"RL stalls (below {STALLED:.0%} of the best) on at least one stage",
+            ", ".join(stalled) or "none",
+            bool(stalled),
+        ),
+    ]
+    picture = figures.staircase(curves, list(STAGES), each)
+    return Result(continual.__doc__ or "", numbers, [own_table, left_table], claims, {"continual": picture})
+
+
+def distill(lab: Lab) -> Result:
+    """Can what the contexts know be moved into the weights, and what is it worth there?"""
+    runs = _main_runs(lab)
+    steps = lab.budget.steps // DISTIL_SHARE // 2
+    arms = {
+        family: {
+            **{m: several for m, several in methods.items() if m != "gepa"},
+            "fst, distilled": [Run(family, "fst", s, (("slow.distill_steps", steps),)) for s in lab.seeds],
+        }
+        for family, methods in runs.items()
+    }
+    curves = _made(lab, arms)
+    table = Table(
+        f"Trained weights under the seed context alone, per cent (the last {steps} of {lab.budget.steps} steps distil)",
+        ["family", "RL", "FST", "FST, distilled", "FST with its contexts", "KL to the base, distilled"],
+        [],
+    )
+    numbers: dict[str, Any] = {}
+    good = []
+    for family, methods in curves.items():
+        bare = {
+            arm: [float(c.cells["weights"].mean or 0.0) for c in several] for arm, several in methods.items()
+        }
+        both = [float(c.cells["both"].mean or 0.0) for c in methods["fst"]]
+        moved = [float(c.seed_kl[-1]) for c in methods["fst, distilled"]]
+        numbers[family] = {
+            **{arm: _over_seeds(values) for arm, values in bare.items()},
+            "with contexts": _over_seeds(both),
+            "kl": _over_seeds(moved),
+        }
+        row = [_pm(numbers[family][arm], 100, 1) for arm in ("rl", "fst", "fst, distilled", "with contexts")]
+        table.rows.append([family, *row, _pm(numbers[family]["kl"], 1, 3)])
+        if np.mean(bare["fst, distilled"]) >= 0.9 * np.mean(both):
+            good.append(family)
+    claims = [] if lab.dry else [
+        Claim("after distillation the weights alone reach 90 % of weights and contexts together", ", ".join(good) or "none", len(good) == len(curves))
+    ]  # fmt: skip
+    return Result(distill.__doc__ or "", numbers, [table], claims)
+
+
+ABLATIONS: dict[str, Changes] = {
+    "as configured": (),
+    "one context": (("fast.population", 1),),
+    "2 contexts": (("fast.population", 2),),
+    "8 contexts": (("fast.population", 8),),
+    "cycle of 3 steps": (("fast.cycle_steps", 3),),
+    "cycle of 12 steps": (("fast.cycle_steps", 12),),
+    "anchor set of 16": (("fast.anchor_size", 16),),
+    "anchor set of 64": (("fast.anchor_size", 64),),
+    "no reuse": (("fast.reuse_rollouts", "false"),),
+    "adaptive fast phase": (("fast.adaptive", "true"),),
+    "baseline by context": (("slow.advantage_group", "context"),),
+    "no KL": (("slow.kl", "none"),),
+    "reverse KL": (("slow.kl", "reverse"),),
+    "forward KL": (("slow.kl", "forward"),),
+    "KL x 10": (("slow.kl_coef", "1e-2"),),
+}
+ABLATED = "linked_facts"
+LEVEL = 0.9
+
+
+def ablation(lab: Lab) -> Result:
+    """Which parts matter, and what do the defaults rest on?"""
+    family = ABLATED if ABLATED in lab.families else lab.families[0]
+    steps = lab.budget.steps // 2
+    runs = {
+        name: [
+            Run(
+                family,
+                "fst",
+                s,
+                (*changes, ("slow.steps", steps), ("eval.every", max(3, lab.budget.eval_every // 2))),
+            )
+            for s in lab.seeds
+        ]
+        for name, changes in ABLATIONS.items()
+    }
+    curves = _made(lab, {family: runs}).get(family, {})
+    table = Table(
+        f"FST on {family}, {steps} steps: what it takes to {LEVEL:.0%} (median over seeds, 95 % interval) and where it ends",
+        ["variant", "steps", "rollouts", "tokens", "reward at the end, %", "rollouts in all", "KL"],
+        [],
+    )
+    numbers: dict[str, Any] = {}
+    for name, several in curves.items():
+        to = {
+            axis: statistics.bootstrap(
+                [statistics.reach(c.at[axis], c.smooth(), LEVEL) for c in several], statistics.median
+            )
+            for axis in ("steps", "rollouts", "tokens")
+        }
+        final = _final(several)
+        numbers[name] = {"to_level": {axis: value.json() for axis, value in to.items()}, "final": final}
+        table.rows.append([
+            name, *(value.text(0) for value in to.values()), _pm(final["reward"], 100, 1), _pm(final["rollouts"]), _pm(final["kl"], 1, 3),
+        ])  # fmt: skip
+    pictures = {"ablation": figures.bars(curves, LEVEL)} if curves else {}
+    return Result(ablation.__doc__ or "", numbers, [table], [], pictures)
+
+
+EXPERIMENTS: dict[str, Callable[[Lab], Result]] = {
+    "efficiency": efficiency,
+    "drift": drift,
+    "channels": channels,
+    "plasticity": plasticity,
+    "continual": continual,
+    "distill": distill,
+    "ablation": ablation,
+}

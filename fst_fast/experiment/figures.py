@@ -1,0 +1,182 @@
+"""The pictures of the experiments, in the style of the report's: lines are means over seeds, bands one standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from fst_fast.experiment import statistics
+from fst_fast.experiment.curves import AXES, Curve
+from fst_fast.report.figures import CELL_NAMES, COLOURS, STYLE, blank
+
+METHOD_COLOURS = {"fst": COLOURS[0], "rl": COLOURS[1], "gepa": COLOURS[2], "fst, distilled": COLOURS[3]}
+METHOD_NAMES = {"fst": "FST", "rl": "RL", "gepa": "contexts only (GEPA)"}
+CELL_COLOURS = ("#BBBBBB", COLOURS[2], COLOURS[1], COLOURS[0])
+
+
+def _band(
+    ax: Axes, curves: Sequence[Curve], axis: str, colour: str, *, what: str = "reward", style: str = "-"
+) -> None:
+    """Mean over seeds. On axes where runs stand at different places, they are read at the same places, as far as all of them go."""
+    grid = np.linspace(0, min(c.at[axis][-1] for c in curves), 60)
+    y = np.stack([np.interp(grid, c.at[axis], getattr(c, what)) for c in curves])
+    mean = y.mean(axis=0)
+    error = y.std(axis=0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros_like(mean)
+    ax.plot(grid, mean, color=colour, ls=style)
+    ax.fill_between(grid, mean - error, mean + error, color=colour, alpha=0.18, lw=0)
+
+
+def _x(ax: Axes, axis: str) -> None:
+    ax.set_xlim(left=0)
+    if axis == "steps":
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+@mpl.rc_context(STYLE)
+def efficiency(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
+    """Rows: families; columns: steps, rollouts, tokens, seconds."""
+    axes = [axis for axis in AXES if axis != "unshared"]
+    figure = blank(3.0 * len(axes), 2.3 * len(curves) + 0.6)
+    panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
+    for number, (family, methods) in enumerate(curves.items()):
+        for ax, axis in zip(panels[number], axes, strict=True):
+            for method, several in methods.items():
+                if method == "gepa" and axis == "steps":
+                    continue  # it takes none
+                _band(ax, several, axis, METHOD_COLOURS[method])
+            _x(ax, axis)
+            ax.set_ylim(0, 1.02)
+            if axis == axes[0]:
+                ax.set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
+            if number == len(curves) - 1:
+                ax.set_xlabel(AXES[axis])
+    handles = [Line2D([], [], color=METHOD_COLOURS[m], lw=2, label=METHOD_NAMES[m]) for m in METHOD_NAMES]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def drift(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
+    """KL(train||base) against reward: every evaluation of every seed."""
+    figure = blank(3.1 * len(curves) + 0.4, 3.3)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for ax, (family, methods) in zip(panels, curves.items(), strict=True):
+        for method in ("rl", "fst"):
+            for c in methods[method]:
+                ax.plot(c.kl, c.smooth(), color=METHOD_COLOURS[method], marker="o", ms=2.5, lw=0.8, alpha=0.7)
+        ax.set_title(family.replace("_", " "), loc="left")
+        ax.set_xlabel("KL(train‖base), nats per token")
+        ax.set_xlim(left=0)
+        ax.set_ylim(0, 1.02)
+    panels[0].set_ylabel("validation reward")
+    handles = [
+        Line2D([], [], color=METHOD_COLOURS[m], marker="o", label=METHOD_NAMES[m]) for m in ("rl", "fst")
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def cells(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
+    """The four cells of FST by family: bars are means over seeds, dots the seeds."""
+    names = list(CELL_NAMES)
+    figure = blank(2.2 * len(curves) + 1.6, 3.5)
+    ax = figure.subplots()
+    for i, methods in enumerate(curves.values()):
+        for j, name in enumerate(names):
+            values = [float(c.cells[name].mean or 0.0) for c in methods["fst"]]
+            at = i + (j - 1.5) * 0.2
+            ax.bar(at, np.mean(values), 0.18, color=CELL_COLOURS[j])
+            ax.plot([at] * len(values), values, ".", color="#222222", ms=4)
+    ax.set_xticks(range(len(curves)), [family.replace("_", " ") for family in curves])
+    ax.grid(False, axis="x")
+    ax.set_ylim(0, 1.04)
+    ax.set_ylabel("validation reward")
+    handles = [
+        Line2D([], [], marker="s", ls="", ms=8, color=colour, label=CELL_NAMES[name].replace("\n", ", "))
+        for name, colour in zip(names, CELL_COLOURS, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def starts(curves: dict[str, list[Curve]], family: str) -> Figure:
+    """Fresh RL on one family from different weights."""
+    figure = blank(6.4, 3.5)
+    ax = figure.subplots()
+    colours = {"base": "#777777", "after rl": METHOD_COLOURS["rl"], "after fst": METHOD_COLOURS["fst"]}
+    for name, several in curves.items():
+        _band(ax, several, "steps", colours[name])
+    _x(ax, "steps")
+    ax.set_xlabel(AXES["steps"])
+    ax.set_ylabel(f"{family.replace('_', ' ')}: validation reward")
+    ax.set_ylim(0, 1.02)
+    names = {"base": "from the base", "after rl": "from RL's weights", "after fst": "from FST's weights"}
+    figure.legend(
+        handles=[Line2D([], [], color=colours[n], lw=2, label=names[n]) for n in curves],
+        loc="outside upper center",
+        ncols=3,
+    )
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def staircase(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) -> Figure:
+    """Reward on the task of the stage that a run is in, against steps; one part of the figure for each stage."""
+    figure = blank(3.2 * len(stages) + 0.6, 3.4)
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+    for i, (ax, task) in enumerate(zip(panels, stages, strict=True)):
+        for arm, several in curves.items():
+            inside = (several[0].at["steps"] > i * each) & (several[0].at["steps"] <= (i + 1) * each)
+            y = np.stack([c.reward[inside] for c in several])
+            x = several[0].at["steps"][inside]
+            mean = y.mean(axis=0)
+            error = y.std(axis=0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros_like(mean)
+            ax.plot(x, mean, color=METHOD_COLOURS[arm], marker="o", ms=3)
+            ax.fill_between(x, mean - error, mean + error, color=METHOD_COLOURS[arm], alpha=0.18, lw=0)
+        ax.set_title(task.replace("_", " "), loc="left")
+        ax.set_xlabel(AXES["steps"])
+        ax.set_ylim(0, 1.02)
+    panels[0].set_ylabel("validation reward, own task")
+    names = {**METHOD_NAMES, "fst, distilled": "FST, distilled at each stage's end"}
+    figure.legend(
+        handles=[Line2D([], [], color=METHOD_COLOURS[a], lw=2, label=names[a]) for a in curves],
+        loc="outside upper center",
+        ncols=3,
+    )
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def bars(curves: dict[str, list[Curve]], level: float) -> Figure:
+    """What each variant takes to the level, in steps and in rollouts: dots are seeds, hollow at the right edge where it was not reached."""
+    figure = blank(8.6, 0.33 * len(curves) + 1.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for ax, axis in zip(panels, ("steps", "rollouts"), strict=True):
+        edge = max(c.at[axis][-1] for several in curves.values() for c in several) * 1.06
+        for row, several in enumerate(curves.values()):
+            places = [statistics.reach(c.at[axis], c.smooth(), level) for c in several]
+            ax.barh(row, min(statistics.median(np.array(places)), edge), 0.62, color=COLOURS[5])
+            for place in places:
+                hollow = not np.isfinite(place)
+                ax.plot(
+                    min(place, edge), row, "o", ms=4, color="#222222", mfc="white" if hollow else "#222222"
+                )
+        ax.set_xlabel(f"{AXES[axis]}, to {level:.0%} (hollow: never)")
+        ax.set_xlim(0, edge * 1.03)
+        ax.grid(False, axis="y")
+        if axis != "steps":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[0].set_yticks(range(len(curves)), list(curves))
+    panels[0].invert_yaxis()
+    return figure

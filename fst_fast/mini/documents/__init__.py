@@ -1,0 +1,56 @@
+"""Training documents of the mini base model, written by the world's law on random problems.
+
+Two forms. An *answer* document is a chat as the trainer will see it: a context, the question, a response drawn from the law. A *drill*
+practises what answers are made of (looking something up, one operation of a program, a product) and nothing else: answers alone hold
+too little of it for a small model to discover how it is done. One module for each kind of problem says how both are written:
+
+    draw(rng, size)               a random problem; size: 0 (smallest) to 1 (as the task has it)
+    question(problem)             the user message
+    respond(rng, problem, law)    the tokens of one response
+    drill(rng, size)              (user message, tokens, which of them count in the loss)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from fst_fast.mini import world
+from fst_fast.mini.documents import formula_choice, linked_facts, list_programs, star_graph
+from fst_fast.mini.tokenizer import ASSISTANT, END, SYSTEM, USER
+
+KINDS: dict[world.Kind, ModuleType] = {
+    "star_graph": star_graph,
+    "list_programs": list_programs,
+    "linked_facts": linked_facts,
+    "formula_choice": formula_choice,
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    prompt: str  # up to and with <|assistant|>, as the chat template writes it
+    response: list[str]  # tokens, the closing <|end|> included
+    supervised: list[bool]  # [len(response)], whether the token counts in the loss
+
+
+def answer_document(rng: np.random.Generator, kind: world.Kind, size: float = 1.0) -> Document:
+    module = KINDS[kind]
+    problem = module.draw(rng, size)
+    sentences = world.draw_context(rng, kind)
+    response = [*module.respond(rng, problem, world.law(sentences, kind)), END]
+    return Document(
+        _chat(world.context_text(sentences), module.question(problem)), response, [True] * len(response)
+    )
+
+
+def drill_document(rng: np.random.Generator, kind: world.Kind, size: float = 1.0) -> Document:
+    text, response, supervised = KINDS[kind].drill(rng, size)
+    return Document(_chat("", text), [*response, END], [*supervised, True])
+
+
+def _chat(context: str, text: str) -> str:
+    system = f"{SYSTEM} {context} {END}" if context else ""
+    return f"{system}{USER} {text} {END}{ASSISTANT}"

@@ -1,0 +1,60 @@
+"""The tasks that a run goes through, one after the other. A run with one task is a run of one stage.
+
+A change of task changes the data stream and nothing else (arXiv 2605.12484, Algorithm 1): weights, optimiser and contexts go on. The step
+number decides the stage, so a resumed run needs to know nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fst_fast.config import Config
+from fst_fast.contracts import Problem, Task
+from fst_fast.tasks.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps `first` to `end` of the run are taken on this task; from `distils_from` on they are distillation."""
+
+    number: int
+    task: str
+    first: int
+    end: int
+    distils_from: int
+    train: Sequence[Problem]
+    validation: list[Problem]
+
+    def distils(self, step: int) -> bool:
+        return step >= self.distils_from
+
+
+def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
+    """What load_task and the verifying children are given: the task, or the mixture of all stages' tasks."""
+    if not config.stages:
+        return config.task, dict(config.task_args)
+    return "mixture", {"tasks": [{"task": s.task, "task_args": dict(s.task_args)} for s in config.stages]}
+
+
+def make_stages(config: Config, task: Task) -> list[Stage]:
+    """The stages of a run whose task is `task`, as `task_spec` says."""
+    distil = config.slow.distill_steps
+    if not config.stages:
+        steps = config.slow.steps
+        train, validation = task.problems("train"), list(task.problems("validation"))
+        return [Stage(0, config.task, 0, steps, steps - distil, train, validation)]
+    assert isinstance(task, Mixture)
+    stages: list[Stage] = []
+    for i, stage in enumerate(config.stages):
+        first = stages[-1].end if stages else 0
+        end = first + stage.steps
+        train, validation = task.part(i, "train"), list(task.part(i, "validation"))
+        stages.append(Stage(i, stage.task, first, end, end - distil, train, validation))
+    return stages
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage in which the step after `step` lies; after the last step the last one."""
+    return next((stage for stage in stages if step < stage.end), stages[-1])

@@ -1,0 +1,114 @@
+"""A task whose problems are drawn, not stored: each is a function of (seed, split, index), made when it is asked for.
+
+The splits draw from different random streams, and an instance that was already drawn is drawn again, so none occurs twice, within a
+split or across. Only hashes of the instances are kept. Used by the built-in generators; a subclass says how to draw one instance, what
+makes two of them the same, and how one is put into words.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+
+from fst_fast.contracts import Problem
+from fst_fast.errors import UserError
+
+STREAM = {"train": 0, "validation": 1, "ood": 2}
+"""The splits and their random streams. `ood`: out of distribution, instances of a form that training never shows."""
+_MAX_DRAWS = 200
+
+Instance = TypeVar("Instance")
+
+
+class Generated(ABC, Generic[Instance]):
+    """The problems of a drawn task. `name` begins every problem id; `sizes` are the problems of each split."""
+
+    name: str
+
+    def __init__(self, *, train: int, validation: int, ood: int, seed: int) -> None:
+        least = {"train": (train, 1), "validation": (validation, 1), "ood": (ood, 0), "seed": (seed, 0)}
+        for name, (value, low) in least.items():
+            self._check(name, value, low)
+        self.seed = seed
+        # Validation first: it never gives way to another split.
+        self.sizes = {"validation": validation, "train": train, "ood": ood}
+        self._attempts: dict[str, list[int]] = {}
+
+    def _check(self, name: str, value: object, low: int) -> None:
+        if not isinstance(value, int) or value < low:
+            raise UserError(f"{self.name}: {name}={value!r} must be a whole number of at least {low}")
+
+    @abstractmethod
+    def _draw(self, rng: np.random.Generator, split: str) -> Instance: ...
+
+    @abstractmethod
+    def _key(self, instance: Instance) -> Hashable:
+        """Equal for instances that are the same problem; of ints and their tuples, whose hashes are the same in every process."""
+
+    @abstractmethod
+    def _problem(self, instance: Instance, id: str) -> Problem: ...
+
+    @abstractmethod
+    def _settings(self) -> str:
+        """The numbers that decide how many different instances there are, for the error that there are too few."""
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """The problems of `train`, `validation` or `ood`; each is made when it is asked for. Raises UserError on another split."""
+        if split not in self.sizes:
+            raise UserError(f"{self.name}: there is no split {split!r}; allowed are {', '.join(STREAM)}")
+        return _Split(self, split, self._found(split))
+
+    def _at(self, split: str, index: int, attempt: int) -> Instance:
+        return self._draw(np.random.default_rng([self.seed, STREAM[split], index, attempt]), split)
+
+    def _found(self, split: str) -> list[int]:
+        """For every problem of the split the first attempt whose instance is new. Almost always 0."""
+        if split not in self._attempts:
+            # `ood` has a form of its own, so it can repeat itself only, and is drawn when it is asked for.
+            together = ("ood",) if split == "ood" else ("validation", "train")
+            seen: set[int] = set()
+            for name in together:
+                self._attempts[name] = [self._first_new(name, i, seen) for i in range(self.sizes[name])]
+        return self._attempts[split]
+
+    def _first_new(self, split: str, index: int, seen: set[int]) -> int:
+        for attempt in range(_MAX_DRAWS):
+            key = hash(self._key(self._at(split, index, attempt)))
+            if key not in seen:
+                seen.add(key)
+                return attempt
+        raise UserError(
+            f"{self.name}: {self._settings()} have too few different problems for number {index} of the {split} split; "
+            "ask for fewer"
+        )
+
+
+class _Split(Sequence[Problem]):
+    """A sequence that makes each problem when it is asked for: a paper problem's text is 4 kB, and most are asked for once."""
+
+    def __init__(self, task: Generated[Instance], split: str, attempts: list[int]) -> None:
+        self._task, self._split, self._attempts = task, split, attempts
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(
+                f"{self._task.name} has {len(self)} {self._split} problems, there is no number {index}"
+            )
+        at = index % len(self)
+        instance = self._task._at(self._split, at, self._attempts[at])
+        return self._task._problem(instance, f"{self._task.name}/{self._split}/{at}")
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (self[i] for i in range(len(self)))

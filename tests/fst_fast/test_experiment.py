@@ -1,0 +1,283 @@
+"""The experiments: statistics on known answers, curves from run folders, the lab that makes the runs, verdicts on planted curves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fst_fast.cli import main
+from fst_fast.errors import UserError
+from fst_fast.experiment import experiments, page, statistics
+from fst_fast.experiment.curves import AXES, Curve, read, stage_ends
+from fst_fast.experiment.lab import Lab
+from fst_fast.experiment.runs import FAMILIES, FULL, QUICK, Budget, Run
+from fst_fast.report.figures import png
+from fst_fast.report.load import Cell
+
+SMALL = Budget(steps=4, eval_every=2, eval_problems=2, final_problems=2, seeds=2)
+
+
+# --- statistics
+
+
+def test_a_level_is_reached_on_the_line_between_two_points_or_never() -> None:
+    x, y = np.array([0.0, 10.0, 20.0]), np.array([0.0, 0.5, 0.4])
+    assert statistics.reach(x, y, 0.25) == 5.0
+    assert statistics.reach(x, y, 0.0) == 0.0
+    assert statistics.reach(x, y, 0.6) == np.inf
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=9))
+def test_an_interval_holds_its_figure_and_lies_within_the_values(values: list[float]) -> None:
+    found = statistics.bootstrap(values, statistics.median)
+    assert min(values) <= found.low <= found.value <= found.high <= max(values)
+
+
+def test_never_is_a_value_and_nan_is_none() -> None:
+    found = statistics.bootstrap([0.2, 0.3, np.inf, np.inf, np.inf], statistics.median)
+    assert found.value == found.high == np.inf
+    assert found.text().startswith("never")
+    assert found.json()["value"] is None
+    with pytest.raises(ValueError, match="no NaN"):
+        statistics.bootstrap([0.1, np.nan], statistics.mean)
+
+
+def test_the_interval_of_a_mean_is_about_two_standard_errors_wide() -> None:
+    values = np.random.default_rng(1).normal(size=200).tolist()
+    found = statistics.bootstrap(values, statistics.mean)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * statistics.standard_error(values), rel=0.1)
+
+
+def sigmoid(x: np.ndarray, top: float, mid: float) -> np.ndarray:
+    return top / (1 + (mid / np.maximum(x, 1e-9)) ** 2.0)
+
+
+@pytest.fixture
+def few_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "FIT_DRAWS", 20)
+
+
+def test_ceilings_are_found_and_told_apart(few_fits: None) -> None:
+    x, rng = np.arange(0, 126, 6.0), np.random.default_rng(0)
+    high = [(x, sigmoid(x, 0.9, 20) + rng.normal(0, 0.02, len(x))) for _ in range(5)]
+    low = [(x, sigmoid(x, 0.6, 30) + rng.normal(0, 0.02, len(x))) for _ in range(5)]
+    found = statistics.ceiling_difference(high, low)
+    assert found is not None
+    a, b, difference = found
+    assert a.value == pytest.approx(0.9, abs=0.05)
+    assert b.value == pytest.approx(0.6, abs=0.05)
+    assert difference.low > 0.2
+    same = statistics.ceiling_difference(high, [(x, y.copy()) for x, y in high[::-1]])
+    assert same is not None
+    assert same[2].low <= 0 <= same[2].high
+    flat = [(x, np.zeros_like(x))] * 5
+    assert statistics.ceiling_difference(high, flat) is None, "what never moved has no ceiling"
+
+
+# --- run folders
+
+
+def write_run(
+    folder: Path, rewards: list[float], *, method: str = "rl", seed: int = 0, cost: int = 10
+) -> None:
+    """A finished run with an evaluation after every step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, object]] = [
+        {"kind": "start", "method": method, "seed": seed, "task": "t", "model": "m"}
+    ]
+    timing = []
+    for step, reward in enumerate(rewards):
+        cells = {
+            name: {"mean": reward, "stderr": 0.0, "n": 4}
+            for name in ("neither", "context", "weights", "both")
+        }
+        counters = {"rollouts": cost * step, "tokens_computed": 100 * step, "tokens_unshared": 300 * step}
+        last = step == len(rewards) - 1
+        lines.append({"kind": "eval", "step": step, "final": last, "channels": cells, "kl_seed": step / 10, "kl_evolved": step / 20, **counters})  # fmt: skip
+        timing.append({"step": step, "seconds": 5.0 + 3.0 * step, "eval_s": 2.0})
+    lines.append({"kind": "stage", "after_stage": 1, "stage": 0, "channels": {"both": {"mean": 0.25}}})
+    lines.append({"kind": "end", "step": len(rewards) - 1})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+
+
+def test_a_run_folder_becomes_a_curve_whose_seconds_leave_evaluations_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [0.0, 0.3, 0.6])
+    curve = read(tmp_path / "run")
+    assert curve.at["steps"].tolist() == [0, 1, 2]
+    assert curve.at["rollouts"].tolist() == [0, 10, 20]
+    assert curve.at["seconds"].tolist() == [0, 1, 2], "3 seconds a step, 2 of them evaluation"
+    assert curve.smooth() == pytest.approx([0.15, 0.3, 0.45])
+    assert curve.kl.tolist() == [0, 0.05, 0.1]
+    assert stage_ends(tmp_path / "run") == {(1, 0): 0.25}
+
+
+# --- the lab
+
+STUB = """
+import json, os, sys
+from pathlib import Path
+from fst_fast import config_load
+from fst_fast.run.folder import MARKER
+words = sys.argv[1:]
+if words[0] == "export":
+    Path(words[2]).mkdir(parents=True)
+    raise SystemExit
+run = Path(words[words.index("--run-dir") + 1])
+config = config_load.load(Path(words[1]), [w for w in words[4:] if w != "--resume"])
+assert os.environ["OMP_NUM_THREADS"] == "1"
+run.mkdir(parents=True, exist_ok=True)
+with open(run / "asked", "a") as asked:
+    asked.write("resume " if "--resume" in words else "new ")
+(run / MARKER).write_text("{}")
+(run / "config.yaml").write_text(config_load.dump(config))
+if config.seed == 1 and not (run / "again").exists():
+    (run / "again").touch()
+    print("no luck")
+    raise SystemExit(1)
+(run / "summary.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    stub = tmp_path / "stub.py"
+    stub.write_text(STUB)
+    return Lab(
+        tmp_path / "out", SMALL, list(FAMILIES), 2, say=lambda line: None, fst=(sys.executable, str(stub))
+    )
+
+
+def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(lab: Lab) -> None:
+    first = Run("star_graph", "rl", 0, (("slow.lr", "1e-3"),))
+    unlucky = Run("star_graph", "rl", 1)
+    after = Run("linked_facts", "rl", 0, after=first)
+    with pytest.raises(
+        UserError, match=r"1 of 2 runs failed; what they said is in .*star_graph-rl-seed=1\.log"
+    ):
+        lab.make([first, unlucky, first])
+    assert (lab.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "no luck\n"
+    lab.make([first, unlucky, after])
+    asked = {run: (lab.folder(run) / "asked").read_text() for run in (first, unlucky, after)}
+    assert asked == {first: "new ", unlucky: "new resume ", after: "new "}
+    assert (lab.out / "models" / first.name).is_dir()
+    assert str(lab.out / "models" / first.name) in (lab.folder(after) / "config.yaml").read_text()
+
+
+def test_a_folder_of_another_suite_is_refused_by_name(lab: Lab) -> None:
+    run = Run("star_graph", "rl", 0)
+    lab.make([run])
+    lab.budget = Budget(**{**vars(SMALL), "steps": 8})
+    with pytest.raises(UserError, match=r"star_graph-rl-seed=0 was made with another configuration"):
+        lab.make([run])
+
+
+# --- experiments on planted curves
+
+SHOWN = FAMILIES[:3]
+
+
+def planted(method: str, seed: int, mid: float, top: float, cost: float) -> Curve:
+    steps = np.arange(0, 126, 6.0)
+    reward = sigmoid(steps, top, mid) + np.random.default_rng([seed, len(method)]).normal(0, 0.01, len(steps))
+    cells = {name: Cell(mean=m, stderr=0.01, n=8) for name, m in zip(("neither", "context", "weights", "both"), (0.0, 0.4, 0.1, top), strict=True)}  # fmt: skip
+    at = {axis: steps * (cost if axis in ("rollouts", "tokens") else 1.0) for axis in AXES}
+    return Curve(
+        method, seed, at, reward, reward / 2, steps / 200 / (4 if method == "fst" else 1), steps / 100, cells
+    )
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> Lab:
+    kinds = {"rl": (60.0, 0.6, 100.0), "fst": (10.0, 0.95, 250.0), "gepa": (5.0, 0.4, 100.0)}
+    curves = {
+        family: {
+            method: [planted(method, seed, *kind) for seed in range(3)] for method, kind in kinds.items()
+        }
+        for family in SHOWN
+    }
+    monkeypatch.setattr(experiments, "_main_runs", lambda lab: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
+    monkeypatch.setattr(experiments, "_made", lambda lab, runs: curves)
+    return Lab(tmp_path, SMALL, list(SHOWN), 1)
+
+
+def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Lab) -> None:
+    results = page.run(["efficiency", "drift", "channels"], suite)
+    claims = {c.text: c.holds for r in results.values() for c in r.claims}
+    assert len(claims) == 6
+    assert all(claims.values())
+    numbers = results["efficiency"].numbers["star_graph"]
+    assert 0.05 < numbers["ratio"]["steps"]["value"] < 1 / 3
+    assert numbers["ratio"]["rollouts"]["value"] == pytest.approx(2.5 * numbers["ratio"]["steps"]["value"])
+    assert numbers["ceiling"]["difference"]["low"] > 0.2
+    assert results["drift"].numbers["star_graph"]["ratio"]["value"] < 0.1
+    written = json.loads((suite.out / "results.json").read_text())
+    assert list(written["experiments"]) == ["efficiency", "drift", "channels"]
+    html = (suite.out / "report.html").read_text()
+    assert html.count("<img") == 3
+    assert "does not hold" not in html
+    assert "| star_graph |" in page.markdown(results["channels"])
+
+
+def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {
+        f: {m: [planted("rl", s, 60.0, 0.6, 100.0) for s in range(3)] for m in ("rl", "fst", "gepa")}
+        for f in SHOWN
+    }
+    for methods in same.values():
+        for c in methods["fst"]:
+            c.cells["both"] = c.cells["context"]
+    monkeypatch.setattr(experiments, "_made", lambda lab, runs: same)
+    results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
+    assert sum(len(r.claims) for r in results) == 6
+    assert not any(c.holds for r in results for c in r.claims)
+
+
+def test_the_other_figures_can_be_drawn(suite: Lab) -> None:
+    some = [planted("rl", seed, 60.0, 0.6, 100.0) for seed in range(2)]
+    draw = experiments.figures
+    for figure in (
+        draw.starts({"base": some, "after rl": some, "after fst": some}, "linked_facts"),
+        draw.staircase({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
+        draw.bars({"as configured": some, "never there": some}, 0.9),
+    ):
+        assert png(figure).startswith(b"\x89PNG")
+
+
+# --- the command
+
+
+def test_a_dry_run_names_the_runs_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["experiment", "all", "--quick", "--dry-run", "--out", str(out)]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(set(names)) == len(names) > 20
+    assert {"star_graph-fst-seed=0", "list_programs-gepa-seed=1"} <= set(names)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment", "nothing"], "experiment 'nothing' is not known; allowed are all, efficiency, drift,"),
+        (["experiment", "all", "--families", "maze"], "'maze' is not known; allowed are star_graph,"),
+        (["experiment", "all", "--seeds", "0"], "0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_both_budgets_are_fit_for_every_ablation() -> None:
+    for budget in (FULL, QUICK):
+        for changes in experiments.ABLATIONS.values():
+            Run("star_graph", "fst", 0, changes).config(budget, None)
