@@ -3,7 +3,8 @@
     fast phase   weights frozen: the population of contexts evolves on an anchor set of the next T minibatches
     slow phase   contexts frozen: T policy-gradient steps over those minibatches, G/K rollouts of every problem under each context
 
-method=rl leaves the first out (the seed context serves all rollouts), method=gepa the second. Every process runs this same loop and
+method=rl leaves the first out (the seed context serves all rollouts), method=gepa the second. A run may go through several tasks (stages.py),
+and the last steps on each may distil the contexts into the weights (slow/distil.py). Every process runs this same loop and
 takes the same decisions; rank 0 alone writes. Built in session.py, resumed from state.py, one step in slow/step.py.
 """
 
@@ -73,7 +74,7 @@ def train(
         s.enter()
         result = measure(s, final=True)
         if config.stages:
-            measure_stages(s)
+            measure_stages(s, own=result)
         return s.finish(result)
 
 
@@ -223,10 +224,12 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
     return result
 
 
-def measure_stages(s: Session) -> None:
-    """At a stage's end: the four cells on its task and on those of all stages before, as many problems as the final evaluation has."""
+def measure_stages(s: Session, own: dict[str, Any] | None = None) -> None:
+    """At a stage's end: the four cells on its task and on those of all stages before, as many problems as the final evaluation has. own: on
+    its task, where that is known."""
     for stage in s.stages[: s.stage.number + 1]:
-        records.stage_end(s, stage, _cells(s, stage, s.config.eval.final_problems))
+        known = own if stage is s.stage else None
+        records.stage_end(s, stage, known or _cells(s, stage, s.config.eval.final_problems))
 
 
 def _cells(s: Session, stage: Stage, problems: int) -> dict[str, Any]:
