@@ -22,6 +22,7 @@ from fst_fast.experiment.statistics import Interval
 RL_RATES = ("1e-4", "3e-4", "1e-3")
 RL_KL = ("0.0", "1e-2")  # besides the configuration's own, 1e-3
 SWEEP_SEEDS = 2
+AT_PEAK = 0.95
 AFTER = ("star_graph", "linked_facts")
 """plasticity: trained on the first, then fresh RL on the second."""
 
@@ -178,12 +179,23 @@ def _series(curves: Sequence[Curve]) -> list[tuple[Any, Any]]:
 
 
 def _ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
-    """What fst needs to reach rl's peak over what rl needs for it, seed by seed."""
+    """What fst needs to stand at rl's peak over what rl needs for it, seed by seed."""
     ratios = []
     for a, b in zip(rl, fst, strict=True):
-        place, height = statistics.peak(a.at[axis], a.smooth())
-        ratios.append(statistics.reach(b.at[axis], b.smooth(), height) / place if place > 0 else float("inf"))
+        mine, other = (_stands(c, axis, peak_level(a)) for c in (a, b))
+        ratios.append(other / mine)
     return statistics.bootstrap(ratios, statistics.median)
+
+
+def _stands(curve: Curve, axis: str, level: float) -> float:
+    """Where a run first stands at a level, the untouched base left out."""
+    return statistics.reach(curve.at[axis][1:], curve.reward[1:], level)
+
+
+def peak_level(rl: Curve) -> float:
+    """What counts as standing at RL's peak, for RL and for FST: all but a twentieth of the highest point of RL's smoothed curve. The highest
+    point itself lies anywhere on a plateau, by chance."""
+    return AT_PEAK * float(max(rl.smooth()))
 
 
 def _at_most(
@@ -265,11 +277,10 @@ def drift(lab: Lab) -> Result:
 
 
 def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
-    """(RL's KL at its peak, FST's KL where it first stands there; infinity where it never does)."""
-    place, height = statistics.peak(rl.at["steps"], rl.smooth())
-    at = statistics.reach(fst.at["steps"], fst.smooth(), height)
-    mine = float(np.interp(place, rl.at["steps"], rl.kl))
-    return mine, float(np.interp(at, fst.at["steps"], fst.kl)) if np.isfinite(at) else float("inf")
+    """(RL's KL where it first stands at its peak, FST's where it first stands there; infinity where it never does)."""
+    mine, other = (_stands(c, "steps", peak_level(rl)) for c in (rl, fst))
+    own = float(rl.kl[rl.at["steps"] == mine][0])
+    return own, float(fst.kl[fst.at["steps"] == other][0]) if np.isfinite(other) else float("inf")
 
 
 def channels(lab: Lab) -> Result:
@@ -528,9 +539,7 @@ def ablation(lab: Lab) -> Result:
     numbers: dict[str, Any] = {}
     for name, several in curves.items():
         to = {
-            axis: statistics.bootstrap(
-                [statistics.reach(c.at[axis], c.smooth(), LEVEL) for c in several], statistics.median
-            )
+            axis: statistics.bootstrap([_stands(c, axis, LEVEL) for c in several], statistics.median)
             for axis in ("steps", "rollouts", "tokens")
         }
         final = _final(several)

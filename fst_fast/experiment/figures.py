@@ -72,7 +72,7 @@ def drift(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
     for ax, (family, methods) in zip(panels, curves.items(), strict=True):
         for method in ("rl", "fst"):
             for c in methods[method]:
-                ax.plot(c.kl, c.smooth(), color=METHOD_COLOURS[method], marker="o", ms=2.5, lw=0.8, alpha=0.7)
+                ax.plot(c.kl, c.reward, color=METHOD_COLOURS[method], marker="o", ms=2.5, lw=0.8, alpha=0.7)
         ax.set_title(family.replace("_", " "), loc="left")
         ax.set_xlabel("KL(train‖base), nats per token")
         ax.set_xlim(left=0)
@@ -165,7 +165,7 @@ def bars(curves: dict[str, list[Curve]], level: float) -> Figure:
     for ax, axis in zip(panels, ("steps", "rollouts"), strict=True):
         edge = max(c.at[axis][-1] for several in curves.values() for c in several) * 1.06
         for row, several in enumerate(curves.values()):
-            places = [statistics.reach(c.at[axis], c.smooth(), level) for c in several]
+            places = [statistics.reach(c.at[axis], c.reward, level) for c in several]
             ax.barh(row, min(statistics.median(np.array(places)), edge), 0.62, color=COLOURS[5])
             for place in places:
                 hollow = not np.isfinite(place)

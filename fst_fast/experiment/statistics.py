@@ -61,15 +61,10 @@ def _percentiles(drawn: Floats) -> tuple[float, float]:
 
 
 def reach(x: Floats, y: Floats, level: float) -> float:
-    """The first place on the axis where the curve is at `level`, straight lines between its points; infinity where it never is."""
+    """The place of the first evaluation at `level` or above; infinity where there is none. Nothing is read between evaluations: what led to
+    one (a whole fast phase, say) was needed in full."""
     over = np.flatnonzero(y >= level)
-    if not len(over):
-        return float("inf")
-    i = int(over[0])
-    if i == 0:
-        return float(x[0])
-    share = (level - y[i - 1]) / (y[i] - y[i - 1])
-    return float(x[i - 1] + share * (x[i] - x[i - 1]))
+    return float(x[over[0]]) if len(over) else float("inf")
 
 
 def peak(x: Floats, y: Floats) -> tuple[float, float]:

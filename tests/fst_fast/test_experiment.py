@@ -26,9 +26,9 @@ SMALL = Budget(steps=4, eval_every=2, eval_problems=2, final_problems=2, seeds=2
 # --- statistics
 
 
-def test_a_level_is_reached_on_the_line_between_two_points_or_never() -> None:
+def test_a_level_is_reached_at_an_evaluation_or_never() -> None:
     x, y = np.array([0.0, 10.0, 20.0]), np.array([0.0, 0.5, 0.4])
-    assert statistics.reach(x, y, 0.25) == 5.0
+    assert statistics.reach(x, y, 0.25) == 10.0
     assert statistics.reach(x, y, 0.0) == 0.0
     assert statistics.reach(x, y, 0.6) == np.inf
 
