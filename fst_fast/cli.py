@@ -34,7 +34,7 @@ OPTIONS = {
 }
 
 
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 
 
 class _Parser(argparse.ArgumentParser):
