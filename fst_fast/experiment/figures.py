@@ -110,20 +110,22 @@ def cells(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def starts(curves: dict[str, list[Curve]], family: str) -> Figure:
-    """Fresh RL on one family from different weights."""
-    figure = blank(6.4, 3.5)
-    ax = figure.subplots()
+def starts(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
+    """Fresh RL from different weights, one part of the figure for each task."""
+    figure = blank(3.2 * len(curves) + 0.6, 3.4)
+    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     colours = {"base": "#777777", "after rl": METHOD_COLOURS["rl"], "after fst": METHOD_COLOURS["fst"]}
-    for name, several in curves.items():
-        _band(ax, several, "steps", colours[name])
-    _x(ax, "steps")
-    ax.set_xlabel(AXES["steps"])
-    ax.set_ylabel(f"{family.replace('_', ' ')}: validation reward")
-    ax.set_ylim(0, 1.02)
     names = {"base": "from the base", "after rl": "from RL's weights", "after fst": "from FST's weights"}
+    for ax, (family, by_start) in zip(panels, curves.items(), strict=True):
+        for name, several in by_start.items():
+            _band(ax, several, "steps", colours[name])
+        _x(ax, "steps")
+        ax.set_title(family.replace("_", " "), loc="left")
+        ax.set_xlabel(AXES["steps"])
+        ax.set_ylim(0, 1.02)
+    panels[0].set_ylabel("validation reward")
     figure.legend(
-        handles=[Line2D([], [], color=colours[n], lw=2, label=names[n]) for n in curves],
+        handles=[Line2D([], [], color=colours[n], lw=2, label=names[n]) for n in names],
         loc="outside upper center",
         ncols=3,
     )

@@ -239,11 +239,58 @@ def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPat
     assert not any(c.holds for r in results for c in r.claims)
 
 
+@pytest.mark.parametrize(
+    ("after_rl", "after_fst", "holds"),
+    [((0.3, 0.3), (0.7, 0.5), [True, True]), ((0.7, 0.6), (0.2, 0.6), [False, False])],
+    ids=["as the paper says", "the other way round"],
+)
+def test_plasticity_is_judged_by_the_mean_over_tasks(
+    suite: Lab,
+    monkeypatch: pytest.MonkeyPatch,
+    after_rl: tuple[float, float],
+    after_fst: tuple[float, float],
+    holds: list[bool],
+) -> None:
+    asked: list[Run] = []
+
+    def make(runs: list[Run]) -> None:
+        asked.extend(runs)
+
+    def made(lab: Lab, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
+        lab.make([run for starts in runs.values() for several in starts.values() for run in several])
+        tops = {"base": (0.5, 0.5), "after rl": after_rl, "after fst": after_fst}
+        return {
+            family: {
+                name: [planted("rl", seed, 5.0, tops[name][i], 100.0) for seed in range(3)] for name in starts
+            }
+            for i, (family, starts) in enumerate(runs.items())
+        }
+
+    monkeypatch.setattr(experiments, "strongest_rl", lambda lab: {f: (("slow.lr", f),) for f in SHOWN})
+    monkeypatch.setattr(experiments, "_made", made)
+    monkeypatch.setattr(suite, "make", make)
+    found = experiments.plasticity(suite)
+    assert [claim.holds for claim in found.claims] == holds
+    for i, family in enumerate(SHOWN[1:]):
+        assert found.numbers[family]["after fst"]["mean"] == pytest.approx(after_fst[i], abs=0.03)
+        for run in (run for run in asked if run.after and run.family == family):
+            assert run.changes == (("slow.lr", family),)  # the rate that is best for RL from the base
+            assert run.after in asked[: asked.index(run)]  # and what it begins with was asked for before
+    assert len(found.tables[0].rows) == 9  # three starts: two tasks and their mean
+    assert len({run for run in asked if run.after}) == 2 * 2 * suite.budget.seeds
+
+
+def test_plasticity_needs_a_second_task(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "strongest_rl", lambda lab: {f: () for f in lab.families})
+    suite.families = [experiments.BEFORE]
+    assert "left out" in experiments.plasticity(suite).numbers
+
+
 def test_the_other_figures_can_be_drawn(suite: Lab) -> None:
     some = [planted("rl", seed, 60.0, 0.6, 100.0) for seed in range(2)]
     draw = experiments.figures
     for figure in (
-        draw.starts({"base": some, "after rl": some, "after fst": some}, "linked_facts"),
+        draw.starts({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
         draw.staircase({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
         draw.bars({"as configured": some, "never there": some}, 0.9),
     ):
