@@ -170,6 +170,10 @@ class EvalConfig(Section):
     """Sampling temperature of the evaluation."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Nucleus of the evaluation."""
+    cells: list[Literal["neither", "context", "weights", "both"]] = Field(
+        ["neither", "context", "weights", "both"], min_length=1
+    )
+    """Cells of a periodic evaluation, and with `weights` and `both` the KL under their contexts; the final evaluation, and a stage's at its end, has all four."""
     kl_problems: int = Field(32, ge=1)
     """Validation problems on which KL(train||base) is measured (temperature 1)."""
 

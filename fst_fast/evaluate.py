@@ -85,8 +85,10 @@ def evaluate(
     population: Sequence[Context],
     policy_version: int,
     base_rewards: dict[str, dict[str, float]] | None = None,
+    cells: Sequence[str] = CELLS,
 ) -> dict[str, Any]:
-    """Sample and judge the four cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}.
+    """Sample and judge the cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}. The KL under
+    the seed context belongs to the cell `weights`, that under the evolved ones to `both`; without its cell it is None.
 
     base_rewards: context id -> "problem id/sample" -> reward, of the base model, from earlier evaluations of the run; what is in it is not
     sampled again, and it is brought up to date. A sample that could not be judged is tried again.
@@ -107,7 +109,8 @@ def evaluate(
         (False, True): "context",
         (False, False): "neither",
     }[(trained, evolved)]
-    for name in CELLS:
+    wanted = [name for name in CELLS if name in cells]
+    for name in wanted:
         origin = same_as[name]
         if origin not in channels:
             triples = wave(
@@ -118,15 +121,16 @@ def evaluate(
             channels[origin] = cell(rewards, k)
         channels[name] = channels[origin]
     held_out = list(problems[: config.eval.kl_problems])
-    kl_seed = kl(config, sampler, models, held_out, [seed_context], policy_version) if trained else 0.0
-    kl_evolved = kl_seed
-    if trained and evolved:
-        kl_evolved = kl(config, sampler, models, held_out, list(population), policy_version)
+    drift: dict[str, float] = {}
+    for name in dict.fromkeys(same_as[name] for name in wanted if name in ("weights", "both")):
+        contexts = list(population) if name in ("context", "both") else [seed_context]
+        moved = trained and name in ("weights", "both")
+        drift[name] = kl(config, sampler, models, held_out, contexts, policy_version) if moved else 0.0
     return {
-        "channels": {name: channels[name] for name in CELLS},
+        "channels": {name: channels[name] for name in wanted},
         "k": k,
-        "kl_seed": kl_seed,
-        "kl_evolved": kl_evolved,
+        "kl_seed": drift[same_as["weights"]] if "weights" in wanted else None,
+        "kl_evolved": drift[same_as["both"]] if "both" in wanted else None,
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from fst_fast import records
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Sampled
-from fst_fast.evaluate import evaluate
+from fst_fast.evaluate import CELLS, evaluate
 from fst_fast.fast.phase import fast_phase
 from fst_fast.policy import ranks
 from fst_fast.policy.engine import NonFiniteError
@@ -218,8 +218,11 @@ def consolidate(s: Session) -> None:
 
 
 def measure(s: Session, *, final: bool) -> dict[str, Any]:
-    """Evaluate the four cells on validation problems and write the result."""
-    result = _cells(s, s.stage, s.config.eval.final_problems if final else s.config.eval.problems)
+    """Evaluate on validation problems, the four cells at the end and those of eval.cells before, and write the result."""
+    problems, cells = (
+        (s.config.eval.final_problems, CELLS) if final else (s.config.eval.problems, s.config.eval.cells)
+    )
+    result = _cells(s, s.stage, problems, cells)
     records.evaluation(s, result, final=final)
     return result
 
@@ -232,7 +235,7 @@ def measure_stages(s: Session, own: dict[str, Any] | None = None) -> None:
         records.stage_end(s, stage, known or _cells(s, stage, s.config.eval.final_problems))
 
 
-def _cells(s: Session, stage: Stage, problems: int) -> dict[str, Any]:
+def _cells(s: Session, stage: Stage, problems: int, cells: Sequence[str] = CELLS) -> dict[str, Any]:
     config, state = s.config, s.state
     started = s.begin("evaluation")
     s.forget_prefixes()
@@ -246,6 +249,7 @@ def _cells(s: Session, stage: Stage, problems: int) -> dict[str, Any]:
         population=state.population,
         policy_version=s.policy_version,
         base_rewards=state.base_rewards,
+        cells=cells,
     )
     s.forget_rollout_tokens()
     s.end("eval_s", started)

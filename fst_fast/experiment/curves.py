@@ -30,9 +30,9 @@ class Curve:
     seed: int
     at: dict[str, Floats]  # by axis
     reward: Floats  # under the method's own contexts: the cell `both`
-    seed_reward: Floats  # trained weights, seed context
+    seed_reward: Floats  # trained weights, seed context; NaN where it was not measured (eval.cells)
     kl: Floats  # KL(train||base) under the method's own contexts, nats per token
-    seed_kl: Floats  # under the seed context
+    seed_kl: Floats  # under the seed context; NaN where it was not measured
     cells: dict[str, Cell]  # of the last evaluation
 
     def smooth(self) -> Floats:
@@ -73,8 +73,8 @@ def curve(run: Run) -> Curve:
         },
         reward=np.array([_mean(line.channels, "both") for line in periodic]),
         seed_reward=np.array([_mean(line.channels, "weights") for line in periodic]),
-        kl=np.array([line.kl_evolved or 0.0 for line in periodic]),
-        seed_kl=np.array([line.kl_seed or 0.0 for line in periodic]),
+        kl=np.array([line.kl_evolved for line in periodic], dtype=float),
+        seed_kl=np.array([line.kl_seed for line in periodic], dtype=float),
         cells=final[-1].channels if final else {},
     )
 

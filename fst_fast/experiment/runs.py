@@ -30,6 +30,7 @@ class Budget:
             "eval.every": self.eval_every,
             "eval.problems": self.eval_problems,
             "eval.final_problems": self.final_problems,
+            "eval.cells": "[both]",  # all four at the end
             "checkpoint.every": self.steps // 4,
             "track.rollouts_per_step": 0,
         }

@@ -98,6 +98,45 @@ def test_cells_that_are_one_by_construction_are_sampled_once(
     assert got["kl_seed"] == (0.25 if trained else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("method", "population", "cells", "asked", "kls", "measured"),
+    [
+        ("fst", [A, B], ["both"], [("policy", "a b")], ["a b"], (None, 0.25)),
+        ("fst", [A, B], ["weights"], [("policy", "seed")], ["seed"], (0.25, None)),
+        ("fst", [A, B], ["both", "neither"], [("base", "seed"), ("policy", "a b")], ["a b"], (None, 0.25)),
+        ("fst", [A, B], ["context"], [("base", "a b")], [], (None, None)),
+        ("rl", [SEED], ["both", "weights"], [("policy", "seed")], ["seed"], (0.25, 0.25)),
+        ("gepa", [A, B], ["both"], [("base", "a b")], [], (None, 0.0)),
+    ],
+)
+def test_only_the_cells_asked_for_are_sampled(
+    method: str,
+    population: list[Context],
+    cells: list[str],
+    asked: list[tuple[str, str]],
+    kls: list[str],
+    measured: tuple[float | None, float | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    under: list[str] = []
+
+    def kl(config: Any, sampler: Any, models: Any, problems: Any, contexts: list[Context], version: int) -> float:  # fmt: skip
+        under.append(" ".join(c.text for c in contexts))
+        return 0.25
+
+    monkeypatch.setattr(module, "kl", kl)
+    sampler: Any = RecordingSampler()
+    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
+    got = evaluate(
+        Config.model_validate({"method": method}), sampler, models, PROBLEMS, seed_context=SEED,
+        population=population, policy_version=5, cells=cells,
+    )  # fmt: skip
+    assert sampler.asked == [(engine, frozenset(texts.split())) for engine, texts in asked]
+    assert under == kls
+    assert sorted(got["channels"]) == sorted(cells)
+    assert (got["kl_seed"], got["kl_evolved"]) == measured
+
+
 def measured(sampler: Any, memory: dict[str, dict[str, float]], population: list[Context]) -> dict[str, Any]:
     models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
     return evaluate(

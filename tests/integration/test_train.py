@@ -64,6 +64,20 @@ def test_a_run_trains_weights_and_contexts_and_leaves_its_figures(whole: tuple[P
     assert all(json.loads(line)["prompt"] for line in (folder / "rollouts.jsonl").read_text().splitlines())
 
 
+def test_cells_left_out_of_the_evaluations_on_the_way_change_nothing_else(
+    whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    run(tmp_path / "run", "--eval.cells=[both]")
+    assert records(tmp_path / "run", "step") == records(whole[0], "step")
+    few, all_four = (records(folder, "eval") for folder in (tmp_path / "run", whole[0]))
+    for some, full in zip(few, all_four, strict=True):
+        cells = ["neither", "context", "weights", "both"] if some["final"] else ["both"]
+        assert some["channels"] == {name: full["channels"][name] for name in cells}
+        assert some["kl_evolved"] == full["kl_evolved"]
+        assert some["kl_seed"] == (full["kl_seed"] if some["final"] else None)
+    assert [some["final"] for some in few].count(False) >= 2
+
+
 def test_reused_rollouts_are_claimed_in_the_cycle_that_sampled_them(whole: tuple[Path, str]) -> None:
     steps = records(whole[0], "step")
     assert steps[-1]["reused_rollouts"] > 0
