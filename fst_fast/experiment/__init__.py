@@ -3,6 +3,7 @@
 Rooms:
     runs.py         one training run as the experiments ask for it: its name, its configuration, what it starts from
     lab.py          makes the runs that are not made yet, side by side in child processes
+    worker.py       a child process that runs `fst` commands one after another
     curves.py       a run folder as a curve on the four axes
     statistics.py   where a curve reaches a level, bootstrap intervals, the ceiling of a pooled fit
     experiments.py  each experiment: which runs, which numbers, which claims

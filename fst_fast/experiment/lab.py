@@ -1,16 +1,12 @@
 """Make runs, several at a time, each in a process of its own; what is already made is not made again.
 
-A run is an ordinary run folder under OUT/runs, trained by `fst train` with one thread. One that was interrupted goes on from its
+A run is an ordinary run folder under OUT/runs, made by `fst train` with one thread (worker.py). One that was interrupted goes on from its
 checkpoint; one whose configuration is another than asked for is refused by name. Where runs fail the others go on, and the error at the
 end names the log of each.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +15,7 @@ from pathlib import Path
 from fst_fast import config_load
 from fst_fast.errors import UserError
 from fst_fast.experiment.runs import Budget, Run
+from fst_fast.experiment.worker import COMMAND, Worker
 from fst_fast.run.folder import MARKER
 
 _POLL_S = 0.2
@@ -36,7 +33,7 @@ class Lab:
     workers: int
     dry: bool = False
     say: Callable[[str], None] = print
-    fst: Sequence[str] = (sys.executable, "-m", "fst_fast.cli")  # the command line that trains and exports
+    command: Sequence[str] = COMMAND  # of the processes that train and export
     planned: list[Run] = field(default_factory=list)
     _spent: float = 0.0  # seconds of finished runs
     _units: float = 0.0  # their cost
@@ -65,35 +62,39 @@ class Lab:
             key=lambda run: -self._cost(run)
         )  # the longest first, so that the last ones end together
         waiting, failed = list(missing), []
-        working: dict[Run, tuple[subprocess.Popen[bytes], float]] = {}
+        working: dict[Run, tuple[Worker, float]] = {}
+        count = min(self.workers, len(missing))
+        workers = [Worker(self.command, self.out / "logs" / f"worker-{i}.log") for i in range(count)]
+        idle = list(workers)
         try:
             while waiting or working:
-                while waiting and len(working) < self.workers:
-                    run = waiting.pop(0)
-                    working[run] = (self._start(run), time.monotonic())
+                while waiting and idle:
+                    run, worker = waiting.pop(0), idle.pop()
+                    working[run] = (worker, time.monotonic())
+                    worker.start(self._commands(run), self._log(run))
                 time.sleep(_POLL_S)
-                for run, (child, began) in list(working.items()):
-                    if child.poll() is None:
+                for run, (worker, began) in list(working.items()):
+                    code = worker.poll()
+                    if code is None:
                         continue
                     del working[run]
+                    idle.append(worker)
                     seconds = time.monotonic() - began
                     self._spent += seconds
                     self._units += self._cost(run)
-                    if child.returncode:
+                    if code:
                         failed.append(run)
                     left = (
                         sum(map(self._cost, [*waiting, *working])) * self._spent / self._units / self.workers
                     )
                     done = len(missing) - len(waiting) - len(working)
                     self.say(
-                        f"[{done}/{len(missing)}] {run.name} {'failed' if child.returncode else 'done'} in {seconds:.0f} s, "
+                        f"[{done}/{len(missing)}] {run.name} {'failed' if code else 'done'} in {seconds:.0f} s, "
                         f"about {left / 60:.0f} min left"
                     )
         finally:
-            for child, _ in working.values():
-                child.send_signal(signal.SIGTERM)  # ends after its step, with a checkpoint
-            for child, _ in working.values():
-                child.wait()
+            for worker in workers:
+                worker.stop()
         if failed:
             logs = ", ".join(str(self._log(run)) for run in failed)
             raise UserError(f"{len(failed)} of {len(missing)} runs failed; what they said is in {logs}")
@@ -112,32 +113,16 @@ class Lab:
             )
         return (folder / "summary.json").is_file()
 
-    def _start(self, run: Run) -> subprocess.Popen[bytes]:
-        folder, log, model = self.folder(run), self._log(run), self.model(run)
-        log.parent.mkdir(parents=True, exist_ok=True)
+    def _commands(self, run: Run) -> list[list[str]]:
+        """What makes the run, as words of `fst`."""
+        folder, model = self.folder(run), self.model(run)
+        commands = []
         if model and not model.is_dir():
             assert run.after
-            self._fst("export", str(self.folder(run.after)), str(model), log=log)
+            commands.append(["export", str(self.folder(run.after)), str(model)])
         resume = ["--resume"] if (folder / MARKER).is_file() else []
         words = ["train", str(run.config_file()), "--run-dir", str(folder), *resume]
-        with log.open("ab") as said:
-            return subprocess.Popen(
-                [*self.fst, *words, *run.overrides(self.budget, model)],
-                stdout=said, stderr=subprocess.STDOUT, env=_one_thread(), start_new_session=True,
-            )  # fmt: skip
-
-    def _fst(self, *words: str, log: Path) -> None:
-        with log.open("ab") as said:
-            done = subprocess.run(
-                [*self.fst, *words],
-                stdout=said, stderr=subprocess.STDOUT, env=_one_thread(), check=False,
-            )  # fmt: skip
-        if done.returncode:
-            raise UserError(f"fst {' '.join(words)} failed; what it said is in {log}")
+        return [*commands, [*words, *run.overrides(self.budget, model)]]
 
     def _log(self, run: Run) -> Path:
         return self.out / "logs" / f"{run.name}.log"
-
-
-def _one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}

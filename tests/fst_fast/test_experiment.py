@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,27 +122,46 @@ def test_a_run_folder_becomes_a_curve_whose_seconds_leave_evaluations_out(tmp_pa
 # --- the lab
 
 STUB = """
-import json, os, sys
+import json, os, signal, sys, time
 from pathlib import Path
 from fst_fast import config_load
+from fst_fast.experiment.worker import serve
 from fst_fast.run.folder import MARKER
-words = sys.argv[1:]
-if words[0] == "export":
-    Path(words[2]).mkdir(parents=True)
-    raise SystemExit
-run = Path(words[words.index("--run-dir") + 1])
-config = config_load.load(Path(words[1]), [w for w in words[4:] if w != "--resume"])
-assert os.environ["OMP_NUM_THREADS"] == "1"
-run.mkdir(parents=True, exist_ok=True)
-with open(run / "asked", "a") as asked:
-    asked.write("resume " if "--resume" in words else "new ")
-(run / MARKER).write_text("{}")
-(run / "config.yaml").write_text(config_load.dump(config))
-if config.seed == 1 and not (run / "again").exists():
-    (run / "again").touch()
-    print("no luck")
-    raise SystemExit(1)
-(run / "summary.json").write_text("{}")
+
+print("an import says something")
+state = []
+
+def fst(words):
+    assert not state, "what one run leaves behind meets another"
+    state.append(words)
+    if words[0] == "export":
+        Path(words[2]).mkdir(parents=True)
+        return 0
+    run = Path(words[words.index("--run-dir") + 1])
+    config = config_load.load(Path(words[1]), [w for w in words[4:] if w != "--resume"])
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "asked", "a") as asked:
+        asked.write("resume " if "--resume" in words else "new ")
+    (run / MARKER).write_text("{}")
+    (run / "config.yaml").write_text(config_load.dump(config))
+    if config.seed == 1 and not (run / "again").exists():
+        (run / "again").touch()
+        print("no luck")
+        return 1
+    if config.seed == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.seed == 3:
+        raise RuntimeError("an unforeseen error")
+    if config.seed == 4:
+        signal.signal(signal.SIGTERM, lambda *_: (run / "told to stop").touch() or sys.exit(0))
+        time.sleep(60)
+    if config.seed == 5:
+        os.kill(os.getppid(), signal.SIGKILL)
+    (run / "summary.json").write_text("{}")
+    return 0
+
+serve(fst, int(sys.argv[1]))
 """
 
 
@@ -150,7 +170,7 @@ def lab(tmp_path: Path) -> Lab:
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
     return Lab(
-        tmp_path / "out", SMALL, list(FAMILIES), 2, say=lambda line: None, fst=(sys.executable, str(stub))
+        tmp_path / "out", SMALL, list(FAMILIES), 2, say=lambda line: None, command=(sys.executable, str(stub))
     )
 
 
@@ -168,6 +188,41 @@ def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(lab: 
     assert asked == {first: "new ", unlucky: "new resume ", after: "new "}
     assert (lab.out / "models" / first.name).is_dir()
     assert str(lab.out / "models" / first.name) in (lab.folder(after) / "config.yaml").read_text()
+
+
+def test_a_run_that_dies_or_raises_is_a_failed_one_and_its_worker_goes_on(lab: Lab) -> None:
+    lab.workers = 1
+    killed, raising, good = (Run("star_graph", "rl", seed) for seed in (2, 3, 0))
+    with pytest.raises(UserError, match=r"2 of 3 runs failed"):
+        lab.make([killed, raising, good])
+    assert (lab.folder(good) / "summary.json").is_file()
+    said = (lab.out / "logs" / f"{raising.name}.log").read_text()
+    assert "RuntimeError: an unforeseen error" in said
+    assert (lab.out / "logs" / "worker-0.log").read_text() == "an import says something\n"
+
+
+def test_an_interrupted_suite_tells_its_runs_to_stop(lab: Lab) -> None:
+    """A child that sleeps a minute is told by SIGTERM, as `fst train` is, which then ends after its step with a checkpoint."""
+    slow, quick = Run("star_graph", "rl", 4), Run("star_graph", "rl", 0)
+
+    def interrupt(line: str) -> None:
+        while not (lab.folder(slow) / "config.yaml").is_file():
+            time.sleep(0.05)
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    lab.say = interrupt  # called when the quick one is done
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        lab.make([slow, quick])
+    assert time.monotonic() - began < 40
+    assert (lab.folder(slow) / "told to stop").is_file()
+
+
+def test_a_worker_that_is_gone_is_named(lab: Lab) -> None:
+    lab.workers = 1
+    with pytest.raises(UserError, match=r"has ended \(exit code -9\); what it said is in .*worker-0\.log"):
+        lab.make([Run("star_graph", "rl", 5)])
 
 
 def test_a_folder_of_another_suite_is_refused_by_name(lab: Lab) -> None:
