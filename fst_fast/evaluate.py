@@ -121,11 +121,14 @@ def evaluate(
             channels[origin] = cell(rewards, k)
         channels[name] = channels[origin]
     held_out = list(problems[: config.eval.kl_problems])
-    drift: dict[str, float] = {}
-    for name in dict.fromkeys(same_as[name] for name in wanted if name in ("weights", "both")):
-        contexts = list(population) if name in ("context", "both") else [seed_context]
-        moved = trained and name in ("weights", "both")
-        drift[name] = kl(config, sampler, models, held_out, contexts, policy_version) if moved else 0.0
+    under = {
+        "weights": [seed_context],
+        "both": list(population),
+    }  # cells whose weights are trained ones; the others have not moved
+    drift = {
+        name: kl(config, sampler, models, held_out, under[name], policy_version) if name in under else 0.0
+        for name in dict.fromkeys(same_as[name] for name in wanted if name in ("weights", "both"))
+    }
     return {
         "channels": {name: channels[name] for name in wanted},
         "k": k,

@@ -30,9 +30,8 @@ class Curve:
     seed: int
     at: dict[str, Floats]  # by axis
     reward: Floats  # under the method's own contexts: the cell `both`
-    seed_reward: Floats  # trained weights, seed context; NaN where it was not measured (eval.cells)
     kl: Floats  # KL(train||base) under the method's own contexts, nats per token
-    seed_kl: Floats  # under the seed context; NaN where it was not measured
+    seed_kl: Floats  # under the seed context; NaN where it was not measured (eval.cells)
     cells: dict[str, Cell]  # of the last evaluation
 
     def smooth(self) -> Floats:
@@ -72,7 +71,6 @@ def curve(run: Run) -> Curve:
             "seconds": np.array([seconds.get(line.step, 0.0) for line in periodic], dtype=float),
         },
         reward=np.array([_mean(line.channels, "both") for line in periodic]),
-        seed_reward=np.array([_mean(line.channels, "weights") for line in periodic]),
         kl=np.array([line.kl_evolved for line in periodic], dtype=float),
         seed_kl=np.array([line.kl_seed for line in periodic], dtype=float),
         cells=final[-1].channels if final else {},

@@ -64,9 +64,11 @@ class Lab:
         waiting, failed = list(missing), []
         working: dict[Run, tuple[Worker, float]] = {}
         count = min(self.workers, len(missing))
-        workers = [Worker(self.command, self.out / "logs" / f"worker-{i}.log") for i in range(count)]
-        idle = list(workers)
+        workers: list[Worker] = []
         try:
+            for i in range(count):
+                workers.append(Worker(self.command, self.out / "logs" / f"worker-{i}.log"))
+            idle = list(workers)
             while waiting or working:
                 while waiting and idle:
                     run, worker = waiting.pop(0), idle.pop()

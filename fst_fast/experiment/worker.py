@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fst_fast.errors import UserError
 
@@ -61,8 +62,7 @@ class Worker:
     def stop(self) -> None:
         """A run that is under way ends after its step, with a checkpoint."""
         assert self._process.stdin is not None
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
+        self._process.terminate()  # it tells its child; a run's own helpers go on until its step ends
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
@@ -77,22 +77,36 @@ class Worker:
 def serve(run: Callable[[Sequence[str]], int], answers: int) -> None:
     """The process's side: run(words) for every command, each in a forked child, until the input ends. run: from a command's words to its exit
     code. answers: the file descriptor for them, the process's first argument."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # the whole group gets it: the child acts on it
+    child, told = 0, False
+
+    def tell(*_: object) -> None:
+        nonlocal told
+        told = True
+        if child:
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, tell)
     for line in sys.stdin:
         job = json.loads(line)
         code = 0
         for words in job["commands"]:
-            code = code or _in_child(run, words, job["log"], answers)
+            if code:
+                break
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if not pid:
+                _child(run, words, job["log"], answers)
+            child = pid
+            if told:
+                tell()  # it came before there was anybody to tell
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            child = 0  # before the number can be another process's
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.write(answers, f"{code}\n".encode())
 
 
-def _in_child(run: Callable[[Sequence[str]], int], words: Sequence[str], log: str, answers: int) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status)
+def _child(run: Callable[[Sequence[str]], int], words: Sequence[str], log: str, answers: int) -> NoReturn:
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

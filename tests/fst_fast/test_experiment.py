@@ -243,9 +243,7 @@ def planted(method: str, seed: int, mid: float, top: float, cost: float) -> Curv
     reward = sigmoid(steps, top, mid) + np.random.default_rng([seed, len(method)]).normal(0, 0.01, len(steps))
     cells = {name: Cell(mean=m, stderr=0.01, n=8) for name, m in zip(("neither", "context", "weights", "both"), (0.0, 0.4, 0.1, top), strict=True)}  # fmt: skip
     at = {axis: steps * (cost if axis in ("rollouts", "tokens") else 1.0) for axis in AXES}
-    return Curve(
-        method, seed, at, reward, reward / 2, steps / 200 / (4 if method == "fst" else 1), steps / 100, cells
-    )
+    return Curve(method, seed, at, reward, steps / 200 / (4 if method == "fst" else 1), steps / 100, cells)
 
 
 @pytest.fixture
