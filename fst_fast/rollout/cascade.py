@@ -177,8 +177,8 @@ class PathAttention:
             size = call.rows * call.width * heads
             mine = spread[begin : begin + size].view(call.rows, call.width * group, kv_heads, dim)
             block = self.cache.block(call.block)
-            key, value, mask = block.k[layer][call.span], block.v[layer][call.span], block.mask
-            mask = None if mask is None else mask[call.span]
+            key, value = (x[call.span] for x in block.kv(layer))
+            mask = None if block.mask is None else block.mask[call.span]
             if call.at is not None:
                 key, value = key.index_select(0, call.at), value.index_select(0, call.at)
                 mask = None if mask is None else mask.index_select(0, call.at)
@@ -281,6 +281,10 @@ class Suffixes:
         value.view(-1, *value.shape[2:]).index_copy_(0, rows, v)
         return key, value
 
+    def rows(self, offset: Ints) -> Ints:
+        """Where the token with this offset [slots] in its response goes."""
+        return np.arange(self.slots) * self.capacity + offset
+
     def grow(self, tokens: int) -> bool:
         """Make room for `tokens` per slot; True if that moved the rows."""
         if tokens <= self.capacity:
@@ -322,7 +326,7 @@ class DecodePlan:
         self._sights: dict[int, Sight] = {}  # by window
 
     def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype, positions: Ints | None = None) -> None:
-        """rows: [slots], where in the suffix buffers the new token goes; lengths: [slots], suffix tokens each slot sees, the new one included;
+        """rows: [slots], where the new token goes (Suffixes.rows); lengths: [slots], suffix tokens each slot sees, the new one included;
         positions: [slots], the new token's depth, for models with a sliding window."""
         self.rows, self.seen, self.mask = rows, int(lengths.max()), None
         self._lengths, self._sights = lengths, {}

@@ -21,13 +21,16 @@ from numpy.typing import NDArray
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
+from fst_fast.policy.attention import sliding_window
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
+from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import token_bytes
 from fst_fast.rollout.lean import LeanForward, why_not
 from fst_fast.rollout.padded import decode_padded
 from fst_fast.rollout.prefixes import Prefixes
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS
 from fst_fast.rollout.responses import Responses, Sampling
+from fst_kernels.backends import choose_backend
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class RolloutEngine:
     packing="forest" needs a model loaded with the "fst" attention, "padded" one with an attention of transformers. eos_ids end a response;
     so do the texts `stop`, for which decode(ids) must give the text of token ids. max_batch: sequences decoded at a time. prefill_tokens:
     prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes: what its keys and values may take at a time; None: half of what the device
-    (on a CPU: the machine, shared by the processes on it) has free at each call. note: told what was chosen for want of memory.
+    (on a CPU: the machine, shared by the processes on it) has free at each call. cascade: attend by the kernels of fst_kernels over a pool of keys and values
+    (rollout/pooled.py); None: where Triton runs on the model's GPU and no layer has a sliding window. note: told what was chosen for want of memory.
     tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
     earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
     """
@@ -70,6 +74,7 @@ class RolloutEngine:
         prefill_tokens: int = 8192,
         join_tokens: int = JOIN_TOKENS,
         kv_bytes: int | None = None,
+        cascade: bool | None = None,
         stop: Sequence[str] = (),
         decode: Callable[[NDArray[np.int64]], str] | None = None,
         note: Callable[[str], None] = _quiet,
@@ -82,21 +87,24 @@ class RolloutEngine:
             f"max_batch={max_batch}, prefill_tokens={prefill_tokens}: at least 1"
         )
         assert not stop or decode, "stop texts without the decoding of tokens"
+        assert not cascade or sliding_window(model.config) is None, "cascade=True knows no sliding window"
         self.model, self.packing = model, packing
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
-        self.join_tokens = join_tokens
+        self.join_tokens, self.cascade = join_tokens, cascade
         self.stop, self.decode, self.note = tuple(stop), decode, note
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
         self.most_kv_bytes = 0  # held at a time, ever
         self._noted: set[tuple[int, int]] = set()
         self._prefixes = Prefixes()
+        self._pool = KVPool()
         self._forward: Forward | None = None
         self._weights: list[float] = []
 
     def forget(self) -> None:
         """Drop what earlier calls computed: the next call then does not depend on them, not even in its rounding."""
         self._prefixes.forget()
+        self._pool = KVPool()
 
     def generate(
         self,
@@ -155,7 +163,7 @@ class RolloutEngine:
     ) -> None:
         weights = fingerprint(self.model)
         if weights != self._weights or self._forward is None:
-            self._prefixes.forget()
+            self.forget()
             self._weights = weights
             self._forward = (
                 transformers_forward(self.model) if why_not(self.model) else LeanForward(self.model)
@@ -175,6 +183,7 @@ class RolloutEngine:
             logits_tokens=-(-head.shape[0] * head.dtype.itemsize // each),
             prefixes=self._prefixes,
             join_tokens=self.join_tokens,
+            pool=self._pool if self._cascades(head) else None,
         )
         wanted = min(max_batch, len(prompts))
         if decoder.max_batch < wanted and (decoder.max_batch, wanted) not in self._noted:
@@ -187,6 +196,14 @@ class RolloutEngine:
         self.tokens_computed += decoder.tokens_computed
         self.tokens_reused += decoder.tokens_reused
         self.most_kv_bytes = max(self.most_kv_bytes, decoder.most_tokens * each)
+
+    def _cascades(self, weight: torch.Tensor) -> bool:
+        if self.cascade is not None:
+            return self.cascade
+        if not weight.is_cuda or sliding_window(self.model.config) is not None:
+            return False
+        taken: str = choose_backend("cascade_decode_attention", None, weight.device, weight.dtype)
+        return taken == "triton"
 
     def _in_memory(self, fill: Callable[[int], Responses], count: int) -> Responses:
         """What `fill` returns for a batch of max_batch, or, if memory runs out, for one of half as many: once."""

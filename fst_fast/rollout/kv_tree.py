@@ -1,8 +1,8 @@
 """The keys and values of the prompts of one call: a trie, every node of which owns one segment, computed once and never copied per sample.
 
 Nodes are stored in blocks, those of one level and similar length that were prefilled together, so that attention over a whole block is
-one batched operation. Memory is held and given back by the block. A node may come from an earlier call (prefixes.py); whatever it came
-from, it is a row of a block.
+one batched operation. Memory is held and given back by the block: tensors of its own, or a range of a pool (kv_pool.py). A node may come from an
+earlier call (prefixes.py); whatever it came from, it is a row of a block.
 """
 
 from __future__ import annotations
@@ -13,47 +13,84 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fst_fast.rollout.kv_pool import KVPool, Span
 from fst_fast.rollout.prompt_tree import Ints, PromptTree
 
 
 @dataclass
 class Block:
-    """Keys and values of nodes of one level and similar length, one row per node, padded to the longest.
+    """Keys and values of nodes of one level and similar length, one row per node, padded to the longest, L tokens.
 
-    lengths: [rows]. k, v: per layer [rows, Hkv, L, D]. mask: additive [rows, 1, 1, L], None where all are of length L.
+    lengths: [rows]. mask: additive [rows, 1, 1, L], None where all are of length L. span: rows * L slots of a pool, None: k and v are tensors of
+    the block's own, per layer [rows, Hkv, L, D].
     """
 
     lengths: Ints
     mask: Tensor | None
+    span: Span | None = None
     k: list[Tensor] = field(default_factory=list)
     v: list[Tensor] = field(default_factory=list)
 
     @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    @property
     def tokens(self) -> int:
         """Tokens that it takes the memory of, padding included."""
-        return len(self.lengths) * int(self.lengths.max())
+        return len(self.lengths) * self.longest
 
-    def part(self, rows: Ints, length: int) -> Block:
-        """A block of these rows, none of them longer than `length`."""
-        at = torch.as_tensor(rows, device=self.k[0].device)
-        return Block(
-            self.lengths[rows],
-            None if self.mask is None else self.mask.index_select(0, at)[..., :length],
-            [k.index_select(0, at)[:, :, :length].contiguous() for k in self.k],
-            [v.index_select(0, at)[:, :, :length].contiguous() for v in self.v],
-        )
+    @property
+    def layers(self) -> int:
+        return len(self.k if self.span is None else self.span.pool.k)
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [rows, Hkv, L, D]; layer by layer, kept as they are where the block has no span."""
+        if self.span is not None:
+            self.span.put(layer, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
+            return
+        assert len(self.k) == layer, f"layer {layer} came after {len(self.k)} layers"
+        self.k.append(k)
+        self.v.append(v)
+
+    def kv(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, Hkv, L, D]."""
+        if self.span is None:
+            return self.k[layer], self.v[layer]
+        rows = len(self.lengths)
+        k, v = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in self.span.kv(layer))
+        return k, v
 
     def row(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """k and v [1, Hkv, length, D] of one node."""
+        k, v = self.kv(layer)
         length = int(self.lengths[row])
-        return self.k[layer][row : row + 1, :, :length], self.v[layer][row : row + 1, :, :length]
+        return k[row : row + 1, :, :length], v[row : row + 1, :, :length]
+
+    def slot(self, row: int) -> int:
+        """The pool's slot of a node's first token."""
+        assert self.span is not None
+        return self.span.first + row * self.longest
+
+    def part(self, rows: Ints, length: int) -> Block:
+        """A block of these rows, none of them longer than `length`."""
+        device = self.kv(0)[0].device
+        at = torch.as_tensor(rows, device=device)
+        mask = None if self.mask is None else self.mask.index_select(0, at)[..., :length]
+        span = None if self.span is None else self.span.pool.take(len(rows) * length)
+        out = Block(self.lengths[rows], mask, span)
+        for layer in range(self.layers):
+            k, v = (x.index_select(0, at)[:, :, :length].contiguous() for x in self.kv(layer))
+            out.put(layer, k, v)
+        return out
 
 
 class TreeCache:
-    """The blocks of a PromptTree's nodes. filled: [nodes] bool, whether a node's keys and values are there or were."""
+    """The blocks of a PromptTree's nodes. filled: [nodes] bool, whether a node's keys and values are there or were. pool: where its blocks are
+    ranges of, None: each has tensors of its own."""
 
-    def __init__(self, tree: PromptTree) -> None:
-        self.tree = tree
+    def __init__(self, tree: PromptTree, pool: KVPool | None = None) -> None:
+        self.tree, self.pool = tree, pool
         self.blocks: dict[int, Block] = {}  # by a number that is never used twice
         self.filled = np.zeros(len(tree.start), dtype=bool)
         self.block_of = np.full(len(tree.start), -1, dtype=np.int64)  # per node: its block, its row there
@@ -102,7 +139,7 @@ def length_class(length: int) -> int:
 
 
 def blocks_of(
-    levels: Ints, lengths: Ints, *, device: torch.device, dtype: torch.dtype
+    levels: Ints, lengths: Ints, *, device: torch.device, dtype: torch.dtype, pool: KVPool | None = None
 ) -> list[tuple[Ints, Block, Ints]]:
     """Empty blocks for nodes of these levels and lengths: (which of the nodes, the block, [rows, L] the offset in its node of each place
     of the block, -1 in padding)."""
@@ -118,7 +155,8 @@ def blocks_of(
         if not there.all():
             mask = torch.zeros(len(own), 1, 1, len(column), device=device, dtype=dtype)
             mask.masked_fill_(torch.as_tensor(~there, device=device)[:, None, None, :], float("-inf"))
-        out.append((own, Block(lengths[own], mask), np.where(there, column, -1)))
+        span = None if pool is None else pool.take(there.size)
+        out.append((own, Block(lengths[own], mask, span), np.where(there, column, -1)))
     return out
 
 

@@ -40,7 +40,9 @@ class PrefillPlan:
         ]
         self._sights: dict[int, list[Sight]] = {}  # by window, of each ancestor
         self.blocks: list[tuple[Block, Tensor]] = []  # and [rows * L], the tokens of the window that go there
-        for own, block, place in blocks_of(tree.level[nodes], lengths, device=device, dtype=dtype):
+        for own, block, place in blocks_of(
+            tree.level[nodes], lengths, device=device, dtype=dtype, pool=cache.pool
+        ):
             index = np.where(place >= 0, offset[own][:, None] + place, 0)
             self.blocks.append((block, torch.as_tensor(index.reshape(-1), device=device)))
             cache.add(block, nodes[own], np.arange(len(own)))
@@ -101,7 +103,8 @@ class PrefillPlan:
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         for block, index in self.blocks:
-            for kept, new in ((block.k, k), (block.v, v)):
-                assert len(kept) == layer, f"layer {layer} came after {len(kept)} layers"
+            kept = []
+            for new in (k, v):
                 rows = new.transpose(0, 1).index_select(1, index)  # [Hkv, rows * L, D]
                 kept.append(rows.view(len(rows), len(block.lengths), -1, new.shape[2]).transpose(0, 1))
+            block.put(layer, *kept)

@@ -174,9 +174,10 @@ def adopt(
             logits[piece] = known
     nodes = np.array([piece for piece, _ in copied], dtype=np.int64)
     lengths = tree.end[nodes] - tree.start[nodes]
-    for own, block, _ in blocks_of(tree.level[nodes], lengths, device=device, dtype=dtype):
+    for own, block, _ in blocks_of(tree.level[nodes], lengths, device=device, dtype=dtype, pool=cache.pool):
         for layer in range(layers):
-            for which, kept in ((0, block.k), (1, block.v)):
+            both = []
+            for which in (0, 1):
                 rows = [
                     [s.block.row(layer, s.row)[which][0, :, s.begin : s.end] for s in copied[i][1]]
                     for i in own
@@ -186,6 +187,7 @@ def adopt(
                 for target, parts in zip(whole, rows, strict=True):
                     joined = torch.cat(parts, dim=1)
                     target[:, : joined.shape[1]] = joined
-                kept.append(whole)
+                both.append(whole)
+            block.put(layer, *both)
         cache.add(block, nodes[own], np.arange(len(own)))
     return logits

@@ -202,6 +202,24 @@ def test_forest_and_padded_engine_give_the_same_rollouts(model, expected):
     assert_same(sample(forest(model), requests_of()), expected)
 
 
+@pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(64, 8192), (1, 8192), (3, 17), (4, 8), (14, 3)])
+@pytest.mark.parametrize("lean", [True, False])
+def test_over_a_pool_it_gives_the_same_rollouts(
+    model, expected, max_batch, prefill_tokens, lean, monkeypatch
+):
+    if not lean:
+        monkeypatch.setattr("fst_fast.rollout.engine.why_not", lambda _: "the test says so")
+    engine = forest(model, max_batch=max_batch, prefill_tokens=prefill_tokens, cascade=True)
+    assert_same(sample(engine, requests_of()), expected)
+    held = engine._pool.tokens
+    assert engine._pool.slots == held
+    assert all(len(k) == held for k in engine._pool.k)
+    assert_same(sample(engine, requests_of()), expected)
+    assert engine.tokens_reused
+    engine.forget()
+    assert not engine._pool.slots
+
+
 def test_truncated_sampling_is_the_same_too_and_gives_the_truncated_logprobs(model, plain_model):
     requests = requests_of()
     how = {"temperature": 0.6, "top_p": 0.8, "top_k": 20}

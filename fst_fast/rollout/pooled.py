@@ -1,0 +1,136 @@
+"""Prefill and decoding over a pool (kv_pool.py) by the kernels of fst_kernels: what a GPU takes.
+
+A decode step is one `cascade_decode_attention` per layer over prompt nodes and suffixes, whose work list is built when sequences come and go. Prefill is
+one `tree_attention` per layer over the window and what stands above it: the keys of the ancestors come from the pool, and queries are computed for
+them too, for nobody. That costs the attention of those tokens once more, nothing else of the model, and never holds scores.
+
+The other way, batched attention calls over blocks (cascade.py, prefill.py), is faster on a CPU and knows sliding windows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fst_fast.rollout.kv_pool import KVPool
+from fst_fast.rollout.kv_tree import TreeCache
+from fst_fast.rollout.prefill import PrefillPlan
+from fst_fast.rollout.prompt_tree import Ints
+from fst_kernels import CascadePlan, cascade_decode_attention
+from fst_kernels.tree_attention import TreeMask, tree_attention
+
+
+class PooledSuffixes:
+    """A range of the pool with room for `limit` sampled tokens of each slot."""
+
+    def __init__(self, pool: KVPool, slots: int, limit: int) -> None:
+        self.limit, self.span = limit, pool.take(slots * limit)
+        self.slots = slots
+
+    @property
+    def first(self) -> Ints:
+        """[slots], the pool's slot of each one's first token."""
+        return self.span.first + np.arange(self.slots) * self.limit
+
+    def rows(self, offset: Ints) -> Ints:
+        return self.first + offset
+
+    def grow(self, tokens: int) -> bool:
+        """There is room for all tokens from the beginning."""
+        assert tokens <= self.limit
+        return False
+
+    def keep(self, slots: Tensor) -> None:
+        at = slots[:, None] * self.limit + torch.arange(self.limit, device=slots.device)
+        self.span.keep(at.flatten())
+        self.slots = len(slots)
+
+
+class PooledDecodePlan:
+    """Attention of one new token per slot over its path and its suffix, for as long as neither the paths nor the pool's ranges change."""
+
+    def __init__(
+        self, cache: TreeCache, paths: Ints, suffixes: PooledSuffixes, *, device: torch.device
+    ) -> None:
+        assert cache.pool is not None
+        self.cache, self.paths, self.suffixes, self.pool = cache, paths, suffixes, cache.pool
+        nodes = np.unique(paths[paths >= 0])
+        self.node_slots = np.zeros(len(cache.block_of), dtype=np.int64)
+        self.node_slots[nodes] = [
+            cache.block(b).slot(r)
+            for b, r in zip(cache.block_of[nodes].tolist(), cache.row_of[nodes].tolist(), strict=True)
+        ]
+        self.suffix_slots = torch.as_tensor(suffixes.first, device=device)
+        self.lengths = torch.zeros(suffixes.slots, dtype=torch.int32, device=device)
+        self.rows = torch.empty(0)  # set by step()
+        self.plan: CascadePlan | None = None  # likewise
+
+    def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype, positions: Ints | None = None) -> None:
+        """As DecodePlan.step. The work list has room for suffixes of a power of two and is built again when one outgrows it."""
+        self.rows = rows
+        self.lengths.copy_(torch.as_tensor(lengths))
+        longest = int(lengths.max())
+        if self.plan is None or longest > self.plan.suffix_capacity:
+            tree = self.cache.tree
+            self.plan = CascadePlan.build(
+                self.paths,
+                node_slots=self.node_slots,
+                node_lengths=tree.end - tree.start,
+                suffix_slots=self.suffix_slots,
+                suffix_lengths=self.lengths,
+                suffix_capacity=min(1 << max(longest, 64).bit_length(), self.suffixes.limit),
+            )
+
+    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D]."""
+        assert self.plan is not None, "step comes first"
+        self.pool.want(layer, k)
+        keys, values = self.pool.k[layer], self.pool.v[layer]
+        keys.index_copy_(0, self.rows, k)
+        values.index_copy_(0, self.rows, v)
+        return cascade_decode_attention(q, keys, values, self.plan, scale=scale)
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        """Every slot has one token, and every token is read."""
+        raise AssertionError("a decode step asks for all rows")
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """For the transformers forward: q [S, Hq, 1, D], k and v [S, Hkv, 1, D] -> [S, 1, Hq, D]."""
+        return self.tokens(layer, q.squeeze(2), k.squeeze(2), v.squeeze(2), scale)[:, None]
+
+
+class PooledPrefillPlan(PrefillPlan):
+    """The same window, its blocks in a pool."""
+
+    windows = False
+
+    def __init__(
+        self, cache: TreeCache, nodes: Ints, read: Ints, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(cache, nodes, read, device=device, dtype=dtype)
+        assert cache.pool is not None
+        self.pool, tree = cache.pool, cache.tree
+        seen = np.sort(np.concatenate([nodes, [node for node, _ in self.ancestors]]).astype(np.int64))
+        lengths = tree.end[seen] - tree.start[seen]
+        offset = np.concatenate([[0], np.cumsum(lengths)])  # [seen + 1]
+        behind = np.searchsorted(tree.start, tree.last)  # exclusive end of each node's subtree, as a node
+        subtree_end = np.repeat(offset[np.searchsorted(seen, behind[seen])], lengths)
+        first = [cache.block(int(cache.block_of[node])).slot(int(cache.row_of[node])) for node in seen]
+        slots = np.repeat(np.array(first) - offset[:-1], lengths) + np.arange(offset[-1])
+        mine = np.flatnonzero(np.repeat(np.isin(seen, nodes), lengths))
+        self.joined = TreeMask.from_subtree_end(torch.from_numpy(subtree_end.astype(np.int32)), device=device)
+        self.slots = torch.as_tensor(slots, device=device)  # [U], of every token that is seen
+        self.mine = torch.as_tensor(mine, device=device)  # [N], those of the window among them
+
+    def tokens(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
+        """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]; stores k and v."""
+        assert window is None
+        self._store(layer, k, v)
+        keys, values = (x[layer].index_select(0, self.slots) for x in (self.pool.k, self.pool.v))
+        queries = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, self.mine, q)
+        q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
+        out = tree_attention(q, k, v, self.joined, scale=scale)[0].transpose(0, 1)
+        return out.index_select(0, self.mine)
