@@ -13,9 +13,9 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 TOTAL_S=530
-PARTS=(build tests linear_logprob linear_policy_loss tree_attention training_step cascade_decode sampling)
-declare -A LIMIT_S=([build]=60 [tests]=175 [linear_logprob]=85 [linear_policy_loss]=85 [tree_attention]=45
-    [training_step]=40 [cascade_decode]=20 [sampling]=20)
+PARTS=(build tests linear_logprob linear_policy_loss tree_attention training_step cascade_decode decode_step sampling)
+declare -A LIMIT_S=([build]=60 [tests]=150 [linear_logprob]=78 [linear_policy_loss]=78 [tree_attention]=45
+    [training_step]=40 [cascade_decode]=20 [decode_step]=40 [sampling]=20)
 
 refuse() {
     echo "gpu_check: $1" >&2

@@ -40,7 +40,7 @@ class Span:
 
 
 class KVPool:
-    """k, v: per layer [slots, Hkv, D], finite everywhere; empty before the first keys. limit: more slots than these it has only while they are held."""
+    """k, v: per layer [slots, Hkv, D], a head's keys side by side in memory, finite everywhere; empty before the first keys. limit: more slots than these it has only while they are held."""
 
     def __init__(self) -> None:
         self.limit = 0
@@ -69,8 +69,8 @@ class KVPool:
     def want(self, layer: int, like: Tensor) -> None:
         """Let there be tensors for this layer, of the heads, head size, type and device of `like` [N, Hkv, D]."""
         if layer == len(self.k):
-            self.k.append(like.new_zeros(self.slots, *like.shape[1:]))
-            self.v.append(like.new_zeros(self.slots, *like.shape[1:]))
+            self.k.append(_zeros(like, self.slots))
+            self.v.append(_zeros(like, self.slots))
         assert layer < len(self.k), f"layer {layer} came after {len(self.k)} layers"
 
     def resize(self, slots: int) -> None:
@@ -79,7 +79,7 @@ class KVPool:
         slots = max(slots, self.tokens)
         for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                new, first = old.new_zeros(slots, *old.shape[1:]), 0
+                new, first = _zeros(old, slots), 0
                 for span in spans:
                     new[first : first + span.tokens] = old[span.first : span.first + span.tokens]
                     first += span.tokens
@@ -96,3 +96,8 @@ class KVPool:
                 return first
             first = span.first + span.tokens
         return first if self.slots - first >= tokens else None
+
+
+def _zeros(like: Tensor, slots: int) -> Tensor:
+    _, heads, dim = like.shape
+    return like.new_zeros(heads, slots, dim).transpose(0, 1)

@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
-PARTS = ["build", "tests", "linear_logprob", "linear_policy_loss", "tree_attention", "training_step", "cascade_decode", "sampling"]  # fmt: skip
+PARTS = ["build", "tests", "linear_logprob", "linear_policy_loss", "tree_attention", "training_step", "cascade_decode", "decode_step", "sampling"]  # fmt: skip
 
 # Packages that a machine with a GPU need not have.
 ABSENT = ["accelerate", "cut_cross_entropy", "datasets", "deepspeed", "flash_attn", "gepa", "hypothesis", "liger_kernel", "matplotlib",
