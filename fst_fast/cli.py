@@ -7,6 +7,7 @@ are imported by the command that needs them, so that `fst --help` and `--dry-run
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -135,10 +136,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "measure the four cells of a run's last checkpoint")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
     evaluate.add_argument(
-        "--problems", type=_count, metavar="N", help="validation problems; default: as configured"
+        "--problems", type=_count, metavar="N", help="at most so many; default: as configured"
     )
     evaluate.add_argument(
         "--samples", type=_count, metavar="K", help="samples of each problem; default: as configured"
+    )
+    evaluate.add_argument(
+        "--split", default="validation", metavar="NAME", help="of the task's problems; default: validation"
+    )
+    evaluate.add_argument(
+        "--out", type=Path, metavar="FILE", help="where the figures are written, as JSON; default: nowhere"
     )
 
     probe = command("probe", _probe, "show what the model answers under one context")
@@ -229,8 +236,14 @@ def _eval(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.evaluate import evaluate_run
     from fst_fast.run.console import Console
+    from fst_fast.run.folder import disk_errors, write_atomic
 
-    result = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples)
+    if args.out and not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: the folder {args.out.parent} is not there")
+    result = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples, split=args.split)
+    if args.out and _is_first():
+        with disk_errors(f"{args.out} cannot be written"):
+            write_atomic(args.out, (json.dumps({"split": args.split, **result}, indent=1) + "\n").encode())
     with Console(total_steps=0, enabled=_is_first()) as console:
         console.final_table(result["channels"])
 

@@ -28,7 +28,7 @@ from fst_fast.policy.scoring import kl_to_reference
 from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.rollout.server import ServerEngine
 from fst_fast.rollout.wave import Sampler, Triple
-from fst_fast.stages import make_stages, stage_at, task_spec
+from fst_fast.stages import make_stages, stage_at, stage_problems, task_spec
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task
 
@@ -205,8 +205,11 @@ def kl(
     return summed / max(tokens, 1.0)
 
 
-def evaluate_run(run_dir: Path, *, problems: int | None = None, samples: int | None = None) -> dict[str, Any]:
-    """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says."""
+def evaluate_run(
+    run_dir: Path, *, problems: int | None = None, samples: int | None = None, split: str = "validation"
+) -> dict[str, Any]:
+    """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says. split: of the task of the
+    last stage begun. Raises UserError where it has no problems."""
     config, found = newest(run_dir)
     if samples is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
@@ -217,13 +220,13 @@ def evaluate_run(run_dir: Path, *, problems: int | None = None, samples: int | N
         policy = base if config.method == "gepa" else load(config, found / "model")
         own = sampler.engine(base)
         served = sampler.server(base)
-        stages = make_stages(config, load_task(*task_spec(config)))
-        validation = stage_at(stages, state.step).validation
+        task = load_task(*task_spec(config))
+        stage = stage_at(make_stages(config, task), state.step)
         return evaluate(
             config,
             sampler,
             Models(sampler.engine(policy), served or own, served or own, policy, base),
-            validation[: problems or config.eval.final_problems],
+            stage_problems(config, task, stage, split)[: problems or config.eval.final_problems],
             seed_context=Context.of(config.fast.seed_context),
             population=state.population,
             policy_version=0 if config.method == "gepa" else state.step,

@@ -12,6 +12,7 @@ from typing import Any
 
 from fst_fast.config import Config
 from fst_fast.contracts import Problem, Task
+from fst_fast.errors import UserError
 from fst_fast.tasks.mixture import Mixture
 
 
@@ -58,3 +59,11 @@ def make_stages(config: Config, task: Task) -> list[Stage]:
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     """The stage in which the step after `step` lies; after the last step the last one."""
     return next((stage for stage in stages if step < stage.end), stages[-1])
+
+
+def stage_problems(config: Config, task: Task, stage: Stage, split: str) -> list[Problem]:
+    """The problems of a split of a stage's task. Raises UserError where it has none."""
+    problems = task.part(stage.number, split) if isinstance(task, Mixture) and config.stages else task.problems(split)  # fmt: skip
+    if not len(problems):
+        raise UserError(f"--split {split} of task {stage.task} has no problems")
+    return list(problems)

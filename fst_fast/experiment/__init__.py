@@ -6,6 +6,8 @@ Rooms:
     worker.py       a child process that runs `fst` commands one after another
     curves.py       a run folder as a curve on the four axes
     statistics.py   where a curve reaches a level, bootstrap intervals, the ceiling of a pooled fit
+    methods.py      the runs that most experiments share, and where a run stands at RL's peak
+    result.py       what an experiment returns
     experiments.py  each experiment: which runs, which numbers, which claims
     figures.py      the pictures
     page.py         results.json, the tables, report.html

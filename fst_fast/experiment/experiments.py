@@ -7,113 +7,26 @@ Result. Claims are judged here, by the code, never typed in: `holds` is True or 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fst_fast.experiment import figures, statistics
 from fst_fast.experiment.curves import AXES, Curve, read, stage_ends
 from fst_fast.experiment.lab import Lab
+from fst_fast.experiment.methods import made, main_runs, peak_level, stands, strongest_rl
+from fst_fast.experiment.result import Claim, Result, Table, over_seeds, plus_minus
 from fst_fast.experiment.runs import METHODS, Changes, Run
 from fst_fast.experiment.statistics import Interval
 
-RL_RATES = ("1e-4", "3e-4", "1e-3")
-RL_KL = ("0.0", "1e-2")  # besides the configuration's own, 1e-3
-SWEEP_SEEDS = 2
-AT_PEAK = 0.95
 BEFORE = "star_graph"
 """plasticity: trained on this first, then fresh RL on each of the others."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    text: str
-    figure: str
-    holds: bool | None
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Result:
-    """numbers: everything measured, as JSON; the rest is for reading."""
-
-    question: str
-    numbers: dict[str, Any]
-    tables: list[Table] = field(default_factory=list)
-    claims: list[Claim] = field(default_factory=list)
-    pictures: dict[str, Figure] = field(default_factory=dict)
-
-
-def strongest_rl(lab: Lab) -> dict[str, Changes]:
-    """The changes under which RL does best on each family: its learning rate first, then, at that rate, the weight of the KL penalty.
-
-    Best: highest peak of the smoothed validation reward, mean over SWEEP_SEEDS seeds, with the steps that every run has. FST is not tuned:
-    it keeps the rate and penalty of its configuration."""
-
-    def best(options: dict[str, list[Changes]]) -> dict[str, Changes]:
-        seeds = range(min(SWEEP_SEEDS, lab.budget.seeds))
-        lab.make(
-            [Run(f, "rl", s, changes) for f, several in options.items() for changes in several for s in seeds]
-        )
-        if lab.dry:
-            return {family: several[0] for family, several in options.items()}
-        chosen = {}
-        for family, several in options.items():
-            heights = [
-                np.mean([peak_height(lab, Run(family, "rl", s, changes)) for s in seeds])
-                for changes in several
-            ]
-            chosen[family] = several[int(np.argmax(heights))]
-        return chosen
-
-    rates = best({family: [(("slow.lr", rate),) for rate in RL_RATES] for family in lab.families})
-    return best(
-        {
-            family: [rate, *((*rate, ("slow.kl_coef", coef)) for coef in RL_KL)]
-            for family, rate in rates.items()
-        }
-    )
-
-
-def peak_height(lab: Lab, run: Run) -> float:
-    found = read(lab.folder(run))
-    return statistics.peak(found.at["steps"], found.smooth())[1]
-
-
-def _main_runs(lab: Lab) -> dict[str, dict[str, list[Run]]]:
-    """family -> method -> its runs, one for each seed: those that efficiency, drift and channels share."""
-    tuned = strongest_rl(lab)
-    return {
-        family: {
-            method: [Run(family, method, seed, tuned[family] if method == "rl" else ()) for seed in lab.seeds]
-            for method in METHODS
-        }
-        for family in lab.families
-    }
-
-
-def _made(lab: Lab, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
-    lab.make([run for methods in runs.values() for several in methods.values() for run in several])
-    if lab.dry:
-        return {}
-    return {
-        family: {method: [read(lab.folder(run)) for run in several] for method, several in methods.items()}
-        for family, methods in runs.items()
-    }
-
-
 def efficiency(lab: Lab) -> Result:
     """How much sooner does FST stand where RL stands at its best, and how much higher does it end?"""
-    runs = _main_runs(lab)
-    curves = _made(lab, runs)
+    runs = main_runs(lab)
+    curves = made(lab, runs)
     numbers: dict[str, Any] = {}
     table = Table(
         "What FST needs to reach RL's peak, RL's own need = 1 (median over seeds, 95 % interval; never: not within its steps)",
@@ -182,20 +95,9 @@ def _ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
     """What fst needs to stand at rl's peak over what rl needs for it, seed by seed."""
     ratios = []
     for a, b in zip(rl, fst, strict=True):
-        mine, other = (_stands(c, axis, peak_level(a)) for c in (a, b))
+        mine, other = (stands(c, axis, peak_level(a)) for c in (a, b))
         ratios.append(other / mine)
     return statistics.bootstrap(ratios, statistics.median)
-
-
-def _stands(curve: Curve, axis: str, level: float) -> float:
-    """Where a run first stands at a level, the untouched base left out."""
-    return statistics.reach(curve.at[axis][1:], curve.reward[1:], level)
-
-
-def peak_level(rl: Curve) -> float:
-    """What counts as standing at RL's peak, for RL and for FST: all but a twentieth of the highest point of RL's smoothed curve. The highest
-    point itself lies anywhere on a plateau, by chance."""
-    return AT_PEAK * float(max(rl.smooth()))
 
 
 def _at_most(
@@ -207,15 +109,10 @@ def _at_most(
 
 def _final(curves: Sequence[Curve]) -> dict[str, Any]:
     return {
-        "reward": _over_seeds([float(c.cells["both"].mean or 0.0) for c in curves]),
-        **{axis: _over_seeds([float(c.at[axis][-1]) for c in curves]) for axis in AXES},
-        "kl": _over_seeds([float(c.kl[-1]) for c in curves]),
+        "reward": over_seeds([float(c.cells["both"].mean or 0.0) for c in curves]),
+        **{axis: over_seeds([float(c.at[axis][-1]) for c in curves]) for axis in AXES},
+        "kl": over_seeds([float(c.kl[-1]) for c in curves]),
     }
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
-    error = statistics.standard_error(values)
-    return {"mean": float(np.mean(values)), "stderr": error if np.isfinite(error) else None}
 
 
 def _finals(curves: dict[str, dict[str, list[Curve]]]) -> Table:
@@ -227,9 +124,9 @@ def _finals(curves: dict[str, dict[str, list[Curve]]]) -> Table:
                 [
                     family,
                     method,
-                    _pm(numbers["reward"], 100, 1),
-                    *(_pm(numbers[axis]) for axis in AXES),
-                    _pm(numbers["kl"], 1, 3),
+                    plus_minus(numbers["reward"], 100, 1),
+                    *(plus_minus(numbers[axis]) for axis in AXES),
+                    plus_minus(numbers["kl"], 1, 3),
                 ]
             )
     return Table(
@@ -239,15 +136,9 @@ def _finals(curves: dict[str, dict[str, list[Curve]]]) -> Table:
     )
 
 
-def _pm(value: dict[str, float | None], times: float = 1.0, digits: int = 0) -> str:
-    mean, error = value["mean"], value["stderr"]
-    assert mean is not None
-    return f"{mean * times:,.{digits}f}" + ("" if error is None else f" ± {error * times:,.{digits}f}")
-
-
 def drift(lab: Lab) -> Result:
     """How far from the base do the weights have to move for the same reward?"""
-    curves = _made(lab, _main_runs(lab))
+    curves = made(lab, main_runs(lab))
     numbers: dict[str, Any] = {}
     table = Table(
         "KL(train‖base) where both stand at RL's peak (mean nats per token) and their ratio (median over seeds, 95 % interval)",
@@ -278,14 +169,14 @@ def drift(lab: Lab) -> Result:
 
 def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
     """(RL's KL where it first stands at its peak, FST's where it first stands there; infinity where it never does)."""
-    mine, other = (_stands(c, "steps", peak_level(rl)) for c in (rl, fst))
+    mine, other = (stands(c, "steps", peak_level(rl)) for c in (rl, fst))
     own = float(rl.kl[rl.at["steps"] == mine][0])
     return own, float(fst.kl[fst.at["steps"] == other][0]) if np.isfinite(other) else float("inf")
 
 
 def channels(lab: Lab) -> Result:
     """Do weights and contexts each carry a part, and do they add up?"""
-    curves = _made(lab, _main_runs(lab))
+    curves = made(lab, main_runs(lab))
     names = ("neither", "context", "weights", "both")
     table = Table(
         "The four cells of FST, per cent, mean over seeds ± standard error",
@@ -300,10 +191,10 @@ def channels(lab: Lab) -> Result:
             b - max(c, w) for b, c, w in zip(cells["both"], cells["context"], cells["weights"], strict=True)
         ]
         numbers[family] = {
-            **{name: _over_seeds(values) for name, values in cells.items()},
-            "gain": _over_seeds(gain),
+            **{name: over_seeds(values) for name, values in cells.items()},
+            "gain": over_seeds(gain),
         }
-        table.rows.append([family, *(_pm(numbers[family][name], 100, 1) for name in (*names, "gain"))])
+        table.rows.append([family, *(plus_minus(numbers[family][name], 100, 1) for name in (*names, "gain"))])
         if np.mean(gain) > 2 * statistics.standard_error(gain):
             good.append(family)
     claims = [] if lab.dry else [
@@ -317,6 +208,56 @@ def channels(lab: Lab) -> Result:
         claims,
         {} if lab.dry else {"channels": figures.cells(curves)},
     )
+
+
+OTHER = "ood"
+"""generalisation: the split whose problems are of a form that training never shows."""
+
+
+def generalisation(lab: Lab) -> Result:
+    """Does what was learnt hold on problems longer than any that training showed?"""
+    runs = main_runs(lab)
+    curves = made(lab, runs)
+    lab.evaluate([run for methods in runs.values() for several in methods.values() for run in several], OTHER)
+    cells: dict[str, dict[str, list[dict[str, float]]]] = {}  # family -> method -> by seed: cell -> mean
+    if curves:
+        cells = {
+            family: {
+                method: [
+                    {
+                        name: float(cell["mean"])
+                        for name, cell in lab.evaluated(run, OTHER)["channels"].items()
+                    }
+                    for run in several
+                ]
+                for method, several in methods.items()
+            }
+            for family, methods in runs.items()
+        }
+    table = Table(
+        "Under each method's own contexts and weights, per cent, mean over seeds ± standard error",
+        ["family", *(f"{method}, {split}" for method in METHODS for split in ("validation", OTHER))],
+        [],
+    )
+    names = ("neither", "context", "weights", "both")
+    fst_table = Table(f"The four cells of FST on {OTHER}, per cent", ["family", *names], [])
+    numbers: dict[str, Any] = {}
+    for family, methods in cells.items():
+        numbers[family] = {"fst_cells": {}}
+        row = [family]
+        for method in METHODS:
+            pair = (
+                over_seeds([float(c.cells["both"].mean or 0.0) for c in curves[family][method]]),
+                over_seeds([found["both"] for found in methods[method]]),
+            )
+            numbers[family][method] = dict(zip(("validation", OTHER), pair, strict=True))
+            row += [plus_minus(value, 100, 1) for value in pair]
+        table.rows.append(row)
+        of_fst = {name: over_seeds([found[name] for found in methods["fst"]]) for name in names}
+        numbers[family]["fst_cells"] = of_fst
+        fst_table.rows.append([family, *(plus_minus(of_fst[name], 100, 1) for name in names)])
+    pictures = {} if lab.dry else {"generalisation": figures.splits(curves, cells, OTHER)}
+    return Result(generalisation.__doc__ or "", numbers, [table, fst_table], [], pictures)
 
 
 def plasticity(lab: Lab) -> Result:
@@ -337,7 +278,7 @@ def plasticity(lab: Lab) -> Result:
             runs[family][f"after {method}"] = [
                 Run(family, "rl", run.seed, tuned[family], after=run) for run in several
             ]
-    curves = _made(lab, runs)
+    curves = made(lab, runs)
     if lab.dry:
         return Result(plasticity.__doc__ or "", {})
     peaks = {
@@ -357,11 +298,11 @@ def plasticity(lab: Lab) -> Result:
     for family, starts in peaks.items():
         numbers[family] = {"difference": {}}
         for name, values in starts.items():
-            numbers[family][name] = _over_seeds(values.tolist())
+            numbers[family][name] = over_seeds(values.tolist())
             against = statistics.bootstrap((values - starts["base"]).tolist(), statistics.mean)
             if name != "base":
                 numbers[family]["difference"][name] = against.json()
-            table.rows.append([family, name, _pm(numbers[family][name], 100, 1), "-" if name == "base" else against.text()])  # fmt: skip
+            table.rows.append([family, name, plus_minus(numbers[family][name], 100, 1), "-" if name == "base" else against.text()])  # fmt: skip
 
     def claim(text: str, name: str, good: Callable[[float], bool]) -> Claim:
         differences = {
@@ -429,11 +370,13 @@ def continual(lab: Lab) -> Result:
         left = [[e[last, i] for e in several] for i in range(len(STAGES))]
         own[arm] = [float(np.mean(values)) for values in at_end]
         numbers[arm] = {
-            "own": [_over_seeds(values) for values in at_end],
-            "after_the_last": [_over_seeds(values) for values in left],
+            "own": [over_seeds(values) for values in at_end],
+            "after_the_last": [over_seeds(values) for values in left],
         }
-        own_table.rows.append([arm, *(_pm(value, 100, 1) for value in numbers[arm]["own"])])
-        left_table.rows.append([arm, *(_pm(value, 100, 1) for value in numbers[arm]["after_the_last"])])
+        own_table.rows.append([arm, *(plus_minus(value, 100, 1) for value in numbers[arm]["own"])])
+        left_table.rows.append(
+            [arm, *(plus_minus(value, 100, 1) for value in numbers[arm]["after_the_last"])]
+        )
     best = [max(own[arm][i] for arm in own) for i in range(len(STAGES))]
     share = [own["fst"][i] / best[i] if best[i] else 0.0 for i in range(len(STAGES))]
     stalled = [task for i, task in enumerate(STAGES) if own["rl"][i] < STALLED * best[i]]
@@ -455,7 +398,7 @@ def continual(lab: Lab) -> Result:
 
 def distill(lab: Lab) -> Result:
     """Can what the contexts know be moved into the weights, and what is it worth there?"""
-    runs = _main_runs(lab)
+    runs = main_runs(lab)
     steps = lab.budget.steps // DISTIL_SHARE // 2
     arms = {
         family: {
@@ -464,7 +407,7 @@ def distill(lab: Lab) -> Result:
         }
         for family, methods in runs.items()
     }
-    curves = _made(lab, arms)
+    curves = made(lab, arms)
     table = Table(
         f"Trained weights under the seed context alone, per cent (the last {steps} of {lab.budget.steps} steps distil)",
         ["family", "RL", "FST", "FST, distilled", "FST with its contexts", "KL to the base, distilled"],
@@ -479,12 +422,15 @@ def distill(lab: Lab) -> Result:
         both = [float(c.cells["both"].mean or 0.0) for c in methods["fst"]]
         moved = [float(c.seed_kl[-1]) for c in methods["fst, distilled"]]
         numbers[family] = {
-            **{arm: _over_seeds(values) for arm, values in bare.items()},
-            "with contexts": _over_seeds(both),
-            "kl": _over_seeds(moved),
+            **{arm: over_seeds(values) for arm, values in bare.items()},
+            "with contexts": over_seeds(both),
+            "kl": over_seeds(moved),
         }
-        row = [_pm(numbers[family][arm], 100, 1) for arm in ("rl", "fst", "fst, distilled", "with contexts")]
-        table.rows.append([family, *row, _pm(numbers[family]["kl"], 1, 3)])
+        row = [
+            plus_minus(numbers[family][arm], 100, 1)
+            for arm in ("rl", "fst", "fst, distilled", "with contexts")
+        ]
+        table.rows.append([family, *row, plus_minus(numbers[family]["kl"], 1, 3)])
         if np.mean(bare["fst, distilled"]) >= 0.9 * np.mean(both):
             good.append(family)
     claims = [] if lab.dry else [
@@ -530,7 +476,7 @@ def ablation(lab: Lab) -> Result:
         ]
         for name, changes in ABLATIONS.items()
     }
-    curves = _made(lab, {family: runs}).get(family, {})
+    curves = made(lab, {family: runs}).get(family, {})
     table = Table(
         f"FST on {family}, {steps} steps: what it takes to {LEVEL:.0%} (median over seeds, 95 % interval) and where it ends",
         ["variant", "steps", "rollouts", "tokens", "reward at the end, %", "rollouts in all", "KL"],
@@ -539,13 +485,13 @@ def ablation(lab: Lab) -> Result:
     numbers: dict[str, Any] = {}
     for name, several in curves.items():
         to = {
-            axis: statistics.bootstrap([_stands(c, axis, LEVEL) for c in several], statistics.median)
+            axis: statistics.bootstrap([stands(c, axis, LEVEL) for c in several], statistics.median)
             for axis in ("steps", "rollouts", "tokens")
         }
         final = _final(several)
         numbers[name] = {"to_level": {axis: value.json() for axis, value in to.items()}, "final": final}
         table.rows.append([
-            name, *(value.text(0) for value in to.values()), _pm(final["reward"], 100, 1), _pm(final["rollouts"]), _pm(final["kl"], 1, 3),
+            name, *(value.text(0) for value in to.values()), plus_minus(final["reward"], 100, 1), plus_minus(final["rollouts"]), plus_minus(final["kl"], 1, 3),
         ])  # fmt: skip
     pictures = {"ablation": figures.bars(curves, LEVEL)} if curves else {}
     return Result(ablation.__doc__ or "", numbers, [table], [], pictures)
@@ -555,6 +501,7 @@ EXPERIMENTS: dict[str, Callable[[Lab], Result]] = {
     "efficiency": efficiency,
     "drift": drift,
     "channels": channels,
+    "generalisation": generalisation,
     "plasticity": plasticity,
     "continual": continual,
     "distill": distill,

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fst_fast.experiment import statistics
@@ -106,6 +108,41 @@ def cells(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
         for name, colour in zip(names, CELL_COLOURS, strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def splits(
+    curves: dict[str, dict[str, list[Curve]]],
+    cells: dict[str, dict[str, list[dict[str, float]]]],
+    other: str,
+) -> Figure:
+    """Each method at its end, by family: on validation problems and, hatched, on those of the other split. Dots are seeds."""
+    methods = list(METHOD_NAMES)
+    figure = blank(2.4 * len(curves) + 1.6, 3.5)
+    ax = figure.subplots()
+    for i, family in enumerate(curves):
+        for j, method in enumerate(methods):
+            pair = (
+                [float(c.cells["both"].mean or 0.0) for c in curves[family][method]],
+                [found["both"] for found in cells[family][method]],
+            )
+            for side, values in enumerate(pair):
+                at = i + (j - 1) * 0.28 + (side - 0.5) * 0.12
+                ax.bar(
+                    at, np.mean(values), 0.11, color=METHOD_COLOURS[method],
+                    alpha=0.45 if side else 1.0, hatch="///" if side else None, edgecolor="white", lw=0,
+                )  # fmt: skip
+                ax.plot([at] * len(values), values, ".", color="#222222", ms=3)
+    ax.set_xticks(range(len(curves)), [family.replace("_", " ") for family in curves])
+    ax.grid(False, axis="x")
+    ax.set_ylim(0, 1.04)
+    ax.set_ylabel("reward at the end")
+    handles: list[Artist] = [
+        *(Patch(color=METHOD_COLOURS[m], label=METHOD_NAMES[m]) for m in methods),
+        Patch(facecolor="#999999", alpha=0.45, hatch="///", edgecolor="white", label=f"on {other} problems"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4)
     return figure
 
 

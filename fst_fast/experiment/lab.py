@@ -2,15 +2,17 @@
 
 A run is an ordinary run folder under OUT/runs, made by `fst train` with one thread (worker.py). One that was interrupted goes on from its
 checkpoint; one whose configuration is another than asked for is refused by name. Where runs fail the others go on, and the error at the
-end names the log of each.
+end names the log of each. A finished run can be evaluated on another split of its task, by `fst eval`, into OUT/evaluations.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fst_fast import config_load
 from fst_fast.errors import UserError
@@ -21,6 +23,18 @@ from fst_fast.run.folder import MARKER
 _POLL_S = 0.2
 _COST = {"fst": 3.0, "rl": 1.0, "gepa": 1.0}
 """Of a step, relative, for the estimate of the time left; measured roughly (docs/experiments.md)."""
+_EVALUATION = 10.0
+"""Of an evaluation, in the same units."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Words of `fst`, one command after the other, whose output goes to `log`."""
+
+    name: str
+    commands: list[list[str]]
+    log: Path
+    cost: float
 
 
 @dataclass
@@ -57,49 +71,79 @@ class Lab:
         self.planned += [run for run in wanted if run not in self.planned]
         if self.dry:
             return
-        missing = [run for run in wanted if not self._is_made(run)]
-        missing.sort(
-            key=lambda run: -self._cost(run)
+        self._work(
+            [
+                _Job(run.name, self._commands(run), self._log(run.name), self._cost(run))
+                for run in wanted
+                if not self._is_made(run)
+            ],
+            "runs",
+        )
+
+    def evaluate(self, runs: Sequence[Run], split: str) -> None:
+        """Measure the four cells of finished runs on a split. Raises UserError where one failed."""
+        if self.dry:
+            return
+        (self.out / "evaluations").mkdir(parents=True, exist_ok=True)
+        jobs = []
+        for run in dict.fromkeys(runs):
+            out, ended = self._evaluation(run, split), self.folder(run) / "summary.json"
+            if out.is_file() and out.stat().st_mtime_ns >= ended.stat().st_mtime_ns:
+                continue
+            words = ["eval", str(self.folder(run)), "--split", split, "--out", str(out)]
+            name = f"{run.name}-{split}"
+            jobs.append(_Job(name, [words], self._log(name), _EVALUATION))
+        self._work(jobs, "evaluations")
+
+    def evaluated(self, run: Run, split: str) -> dict[str, Any]:
+        """What `evaluate` found: as `fst eval --out` writes it."""
+        found: dict[str, Any] = json.loads(self._evaluation(run, split).read_text())
+        return found
+
+    def _evaluation(self, run: Run, split: str) -> Path:
+        return self.out / "evaluations" / f"{run.name}-{split}.json"
+
+    def _work(self, jobs: list[_Job], what: str) -> None:
+        jobs = sorted(
+            jobs, key=lambda job: -job.cost
         )  # the longest first, so that the last ones end together
-        waiting, failed = list(missing), []
-        working: dict[Run, tuple[Worker, float]] = {}
-        count = min(self.workers, len(missing))
+        waiting, failed = list(jobs), []
+        working: dict[_Job, tuple[Worker, float]] = {}
         workers: list[Worker] = []
         try:
-            for i in range(count):
+            for i in range(min(self.workers, len(jobs))):
                 workers.append(Worker(self.command, self.out / "logs" / f"worker-{i}.log"))
             idle = list(workers)
             while waiting or working:
                 while waiting and idle:
-                    run, worker = waiting.pop(0), idle.pop()
-                    working[run] = (worker, time.monotonic())
-                    worker.start(self._commands(run), self._log(run))
+                    job, worker = waiting.pop(0), idle.pop()
+                    working[job] = (worker, time.monotonic())
+                    worker.start(job.commands, job.log)
                 time.sleep(_POLL_S)
-                for run, (worker, began) in list(working.items()):
+                for job, (worker, began) in list(working.items()):
                     code = worker.poll()
                     if code is None:
                         continue
-                    del working[run]
+                    del working[job]
                     idle.append(worker)
                     seconds = time.monotonic() - began
                     self._spent += seconds
-                    self._units += self._cost(run)
+                    self._units += job.cost
                     if code:
-                        failed.append(run)
-                    left = (
-                        sum(map(self._cost, [*waiting, *working])) * self._spent / self._units / self.workers
-                    )
-                    done = len(missing) - len(waiting) - len(working)
+                        failed.append(job)
+                    cost = sum(job.cost for job in [*waiting, *working])
+                    left = cost * self._spent / self._units / self.workers
+                    done = len(jobs) - len(waiting) - len(working)
                     self.say(
-                        f"[{done}/{len(missing)}] {run.name} {'failed' if code else 'done'} in {seconds:.0f} s, "
+                        f"[{done}/{len(jobs)}] {job.name} {'failed' if code else 'done'} in {seconds:.0f} s, "
                         f"about {left / 60:.0f} min left"
                     )
         finally:
             for worker in workers:
                 worker.stop()
         if failed:
-            logs = ", ".join(str(self._log(run)) for run in failed)
-            raise UserError(f"{len(failed)} of {len(missing)} runs failed; what they said is in {logs}")
+            logs = ", ".join(str(job.log) for job in failed)
+            raise UserError(f"{len(failed)} of {len(jobs)} {what} failed; what they said is in {logs}")
 
     def _cost(self, run: Run) -> float:
         return _COST[run.method] * float(str(dict(run.changes).get("slow.steps", self.budget.steps)))
@@ -126,5 +170,5 @@ class Lab:
         words = ["train", str(run.config_file()), "--run-dir", str(folder), *resume]
         return [*commands, [*words, *run.overrides(self.budget, model)]]
 
-    def _log(self, run: Run) -> Path:
-        return self.out / "logs" / f"{run.name}.log"
+    def _log(self, name: str) -> Path:
+        return self.out / "logs" / f"{name}.log"

@@ -12,8 +12,9 @@ from typing import Any
 
 import fst_fast
 from fst_fast.errors import UserError
-from fst_fast.experiment.experiments import EXPERIMENTS, Claim, Result, Table
+from fst_fast.experiment.experiments import EXPERIMENTS
 from fst_fast.experiment.lab import Lab
+from fst_fast.experiment.result import Claim, Result, Table
 from fst_fast.report.figures import png
 from fst_fast.run.folder import disk_errors, write_atomic
 

@@ -137,6 +137,11 @@ def fst(words):
     if words[0] == "export":
         Path(words[2]).mkdir(parents=True)
         return 0
+    if words[0] == "eval":
+        out = Path(words[words.index("--out") + 1])
+        asked = json.loads(out.read_text())["asked"] if out.exists() else 0
+        out.write_text(json.dumps({"split": words[words.index("--split") + 1], "asked": asked + 1}))
+        return 0
     run = Path(words[words.index("--run-dir") + 1])
     config = config_load.load(Path(words[1]), [w for w in words[4:] if w != "--resume"])
     assert os.environ["OMP_NUM_THREADS"] == "1"
@@ -188,6 +193,17 @@ def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(lab: 
     assert asked == {first: "new ", unlucky: "new resume ", after: "new "}
     assert (lab.out / "models" / first.name).is_dir()
     assert str(lab.out / "models" / first.name) in (lab.folder(after) / "config.yaml").read_text()
+
+
+def test_a_finished_run_is_evaluated_once_unless_it_was_made_again(lab: Lab) -> None:
+    run = Run("star_graph", "rl", 0)
+    lab.make([run])
+    lab.evaluate([run, run], "ood")
+    lab.evaluate([run], "ood")
+    assert lab.evaluated(run, "ood") == {"split": "ood", "asked": 1}
+    (lab.folder(run) / "summary.json").touch()
+    lab.evaluate([run], "ood")
+    assert lab.evaluated(run, "ood")["asked"] == 2
 
 
 def test_a_run_that_dies_or_raises_is_a_failed_one_and_its_worker_goes_on(lab: Lab) -> None:
@@ -255,8 +271,8 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> La
         }
         for family in SHOWN
     }
-    monkeypatch.setattr(experiments, "_main_runs", lambda lab: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
-    monkeypatch.setattr(experiments, "_made", lambda lab, runs: curves)
+    monkeypatch.setattr(experiments, "main_runs", lambda lab: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
+    monkeypatch.setattr(experiments, "made", lambda lab, runs: curves)
     return Lab(tmp_path, SMALL, list(SHOWN), 1)
 
 
@@ -278,6 +294,30 @@ def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Lab) -> None:
     assert "| star_graph |" in page.markdown(results["channels"])
 
 
+def test_generalisation_shows_every_method_on_both_splits(
+    suite: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tops = {"rl": 0.2, "gepa": 0.3, "fst": 0.7}
+    runs = {f: {m: [Run(f, m, seed) for seed in range(3)] for m in tops} for f in SHOWN}
+    asked: list[tuple[Run, str]] = []
+
+    def evaluated(run: Run, split: str) -> dict[str, object]:
+        shift = {"neither": -0.2, "context": -0.1, "weights": -0.15, "both": 0.0}
+        return {"channels": {n: {"mean": tops[run.method] + x + run.seed / 100} for n, x in shift.items()}}
+
+    monkeypatch.setattr(experiments, "main_runs", lambda lab: runs)
+    monkeypatch.setattr(suite, "evaluate", lambda some, split: asked.extend((r, split) for r in some))
+    monkeypatch.setattr(suite, "evaluated", evaluated)
+    found = page.run(["generalisation"], suite)["generalisation"]
+    assert len(asked) == 27
+    assert {split for _, split in asked} == {"ood"}
+    numbers = found.numbers["linked_facts"]
+    assert numbers["fst"]["ood"]["mean"] == pytest.approx(0.71)
+    assert numbers["fst"]["validation"]["mean"] == pytest.approx(0.95)
+    assert numbers["fst_cells"]["neither"]["mean"] == pytest.approx(0.51)
+    assert (suite.out / "figures" / "generalisation.png").stat().st_size > 5000
+
+
 def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     same = {
         f: {m: [planted("rl", s, 60.0, 0.6, 100.0) for s in range(3)] for m in ("rl", "fst", "gepa")}
@@ -286,7 +326,7 @@ def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPat
     for methods in same.values():
         for c in methods["fst"]:
             c.cells["both"] = c.cells["context"]
-    monkeypatch.setattr(experiments, "_made", lambda lab, runs: same)
+    monkeypatch.setattr(experiments, "made", lambda lab, runs: same)
     results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
     assert sum(len(r.claims) for r in results) == 6
     assert not any(c.holds for r in results for c in r.claims)
@@ -320,7 +360,7 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
         }
 
     monkeypatch.setattr(experiments, "strongest_rl", lambda lab: {f: (("slow.lr", f),) for f in SHOWN})
-    monkeypatch.setattr(experiments, "_made", made)
+    monkeypatch.setattr(experiments, "made", made)
     monkeypatch.setattr(suite, "make", make)
     found = experiments.plasticity(suite)
     assert [claim.holds for claim in found.claims] == holds

@@ -151,6 +151,24 @@ def test_a_checkpoint_evaluates_to_the_figures_of_its_own_run(whole: tuple[Path,
     assert measured["kl_evolved"] == pytest.approx(reported["kl_evolved"], rel=1e-3)
 
 
+def test_a_run_is_evaluated_on_another_split_by_the_command(
+    whole: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fst_fast.cli import main
+
+    out = tmp_path / "ood.json"
+    words = ["--split", "ood", "--problems", "4", "--samples", "2", "--out", str(out)]
+    assert main(["eval", str(whole[0]), *words]) == 0
+    found = json.loads(out.read_text())
+    assert found["split"] == "ood"
+    assert found["channels"]["both"]["n"] == 4
+    assert set(found["channels"]) == {"neither", "context", "weights", "both"}
+    assert main(["eval", str(whole[0]), "--split", "no"]) == 2
+    assert "there is no split 'no'; allowed are train, validation, ood" in capsys.readouterr().err
+    assert main(["eval", str(whole[0]), "--out", str(tmp_path / "none" / "x.json")]) == 2
+    assert "none is not there" in capsys.readouterr().err
+
+
 def test_method_rl_leaves_the_contexts_alone(tmp_path: Path) -> None:
     run(tmp_path / "rl", "--method=rl")
     summary = json.loads((tmp_path / "rl" / "summary.json").read_text())
