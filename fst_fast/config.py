@@ -26,6 +26,17 @@ class ModelConfig(Section):
     """Whether code found in the model's folder may run."""
 
 
+class LoraConfig(Section):
+    rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: int = Field(32, ge=1)
+    """An adapter's product is multiplied by alpha / rank."""
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    """Names of the linear layers that have one."""
+
+
 class PolicyConfig(Section):
     packing: Literal["forest", "padded"] = "forest"
     """`forest` computes every shared prefix once; `padded` is the plain path, for models that cannot be packed, and the oracle."""
@@ -37,6 +48,8 @@ class PolicyConfig(Section):
     """Keep the optimiser's state in CPU memory."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (peft) instead of all weights; the base's weights, in memory once, are the reference too. `{}` takes the defaults."""
 
 
 class RolloutConfig(Section):

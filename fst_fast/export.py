@@ -1,4 +1,5 @@
-"""A run's newest checkpoint as things other programs read: a Hugging Face model folder, and contexts.json beside the weights.
+"""A run's newest checkpoint as things other programs read: a Hugging Face model folder, and contexts.json beside the weights; of a run with
+policy.lora also the adapters alone, as peft reads them, in adapter/.
 
 The checkpoint holds the whole weights as safetensors, so nothing is unpickled and neither the number of processes nor the ZeRO stage of
 the run matters.
@@ -14,6 +15,7 @@ from pathlib import Path
 from fst_fast import config_load
 from fst_fast.config import Config
 from fst_fast.errors import UserError
+from fst_fast.policy import lora
 from fst_fast.rollout.prompt import load_tokenizer
 from fst_fast.run import checkpoint
 from fst_fast.run.folder import MARKER, disk_errors
@@ -49,6 +51,8 @@ def export(run_dir: Path, out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copytree(found / "model", tmp)
+            if (found / lora.FOLDER).is_dir():
+                shutil.copytree(found / lora.FOLDER, tmp / lora.FOLDER)
             load_tokenizer(
                 config.model.path, trust_remote_code=config.model.trust_remote_code
             ).save_pretrained(tmp)

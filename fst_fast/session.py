@@ -33,7 +33,7 @@ from fst_fast.contracts import Context, Problem, Rollout, Sampled
 from fst_fast.errors import UserError
 from fst_fast.evaluate import Models
 from fst_fast.policy import engine as policy_engine
-from fst_fast.policy import ranks
+from fst_fast.policy import lora, ranks
 from fst_fast.policy.engine import NonFiniteError, Policy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import render_prompt
@@ -126,7 +126,7 @@ class Session:
                 )
             )
             presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
-            policy = None if config.method == "gepa" else Policy(config)
+            policy = None if config.method == "gepa" else Policy(config, reference)
             module = reference if policy is None else policy.rollout_model
             own = sampler.engine(module, console.note)
             models = Models(own, served or base, served or own, module, reference)
@@ -247,7 +247,7 @@ class Session:
                 if self.teacher is not None:
                     self.teacher.save_pretrained(tmp / TEACHER)  # type: ignore[operator]
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
-                self.models.policy_module.save_pretrained(tmp / "model")  # type: ignore[operator]
+                lora.save(self.models.policy_module, tmp)
                 reach("save.model")
             checkpoint.commit(
                 self.run_dir,
@@ -305,7 +305,7 @@ class Session:
         """The frozen weights that are distilled from: as they were when distillation began. All processes call it."""
         if self.teacher is None:
             self.teacher = policy_engine.load(self.config)
-            self.teacher.load_state_dict(self.models.policy_module.state_dict())
+            self.teacher.load_state_dict(lora.plain_state(self.models.policy_module))
         return self.teacher
 
     # -- what the loop asks ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Deviations from DeepSpeed's usual use, and why:
   their number first;
 - the learning rate is set per step from the config (linear warm-up, then constant), so nothing but the step number decides it;
 - checkpoints are our own (optimiser_state.py): safetensors that any layout reads;
-- rollouts never run through a ZeRO-3 forward: there the weights are gathered in buckets into a plain replica after each step.
+- rollouts never run through a ZeRO-3 forward: there the trained weights are gathered in buckets into a plain replica after each step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fst_fast.config import Config
-from fst_fast.policy import head, optimiser_state, ranks
+from fst_fast.errors import UserError
+from fst_fast.policy import head, lora, optimiser_state, ranks
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
@@ -85,26 +86,36 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 class Policy:
     """The trained model: forward/backward over micro-batches, the optimiser step, the rollouts' copy, checkpoints."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, base: nn.Module | None = None):
+        """base: the frozen model of `load`, beside whose weights adapters stand (policy.lora); None: one of its own is loaded for them."""
         import deepspeed  # late: slow to load, and it reads the environment that ranks.init() completes
 
         self._config = config
         self._zero3 = config.policy.zero_stage == 3
         settings = deepspeed_config(config)
+        adapted = None
+        if config.policy.lora is not None:
+            adapted = lora.adapted(load(config) if base is None else base, config)
+            head.install(adapted)
         # The replica is loaded before ZeRO-3 takes over from_pretrained: afterwards every model loaded would be partitioned.
-        self._replica = load(config) if self._zero3 else None
+        self._replica = None
         if self._zero3:
+            self._replica = load(config) if adapted is None else adapted.requires_grad_(False)
             from transformers.integrations import HfDeepSpeedConfig
 
             self._zero3_loading = HfDeepSpeedConfig(settings)  # must stay alive while from_pretrained runs
-        model = load_model(
-            config.model.path,
-            dtype_of(config),
-            attention=config.policy.attention,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        model: Any = adapted
+        if adapted is None or self._zero3:
+            model = load_model(
+                config.model.path,
+                dtype_of(config),
+                attention=config.policy.attention,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+            head.install(model)
+            if config.policy.lora is not None:
+                lora.inject(model, config)
         self._zero3_loading = None
-        head.install(model)
         if config.policy.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine, *_ = deepspeed.initialize(
@@ -212,6 +223,22 @@ class Policy:
                 if not torch.equal(copies[name], parameter):
                     raise RuntimeError(f"the rollouts' copy of {name} differs from the trained weight")
 
+    def load_adapters(self, folder: Path) -> None:
+        """Take over the adapters that lora.save wrote, without the optimiser's state; all processes call it, `hand_over` follows."""
+        import deepspeed
+
+        found = lora.read(folder)
+        mine = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if set(found) != set(mine):
+            raise UserError(f"{folder / lora.FOLDER} holds other adapters than policy.lora describes")
+        parameters = list(mine.values())
+        with (
+            torch.no_grad(),
+            deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=self._zero3),
+        ):
+            for name, parameter in mine.items():
+                parameter.copy_(found[name])
+
     def save(self, folder: Path) -> None:
         """Write the weights in fp32 and the optimiser's moments under the checkpoint `folder`; all processes call it."""
         optimiser_state.save(self.engine, folder / optimiser_state.FOLDER)
@@ -225,6 +252,8 @@ def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
     bucket: list[tuple[str, nn.Parameter]] = []
     size = 0
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # it is what it was
+            continue
         bucket.append((name, parameter))
         size += int(getattr(parameter, "ds_numel", parameter.numel()))
         if size >= GATHER_BUCKET:

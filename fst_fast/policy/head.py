@@ -37,6 +37,13 @@ def install(model: nn.Module) -> None:
     head.forward = forward
 
 
+def uninstall(model: nn.Module) -> None:
+    """Take back `install`, also from a copy of a model, whose lm_head would go on to run the jobs of the original's."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name in ("fst_job", "forward"):
+        head.__dict__.pop(name, None)
+
+
 @contextmanager
 def running(model: nn.Module, job: Job) -> Iterator[None]:
     """While open, the model's forward returns what `job` returns, in the place of the logits."""

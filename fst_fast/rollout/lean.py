@@ -8,8 +8,8 @@ different is where the work goes:
   not see a permutation that q and k share; keys and values never leave the engine;
 - the last layer of a prefill computes its keys and values for every token and the rest for those tokens whose logits are read.
 
-The products are copies of the weights, made anew when these change. Whatever is not certainly one of the three architectures as
-transformers ships them (adapters, hooks, other types than float32, another device) takes the transformers forward: `why_not` says why.
+The products are copies of the weights, LoRA's adapters (policy.lora) added, made anew when these change. Whatever is not certainly one of the three architectures as
+transformers ships them (other adapters, hooks, other types than float32, another device) takes the transformers forward: `why_not` says why.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fst_fast.policy.attention import sliding_window
+from fst_fast.policy.lora import bias_of, weight_of
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROWS = 1024  # of one dense product: what lies between two of them then stays in the cache of a core
@@ -54,9 +55,9 @@ def why_not(model: Any) -> str | None:
     for name, module in model.model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
-        if name.endswith("_proj") and type(module) is not nn.Linear:
+        if name.endswith("_proj") and type(getattr(module, "base_layer", module)) is not nn.Linear:
             return f"{name} is a {type(module).__name__}"
-        if name.endswith(("o_proj", "gate_proj", "up_proj", "down_proj")) and module.bias is not None:
+        if name.endswith(("o_proj", "gate_proj", "up_proj", "down_proj")) and bias_of(module) is not None:
             return f"{name} has a bias"
     return None
 
@@ -98,10 +99,10 @@ class LeanForward:
             return rows.view(-1, self.dim, *rows.shape[1:])[:, pair].reshape(rows.shape)
 
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (p.weight for p in projections)
+        q, k, v = map(weight_of, projections)
         bias = None
-        if attention.q_proj.bias is not None:
-            q_bias, k_bias, v_bias = (p.bias for p in projections)
+        q_bias, k_bias, v_bias = map(bias_of, projections)
+        if q_bias is not None and k_bias is not None and v_bias is not None:
             bias = torch.cat([turned(q_bias), turned(k_bias), v_bias])
         norms = None
         if hasattr(attention, "q_norm"):
@@ -111,10 +112,10 @@ class LeanForward:
             qkv=torch.cat([turned(q), turned(k), v]) * layer.input_layernorm.weight,
             qkv_bias=bias,
             norms=norms,
-            out=attention.o_proj.weight.t().contiguous(),
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            out=weight_of(attention.o_proj).t().contiguous(),
+            gate_up=torch.cat([weight_of(mlp.gate_proj), weight_of(mlp.up_proj)])
             * layer.post_attention_layernorm.weight,
-            down=mlp.down_proj.weight.t().contiguous(),
+            down=weight_of(mlp.down_proj).t().contiguous(),
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@
         dump.json              step, reason, loss of every micro-batch, what each sequence answers and its reward
         rank-0.safetensors     the sequences of each process: prompts, responses, advantages, token weights, log-probs as sampled
         config.yaml  model/    the configuration, and the weights as they were before the step, which are those after it too
+    adapter/               with policy.lora: the adapters alone
 
 safetensors and JSON only: a dump may come from elsewhere. It is there whole or not at all; the oldest go (`KEPT`).
 """
@@ -27,7 +28,7 @@ from fst_fast import config_load
 from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.forest import Leaf
-from fst_fast.policy import ranks
+from fst_fast.policy import lora, ranks
 from fst_fast.policy.engine import NonFiniteError, Policy, load
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 from fst_fast.slow.groups import Group
@@ -61,7 +62,7 @@ def write(
         save_file(sequences_to_arrays(data), tmp / f"rank-{ranks.rank()}.safetensors")
         ranks.barrier()
         if ranks.rank() == 0:
-            model.save_pretrained(tmp / "model")  # type: ignore[operator]
+            lora.save(model, tmp)
             write_atomic(tmp / "config.yaml", config_load.dump(config).encode())
             tree = {
                 "format": FORMAT, "step": step, "reason": str(error), "losses": losses, "sequences": sequences, "pad_id": pad_id,
@@ -99,9 +100,12 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
     if ranks.world_size() > 1:
         raise UserError("fst replay runs on one process; start it without a launcher")
     reference = load(config)
-    policy = Policy(
-        config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder / "model")})})
-    )
+    if config.policy.lora is None:
+        at = config.model.model_copy(update={"path": str(folder / "model")})
+        policy = Policy(config.model_copy(update={"model": at}))
+    else:
+        policy = Policy(config, reference)
+        policy.load_adapters(folder)
     say(f"step {tree['step']}, dumped because of {tree['reason']}")
     dumped = [loss for share in tree["losses"] for loss in share]
     reason, losses = "", []

@@ -138,6 +138,17 @@ def test_a_step_with_nan_stops_before_the_weights_and_is_replayed_to_the_same_nu
     same(folder, tmp_path / "unbroken")
 
 
+def test_a_step_of_adapters_is_replayed_from_the_dumped_ones(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    code, printed = train(tmp_path / "run", "--policy.lora.rank=4", hook=spoil)
+    assert code == 2, printed
+    dump = tmp_path / "run/dumps/step-000001"
+    assert (dump / "adapter" / "adapter_model.safetensors").is_file()
+    code, printed = fst("replay", str(dump), printed=tmp_path / "replay.out")
+    assert code == 0, printed
+    assert printed.splitlines()[-1] == "the same numbers"
+
+
 @pytest.mark.parametrize("stage", [0, *(pytest.param(s, marks=pytest.mark.chaos) for s in (1, 2, 3))])
 def test_a_step_left_out_is_counted_and_changes_nothing_that_follows(stage: int, tmp_path: Path) -> None:
     more = ("--on_nonfinite=skip", f"--policy.zero_stage={stage}")

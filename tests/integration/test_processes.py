@@ -70,6 +70,27 @@ def test_torchrun_and_small_micro_batches_give_the_curve_of_one_batch(
     assert [loss for loss, _ in two] == pytest.approx([loss for loss, _ in one_process], abs=1e-4)
 
 
+LORA = ["--policy.lora.rank=4", "--slow.lr=3e-4"]
+
+
+@pytest.fixture(scope="module")
+def one_process_with_adapters(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
+    pytest.importorskip("peft")
+    steps = curve([sys.executable], tmp_path_factory.mktemp("lora") / "run", *LORA)
+    assert sum(loss != 0 for loss, _ in steps) > 10
+    return steps
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_train_on_two_processes_as_on_one(
+    stage: int, one_process_with_adapters: list[tuple[float, float]], tmp_path: Path
+) -> None:
+    two = curve(deepspeed(), tmp_path / "run", f"--policy.zero_stage={stage}", *LORA)
+    assert [r for _, r in two] == [r for _, r in one_process_with_adapters]
+    losses = [loss for loss, _ in one_process_with_adapters]
+    assert [loss for loss, _ in two] == pytest.approx(losses, abs=1e-4)
+
+
 def test_bad_input_under_a_launcher_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(
         [*deepspeed(), "train.py", "--run-dir", str(tmp_path / "run"), "--model.path=/nowhere"],

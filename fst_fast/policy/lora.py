@@ -1,0 +1,127 @@
+"""LoRA (arXiv 2106.09685): the weights stay, low-rank adapters beside the linear layers are trained (policy.lora). By the library peft.
+
+The frozen model that the run holds anyway, reference of the KL and base model of the evaluations, is the base of the trained one: `adapted` makes a second tree of
+modules over the very same tensors and puts adapters into it, so the weights are in memory once. What leaves the run (checkpoints' `model/`, `fst export`)
+is a plain model whose weights have the adapters added; the adapters alone are written beside it in peft's format.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fst_fast.config import Config
+from fst_fast.errors import UserError
+from fst_fast.policy import head
+
+NAME = "default"
+FOLDER = "adapter"
+
+
+def adapted(base: nn.Module, config: Config) -> nn.Module:
+    """A model over the tensors of `base`, with adapters. base: frozen; it stays as it is, and computes without them."""
+    shared: dict[int, Any] = {id(x): x for x in [*base.parameters(), *base.buffers()]}
+    model = copy.deepcopy(base, shared)
+    head.uninstall(model)
+    inject(model, config)
+    return model
+
+
+def inject(model: nn.Module, config: Config) -> None:
+    """Put adapters into a model: nothing else of it is trained. They begin as no change, the same ones for one seed. Raises UserError where
+    peft is missing or a target names no linear layer."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("policy.lora needs the package peft: pip install 'fst-fast[lora]'") from error
+    wanted = config.policy.lora
+    assert wanted is not None
+    linear = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    } - {"lm_head"}
+    unknown = sorted(set(wanted.targets) - linear)
+    if unknown:
+        raise UserError(
+            f"policy.lora.targets={list(wanted.targets)}: the model has no linear layers named {', '.join(unknown)}; it has {', '.join(sorted(linear))}"
+        )
+    how = LoraConfig(
+        r=wanted.rank, lora_alpha=wanted.alpha, target_modules=list(wanted.targets), lora_dropout=0.0
+    )
+    inject_adapter_in_model(how, model, adapter_name=NAME)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for _, layer in layers(model):  # as peft does it, from numbers of our own
+            a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+            a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
+            b.zero_()
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every linear layer with an adapter."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            yield name, module
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return next(layers(model), None) is not None
+
+
+@torch.no_grad()
+def weight_of(module: Any) -> Tensor:
+    """The weight that a linear layer multiplies by, its adapter added: W + (alpha / rank) B A."""
+    if not hasattr(module, "lora_A"):
+        weight: Tensor = module.weight
+        return weight
+    whole: Tensor = module.base_layer.weight + module.get_delta_weight(NAME)
+    return whole
+
+
+def bias_of(module: Any) -> Tensor | None:
+    bias: Tensor | None = getattr(module, "base_layer", module).bias
+    return bias
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model that computes what this one does."""
+    found: dict[str, Tensor] = {}
+    adapters = dict(layers(model))
+    for key, value in model.state_dict().items():
+        owner, base, rest = key.partition(".base_layer.")
+        if base:
+            found[f"{owner}.{rest}"] = weight_of(adapters[owner]) if rest == "weight" else value
+        elif ".lora_A." not in key and ".lora_B." not in key:
+            found[key] = value
+    return found
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write the plain model to `folder`/model and, where there are adapters, these to `folder`/adapter as peft does."""
+    adapters = has_adapters(model)
+    state = plain_state(model) if adapters else None
+    model.save_pretrained(folder / "model", state_dict=state)  # type: ignore[operator]
+    if adapters:
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        configs: Any = model.peft_config
+        configs[NAME].save_pretrained(folder / FOLDER)
+        state = get_peft_model_state_dict(model, adapter_name=NAME)
+        named = {f"base_model.model.{key}": value.contiguous().cpu() for key, value in state.items()}
+        save_file(named, folder / FOLDER / "adapter_model.safetensors")
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """The adapters of `folder`/adapter by the names that their parameters have in the model."""
+    found = load_file(folder / FOLDER / "adapter_model.safetensors")
+    return {
+        key.removeprefix("base_model.model.").replace(".weight", f".{NAME}.weight"): value
+        for key, value in found.items()
+    }

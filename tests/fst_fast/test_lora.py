@@ -1,0 +1,225 @@
+"""LoRA: the base's weights are shared, only adapters move, every path computes with them, and what leaves a run is a plain model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("peft")
+
+from fst_fast.config import Config
+from fst_fast.errors import UserError
+from fst_fast.policy import engine, lora
+from fst_fast.policy.attention import TreePlan
+from fst_fast.policy.engine import Policy
+from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.lean import LeanForward, why_not
+from fst_fast.slow.step import micro_jobs, optimise
+from fst_fast.state import State
+from tests.fst_fast import test_slow_step
+from tests.fst_fast.test_slow_step import config_of, data, rollouts
+from tests.integration.launch import REPO, one_thread, records
+
+models = test_slow_step.models  # a fixture
+
+
+def with_lora(config: Config, **how: Any) -> Config:
+    tree = config.model_dump()
+    tree["policy"]["lora"] = {"rank": 3, "alpha": 6, **how}
+    return Config.model_validate(tree)
+
+
+def spoil(model: torch.nn.Module) -> None:
+    """Adapters that change something."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, layer in lora.layers(model):
+            b = layer.lora_B[lora.NAME].weight
+            b.copy_(0.3 * torch.randn(b.shape, generator=generator))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    plan = TreePlan(torch.full((len(ids),), len(ids), dtype=torch.int32))
+    with torch.no_grad():
+        out: torch.Tensor = model(
+            input_ids=ids[None], position_ids=torch.arange(len(ids))[None], plan=plan, use_cache=False
+        ).logits[0]
+    return out
+
+
+IDS = torch.arange(3, 20)
+
+
+def test_the_weights_are_in_memory_once_and_the_base_computes_without_adapters(
+    models: tuple[Path, Path],
+) -> None:
+    config = with_lora(config_of(models))
+    base = engine.load(config)
+    before = logits(base, IDS)
+    policy = Policy(config, base)
+    assert torch.equal(logits(policy.module, IDS), before), "adapters begin as no change"
+    spoil(policy.module)
+    assert torch.equal(logits(base, IDS), before)
+    assert (logits(policy.module, IDS) - before).abs().max() > 0.1
+    shared = {p.data_ptr() for p in base.parameters()}
+    own = [p for p in policy.module.parameters() if p.data_ptr() not in shared]
+    assert shared < {p.data_ptr() for p in policy.module.parameters()}
+    assert sum(p.numel() for p in own) == sum(
+        p.numel() for p in policy.module.parameters() if p.requires_grad
+    )
+    assert all("lora_" in name for name, p in policy.module.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kl", ["k3", "reverse"])
+def test_the_gradient_of_an_adapter_is_that_of_the_weight_it_adds_to(
+    models: tuple[Path, Path], kl: str
+) -> None:
+    """dA = s B^T dW and dB = s dW A^T, dW of the plain model with the same weights."""
+    plain_config = config_of(models, kl=kl, kl_coef=0.1)
+    config = with_lora(plain_config)
+    sampled, prompts = rollouts()
+    policy = Policy(config, engine.load(config))
+    spoil(policy.module)
+    reference = engine.load(config, models[1])
+    policy.forward_backward(micro_jobs(data(config, sampled, prompts), config, reference, 0)[1])
+    plain = Policy(plain_config)
+    plain.module.load_state_dict(lora.plain_state(policy.module))
+    plain.forward_backward(micro_jobs(data(config, sampled, prompts), plain_config, reference, 0)[1])
+    weights = dict(plain.module.named_parameters())
+    count = 0
+    for name, layer in lora.layers(policy.module):
+        a, b = layer.lora_A[lora.NAME].weight, layer.lora_B[lora.NAME].weight
+        dw = weights[f"{name}.weight"].grad
+        assert dw is not None
+        assert dw.abs().max() > 1e-4
+        torch.testing.assert_close(a.grad, 2.0 * b.T @ dw, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(b.grad, 2.0 * dw @ a.T, rtol=1e-4, atol=1e-6)
+        count += 1
+    assert count == 14
+
+
+def test_lean_and_plain_forwards_compute_with_the_adapters(models: tuple[Path, Path], tmp_path: Path) -> None:
+    config = with_lora(config_of(models))
+    policy = Policy(config, engine.load(config))
+    model: Any = policy.module
+    spoil(model)
+    want = logits(model, IDS)
+    assert why_not(model) is None
+    plan = TreePlan(torch.full((len(IDS),), len(IDS), dtype=torch.int32))
+    torch.testing.assert_close(
+        LeanForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
+    )
+    lora.save(model, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not lora.has_adapters(plain)
+    torch.testing.assert_close(plain(IDS[None]).logits[0], want, rtol=1e-4, atol=1e-4)
+
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(models[0]), tmp_path / lora.FOLDER
+    )
+    torch.testing.assert_close(loaded(IDS[None]).logits[0], want, rtol=1e-4, atol=1e-4)
+    again = Policy(config, engine.load(config))
+    again.load_adapters(tmp_path)
+    assert torch.equal(logits(again.module, IDS), want)
+
+
+def test_rollouts_sample_with_the_adapters_as_they_are_at_each_call(models: tuple[Path, Path]) -> None:
+    from tests.fst_fast.test_rollout import assert_same, sample
+
+    rng = np.random.default_rng(0)
+    root = rng.integers(0, 50, 9)
+    requests = [
+        Request(str(i), "c", 0, np.concatenate([root, rng.integers(0, 50, 4)]), seed=i) for i in range(6)
+    ]
+    config = with_lora(config_of(models))
+    policy = Policy(config, engine.load(config))
+    ours = RolloutEngine(policy.module, eos_ids=(), pad_id=0, max_batch=64, packing="forest", join_tokens=0)
+    first = sample(ours, requests, 5)
+    spoil(policy.module)
+    merged: Any = engine.load(config)
+    merged.load_state_dict(lora.plain_state(policy.module))
+    theirs = RolloutEngine(merged, eos_ids=(), pad_id=0, max_batch=64, packing="forest", join_tokens=0)
+    second = sample(ours, requests, 5)
+    assert_same(second, sample(theirs, requests, 5))
+    assert any(a.response_ids.tolist() != b.response_ids.tolist() for a, b in zip(first, second, strict=True))
+
+
+def test_a_step_moves_adapters_alone(models: tuple[Path, Path]) -> None:
+    config = with_lora(config_of(models))
+    sampled, prompts = rollouts()
+    base = engine.load(config)
+    kept = {name: p.clone() for name, p in base.named_parameters()}
+    policy = Policy(config, base)
+    optimise(policy, base, data(config, sampled, prompts), config, step=0, pad_id=0)
+    assert all(torch.equal(p, kept[name]) for name, p in base.named_parameters())
+    assert all(layer.lora_B[lora.NAME].weight.abs().max() > 0 for _, layer in lora.layers(policy.module))
+
+
+def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(models: tuple[Path, Path]) -> None:
+    config = with_lora(config_of(models), targets=["q_proj", "wq"])
+    with pytest.raises(UserError, match=r"no linear layers named wq; it has down_proj, gate_proj, .*q_proj"):
+        Policy(config, engine.load(config))
+
+
+LORA = ["--policy.lora.rank=4", "--slow.lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.integration.test_train import run
+
+    folder = tmp_path_factory.mktemp("lora") / "whole"
+    run(folder, *LORA)
+    return folder
+
+
+def test_a_run_interrupted_and_resumed_is_the_run_that_went_through(whole: Path, tmp_path: Path) -> None:
+    from tests.integration.test_train import command, run
+
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        command(folder, *LORA), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=REPO, env=one_thread()
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 4/"):
+                process.kill()
+                break
+    assert not (folder / "summary.json").exists()
+    run(folder, "--resume", *LORA)
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
+    whole: Path, tmp_path: Path
+) -> None:
+    from fst_fast.evaluate import evaluate_run
+    from fst_fast.export import export
+
+    reported = json.loads((whole / "summary.json").read_text())
+    assert reported["kl_seed"] > 0
+    measured = evaluate_run(whole)
+    assert measured["channels"]["both"]["mean"] == pytest.approx(
+        reported["channels"]["both"]["mean"], abs=1e-9
+    )
+    assert measured["kl_evolved"] == pytest.approx(reported["kl_evolved"], rel=1e-2, abs=1e-9)
+    out = export(whole, tmp_path / "model")
+    assert (out / lora.FOLDER / "adapter_config.json").is_file()
+    assert not lora.has_adapters(AutoModelForCausalLM.from_pretrained(out))
+    newest = sorted((whole / "checkpoints").glob("step-*"))[-1]
+    assert State.load(newest / "state.json").step
+    size = {
+        n: sum(f.stat().st_size for f in (newest / n).rglob("*.safetensors"))
+        for n in ("optimiser", "adapter")
+    }
+    assert size["optimiser"] < 3.2 * size["adapter"]
+    assert [s for s in records(whole, "step") if s["grad_norm"] > 0]
