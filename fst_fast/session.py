@@ -103,6 +103,7 @@ class Session:
         try:
             check_gold(task, sampler.pool)
             reference = policy_engine.load(config)
+            lora.check(reference, config)
             base = sampler.engine(reference, console.note)
             served = sampler.server(reference)
             if served and config.method == "fst" and config.fast.reuse_rollouts:

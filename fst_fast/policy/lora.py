@@ -8,6 +8,7 @@ is a plain model whose weights have the adapters added; the adapters alone are w
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,15 +35,13 @@ def adapted(base: nn.Module, config: Config) -> nn.Module:
     return model
 
 
-def inject(model: nn.Module, config: Config) -> None:
-    """Put adapters into a model: nothing else of it is trained. They begin as no change, the same ones for one seed. Raises UserError where
-    peft is missing or a target names no linear layer."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("policy.lora needs the package peft: pip install 'fst-fast[lora]'") from error
+def check(model: nn.Module, config: Config) -> None:
+    """Raise UserError where policy.lora cannot be had: peft is missing, or a target names no linear layer of the model."""
     wanted = config.policy.lora
-    assert wanted is not None
+    if wanted is None:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("policy.lora needs the package peft: pip install 'fst-fast[lora]'")
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
     } - {"lm_head"}
@@ -51,6 +50,15 @@ def inject(model: nn.Module, config: Config) -> None:
         raise UserError(
             f"policy.lora.targets={list(wanted.targets)}: the model has no linear layers named {', '.join(unknown)}; it has {', '.join(sorted(linear))}"
         )
+
+
+def inject(model: nn.Module, config: Config) -> None:
+    """Put adapters into a model: nothing else of it is trained. They begin as no change, the same ones for one seed. Raises UserError as check."""
+    check(model, config)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    wanted = config.policy.lora
+    assert wanted is not None
     how = LoraConfig(
         r=wanted.rank, lora_alpha=wanted.alpha, target_modules=list(wanted.targets), lora_dropout=0.0
     )

@@ -223,3 +223,17 @@ def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
     }
     assert size["optimiser"] < 3.2 * size["adapter"]
     assert [s for s in records(whole, "step") if s["grad_norm"] > 0]
+
+
+def test_without_peft_or_with_a_wrong_target_a_run_begins_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fst_fast.cli import main
+
+    words = ["train", "--run-dir", str(tmp_path / "run")]
+    assert main([*words, "--policy.lora.targets=[wq]"]) == 2
+    assert "no linear layers named wq" in capsys.readouterr().err
+    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda _: None)
+    assert main([*words, "--policy.lora.rank=2"]) == 2
+    assert "policy.lora needs the package peft" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -161,7 +161,9 @@ def test_greedy_rollouts_are_those_of_transformers_generate(kind):
     assert len({tuple(row) for row in expected}) > len(requests) // 2, (
         "the model must not say the same to everything"
     )
-    for engine in (forest(make_model(kind)), padded(plain)):
+    engines = [forest(make_model(kind)), padded(plain)]
+    engines += [forest(make_model(kind), cascade=True)] if kind not in WINDOWED else []
+    for engine in engines:
         rollouts = sample(engine, requests, 16, temperature=0.0)
         assert [r.response_ids.tolist() for r in rollouts] == expected
 
