@@ -64,6 +64,8 @@ class RolloutConfig(Section):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """Keys and values of one process at a time, prompts and responses; fewer sequences run where they would not fit. null: half of the
     memory that is free (of the GPU; without one, of the machine, shared by its processes)."""
+    cuda_graphs: bool = False
+    """On a GPU: record decode steps as CUDA graphs. Off until a GPU has shown what it gains; without a GPU it does nothing."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token; the tokens that complete one are part of it."""
     backend: Literal["native", "openai"] = "native"

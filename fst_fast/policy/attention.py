@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -120,12 +119,9 @@ def _attention(
     return plan.attend(int(module.layer_idx), query, key, value, scale, **more), None  # type: ignore[arg-type]
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    return None
-
-
+# No mask function is registered under that name: transformers then makes no mask, and does not look at position_ids for packed sequences
+# first, which would wait for the device in every forward.
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _no_mask)
 
 WAY_OUT = "use policy.packing=padded with policy.attention=sdpa"
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fst_fast.rollout.cascade import DecodePlan, Suffixes
+from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import TreeCache
 from fst_fast.rollout.pooled import PooledDecodePlan, PooledPrefillPlan, PooledSuffixes
@@ -72,7 +73,7 @@ class ForestDecoder:
 
     layers, dtype, device: of the model. kv_tokens: what may be held at a time, of prompts and responses together; every prompt with a whole
     response must fit alone. logits_tokens: as many take the memory of the logits at one prompt's end. prefixes: what earlier calls left, and
-    where this one leaves its own. pool: where keys and values lie, those of `prefixes` too.
+    where this one leaves its own. pool: where keys and values lie, those of `prefixes` too; graph: what runs the decode steps over a pool.
     tokens_computed: positions that went through the model so far, idle slots included; tokens_reused: prompt tokens taken from earlier calls.
     """
 
@@ -92,6 +93,7 @@ class ForestDecoder:
         prefixes: Prefixes,
         join_tokens: int = JOIN_TOKENS,
         pool: KVPool | None = None,
+        graph: StepGraph | None = None,
     ) -> None:
         self.forward, self.responses, self.prefixes = forward, responses, prefixes
         self.layers, self.dtype, self.device = layers, dtype, device
@@ -101,7 +103,7 @@ class ForestDecoder:
         found = prefixes.find(forest)
         self.tree = prompt_tree(forest, max_node_tokens=prefill_tokens, cuts=found.cuts)
         self.cache = TreeCache(self.tree, pool)
-        self.pool = pool
+        self.pool, self.graph = pool, graph
         self.logits = adopt(self.cache, forest, found, layers=layers, device=device, dtype=dtype)
         self.tokens_reused = int(found.cuts.sum())
         self.order = np.argsort(self.tree.leaf, kind="stable")
@@ -265,6 +267,9 @@ class ForestDecoder:
         depth = self.prompt_length[who] + seen - 1
         ids, positions, row = torch.as_tensor(np.stack([token, depth, rows])).to(self.device)
         plan.step(row, seen, self.dtype, depth)
-        logits = self.forward(ids, positions, plan, None)
+        if self.graph is None:
+            logits = self.forward(ids, positions, plan, None)
+        else:
+            logits = self.graph.run(self.forward, ids, positions, plan)
         self.tokens_computed += len(who)
         return self.responses.draw(logits, who, live)

@@ -23,6 +23,7 @@ from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import sliding_window
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
+from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import token_bytes
 from fst_fast.rollout.lean import LeanForward, why_not
@@ -58,7 +59,7 @@ class RolloutEngine:
     so do the texts `stop`, for which decode(ids) must give the text of token ids. max_batch: sequences decoded at a time. prefill_tokens:
     prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes: what its keys and values may take at a time; None: half of what the device
     (on a CPU: the machine, shared by the processes on it) has free at each call. cascade: attend by the kernels of fst_kernels over a pool of keys and values
-    (rollout/pooled.py); None: where Triton runs on the model's GPU and no layer has a sliding window. note: told what was chosen for want of memory.
+    (rollout/pooled.py); None: where Triton runs on the model's GPU and no layer has a sliding window. graph: then runs the decode steps. note: told what was chosen for want of memory.
     tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
     earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
     """
@@ -75,6 +76,7 @@ class RolloutEngine:
         join_tokens: int = JOIN_TOKENS,
         kv_bytes: int | None = None,
         cascade: bool | None = None,
+        graph: StepGraph | None = None,
         stop: Sequence[str] = (),
         decode: Callable[[NDArray[np.int64]], str] | None = None,
         note: Callable[[str], None] = _quiet,
@@ -91,7 +93,7 @@ class RolloutEngine:
         self.model, self.packing = model, packing
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
-        self.join_tokens, self.cascade = join_tokens, cascade
+        self.join_tokens, self.cascade, self.graph = join_tokens, cascade, graph
         self.stop, self.decode, self.note = tuple(stop), decode, note
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
         self.most_kv_bytes = 0  # held at a time, ever
@@ -105,6 +107,8 @@ class RolloutEngine:
         """Drop what earlier calls computed: the next call then does not depend on them, not even in its rounding."""
         self._prefixes.forget()
         self._pool = KVPool()
+        if self.graph:
+            self.graph.forget()
 
     def generate(
         self,
@@ -170,6 +174,7 @@ class RolloutEngine:
             )
         head = self.model.get_output_embeddings().weight
         each = self.token_bytes()
+        cascades = self._cascades(head)
         decoder = ForestDecoder(
             self._forward,
             prompts,
@@ -183,7 +188,8 @@ class RolloutEngine:
             logits_tokens=-(-head.shape[0] * head.dtype.itemsize // each),
             prefixes=self._prefixes,
             join_tokens=self.join_tokens,
-            pool=self._pool if self._cascades(head) else None,
+            pool=self._pool if cascades else None,
+            graph=self.graph if cascades else None,
         )
         wanted = min(max_batch, len(prompts))
         if decoder.max_batch < wanted and (decoder.max_batch, wanted) not in self._noted:

@@ -48,7 +48,10 @@ class PooledSuffixes:
 
 
 class PooledDecodePlan:
-    """Attention of one new token per slot over its path and its suffix, for as long as neither the paths nor the pool's ranges change."""
+    """Attention of one new token per slot over its path and its suffix, for as long as neither the paths nor the pool's ranges change.
+
+    rows, lengths: [slots], of the step at hand, tensors that stay (graphs.py); work: the work list, another one where the suffixes outgrow it.
+    """
 
     def __init__(
         self, cache: TreeCache, paths: Ints, suffixes: PooledSuffixes, *, device: torch.device
@@ -63,17 +66,17 @@ class PooledDecodePlan:
         ]
         self.suffix_slots = torch.as_tensor(suffixes.first, device=device)
         self.lengths = torch.zeros(suffixes.slots, dtype=torch.int32, device=device)
-        self.rows = torch.empty(0)  # set by step()
-        self.plan: CascadePlan | None = None  # likewise
+        self.rows = torch.zeros(suffixes.slots, dtype=torch.int64, device=device)
+        self.work: CascadePlan | None = None  # set by step(), where it has to be another
 
     def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype, positions: Ints | None = None) -> None:
         """As DecodePlan.step. The work list has room for suffixes of a power of two and is built again when one outgrows it."""
-        self.rows = rows
+        self.rows.copy_(rows)
         self.lengths.copy_(torch.as_tensor(lengths))
         longest = int(lengths.max())
-        if self.plan is None or longest > self.plan.suffix_capacity:
+        if self.work is None or longest > self.work.suffix_capacity:
             tree = self.cache.tree
-            self.plan = CascadePlan.build(
+            self.work = CascadePlan.build(
                 self.paths,
                 node_slots=self.node_slots,
                 node_lengths=tree.end - tree.start,
@@ -84,12 +87,12 @@ class PooledDecodePlan:
 
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D]."""
-        assert self.plan is not None, "step comes first"
+        assert self.work is not None, "step comes first"
         self.pool.want(layer, k)
         keys, values = self.pool.k[layer], self.pool.v[layer]
         keys.index_copy_(0, self.rows, k)
         values.index_copy_(0, self.rows, v)
-        return cascade_decode_attention(q, keys, values, self.plan, scale=scale)
+        return cascade_decode_attention(q, keys, values, self.work, scale=scale)
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
         """Every slot has one token, and every token is read."""

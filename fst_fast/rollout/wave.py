@@ -19,6 +19,7 @@ from fst_fast.contracts import Context, Problem, Sampled
 from fst_fast.errors import UserError
 from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
 from fst_fast.rollout.server import ServerEngine
 from fst_fast.run.faults import reach
@@ -91,6 +92,7 @@ class Sampler:
             max_batch=self.config.rollout.max_batch,
             packing=self.config.policy.packing,
             kv_bytes=self.config.rollout.kv_memory_bytes,
+            graph=StepGraph() if self.config.rollout.cuda_graphs and ranks.device().type == "cuda" else None,
             stop=self.config.rollout.stop,
             decode=self.tokenizer.decode,
             note=note,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -201,6 +202,44 @@ def test_a_model_loaded_for_trees_refuses_to_run_without_a_plan() -> None:
     tree, _ = models("qwen3")
     with pytest.raises(UserError, match="without a plan"):
         tree(input_ids=torch.ones(1, 3, dtype=torch.int64))
+
+
+class ReadsNothingBack(TorchDispatchMode):
+    """Raises where a number is fetched from a tensor, which on a GPU waits for all that was asked of it before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+class Through:
+    """A plan whose attention returns the queries."""
+
+    windows = True
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        return q.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name in CONFIGS if name != "qwen3_moe"]
+)  # whose routing counts
+def test_a_forward_waits_for_no_number(architecture: str) -> None:
+    tree, _ = models(architecture)
+    for shape in ((1, 6), (6, 1)):  # a forest, a decode step
+        ids = torch.zeros(shape, dtype=torch.int64)
+        with ReadsNothingBack():
+            tree(input_ids=ids, position_ids=ids.clone(), plan=Through(), use_cache=False)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), ReadsNothingBack():
+        bool(ids.any())
 
 
 def test_a_mask_beside_the_plan_is_refused() -> None:
