@@ -152,15 +152,16 @@ class Policy:
         """
         self.engine.train()
         self._grad_norms.clear()
-        losses = []
+        computed: list[Tensor] = []  # read at the end, so that nobody waits for the device in between
         for i, (inputs, job) in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with head.running(self.module, job):
                 loss = self.engine(**inputs).logits
-            losses.append(float(loss.detach()))
+            computed.append(loss.detach())
             self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
             reach("backward")
         self.engine.eval()
+        losses = [float(loss) for loss in computed]
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
         bad_loss = int(not all(map(math.isfinite, losses)))

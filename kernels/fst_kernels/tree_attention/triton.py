@@ -73,7 +73,7 @@ def tiling(dim: int, dtype: torch.dtype, capability: tuple[int, int], window: bo
     """The tiles for a head size, a dtype and a compute capability; with `window` for attention through a sliding one."""
     wide = max(64, padded(dim))
     if dtype == torch.float32:  # no tensor cores: products in full float32
-        small = Tile(32, 32, 8, 1) if wide <= 128 else Tile(16, 16, 8, 1)
+        small = {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)}[wide]
         return Tiling(small, small, small, False)
     generation = HOPPER if capability[0] == 9 else BLACKWELL if capability[0] in (10, 11) else AMPERE
     tiles = TILES[generation, wide]
