@@ -70,14 +70,14 @@ def test_torchrun_and_small_micro_batches_give_the_curve_of_one_batch(
     assert [loss for loss, _ in two] == pytest.approx([loss for loss, _ in one_process], abs=1e-4)
 
 
-LORA = ["--policy.lora.rank=4", "--slow.lr=3e-4"]
+LORA = ["--policy.lora.rank=4", "--slow.lr=3e-4", "--slow.steps=8", "--fast.cycle_steps=4"]
 
 
 @pytest.fixture(scope="module")
 def one_process_with_adapters(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
     pytest.importorskip("peft")
     steps = curve([sys.executable], tmp_path_factory.mktemp("lora") / "run", *LORA)
-    assert sum(loss != 0 for loss, _ in steps) > 10
+    assert sum(loss != 0 for loss, _ in steps) > 4
     return steps
 
 
