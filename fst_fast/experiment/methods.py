@@ -52,7 +52,7 @@ def peak_height(lab: Lab, run: Run) -> float:
 
 
 def main_runs(lab: Lab) -> dict[str, dict[str, list[Run]]]:
-    """family -> method -> its runs, one for each seed: those that efficiency, drift and channels share."""
+    """family -> method -> its runs, one for each seed: those that most experiments share."""
     tuned = strongest_rl(lab)
     return {
         family: {

@@ -4,7 +4,7 @@ A decode step is one `cascade_decode_attention` per layer over prompt nodes and 
 one `tree_attention` per layer over the window and what stands above it: the keys of the ancestors come from the pool, and queries are computed for
 them too, for nobody. That costs the attention of those tokens once more, nothing else of the model, and never holds scores.
 
-The other way, batched attention calls over blocks (cascade.py, prefill.py), is faster on a CPU and knows sliding windows.
+The other way, batched attention calls over blocks (cascade.py, prefill.py), is what a CPU takes, no slower there, and knows sliding windows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fst_fast.rollout.kv_tree import TreeCache
 from fst_fast.rollout.prefill import PrefillPlan
 from fst_fast.rollout.prompt_tree import Ints
 from fst_kernels import CascadePlan, cascade_decode_attention
-from fst_kernels.tree_attention import TreeMask, tree_attention
+from fst_kernels.tree_attention import tree_attention
 
 
 class PooledSuffixes:
@@ -114,17 +114,20 @@ class PooledPrefillPlan(PrefillPlan):
         super().__init__(cache, nodes, read, device=device, dtype=dtype)
         assert cache.pool is not None
         self.pool, tree = cache.pool, cache.tree
-        seen = np.sort(np.concatenate([nodes, [node for node, _ in self.ancestors]]).astype(np.int64))
+        seen = self.attended
         lengths = tree.end[seen] - tree.start[seen]
-        offset = np.concatenate([[0], np.cumsum(lengths)])  # [seen + 1]
-        behind = np.searchsorted(tree.start, tree.last)  # exclusive end of each node's subtree, as a node
-        subtree_end = np.repeat(offset[np.searchsorted(seen, behind[seen])], lengths)
         first = [cache.block(int(cache.block_of[node])).slot(int(cache.row_of[node])) for node in seen]
-        slots = np.repeat(np.array(first) - offset[:-1], lengths) + np.arange(offset[-1])
+        slots = np.repeat(np.array(first) - (np.cumsum(lengths) - lengths), lengths) + np.arange(
+            lengths.sum()
+        )
         mine = np.flatnonzero(np.repeat(np.isin(seen, nodes), lengths))
-        self.joined = TreeMask.from_subtree_end(torch.from_numpy(subtree_end.astype(np.int32)), device=device)
         self.slots = torch.as_tensor(slots, device=device)  # [U], of every token that is seen
         self.mine = torch.as_tensor(mine, device=device)  # [N], those of the window among them
+
+    def _attended(self, nodes: Ints) -> Ints:
+        """The window and what stands above it."""
+        above = np.array([node for node, _ in self.ancestors], dtype=np.int64)
+        return np.sort(np.concatenate([nodes, above]))
 
     def tokens(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
@@ -135,5 +138,5 @@ class PooledPrefillPlan(PrefillPlan):
         keys, values = (x[layer].index_select(0, self.slots) for x in (self.pool.k, self.pool.v))
         queries = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, self.mine, q)
         q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
-        out = tree_attention(q, k, v, self.joined, scale=scale)[0].transpose(0, 1)
+        out = tree_attention(q, k, v, self.mask, scale=scale)[0].transpose(0, 1)
         return out.index_select(0, self.mine)

@@ -31,21 +31,28 @@ class PrefillPlan:
         self.tokens_of = np.repeat(tree.start[nodes] - offset[:-1], lengths) + np.arange(offset[-1])
         self.read_rows = offset[1:][np.searchsorted(nodes, read)] - 1  # [R], in the window
         behind = np.searchsorted(tree.start, tree.last)  # exclusive end of each node's subtree, as a node
-        subtree_end = np.repeat(offset[np.searchsorted(nodes, behind[nodes])], lengths)
-        self.mask = TreeMask.from_subtree_end(torch.from_numpy(subtree_end.astype(np.int32)), device=device)
         above = set(tree.path_of(nodes).reshape(-1).tolist()) - {-1} - set(nodes.tolist())
         self.ancestors = [  # (node, its queries in the window), from the deepest level up
             (node, slice(*offset[np.searchsorted(nodes, [node, behind[node]])].tolist()))
             for node in sorted(above, key=lambda node: -tree.level[node])
         ]
+        self.attended = self._attended(nodes)  # ascending
+        lengths_of = tree.end[self.attended] - tree.start[self.attended]
+        place = np.concatenate([[0], np.cumsum(lengths_of)])
+        subtree_end = np.repeat(place[np.searchsorted(self.attended, behind[self.attended])], lengths_of)
+        self.mask = TreeMask.from_subtree_end(torch.from_numpy(subtree_end.astype(np.int32)), device=device)
         self._sights: dict[int, list[Sight]] = {}  # by window, of each ancestor
         self.blocks: list[tuple[Block, Tensor]] = []  # and [rows * L], the tokens of the window that go there
-        for own, block, place in blocks_of(
+        for own, block, offsets in blocks_of(
             tree.level[nodes], lengths, device=device, dtype=dtype, pool=cache.pool
         ):
-            index = np.where(place >= 0, offset[own][:, None] + place, 0)
+            index = np.where(offsets >= 0, offset[own][:, None] + offsets, 0)
             self.blocks.append((block, torch.as_tensor(index.reshape(-1), device=device)))
             cache.add(block, nodes[own], np.arange(len(own)))
+
+    def _attended(self, nodes: Ints) -> Ints:
+        """The nodes that the tree attention is over."""
+        return nodes
 
     def _sight(self, window: int, group: int, dtype: torch.dtype) -> list[Sight]:
         """What the queries below each ancestor see of it through a sliding window."""

@@ -4,7 +4,7 @@
         dump.json              step, reason, loss of every micro-batch, what each sequence answers and its reward
         rank-0.safetensors     the sequences of each process: prompts, responses, advantages, token weights, log-probs as sampled
         config.yaml  model/    the configuration, and the weights as they were before the step, which are those after it too
-    adapter/               with policy.lora: the adapters alone
+        adapter/               with policy.lora: the adapters alone
 
 safetensors and JSON only: a dump may come from elsewhere. It is there whole or not at all; the oldest go (`KEPT`).
 """
