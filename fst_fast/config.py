@@ -48,6 +48,8 @@ class PolicyConfig(Section):
     """Keep the optimiser's state in CPU memory."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    liger: bool = False
+    """On a GPU: RMSNorm, SwiGLU and rotary embedding by Liger's kernels (extra `liger`), in every model of the run. Off until a GPU has shown what it gains."""
     lora: LoraConfig | None = None
     """Train low-rank adapters (peft) instead of all weights; the base's weights, in memory once, are the reference too. `{}` takes the defaults."""
 

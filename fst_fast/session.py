@@ -401,6 +401,12 @@ class Session:
         self.models.base.forget()
         self.models.fast.forget()
 
+    def end_sampling(self) -> None:
+        """Until the next hand-over nothing is sampled: the step may have the memory that rollouts took."""
+        self.forget_prefixes()
+        assert self.policy is not None
+        self.policy.release()
+
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> float:

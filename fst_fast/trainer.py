@@ -146,6 +146,7 @@ def learn(s: Session) -> None:
     sampled = [c if c is not None else next(arriving) for c in claimed]
     s.count_rollout_tokens()
 
+    s.end_sampling()
     s.begin("update")
     training = time.perf_counter()
     groups = make_groups(
@@ -165,6 +166,7 @@ def learn(s: Session) -> None:
             pad_id=s.sampler.pad_id,
         )
     except NonFiniteError as bad:
+        s.policy.hand_over()  # the weights as they were, for the dump
         s.non_finite(bad, dump.write(
             s.run_dir, bad, data, kept, config, step=state.step, pad_id=s.sampler.pad_id, model=s.models.policy_module
         ))  # fmt: skip
@@ -195,6 +197,7 @@ def consolidate(s: Session) -> None:
     )
     s.count_rollout_tokens()
 
+    s.end_sampling()
     s.begin("update")
     training = time.perf_counter()
     assert s.policy is not None

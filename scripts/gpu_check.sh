@@ -59,7 +59,7 @@ command_of() {
                 echo "mkdir -p build/csrc && nvcc -shared -O3 -std=c++17 -arch=sm_$architecture -cudart static -Xcompiler -fPIC -o build/csrc/libfst_cuda.so csrc/*.cu"
             fi
             ;;
-        tests) echo "$python -m pytest -p no:cacheprovider -q --tb=short -m gpu $parallel tests/kernels tests/fst_fast/test_kv_pool.py tests/fst_fast/test_graphs.py" ;;
+        tests) echo "$python -m pytest -p no:cacheprovider -q --tb=short -m gpu $parallel tests/kernels tests/fst_fast/test_kv_pool.py tests/fst_fast/test_graphs.py tests/fst_fast/test_liger.py" ;;
         *)
             if grep -q "^def test_" "benchmarks/$1.py"; then
                 echo "$python -m pytest -p no:cacheprovider -q --tb=short benchmarks/$1.py --out ${out@Q}"

@@ -6,7 +6,8 @@ Deviations from DeepSpeed's usual use, and why:
   their number first;
 - the learning rate is set per step from the config (linear warm-up, then constant), so nothing but the step number decides it;
 - checkpoints are our own (optimiser_state.py): safetensors that any layout reads;
-- rollouts never run through a ZeRO-3 forward: there the trained weights are gathered in buckets into a plain replica after each step.
+- rollouts never run through a ZeRO-3 forward: there the trained weights are gathered in buckets into a plain replica after each step,
+  whose memory the step itself may use.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import head, lora, optimiser_state, ranks
+from fst_fast.policy import head, liger, lora, optimiser_state, ranks
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
@@ -45,14 +46,24 @@ def dtype_of(config: Config) -> torch.dtype:
 
 def load(config: Config, path: str | Path | None = None) -> nn.Module:
     """A plain frozen module on this process's device, in evaluation mode, its head able to run jobs. path: None for `model.path`."""
+    model = _load(config, config.model.path if path is None else path)
+    frozen: nn.Module = model.to(ranks.device()).eval().requires_grad_(False)
+    return frozen
+
+
+def _load(config: Config, path: str | Path) -> Any:
+    if config.policy.liger:
+        liger.check()
     model = load_model(
-        config.model.path if path is None else path,
+        path,
         dtype_of(config),
         attention=config.policy.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
     head.install(model)
-    return model.to(ranks.device()).eval().requires_grad_(False)  # type: ignore[no-any-return]
+    if config.policy.liger:
+        liger.install(model)
+    return model
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -106,13 +117,7 @@ class Policy:
             self._zero3_loading = HfDeepSpeedConfig(settings)  # must stay alive while from_pretrained runs
         model: Any = adapted
         if adapted is None or self._zero3:
-            model = load_model(
-                config.model.path,
-                dtype_of(config),
-                attention=config.policy.attention,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-            head.install(model)
+            model = _load(config, config.model.path)
             if config.policy.lora is not None:
                 lora.inject(model, config)
         self._zero3_loading = None
@@ -202,11 +207,23 @@ class Policy:
         elif stage == 3:
             optimizer.averaged_gradients = {}
 
+    def release(self) -> None:
+        """Give back the memory of the replica's trained weights, which `hand_over` fills anew: nothing may sample until then."""
+        if self._replica is not None:
+            copies = dict(self._replica.named_parameters())
+            for bucket in _buckets(self.module):
+                for name, _ in bucket:
+                    copies[name].data = copies[name].new_empty(0)
+
     def hand_over(self) -> None:
         """Give the rollouts the weights as they are now, and check that every process samples from the same ones."""
         if self._replica is not None:
             copies = dict(self._replica.named_parameters())
             for bucket in _buckets(self.module):
+                for name, parameter in bucket:
+                    if not copies[name].numel():
+                        shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
+                        copies[name].data = copies[name].new_empty(shape)
                 self._gather(bucket, copies)
         sums = ranks.all_gather(checksum(self.rollout_model))
         if len(set(sums)) > 1:

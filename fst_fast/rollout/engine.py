@@ -107,6 +107,7 @@ class RolloutEngine:
         """Drop what earlier calls computed: the next call then does not depend on them, not even in its rounding."""
         self._prefixes.forget()
         self._pool = KVPool()
+        self._forward = None  # holds products of the weights
         if self.graph:
             self.graph.forget()
 
@@ -166,9 +167,10 @@ class RolloutEngine:
         self, prompts: Sequence[NDArray[np.int64]], responses: Responses, max_batch: int
     ) -> None:
         weights = fingerprint(self.model)
-        if weights != self._weights or self._forward is None:
+        if weights != self._weights:
             self.forget()
             self._weights = weights
+        if self._forward is None:
             self._forward = (
                 transformers_forward(self.model) if why_not(self.model) else LeanForward(self.model)
             )

@@ -55,6 +55,8 @@ def why_not(model: Any) -> str | None:
     for name, module in model.model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
+        if "forward" in vars(module):
+            return f"{name} has another forward than its class"
         if name.endswith("_proj") and type(getattr(module, "base_layer", module)) is not nn.Linear:
             return f"{name} is a {type(module).__name__}"
         if name.endswith(("o_proj", "gate_proj", "up_proj", "down_proj")) and bias_of(module) is not None:
