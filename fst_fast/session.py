@@ -6,14 +6,11 @@ then the run folder. All processes build the same session; only rank 0 has a run
 
 from __future__ import annotations
 
-import math
-import platform
 import resource
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,25 +20,25 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import nn
 
-from fst_fast import __version__, records
+from fst_fast import records
 from fst_fast.config import Config
 from fst_fast.config_load import config_hash, dump
 from fst_fast.contexts.population import FastState
-from fst_fast.contexts.reflection import ReflectionPrompt, Reflector, Reply, ask
-from fst_fast.contexts.reflectors import make_reflector
+from fst_fast.contexts.reflection import Reflector
 from fst_fast.contracts import Context, Problem, Rollout, Sampled
 from fst_fast.errors import UserError
 from fst_fast.evaluate import Models
+from fst_fast.opening import check_kernels, check_room, reflector
 from fst_fast.policy import engine as policy_engine
 from fst_fast.policy import lora, ranks
 from fst_fast.policy.engine import NonFiniteError, Policy
-from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import render_prompt
 from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.run import checkpoint, stop
 from fst_fast.run.console import Console
 from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run, write_json
+from fst_fast.run.identity import identity, versions, writer
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.presence import Presence, missing
 from fst_fast.run.randomness import seed_globals
@@ -49,7 +46,6 @@ from fst_fast.run.track import check_trackers
 from fst_fast.stages import Stage, make_stages, stage_at, task_spec
 from fst_fast.state import State, minibatch
 from fst_fast.tasks.registry import check_gold, load_task
-from fst_kernels.backends import choose_backend
 
 TEACHER = "teacher"  # in a checkpoint that was written while contexts were distilled
 
@@ -95,7 +91,7 @@ class Session:
         """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
         arm(ranks.rank())
         seed_globals(config.seed, "opening", ranks.rank())
-        _check_kernels(config)
+        check_kernels(config)
         ranks.init(config.run.timeout_s)
         console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
         task = load_task(*task_spec(config))
@@ -107,16 +103,16 @@ class Session:
             base = sampler.engine(reference, console.note)
             served = sampler.server(reference)
             if served and config.method == "fst" and config.fast.reuse_rollouts:
-                _on_rank_zero(lambda: served.check_training(config.rollout.temperature))
-            reflect = _reflector(config, base, sampler.tokenizer)
+                ranks.on_rank_zero(lambda: served.check_training(config.rollout.temperature))
+            reflect = reflector(config, base, sampler.tokenizer)
             check_trackers(config.track)
             seed_context = Context.of(config.fast.seed_context)
             stages = make_stages(config, task)
             for stage in stages:
                 first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
                 evaluated = stage.validation[: config.eval.final_problems]
-                _check_room(config, base, sampler, seed_context, [*first, *evaluated])
-            folder = _on_rank_zero(
+                check_room(config, base, sampler, seed_context, [*first, *evaluated])
+            folder = ranks.on_rank_zero(
                 lambda: open_run(
                     run_dir,
                     resume=resume,
@@ -160,12 +156,16 @@ class Session:
 
     def _begin(self, resume: bool) -> None:
         """Continue from the newest whole checkpoint, or, where a run was stopped before its first one, from the start."""
-        found = _on_rank_zero_everywhere(lambda: str(checkpoint.latest(self.run_dir) or "")) if resume else ""
+        found = (
+            ranks.on_rank_zero_everywhere(lambda: str(checkpoint.latest(self.run_dir) or ""))
+            if resume
+            else ""
+        )
         changes = list(self.folder.changes) if self.folder else []
         if found:
             self.continued = True
             self.state = State.load(Path(found) / "state.json")
-            before, now = checkpoint.written_by(Path(found)), _writer(self.config)
+            before, now = checkpoint.written_by(Path(found)), writer(self.config)
             if before["config_hash"] != now["config_hash"]:
                 self.state.base_rewards.clear()  # measured as the old configuration said
             # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
@@ -203,7 +203,7 @@ class Session:
                     config_hash=config_hash(self.config),
                 )
             if not found:
-                self.metrics.write("start", **_identity(self.config), versions=_versions())
+                self.metrics.write("start", **identity(self.config), versions=versions())
 
     def __enter__(self) -> Session:
         return self
@@ -234,7 +234,9 @@ class Session:
     def checkpoint(self) -> None:
         """Write the whole run as it is now; on disk it is there whole or not at all. All processes call it."""
         self.begin("checkpoint")
-        tmp = Path(_on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step))))
+        tmp = Path(
+            ranks.on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step)))
+        )
         with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
             if self.policy is not None:
                 self.policy.save(tmp)
@@ -256,16 +258,16 @@ class Session:
                 self.state.step,
                 keep_last=self.config.checkpoint.keep_last,
                 keep_every=self.config.checkpoint.keep_every,
-                written_by=_writer(self.config),
+                written_by=writer(self.config),
             )
 
-        _on_rank_zero_everywhere(write)
+        ranks.on_rank_zero_everywhere(write)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the closing records; returns the summary."""
         peak = max(ranks.all_gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
         summary = {
-            **_identity(self.config),
+            **identity(self.config),
             "channels": result["channels"],
             "k": result["k"],
             "steps": 0 if self.config.method == "gepa" else self.state.step,
@@ -473,118 +475,3 @@ class Session:
                 "contexts": {cid: lineage.to_json() for cid, lineage in self.state.fast.contexts.items()},
             },
         )
-
-
-def _on_rank_zero(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result there, None elsewhere. A UserError is raised on every process."""
-    result = error = None
-    if ranks.rank() == 0:
-        try:
-            result = action()
-        except UserError as bad:
-            error = bad
-    ranks.from_rank_zero(error)
-    return result
-
-
-def _on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
-    """Like `_on_rank_zero`, the result (small, picklable) on every process."""
-    return ranks.from_rank_zero(_on_rank_zero(action))
-
-
-def _check_kernels(config: Config) -> None:
-    """Refuse a kernel path forced by FST_KERNELS that this machine cannot take."""
-    operations = ["linear_logprob", "linear_policy_loss", "sample_tokens"]
-    for operation in operations + (["tree_attention"] if config.policy.attention == "tree" else []):
-        try:
-            choose_backend(operation, None, ranks.device(), policy_engine.dtype_of(config))
-        except (RuntimeError, ValueError) as error:
-            raise UserError(str(error)) from error
-
-
-def _check_room(
-    config: Config, base: RolloutEngine, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
-) -> None:
-    """Refuse lengths that cannot be before anything is written: of the model's positions, the memory for keys and values, and the prompts
-    under the seed context."""
-    positions = getattr(base.model.config, "max_position_embeddings", None)
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
-            f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
-        )
-    room, each = config.rollout.kv_memory_bytes, base.token_bytes()
-    if room is not None and config.policy.packing == "forest" and longest * each > room:
-        raise UserError(
-            f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
-            f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
-        )
-    for problem in problems:
-        sampler.prompts.ids(seed_context, problem)
-
-
-def _reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Reflector:
-    """The configured reflector; rank 0 asks it and the others hear its replies."""
-
-    def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
-        requests = [
-            Request(
-                problem_id="reflection",
-                context_id="",
-                sample=i,
-                prompt_ids=render_prompt(
-                    tokenizer, Context.of(""), Problem("", [{"role": "user", "content": text}], None)
-                ),
-                seed=seed,
-            )
-            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
-        ]
-        positions = getattr(base.model.config, "max_position_embeddings", None)
-        room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
-        tokens = max(1, int(min(config.fast.reflection_tokens, room)))
-        rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
-        return [
-            Reply(
-                tokenizer.decode(r.response_ids, skip_special_tokens=True),
-                r.finish,
-                prompt_tokens=len(q.prompt_ids),
-                completion_tokens=len(r.response_ids),
-            )
-            for q, r in zip(requests, rollouts, strict=True)
-        ]
-
-    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
-
-    def quiet(_: str) -> None:
-        """The fast phase logs what is wrong with the replies, on every process alike."""
-
-    def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
-        reach("reflection")
-        return ranks.from_rank_zero(ask(asked, prompts, seeds, quiet) if ranks.rank() == 0 else None)
-
-    return reflect
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    return {
-        "method": config.method,
-        "seed": config.seed,
-        "task": config.task,
-        "model": config.model.path,
-        "config_hash": config_hash(config),
-    }
-
-
-def _writer(config: Config) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run that writes it."""
-    return {"config_hash": config_hash(config), "processes": ranks.world_size(), "versions": _versions()}
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "deepspeed", "numpy")
-    return {
-        "python": platform.python_version(),
-        "fst-fast": __version__,
-        **{name: version(name) for name in names},
-    }

@@ -44,15 +44,14 @@ def make_stages(config: Config, task: Task) -> list[Stage]:
     distil = config.slow.distill_steps
     if not config.stages:
         steps = config.slow.steps
-        train, validation = task.problems("train"), list(task.problems("validation"))
-        return [Stage(0, config.task, 0, steps, steps - distil, train, validation)]
-    assert isinstance(task, Mixture)
+        train, validation = (_split(config, task, 0, name) for name in ("train", "validation"))
+        return [Stage(0, config.task, 0, steps, steps - distil, train, list(validation))]
     stages: list[Stage] = []
     for i, stage in enumerate(config.stages):
         first = stages[-1].end if stages else 0
         end = first + stage.steps
-        train, validation = task.part(i, "train"), list(task.part(i, "validation"))
-        stages.append(Stage(i, stage.task, first, end, end - distil, train, validation))
+        train, validation = (_split(config, task, i, name) for name in ("train", "validation"))
+        stages.append(Stage(i, stage.task, first, end, end - distil, train, list(validation)))
     return stages
 
 
@@ -63,7 +62,14 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 
 def stage_problems(config: Config, task: Task, stage: Stage, split: str) -> list[Problem]:
     """The problems of a split of a stage's task. Raises UserError where it has none."""
-    problems = task.part(stage.number, split) if isinstance(task, Mixture) and config.stages else task.problems(split)  # fmt: skip
-    if not len(problems):
+    problems = list(_split(config, task, stage.number, split))
+    if not problems:
         raise UserError(f"--split {split} of task {stage.task} has no problems")
-    return list(problems)
+    return problems
+
+
+def _split(config: Config, task: Task, stage: int, split: str) -> Sequence[Problem]:
+    if not config.stages:
+        return task.problems(split)
+    assert isinstance(task, Mixture)
+    return task.part(stage, split)

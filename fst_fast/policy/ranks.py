@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -92,6 +92,23 @@ def from_rank_zero(value: T | None) -> T:
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]  # type: ignore[no-any-return]
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result there, None elsewhere. A UserError is raised on every process."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = action()
+        except UserError as bad:
+            error = bad
+    from_rank_zero(error)
+    return result
+
+
+def on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
+    """Like `on_rank_zero`, the result (small, picklable) on every process."""
+    return from_rank_zero(on_rank_zero(action))
 
 
 def total(values: Sequence[float]) -> list[float]:

@@ -57,9 +57,11 @@ class RolloutEngine:
 
     packing="forest" needs a model loaded with the "fst" attention, "padded" one with an attention of transformers. eos_ids end a response;
     so do the texts `stop`, for which decode(ids) must give the text of token ids. max_batch: sequences decoded at a time. prefill_tokens:
-    prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes: what its keys and values may take at a time; None: half of what the device
-    (on a CPU: the machine, shared by the processes on it) has free at each call. cascade: attend by the kernels of fst_kernels over a pool of keys and values
-    (rollout/pooled.py); None: where Triton runs on the model's GPU and no layer has a sliding window. graph: then runs the decode steps. note: told what was chosen for want of memory.
+    prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes:
+    what its keys and values may take at a time; None: half of what the device (on a CPU: the machine, shared by the processes on it) has
+    free at each call. cascade: attend by the kernels of fst_kernels over a pool of keys and values (rollout/pooled.py); None: where Triton
+    runs on the model's GPU and no layer has a sliding window. graph: then runs the decode steps. note: told what was chosen for want of
+    memory.
     tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
     earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
     """

@@ -1,0 +1,36 @@
+"""What a run and its checkpoints say of themselves."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from fst_fast import __version__
+from fst_fast.config import Config
+from fst_fast.config_load import config_hash
+from fst_fast.policy import ranks
+
+
+def identity(config: Config) -> dict[str, Any]:
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "task": config.task,
+        "model": config.model.path,
+        "config_hash": config_hash(config),
+    }
+
+
+def writer(config: Config) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that writes it."""
+    return {"config_hash": config_hash(config), "processes": ranks.world_size(), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "deepspeed", "numpy")
+    return {
+        "python": platform.python_version(),
+        "fst-fast": __version__,
+        **{name: version(name) for name in names},
+    }
