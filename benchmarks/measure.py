@@ -200,6 +200,8 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if "torch" in found:
+        found["torch"] = torch.__version__  # says which build it is, as the package's own entry need not
     return found
 
 

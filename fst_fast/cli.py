@@ -225,11 +225,13 @@ def _train(args: argparse.Namespace) -> None:
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")
     prepare_environment()
+    from fst_fast.policy import ranks
     from fst_fast.trainer import train
 
     ended = train(config, args.run_dir, resume=args.resume, allow_config_change=args.allow_config_change)
     if ended is not None and _is_first():
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
+    ranks.leave()
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -126,6 +126,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """The end of a run that ended well, for all of its processes: without it threads of torch.distributed are cut off at exit, and a process
+    whose work is done may end with an error. A lone process stays as it is, able to run again."""
+    if world_size() == 1:
+        return
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        if not lost_one(error):
+            raise
+        return  # the others are gone; this one's work is done
+    dist.destroy_process_group()
+
+
 def mine(items: Sequence[T]) -> list[T]:
     """The share of this process: items rank, rank + world, ... Undone by `interleave`."""
     return list(items[rank() :: world_size()])

@@ -59,6 +59,7 @@ def main() -> None:
     everybody = ranks.all_gather((waves, said))
     if ranks.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(everybody))
+    ranks.leave()
 
 
 if __name__ == "__main__":
