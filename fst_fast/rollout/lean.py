@@ -14,6 +14,7 @@ transformers ships them (other adapters, hooks, other types than float32, anothe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -148,7 +149,7 @@ class LeanForward:
     def _qkv(self, layer: _Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         both = self.heads + self.kv_heads
         parts = []
-        for rows, turned in zip(torch.split(x, ROWS), torch.split(turn, ROWS), strict=True):
+        for rows, turned in _pieces(x, turn):
             out = F.linear(self._normed(rows), layer.qkv, layer.qkv_bias).view(len(rows), -1, self.dim)
             qk = out[:, :both]
             if layer.norms is not None:
@@ -162,7 +163,14 @@ class LeanForward:
     def _rest(self, layer: _Layer, x: Tensor, seen: Tensor) -> None:
         """What follows the attention, added to x."""
         middle = layer.down.shape[0]
-        for rows, attended in zip(torch.split(x, ROWS), torch.split(seen, ROWS), strict=True):
+        for rows, attended in _pieces(x, seen):
             rows.addmm_(attended, layer.out)
             gate_up = F.linear(self._normed(rows), layer.gate_up)
             rows.addmm_(F.silu(gate_up[:, :middle]).mul_(gate_up[:, middle:]), layer.down)
+
+
+def _pieces(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Both in ROWS rows at a time, views; no views where they have no more: a decode step is many small calls."""
+    if len(x) <= ROWS:
+        return [(x, other)]
+    return zip(torch.split(x, ROWS), torch.split(other, ROWS), strict=True)
