@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fst_fast.cli import main
 from fst_fast.config import Config
@@ -65,6 +66,10 @@ def mini_with_a_window(folder: Path) -> Path:
           "--rollout.backend_args.base_url=http://127.0.0.1:9/v1"],
          "rollout.backend=openai: problem probe, context , sample 0 at http://127.0.0.1:9/v1: APIConnectionError"),
         (["--rollout.kv_memory_bytes=1000"], "rollout.kv_memory_bytes allows 1000"),
+        pytest.param(
+            ["--policy.liger=true"], "policy.liger=true needs a GPU, and this process has none; policy.liger=false computes the same function",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_leaves_no_folder(
