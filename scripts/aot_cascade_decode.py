@@ -18,7 +18,7 @@ from fst_kernels.cascade_decode import triton_kernels as kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAGES = {"ranges": 0, "pages": 64}
-TABLES = ("node_slots", "suffix_lengths", "ranked", "items", "parts", "part_count")
+TABLES = ("node_slots", "suffix_lengths", "ranked", "items", "above", "past", "parts", "part_count")
 PARTS = {"part_out": "*fp32", "part_lse2": "*fp32"}
 
 
@@ -35,37 +35,38 @@ def cascade_decode_cases() -> Iterator[aot_report.Case]:
         wide = op.padded(dim)
         for rows in op.row_tiles(DTYPES[dtype]):
             tile = op.tile(dim, rows, DTYPES[dtype])
-            for kind, page in PAGES.items():
-                if kind == "pages" and (dtype, dim) not in (("bf16", 128), ("bf16", 256)):
+            for kind, page, window in [(k, p, w) for k, p in PAGES.items() for w in (False, True)]:
+                if kind == "pages" and (window or (dtype, dim) not in (("bf16", 128), ("bf16", 256))):
                     continue  # the loads differ, what surrounds them does not
                 yield aot_report.Case(
-                    f"part {dtype} D={dim} {rows} rows x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages, {kind}",
+                    f"part {dtype} D={dim} {rows} rows x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages, {kind}{', window' * window}",
                     kernels.part_kernel,
                     dict.fromkeys(("q", "k_pool", "v_pool"), "*" + dtype)
                     | dict.fromkeys((n for n in TABLES if n in kernels.part_kernel.arg_names), "*i32")
                     | {"suffix_slots": "*i64"}
                     | PARTS
-                    | {"scale2": "fp32", "heads": "i32", "kv_heads": "i32", "group": "i32"}
+                    | {"scale2": "fp32", "heads": "i32", "kv_heads": "i32", "window": "i32", "group": "i32"}
                     | strides(kernels.part_kernel),
                     {"D": dim, "DIM": wide, "ROWS": rows, "KEYS": tile.keys, "PRECISION": "ieee"}
-                    | {"NODE_PAGE": page, "SUFFIX_PAGE": page},
-                    unaligned=("heads", "kv_heads", "group"),
+                    | {"NODE_PAGE": page, "SUFFIX_PAGE": page, "WINDOW": window},
+                    unaligned=("heads", "kv_heads", "window", "group"),
                     warps=tile.warps,
                     stages=tile.stages,
                     # Below 64 rows there is neither wgmma nor tcgen05.
                     tensor_cores=dtype != "fp32" and ("mma.sync" if rows < 64 else True),
                 )
-        yield aot_report.Case(
-            f"merge {dtype} D={dim}",
-            kernels.merge_kernel,
-            PARTS
-            | dict.fromkeys((n for n in TABLES if n in kernels.merge_kernel.arg_names), "*i32")
-            | {"out": "*" + dtype, "lse": "*fp32"}
-            | dict.fromkeys(("heads", "width", "suffix_part", "suffix_chunks"), "i32")
-            | strides(kernels.merge_kernel),
-            {"D": dim, "DIM": wide, "HEADS": op.MERGED_HEADS, "CHUNK": 512},
-            unaligned=("heads", "width", "suffix_part", "suffix_chunks"),
-        )
+        for window in (False, True):
+            yield aot_report.Case(
+                f"merge {dtype} D={dim}{', window' * window}",
+                kernels.merge_kernel,
+                PARTS
+                | dict.fromkeys((n for n in TABLES if n in kernels.merge_kernel.arg_names), "*i32")
+                | {"out": "*" + dtype, "lse": "*fp32"}
+                | dict.fromkeys(("heads", "width", "suffix_part", "suffix_chunks"), "i32")
+                | strides(kernels.merge_kernel),
+                {"D": dim, "DIM": wide, "HEADS": op.MERGED_HEADS, "CHUNK": 512, "WINDOW": window},
+                unaligned=("heads", "width", "suffix_part", "suffix_chunks"),
+            )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
-from fst_fast.policy.attention import sliding_window
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
@@ -60,7 +59,7 @@ class RolloutEngine:
     prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes:
     what its keys and values may take at a time; None: half of what the device (on a CPU: the machine, shared by the processes on it) has
     free at each call. cascade: attend by the kernels of fst_kernels over a pool of keys and values (rollout/pooled.py); None: where Triton
-    runs on the model's GPU and no layer has a sliding window. graph: then runs the decode steps. note: told what was chosen for want of
+    runs on the model's GPU. graph: then runs the decode steps. note: told what was chosen for want of
     memory.
     tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
     earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
@@ -91,7 +90,6 @@ class RolloutEngine:
             f"max_batch={max_batch}, prefill_tokens={prefill_tokens}: at least 1"
         )
         assert not stop or decode, "stop texts without the decoding of tokens"
-        assert not cascade or sliding_window(model.config) is None, "cascade=True knows no sliding window"
         self.model, self.packing = model, packing
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
@@ -210,7 +208,7 @@ class RolloutEngine:
     def _cascades(self, weight: torch.Tensor) -> bool:
         if self.cascade is not None:
             return self.cascade
-        if not weight.is_cuda or sliding_window(self.model.config) is not None:
+        if not weight.is_cuda:
             return False
         taken: str = choose_backend("cascade_decode_attention", None, weight.device, weight.dtype)
         return taken == "triton"

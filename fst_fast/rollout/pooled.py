@@ -4,7 +4,7 @@ A decode step is one `cascade_decode_attention` per layer over prompt nodes and 
 one `tree_attention` per layer over the window and what stands above it: the keys of the ancestors come from the pool, and queries are computed for
 them too, for nobody. That costs the attention of those tokens once more, nothing else of the model, and never holds scores.
 
-The other way, batched attention calls over blocks (cascade.py, prefill.py), is what a CPU takes, no slower there, and knows sliding windows.
+The other way, batched attention calls over blocks (cascade.py, prefill.py), is what a CPU takes, no slower there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class PooledDecodePlan:
     """Attention of one new token per slot over its path and its suffix, for as long as neither the paths nor the pool's ranges change.
 
     rows, lengths: [slots], of the step at hand, tensors that stay (graphs.py); work: the work list, another one where the suffixes outgrow it.
+    In layers with a sliding window (`window`) keys farther back are kept and not attended to.
     """
+
+    windows = True
 
     def __init__(
         self, cache: TreeCache, paths: Ints, suffixes: PooledSuffixes, *, device: torch.device
@@ -85,28 +88,30 @@ class PooledDecodePlan:
                 suffix_capacity=min(1 << max(longest, 64).bit_length(), self.suffixes.limit),
             )
 
-    def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def tokens(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D]."""
         assert self.work is not None, "step comes first"
         self.pool.want(layer, k)
         keys, values = self.pool.k[layer], self.pool.v[layer]
         keys.index_copy_(0, self.rows, k)
         values.index_copy_(0, self.rows, v)
-        return cascade_decode_attention(q, keys, values, self.work, scale=scale)
+        return cascade_decode_attention(q, keys, values, self.work, scale=scale, window=window)
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
         """Every slot has one token, and every token is read."""
         raise AssertionError("a decode step asks for all rows")
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
+    ) -> Tensor:
         """For the transformers forward: q [S, Hq, 1, D], k and v [S, Hkv, 1, D] -> [S, 1, Hq, D]."""
-        return self.tokens(layer, q.squeeze(2), k.squeeze(2), v.squeeze(2), scale)[:, None]
+        return self.tokens(layer, q.squeeze(2), k.squeeze(2), v.squeeze(2), scale, window)[:, None]
 
 
 class PooledPrefillPlan(PrefillPlan):
     """The same window, its blocks in a pool."""
-
-    windows = False
 
     def __init__(
         self, cache: TreeCache, nodes: Ints, read: Ints, *, device: torch.device, dtype: torch.dtype
@@ -133,10 +138,9 @@ class PooledPrefillPlan(PrefillPlan):
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]; stores k and v."""
-        assert window is None
         self._store(layer, k, v)
         keys, values = (x[layer].index_select(0, self.slots) for x in (self.pool.k, self.pool.v))
         queries = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, self.mine, q)
         q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
-        out = tree_attention(q, k, v, self.mask, scale=scale)[0].transpose(0, 1)
+        out = tree_attention(q, k, v, self.mask, scale=scale, window=window)[0].transpose(0, 1)
         return out.index_select(0, self.mine)

@@ -103,11 +103,12 @@ def test_by_the_triton_kernels_it_is_the_same_in_the_interpreter():
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "1 passed" in done.stdout
+    assert "2 passed" in done.stdout
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs a process with TRITON_INTERPRET=1")
-def test_inside_the_interpreter(monkeypatch):
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_inside_the_interpreter(kind, monkeypatch):
     calls = []
 
     def counted(op, *args, **how):
@@ -117,15 +118,17 @@ def test_inside_the_interpreter(monkeypatch):
     monkeypatch.setattr(pooled, "cascade_decode_attention", partial(counted, cascade_decode_attention))
     monkeypatch.setattr(pooled, "tree_attention", partial(counted, tree_attention))
     requests = requests_of(contexts=(18, 7), problems=(3, 9), samples=1)
-    said = sample(padded(make_model(attention="sdpa")), requests, 4)
-    assert_same(sample(forest(make_model(), cascade=True, max_batch=4, prefill_tokens=16), requests, 4), said)
+    said = sample(padded(make_model(kind, "sdpa")), requests, 4)
+    engine = forest(make_model(kind), cascade=True, max_batch=4, prefill_tokens=16)
+    assert_same(sample(engine, requests, 4), said)
     assert {cascade_decode_attention, tree_attention} == set(calls)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_engine_takes_the_kernels_and_gives_the_same_rollouts():
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_on_a_gpu_the_engine_takes_the_kernels_and_gives_the_same_rollouts(kind):
     requests = requests_of()
-    said = sample(padded(make_model(attention="sdpa")), requests)
-    engine = forest(make_model().cuda(), prefill_tokens=17, max_batch=4)
+    said = sample(padded(make_model(kind, "sdpa")), requests)
+    engine = forest(make_model(kind).cuda(), prefill_tokens=17, max_batch=4)
     assert_same(sample(engine, requests), said)
     assert engine._pool.k[0].is_cuda

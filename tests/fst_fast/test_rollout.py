@@ -161,18 +161,17 @@ def test_greedy_rollouts_are_those_of_transformers_generate(kind):
     assert len({tuple(row) for row in expected}) > len(requests) // 2, (
         "the model must not say the same to everything"
     )
-    engines = [forest(make_model(kind)), padded(plain)]
-    engines += [forest(make_model(kind), cascade=True)] if kind not in WINDOWED else []
-    for engine in engines:
+    for engine in (forest(make_model(kind)), padded(plain), forest(make_model(kind), cascade=True)):
         rollouts = sample(engine, requests, 16, temperature=0.0)
         assert [r.response_ids.tolist() for r in rollouts] == expected
 
 
 @pytest.mark.parametrize("kind", WINDOWED)
 @pytest.mark.parametrize("prefill_tokens", [4, 16])
-def test_windows_slide_over_whatever_the_prompts_are_cut_into(kind, prefill_tokens):
+@pytest.mark.parametrize("cascade", [False, True])
+def test_windows_slide_over_whatever_the_prompts_are_cut_into(kind, prefill_tokens, cascade):
     expected = sample(padded(make_model(kind, "sdpa")), requests_of())
-    engine = forest(make_model(kind), max_batch=5, prefill_tokens=prefill_tokens)
+    engine = forest(make_model(kind), max_batch=5, prefill_tokens=prefill_tokens, cascade=cascade)
     assert_same(sample(engine, requests_of()), expected)
     assert_same(sample(engine, requests_of()), expected)  # and from the prefixes that the first call left
 

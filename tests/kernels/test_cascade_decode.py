@@ -33,11 +33,11 @@ class Case:
 
     def __init__(
         self, paths, node_lengths, suffix_lengths, *, heads=HEADS[0], kv_heads=HEADS[1], dim=8, capacity=None, page=None, shuffle=False,
-        chunk=16, seed=0, dtype=torch.float32,
+        chunk=16, seed=0, dtype=torch.float32, window=None,
     ):  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         self.paths, self.lengths = [list(p) for p in paths], list(node_lengths)
-        self.suffixes = torch.tensor(suffix_lengths, dtype=torch.int32)
+        self.suffixes, self.window = torch.tensor(suffix_lengths, dtype=torch.int32), window
         capacity = capacity or max(1, int(self.suffixes.max()))
         sizes = self.lengths + [capacity] * len(self.paths)
         order = torch.randperm(len(sizes), generator=g).tolist() if shuffle else range(len(sizes))
@@ -66,11 +66,14 @@ class Case:
 
     def run(self, backend=BACKENDS[0], **change):
         q, k, v = (change.get(name, getattr(self, name)) for name in ("q", "k", "v"))
-        return cascade_decode_attention(q, k, v, self.plan, scale=0.4, return_lse=True, backend=backend)
+        return cascade_decode_attention(
+            q, k, v, self.plan, scale=0.4, window=self.window, return_lse=True, backend=backend
+        )
 
     def keys_of(self, s):
         seen = [self.slots[n] for n in self.paths[s] if n >= 0]
-        return torch.cat([*seen, self.slots[len(self.lengths) + s][: int(self.suffixes[s])]]).long()
+        past = torch.cat([*seen, self.slots[len(self.lengths) + s][: int(self.suffixes[s])]]).long()
+        return past if self.window is None else past[-self.window :]
 
     def truth(self):
         group = self.q.shape[1] // self.k.shape[1]
@@ -140,7 +143,7 @@ def test_it_compiles_for_hopper_with_tensor_cores_and_without_spills():
         [sys.executable, str(script), "--arch", "90", "--only", "bf16 D=128 64 rows"], capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("sm_90 part bf16 D=128") == 2
+    assert done.stdout.count("sm_90 part bf16 D=128") == 3
 
 
 # Suffix lengths around chunk and tile, one node with many chunks, a lonely sequence, one at an inner node, one without a prompt.
@@ -170,10 +173,27 @@ def test_tiles_of_queries_that_are_not_full(samples):
     Case(*nested(1, 1, samples, (18, 3)), [2] * samples, heads=2, kv_heads=1).check()
 
 
+@pytest.mark.parametrize("window", [1, 17, 200] if INTERPRETED else [1, 2, 15, 16, 17, 33, 40, 130, 1000])
+def test_through_a_window_a_sequence_sees_the_last_keys_of_its_past(window):
+    """Whole parts lie behind it, for some or for all of the queries of a tile; with 1000 nothing does."""
+    case = Case(*UNEVEN, UNEVEN_SUFFIXES, capacity=50, window=window)
+    case.check()
+    case.suffixes += 15
+    case.check()
+
+
+@pytest.mark.parametrize("page", [None, 4])
+def test_a_window_over_pages_and_many_queries_of_different_depth(page):
+    paths, lengths = nested(1, 2, 17 if INTERPRETED else 40, (70, 9))
+    Case(paths, lengths, [1 + i % 30 for i in range(len(paths))], page=page, shuffle=True, window=45).check()
+
+
 @settings(max_examples=2 if INTERPRETED else 25, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([None, 4, 16]), st.booleans())
-def test_random_trees(seed, sequences, page, shuffle):
-    Case(*random_tree(seed, sequences), page=page, shuffle=shuffle, seed=seed).check()
+@given(
+    st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([None, 4, 16]), st.booleans(), st.sampled_from([None, 3, 30])
+)  # fmt: skip
+def test_random_trees(seed, sequences, page, shuffle, window):
+    Case(*random_tree(seed, sequences), page=page, shuffle=shuffle, seed=seed, window=window).check()
 
 
 def test_a_sequence_that_sees_no_key_gets_zeros():
@@ -361,6 +381,8 @@ def test_tensors_that_do_not_fit_the_plan_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             cascade_decode_attention(*arguments, case.plan)
+    with pytest.raises(ValueError, match="window=0; allowed: at least 1, or None"):
+        cascade_decode_attention(q, k, v, case.plan, window=0)
     case.suffixes += 1
     with pytest.raises(
         ValueError, match="suffix_lengths run from 3 to 3; allowed: 0 to the plan's suffix_capacity=2"
@@ -378,8 +400,10 @@ def test_tensors_that_do_not_fit_the_plan_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_on_a_gpu_the_error_is_that_of_dense_attention_and_a_graph_replays(dim, dtype):
+@pytest.mark.parametrize(
+    ("dim", "window"), [(64, None), (80, None), (96, None), (128, None), (256, None), (128, 650), (256, 650)]
+)
+def test_on_a_gpu_the_error_is_that_of_dense_attention_and_a_graph_replays(dim, window, dtype):
     case = Case(
         *nested(2, 3, 9, (700, 130)),
         [37] * 54,
@@ -389,6 +413,7 @@ def test_on_a_gpu_the_error_is_that_of_dense_attention_and_a_graph_replays(dim, 
         capacity=600,
         chunk=512,
         dtype=dtype,
+        window=window,
     )
     want = case.truth()[0]
     device = {n: getattr(case, n).cuda() for n in ("q", "k", "v")}
@@ -399,7 +424,7 @@ def test_on_a_gpu_the_error_is_that_of_dense_attention_and_a_graph_replays(dim, 
     )  # fmt: skip
 
     def run():
-        return cascade_decode_attention(*device.values(), plan, scale=0.4, backend="triton")
+        return cascade_decode_attention(*device.values(), plan, scale=0.4, window=window, backend="triton")
 
     out = run()
     bound = 1e-5 if dtype == torch.float32 else 2 * float((want - want.to(dtype).double()).abs().max()) + 1e-5

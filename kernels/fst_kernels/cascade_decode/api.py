@@ -22,6 +22,7 @@ def cascade_decode_attention(
     plan: CascadePlan,
     *,
     scale: float | None = None,
+    window: int | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -35,6 +36,7 @@ def cascade_decode_attention(
     plan: CascadePlan,
     *,
     scale: float | None = None,
+    window: int | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -48,6 +50,7 @@ def cascade_decode_attention(
     plan: CascadePlan,
     *,
     scale: float | None = None,
+    window: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,7 +59,7 @@ def cascade_decode_attention(
 
     q [S,Hq,D]; k_pool, v_pool [slots,Hkv,D] of the same float type, Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv)), rows
     of D contiguous, as the pool lies; plan: CascadePlan.build, made once for as long as no sequence changes its path. scale: default
-    D ** -0.5. Pools must hold finite numbers everywhere (make them with zeros). Returns out [S,Hq,D], with `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores).
+    D ** -0.5. window: each sequence sees the last so many keys of its past only, the new token's own among them (sliding-window attention); None: all. Pools must hold finite numbers everywhere (make them with zeros). Returns out [S,Hq,D], with `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores).
     A sequence that sees no key gets zeros and -inf. No atomics; segments are cut by their own length alone and parts merge in one order.
 
     backend="triton" can be captured in a CUDA graph after one call that warms up, and replays with whatever q, the pools, plan.suffix_lengths and
@@ -79,6 +82,8 @@ def cascade_decode_attention(
             )
     if sequences and look_at_values(q.device):
         plan.of_step(f"checked, {len(k_pool)}", lambda: plan.check_suffixes(len(k_pool)))
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}; allowed: at least 1, or None")
     scale = 1 / math.sqrt(dim) if scale is None else scale
     taken = choose_backend("cascade_decode_attention", backend, q.device, q.dtype)
     if not q.numel():
@@ -86,13 +91,13 @@ def cascade_decode_attention(
     elif taken == "triton":
         from fst_kernels.cascade_decode import triton  # only here: it is not installed everywhere
 
-        out, lse = triton.cascade_decode(q, k_pool, v_pool, plan, scale)
+        out, lse = triton.cascade_decode(q, k_pool, v_pool, plan, scale, window)
     else:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "cascade_decode_attention: backend=reference cannot be captured in a CUDA graph, a replay would see the lengths of the capture; triton can"
             )
         with torch.autocast(q.device.type, enabled=False):
-            out, partial_lse = reference.cascade_decode(q, k_pool, v_pool, plan, scale)
+            out, partial_lse = reference.cascade_decode(q, k_pool, v_pool, plan, scale, window)
         lse = torch.logsumexp(partial_lse, 0) if return_lse else partial_lse
     return (out, lse) if return_lse else out

@@ -5,6 +5,8 @@ neighbours. Softmax attention over a long past is exact in *parts*: a part is on
 sees it an output and a log-sum-exp, which are merged root to leaf, suffix last. Where a segment is cut depends on its own length alone,
 so a sequence's parts are the same whoever its neighbours are.
 
+A sliding window is the last so many keys of a sequence's past, so a segment also knows how many keys lie above it.
+
 Only the suffixes grow from step to step. Their lengths (and pages) are tensors on the device that the caller overwrites in place: nothing
 here is built again and a captured CUDA graph stays valid.
 """
@@ -38,6 +40,7 @@ class Work(NamedTuple):
     rows: int  # of the tile
     items: Tensor  # [I, ITEM] int32: first entry in the slot table, first key, last key + 1, sequence whose suffix it is (-1: a node),
     # first ranked query of the segment, first row in the tile (row = query * group + head of the group), rows of the segment, first part
+    above: Tensor  # [I] int32: keys that lie above the segment on its path
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,8 @@ class CascadePlan:
     first: Tensor  # [runs] first rank below it
     count: Tensor  # [runs] sequences below it
     length: Tensor  # [runs] keys
+    above: Tensor  # [runs] keys of the nodes above it
+    past: Tensor  # [S] int32 on the device: keys of all nodes that each sequence sees
     part: Tensor  # [runs] first part: (chunk, query) row by row
     suffix_part: int  # first part of the suffixes: rank * suffix_chunks + chunk
     total_parts: int
@@ -139,6 +144,12 @@ class CascadePlan:
         )
         _check_nodes(node, lengths, slots, node_page)
         length = lengths[node]
+        each = (
+            torch.where(paths >= 0, lengths[paths.clamp(min=0)], 0)
+            if len(lengths)
+            else torch.zeros_like(paths)
+        )
+        above = (each.cumsum(1) - each)[order[first], level]
         chunks = -(-length // chunk)
         behind = (chunks * count).cumsum(0)
         part = behind - chunks * count
@@ -146,7 +157,7 @@ class CascadePlan:
         ends = slots[node] if not node_page else slots[node].amax(1) if len(node) else slots.flatten()[:0]
         extent = length if not node_page else torch.full_like(length, node_page)
         return cls(
-            order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, part=part,
+            order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, above=above, past=each.sum(1).int().to(device), part=part,
             suffix_part=suffix_part, total_parts=suffix_part + sequences * -(-suffix_capacity // chunk),
             node_slots=(slots if node_page else slots[:, None]).int().to(device),
             suffix_slots=suffix_slots if suffix_page else suffix_slots[:, None], suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
@@ -241,10 +252,15 @@ class CascadePlan:
             items = torch.stack(
                 [entry, begin, end, nobody, self.first[run], first_row, rows[run], first_part], 1
             )
+            above = self.above[run]
             if tile == (tiles[0] if group <= tiles[0] else tiles[-1]):
-                items = torch.cat([items, self._suffix_items(group, tile)])
+                suffixes = self._suffix_items(group, tile)
+                items, above = (
+                    torch.cat([items, suffixes]),
+                    torch.cat([above, self.past.cpu()[suffixes[:, 3]]]),
+                )
             if len(items):
-                lists.append(Work(tile, items.int().to(self.suffix_lengths.device)))
+                lists.append(Work(tile, *(x.int().to(self.suffix_lengths.device) for x in (items, above))))
         return lists
 
     def _suffix_items(self, group: int, tile: int) -> Tensor:

@@ -66,12 +66,20 @@ class Call:
     ends: Tensor  # [rows] keys of each node
     width: int
     begin: int  # of its place in the list of partial results
+    above: Tensor  # [rows] keys above each node
+    queries: Tensor  # [rows * width] sequence of every lane
     masks: dict[torch.dtype, Tensor | None]
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         if dtype not in self.masks:
             self.masks[dtype] = _mask(self.ends, self.keys.length, dtype)
         return self.masks[dtype]
+
+    def seen(self, lowest: Tensor) -> Tensor:
+        """Through a window, [rows, width, L]. lowest: [S], how many keys of its past each sequence does not see."""
+        key = torch.arange(self.keys.length, device=lowest.device)
+        first = lowest[self.queries].view(-1, self.width) - self.above[:, None]  # [rows, width]
+        return (key < self.ends[:, None])[:, None] & (key >= first[..., None])
 
 
 @dataclass
@@ -166,7 +174,17 @@ def _schedule(plan: CascadePlan) -> Schedule:
         take = plan.order[first[:, None] + torch.where(live, lane, 0)]  # [rows, width]
         level = int(plan.level[runs[0]])
         where[level, take[live]] = used + torch.arange(len(runs) * width).view(len(runs), width)[live]
-        calls.append(Call(keys, plan.length[runs].to(device), width, used, {}))
+        calls.append(
+            Call(
+                keys,
+                plan.length[runs].to(device),
+                width,
+                used,
+                plan.above[runs].to(device),
+                take.flatten().to(device),
+                {},
+            )
+        )
         queries.append(take.flatten())
         used += len(runs) * width
     spread = torch.cat(queries) if queries else torch.zeros(0, dtype=torch.int64)
@@ -215,8 +233,17 @@ def _suffixes(plan: CascadePlan, slots_of_pool: int) -> Suffixes:
     return Suffixes(keys, longest, {}, lengths, not on_host or int(lengths.min()) < 1)
 
 
+def _seen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """partial_attention where query i of node b sees the keys seen[b, i]; one that sees none has lse -inf and a finite out."""
+    blind = ~seen.any(-1)  # [B, Q]
+    hidden = ~(seen | blind[..., None])
+    mask = torch.zeros(hidden.shape, device=q.device, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+    out, lse = partial_attention(q, k, v, scale, mask[:, None])
+    return out, lse.masked_fill(blind[:, None], float("-inf"))
+
+
 def cascade_decode(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: CascadePlan, scale: float
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: CascadePlan, scale: float, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """q [S, Hq, D], pools [slots, Hkv, D] -> out [S, Hq, D] and the parts' lse [parts, S, Hq], float32 at least."""
     sequences, heads, dim = q.shape
@@ -228,7 +255,16 @@ def cascade_decode(
     q = q.reshape(sequences, kv_heads, group, dim)
     out = q.new_empty((known.used, kv_heads, group, value_dim), dtype=wide)
     lse = q.new_empty((known.used, kv_heads, group), dtype=wide)
-    part, part_lse = partial_attention(q, own.keys.of(k_pool), own.keys.of(v_pool), scale, own.mask(q.dtype))
+    lowest = (
+        None if window is None else plan.past + plan.suffix_lengths - window
+    )  # keys that each sequence does not see
+    keys, values = own.keys.of(k_pool), own.keys.of(v_pool)
+    if lowest is None:
+        part, part_lse = partial_attention(q, keys, values, scale, own.mask(q.dtype))
+    else:
+        key = torch.arange(own.length, device=q.device)
+        seen = (key < plan.suffix_lengths[:, None]) & (key >= (lowest - plan.past)[:, None])  # [S, L]
+        part, part_lse = _seen_attention(q, keys, values, scale, seen[:, None].expand(-1, group, -1))
     out[:sequences], lse[:sequences] = part, part_lse
     out[sequences], lse[sequences] = 0, float("-inf")
     if own.some_empty:
@@ -238,10 +274,13 @@ def cascade_decode(
     for call in known.calls:
         rows, size = call.keys.rows, call.keys.rows * call.width
         mine = spread[taken : taken + size].view(rows, call.width, kv_heads, group, dim).transpose(1, 2)
-        part, part_lse = partial_attention(
-            mine.reshape(rows, kv_heads, call.width * group, dim),
-            call.keys.of(k_pool), call.keys.of(v_pool), scale, call.mask(q.dtype),
-        )  # fmt: skip
+        mine = mine.reshape(rows, kv_heads, call.width * group, dim)
+        keys, values = call.keys.of(k_pool), call.keys.of(v_pool)
+        if lowest is None:
+            part, part_lse = partial_attention(mine, keys, values, scale, call.mask(q.dtype))
+        else:
+            seen = call.seen(lowest).repeat_interleave(group, 1)
+            part, part_lse = _seen_attention(mine, keys, values, scale, seen)
         at = slice(call.begin, call.begin + size)
         shape = rows, kv_heads, call.width, group
         out[at].view(rows, call.width, kv_heads, group, value_dim).copy_(

@@ -61,6 +61,7 @@ def cascade_decode(
     v_pool: Tensor,
     plan: CascadePlan,
     scale: float,
+    window: int | None = None,
     tiles: dict[int, Tile] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Arguments already checked; q not empty. Returns out [S, Hq, D] and lse [S, Hq] float32. tiles: by query rows, chosen unless given.
@@ -86,15 +87,15 @@ def cascade_decode(
         for work in plan.work(heads // kv_heads, tuple(tiles)):
             taken = tiles[work.rows]
             triton_kernels.part_kernel[(len(work.items) * kv_heads,)](
-                q, k_pool, v_pool, plan.node_slots, plan.suffix_slots, plan.suffix_lengths, plan.ranked, work.items,
-                part_out, part_lse2, scale * LOG2E, heads, kv_heads, heads // kv_heads,
+                q, k_pool, v_pool, plan.node_slots, plan.suffix_slots, plan.suffix_lengths, plan.ranked, work.items, work.above, plan.past,
+                part_out, part_lse2, scale * LOG2E, heads, kv_heads, window or 0, heads // kv_heads,
                 *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
                 D=dim, DIM=wide, ROWS=work.rows, KEYS=taken.keys, NODE_PAGE=plan.node_page, SUFFIX_PAGE=plan.suffix_page,
-                PRECISION="ieee", num_warps=taken.warps, num_stages=taken.stages,
+                PRECISION="ieee", WINDOW=window is not None, num_warps=taken.warps, num_stages=taken.stages,
             )  # fmt: skip
         triton_kernels.merge_kernel[(sequences, triton.cdiv(heads, MERGED_HEADS))](
             part_out, part_lse2, parts, part_count, plan.suffix_lengths, plan.ranked, out, lse,
             heads, parts.shape[1], plan.suffix_part, plan.suffix_chunks, *out.stride()[:2],
-            D=dim, DIM=wide, HEADS=MERGED_HEADS, CHUNK=plan.chunk, num_warps=4,
+            D=dim, DIM=wide, HEADS=MERGED_HEADS, CHUNK=plan.chunk, WINDOW=window is not None, num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -29,21 +29,31 @@ def _slot(table, first_slot, key, inside, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _finite(top, WINDOW: tl.constexpr):
+    """What exponents are taken from: a largest score of -inf, of rows that have seen no key yet, would give NaN."""
+    if WINDOW:
+        top = tl.where(top == float("-inf"), 0.0, top)
+    return top
+
+
+@triton.jit(do_not_specialize=["window"])
 def part_kernel(
     q, k_pool, v_pool,
     node_slots, suffix_slots,  # tables of first slots
     suffix_lengths,  # [S] int32
     ranked,  # [S] int32: sequence of each rank
-    items,  # [I, 8] int32; see plan.Work
+    items, above,  # [I, 8] and [I] int32; see plan.Work
+    past,  # [S] int32: keys of the nodes that each sequence sees
     part_out,  # [parts, Hq, D] float32
     part_lse2,  # [parts, Hq] float32, in units of log2
     scale2, heads, kv_heads,
+    window,  # with WINDOW a sequence sees the last so many keys of its past
     group,  # query heads per KV head
     stride_qs, stride_qh,
     stride_ks, stride_kh,
     stride_vs, stride_vh,
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    NODE_PAGE: tl.constexpr, SUFFIX_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    NODE_PAGE: tl.constexpr, SUFFIX_PAGE: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
 ):
     program = tl.program_id(0)
     kv_head = program % kv_heads
@@ -64,6 +74,12 @@ def part_kernel(
         acc = tl.zeros([ROWS, DIM], tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
+        lowest = row  # first key of the segment that each row sees
+        if WINDOW:
+            length = tl.load(past + at, mask=live, other=0) + tl.load(suffix_lengths + at, mask=live, other=0)
+            lowest = length - window - tl.load(above + program // kv_heads)
+            least = tl.min(tl.where(live, lowest, 2147483647))
+            begin += tl.maximum(tl.minimum(least, end) - begin, 0) // KEYS * KEYS
         first_slot = tl.zeros((), tl.int64)  # of a range; loaded once, so that the loop's loads wait for nothing but the loop
         if sequence >= 0:
             if SUFFIX_PAGE == 0:
@@ -85,25 +101,34 @@ def part_kernel(
             k_tile = tl.load(k_head + (slot * stride_ks)[:, None] + column[None, :], mask=there, other=0.0)
             v_tile = tl.load(v_head + (slot * stride_vs)[:, None] + column[None, :], mask=there, other=0.0)
             score = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * scale2
-            score = tl.where(inside[None, :], score, float("-inf"))
+            seen = inside[None, :]
+            if WINDOW:
+                seen = seen & (key[None, :] >= lowest[:, None])
+            score = tl.where(seen, score, float("-inf"))
             new_top = tl.maximum(top, tl.max(score, 1))
-            weight = tl.exp2(score - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
+            base = _finite(new_top, WINDOW)
+            weight = tl.exp2(score - base[:, None])
+            shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weight, 1)
             acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
+        if WINDOW:
+            total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key of this part: zeros and -inf
         part = (first_part + query).to(tl.int64) * heads + head
         tl.store(part_out + (part * D)[:, None] + column[None, :], acc / total[:, None], mask=live[:, None] & wide[None, :])
         tl.store(part_lse2 + part, top + tl.log2(total), mask=live)
 
 
 @triton.jit
-def _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D: tl.constexpr):
+def _add_part(
+    acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D: tl.constexpr, WINDOW: tl.constexpr
+):
     at = part.to(tl.int64) * heads + head
     lse2 = tl.load(part_lse2 + at, mask=inside, other=0.0)
     value = tl.load(part_out + (at * D)[:, None] + column[None, :], mask=there, other=0.0)
     new_top = tl.maximum(top, lse2)
-    shrink, weight = tl.exp2(top - new_top), tl.exp2(lse2 - new_top)
+    base = _finite(new_top, WINDOW)
+    shrink, weight = tl.exp2(top - base), tl.exp2(lse2 - base)
     return acc * shrink[:, None] + value * weight[:, None], total * shrink + weight, new_top
 
 
@@ -117,7 +142,7 @@ def merge_kernel(
     lse,  # [S, Hq] float32, natural log
     heads, width, suffix_part, suffix_chunks,
     stride_os, stride_oh,
-    D: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
 ):
     rank = tl.program_id(0)
     head, column = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, DIM)
@@ -129,10 +154,10 @@ def merge_kernel(
     top = tl.full([HEADS], float("-inf"), tl.float32)
     for i in range(0, tl.load(part_count + rank)):
         part = tl.load(parts + rank.to(tl.int64) * width + i)
-        acc, total, top = _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D)
+        acc, total, top = _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D, WINDOW)
     for i in range(0, tl.cdiv(tl.load(suffix_lengths + sequence), CHUNK)):
         part = suffix_part + rank * suffix_chunks + i
-        acc, total, top = _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D)
+        acc, total, top = _add_part(acc, total, top, part_out, part_lse2, part, head, column, inside, there, heads, D, WINDOW)
     some = tl.where(total == 0.0, 1.0, total)  # a sequence that sees no key: zeros and -inf
     tl.store(
         out + sequence * stride_os + (head * stride_oh)[:, None] + column[None, :],
