@@ -59,11 +59,13 @@ def cascade_decode_attention(
 
     q [S,Hq,D]; k_pool, v_pool [slots,Hkv,D] of the same float type, Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv)), rows
     of D contiguous, as the pool lies; plan: CascadePlan.build, made once for as long as no sequence changes its path. scale: default
-    D ** -0.5. window: each sequence sees the last so many keys of its past only, the new token's own among them (sliding-window attention); None: all. Pools must hold finite numbers everywhere (make them with zeros). Returns out [S,Hq,D], with `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores).
-    A sequence that sees no key gets zeros and -inf. No atomics; segments are cut by their own length alone and parts merge in one order.
+    D ** -0.5. window: each sequence sees only the last so many keys of its past (nodes, then suffix), the new token's own among them:
+    sliding-window attention; None: all. Pools must hold finite numbers everywhere (make them with zeros). Returns out [S,Hq,D], with
+    `return_lse` also lse [S,Hq] float32 (natural log of the sum of exponentials of the scaled scores). A sequence that sees no key gets
+    zeros and -inf. No atomics; segments are cut by their own length alone and parts merge in one order.
 
     backend="triton" can be captured in a CUDA graph after one call that warms up, and replays with whatever q, the pools, plan.suffix_lengths and
-    plan.suffix_slots then hold. Raises ValueError for shapes, types and devices that do not fit, for a pool smaller than the plan's slots
+    plan.suffix_slots then hold. Raises ValueError for shapes, types and devices that do not fit, for a window below 1, for a pool smaller than the plan's slots
     and, on the CPU or with FST_CHECK=1, for a suffix that is longer than the plan's capacity or reads outside the pool; RuntimeError for a backend that cannot run here.
     """
     check_tensor("q", q, (plan.sequences, "Hq", "D"), FLOATS, plan.suffix_lengths.device)

@@ -157,7 +157,8 @@ class CascadePlan:
         ends = slots[node] if not node_page else slots[node].amax(1) if len(node) else slots.flatten()[:0]
         extent = length if not node_page else torch.full_like(length, node_page)
         return cls(
-            order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, above=above, past=each.sum(1).int().to(device), part=part,
+            order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, part=part,
+            above=above, past=each.sum(1).int().to(device),
             suffix_part=suffix_part, total_parts=suffix_part + sequences * -(-suffix_capacity // chunk),
             node_slots=(slots if node_page else slots[:, None]).int().to(device),
             suffix_slots=suffix_slots if suffix_page else suffix_slots[:, None], suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
@@ -255,10 +256,8 @@ class CascadePlan:
             above = self.above[run]
             if tile == (tiles[0] if group <= tiles[0] else tiles[-1]):
                 suffixes = self._suffix_items(group, tile)
-                items, above = (
-                    torch.cat([items, suffixes]),
-                    torch.cat([above, self.past.cpu()[suffixes[:, 3]]]),
-                )
+                items = torch.cat([items, suffixes])
+                above = torch.cat([above, self.past.cpu()[suffixes[:, 3]]])
             if len(items):
                 lists.append(Work(tile, *(x.int().to(self.suffix_lengths.device) for x in (items, above))))
         return lists

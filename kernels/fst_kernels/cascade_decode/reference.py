@@ -255,9 +255,8 @@ def cascade_decode(
     q = q.reshape(sequences, kv_heads, group, dim)
     out = q.new_empty((known.used, kv_heads, group, value_dim), dtype=wide)
     lse = q.new_empty((known.used, kv_heads, group), dtype=wide)
-    lowest = (
-        None if window is None else plan.past + plan.suffix_lengths - window
-    )  # keys that each sequence does not see
+    # With a window, how many keys of its past each sequence does not see.
+    lowest = None if window is None else plan.past + plan.suffix_lengths - window
     keys, values = own.keys.of(k_pool), own.keys.of(v_pool)
     if lowest is None:
         part, part_lse = partial_attention(q, keys, values, scale, own.mask(q.dtype))
