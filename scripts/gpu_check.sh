@@ -5,7 +5,7 @@
 #   bash scripts/gpu_check.sh [--list] [--dry-run] [PART ...]      no PART: all of them, in the order of --list
 #
 # OUT=folder     where it writes as it goes (build/gpu_check): log.txt, summary.txt, and NAME_cuda.json per benchmark
-# WHEELS=folder  wheels of packages that this machine lacks (pytest, pytest-benchmark, liger-kernel ...): unpacked without their
+# WHEELS=folder  wheels of packages that this machine lacks (pytest, pytest-benchmark, pydantic, liger-kernel ...): unpacked without their
 #                dependencies into a folder that only this run sees
 # PYTHON=python3
 # Exit code 1 if a part failed, timed out or was asked for and does not exist; 2 if the arguments or the machine are not fit for it.
@@ -94,7 +94,7 @@ if importlib.util.find_spec("torch") is None: sys.exit("torch is not installed")
 import torch
 if not torch.cuda.is_available(): sys.exit("torch " + torch.__version__ + " finds no CUDA device")
 major, minor = torch.cuda.get_device_capability()
-lacking = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+lacking = [name for name in ("pytest", "pytest_benchmark", "pydantic") if importlib.util.find_spec(name) is None]
 if lacking: sys.exit(" and ".join(lacking) + " not installed; carry the wheels and name their folder with WHEELS")
 print(f"{major}{minor}" + ("a" if major == 9 else ""), torch.cuda.get_device_name() + ", torch " + torch.__version__, sep="\t")
 ' 2>&1 | tail -n 1)
