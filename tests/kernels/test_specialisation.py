@@ -28,7 +28,7 @@ print(json.dumps(found))
 POINTERS = {
     "q", "k", "v", "out", "dout", "dq", "dk", "dv", "end", "depth", "lists", "counts", "order", "units", "splits", "block_max", "block_min",
     "key_low", "key_high", "query_low", "query_high", "tiles", "bounds", "entries", "ends", "owner", "lse2", "delta", "partials", "k_pool", "v_pool",
-    "node_slots", "suffix_slots", "suffix_lengths", "ranked", "items", "part_out", "part_lse2", "parts", "part_count", "lse",
+    "node_slots", "suffix_slots", "suffix_lengths", "ranked", "items", "above", "past", "part_out", "part_lse2", "parts", "part_count", "lse",
 }  # fmt: skip
 
 
