@@ -47,7 +47,6 @@ def test_two_processes_sample_what_one_does_and_notice_weights_that_differ(tmp_p
 
 RELEASED = """
 import json, sys
-import torch
 from fst_fast.config import Config
 from fst_fast.policy import ranks
 from fst_fast.policy.engine import Policy, checksum, load

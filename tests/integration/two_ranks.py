@@ -60,6 +60,7 @@ def main() -> None:
     if ranks.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(everybody))
     ranks.leave()
+    assert torch.distributed.is_initialized() == (ranks.world_size() == 1)
 
 
 if __name__ == "__main__":

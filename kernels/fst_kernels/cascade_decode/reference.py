@@ -67,7 +67,6 @@ class Call:
     width: int
     begin: int  # of its place in the list of partial results
     above: Tensor  # [rows] keys above each node
-    queries: Tensor  # [rows * width] sequence of every lane
     masks: dict[torch.dtype, Tensor | None]
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
@@ -76,9 +75,9 @@ class Call:
         return self.masks[dtype]
 
     def seen(self, lowest: Tensor) -> Tensor:
-        """Through a window, [rows, width, L]. lowest: [S], how many keys of its past each sequence does not see."""
+        """Through a window, [rows, width, L]. lowest: [rows * width], how many keys of its past each lane does not see."""
         key = torch.arange(self.keys.length, device=lowest.device)
-        first = lowest[self.queries].view(-1, self.width) - self.above[:, None]  # [rows, width]
+        first = lowest.view(-1, self.width) - self.above[:, None]  # [rows, width]
         return (key < self.ends[:, None])[:, None] & (key >= first[..., None])
 
 
@@ -181,7 +180,6 @@ def _schedule(plan: CascadePlan) -> Schedule:
                 width,
                 used,
                 plan.above[runs].to(device),
-                take.flatten().to(device),
                 {},
             )
         )
@@ -278,7 +276,7 @@ def cascade_decode(
         if lowest is None:
             part, part_lse = partial_attention(mine, keys, values, scale, call.mask(q.dtype))
         else:
-            seen = call.seen(lowest).repeat_interleave(group, 1)
+            seen = call.seen(lowest[known.queries[taken : taken + size]]).repeat_interleave(group, 1)
             part, part_lse = _seen_attention(mine, keys, values, scale, seen)
         at = slice(call.begin, call.begin + size)
         shape = rows, kv_heads, call.width, group
