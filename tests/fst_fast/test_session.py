@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fst_fast import trainer
 from fst_fast.cli import main
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
@@ -240,3 +241,24 @@ def test_a_mismatch_beyond_the_band_is_said_on_fresh_rollouts_only() -> None:
         "warning, step 7: mismatch_kl=0.0123 nats per token between rollout engine and trainer on rollouts of these very weights; "
         "slow.mismatch_warning=0.01"
     ]
+
+
+def test_while_a_step_is_computed_no_engine_holds_what_sampling_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, held = [], []
+    engine_of, optimise = Sampler.engine, trainer.optimise
+
+    def engine(*args: Any) -> Any:
+        made.append(engine_of(*args))
+        return made[-1]
+
+    def step(*args: Any, **how: Any) -> Any:
+        held.extend((e._prefixes.tokens, e._forward) for e in made if e.tokens_computed)
+        return optimise(*args, **how)
+
+    monkeypatch.setattr(Sampler, "engine", engine)
+    monkeypatch.setattr(trainer, "optimise", step)
+    assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT]) == 0
+    assert held
+    assert set(held) == {(0, None)}
