@@ -14,62 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fst_fast.rollout.kv_tree import TreeCache
 from fst_fast.rollout.prompt_tree import Ints
-
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What queries see of a part of the keys, where they do not all see the same. mask: additive [B, 1, Q, L], 0 for a query that sees
-    nothing, so that no softmax is taken over nothing; blind: [B, 1, Q], those queries."""
-
-    mask: Tensor
-    blind: Tensor
-
-    @classmethod
-    def of(cls, seen: Bools, device: torch.device, dtype: torch.dtype) -> Sight:
-        """seen: [B, Q, L]"""
-        blind: Bools = np.asarray(~seen.any(axis=-1))
-        hidden = torch.as_tensor(~(seen | blind[..., None]), device=device)[:, None]
-        mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        return cls(mask, torch.as_tensor(blind, device=device)[:, None])
-
-
-def seen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, sight: Sight) -> tuple[Tensor, Tensor]:
-    """partial_attention where queries see different keys; one that sees none has lse -inf and a finite out."""
-    out, lse = partial_attention(q, k, v, scale, sight.mask)
-    return out, lse.masked_fill(sight.blind, float("-inf"))
-
-
-def partial_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attention over part of the keys: out [B, H, Q, D] and, in float32, lse [B, H, Q].
-
-    q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1 or Q, L]. On the CPU torch's flash attention, which returns the lse.
-    """
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask, scale=scale
-        )
-        return out, lse
-    return plain_partial_attention(q, k, v, scale, mask)
-
-
-def plain_partial_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The same in float32 matrix products, on any device."""
-    scores = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))  # [B, H, Q, L]
-    if mask is not None:
-        scores = scores + mask
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.matmul((scores - lse.unsqueeze(-1)).exp_(), v.float()), lse
+from fst_kernels.cascade_decode.partial import Sight, partial_attention, seen_attention
 
 
 @dataclass
@@ -122,7 +71,8 @@ class PathAttention:
                     depth[:, None] > position.reshape(call.rows, -1)[..., None] - window
                 )  # [rows, width, L]
                 seen = near & (column < lengths[:, None])[:, None]
-                found.append(Sight.of(np.repeat(seen, group, axis=1), self.device, dtype))
+                each = torch.as_tensor(np.repeat(seen, group, axis=1), device=self.device)
+                found.append(Sight.of(each, dtype))
             self._sights[window] = found
         return self._sights[window]
 
@@ -363,7 +313,8 @@ class DecodePlan:
         if window not in self._sights:
             column, last = np.arange(self.seen), self._lengths[:, None] - 1
             seen = (column <= last) & (column > last - window)  # [slots, seen]
-            self._sights[window] = Sight.of(np.repeat(seen[:, None], group, axis=1), self.device, dtype)
+            each = torch.as_tensor(np.repeat(seen[:, None], group, axis=1), device=self.device)
+            self._sights[window] = Sight.of(each, dtype)
         return self._sights[window]
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:

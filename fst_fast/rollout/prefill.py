@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fst_fast.rollout.cascade import PathAttention, Sight, partial_attention, seen_attention
+from fst_fast.rollout.cascade import PathAttention
 from fst_fast.rollout.kv_tree import Block, TreeCache, blocks_of
 from fst_fast.rollout.prompt_tree import Ints
+from fst_kernels.cascade_decode.partial import Sight, partial_attention, seen_attention
 from fst_kernels.tree_attention import TreeMask, tree_attention
 
 
@@ -62,7 +63,8 @@ class PrefillPlan:
             for node, below in self.ancestors:
                 key = tree.depth[tree.start[node] : tree.end[node]]
                 seen = key > tree.depth[self.tokens_of[below]][:, None] - window  # [queries, keys]
-                found.append(Sight.of(np.tile(seen, (group, 1))[None], self.device, dtype))
+                each = torch.as_tensor(np.tile(seen, (group, 1))[None], device=self.device)
+                found.append(Sight.of(each, dtype))
         return self._sights[window]
 
     def tokens(

@@ -28,12 +28,12 @@ from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import NAME
 from fst_fast.rollout import cascade
-from fst_fast.rollout.cascade import partial_attention, plain_partial_attention
 from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt_tree import prompt_tree
 from fst_fast.rollout.scheduler import Slots
 from fst_kernels import sample_tokens
+from fst_kernels.cascade_decode.partial import partial_attention, plain_partial_attention
 
 VOCABULARY, POSITIONS = 61, 256
 EOS = (5, 9, 20, 33)  # enough of them that responses end at different lengths

@@ -13,26 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fst_kernels.cascade_decode.partial import Sight, partial_attention, seen_attention
 from fst_kernels.cascade_decode.plan import CascadePlan
 
 LONG = 256  # keys; from here on a node is not copied
-
-
-def partial_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attention over part of the keys: out [B, H, Q, D] and lse [B, H, Q]; q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1, L]."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask, scale=scale
-        )
-        return out, lse
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.to(wide) * scale, k.to(wide).transpose(-1, -2))  # [B, H, Q, L]
-    if mask is not None:
-        scores = scores + mask
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.matmul((scores - lse.unsqueeze(-1)).exp_(), v.to(wide)), lse
 
 
 @dataclass
@@ -231,15 +215,6 @@ def _suffixes(plan: CascadePlan, slots_of_pool: int) -> Suffixes:
     return Suffixes(keys, longest, {}, lengths, not on_host or int(lengths.min()) < 1)
 
 
-def _seen_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """partial_attention where query i of node b sees the keys seen[b, i]; one that sees none has lse -inf and a finite out."""
-    blind = ~seen.any(-1)  # [B, Q]
-    hidden = ~(seen | blind[..., None])
-    mask = torch.zeros(hidden.shape, device=q.device, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
-    out, lse = partial_attention(q, k, v, scale, mask[:, None])
-    return out, lse.masked_fill(blind[:, None], float("-inf"))
-
-
 def cascade_decode(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, plan: CascadePlan, scale: float, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -261,7 +236,9 @@ def cascade_decode(
     else:
         key = torch.arange(own.length, device=q.device)
         seen = (key < plan.suffix_lengths[:, None]) & (key >= (lowest - plan.past)[:, None])  # [S, L]
-        part, part_lse = _seen_attention(q, keys, values, scale, seen[:, None].expand(-1, group, -1))
+        part, part_lse = seen_attention(
+            q, keys, values, scale, Sight.of(seen[:, None].expand(-1, group, -1), q.dtype)
+        )
     out[:sequences], lse[:sequences] = part, part_lse
     out[sequences], lse[sequences] = 0, float("-inf")
     if own.some_empty:
@@ -277,7 +254,7 @@ def cascade_decode(
             part, part_lse = partial_attention(mine, keys, values, scale, call.mask(q.dtype))
         else:
             seen = call.seen(lowest[known.queries[taken : taken + size]]).repeat_interleave(group, 1)
-            part, part_lse = _seen_attention(mine, keys, values, scale, seen)
+            part, part_lse = seen_attention(mine, keys, values, scale, Sight.of(seen, q.dtype))
         at = slice(call.begin, call.begin + size)
         shape = rows, kv_heads, call.width, group
         out[at].view(rows, call.width, kv_heads, group, value_dim).copy_(
