@@ -28,7 +28,7 @@ from fst_fast.session import Session
 from fst_fast.slow import dump
 from fst_fast.slow.distil import contexts_of, distil
 from fst_fast.slow.distil import groups as groups_to_distil
-from fst_fast.slow.groups import make_groups, plan_group
+from fst_fast.slow.groups import cost, make_groups, plan_group
 from fst_fast.slow.step import optimise, sequences, skipped
 from fst_fast.stages import Stage
 from fst_fast.state import anchor_set, lookahead, minibatch
@@ -153,6 +153,7 @@ def learn(s: Session) -> None:
         sampled, config.slow.advantage_eps, by_context=config.slow.advantage_group == "context"
     )
     kept = [g for g in groups if g.advantages is not None]
+    kept = ranks.level(kept, [cost(g, s.prompt_of) for g in kept])
     prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in kept]
     assert s.policy is not None
     data = sequences(kept, prompts, config.slow.aggregation)

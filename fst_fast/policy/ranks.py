@@ -141,13 +141,54 @@ def leave() -> None:
 
 
 def mine(items: Sequence[T]) -> list[T]:
-    """The share of this process: items rank, rank + world, ... Undone by `interleave`."""
-    return list(items[rank() :: world_size()])
+    """The share of this process: a run of neighbours, as long as any other process's by one at most. Waves stand in the order of the prompt
+    tree, so samples of one prompt stay together and no prompt but those at the seams is computed twice. Undone by `joined`."""
+    here, world = rank(), world_size()
+    return list(items[len(items) * here // world : len(items) * (here + 1) // world])
 
 
-def interleave(shares: Sequence[Sequence[T]]) -> list[T]:
+def joined(shares: Sequence[Sequence[T]]) -> list[T]:
     """Put the processes' shares (see `mine`) back into the original order."""
-    out: list[T] = []
-    for i in range(max((len(s) for s in shares), default=0)):
-        out.extend(s[i] for s in shares if i < len(s))
-    return out
+    return [item for share in shares for item in share]
+
+
+def level(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """The items of all processes dealt anew, so that no process has much more to do than the others; in one order whoever had them before.
+
+    costs: of each item, in any unit. Only items that move travel (pickled). All processes must call it.
+    """
+    if world_size() == 1:
+        return list(items)
+    homes = deal(all_gather([int(cost) for cost in costs]))
+    here = rank()
+    leaving = [
+        (home, at, item)
+        for at, (home, item) in enumerate(zip(homes[here], items, strict=True))
+        if home != here
+    ]
+    arriving = [
+        (origin, at, item)
+        for origin, parcel in enumerate(all_gather(leaving))
+        for home, at, item in parcel
+        if home == here
+    ]
+    staying = [(here, at, item) for at, item in enumerate(items) if homes[here][at] == here]
+    return [item for _, _, item in sorted(arriving + staying, key=lambda entry: entry[:2])]
+
+
+def deal(costs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Where each item of each process goes, its costs given: the dearest first, each to whoever has least so far. All stay where they are
+    if the longest load gets no shorter by it."""
+    load = [0] * len(costs)
+    homes = [[0] * len(own) for own in costs]
+    order = sorted(
+        ((cost, at, origin) for origin, own in enumerate(costs) for at, cost in enumerate(own)),
+        key=lambda entry: (-entry[0], *entry[1:]),
+    )
+    for cost, at, origin in order:
+        home = origin if load[origin] == min(load) else load.index(min(load))
+        load[home] += cost
+        homes[origin][at] = home
+    if max(map(sum, costs)) <= max(load):
+        return [[origin] * len(own) for origin, own in enumerate(costs)]
+    return homes

@@ -165,4 +165,4 @@ class Sampler:
         self, engine: RolloutEngine | ServerEngine, wave: Sequence[Triple], **how: Any
     ) -> list[Sampled]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
-        return ranks.interleave(ranks.all_gather(self.local(engine, ranks.mine(wave), **how)))
+        return ranks.joined(ranks.all_gather(self.local(engine, ranks.mine(wave), **how)))

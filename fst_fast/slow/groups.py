@@ -6,13 +6,13 @@ The group key is the problem id, never the prompt text: the same problem under K
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.contracts import Context, Problem, Rollout, Sampled
 
 
 def plan_group(
@@ -86,6 +86,12 @@ def _by_context(members: Sequence[Sampled], eps: float) -> NDArray[np.float32] |
 def _reward(sampled: Sampled) -> float:
     assert sampled.verdict.reward is not None
     return sampled.verdict.reward
+
+
+def cost(group: Group, prompt_of: Callable[[Rollout], NDArray[np.int64]]) -> int:
+    """What a group costs an update, in tokens: its responses, and each of its prompts once (contexts that groups share are counted in each)."""
+    prompts = {m.rollout.context_id: len(prompt_of(m.rollout)) for m in group.sampled}
+    return sum(prompts.values()) + sum(len(m.rollout.response_ids) for m in group.sampled)
 
 
 def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[float]], float]:

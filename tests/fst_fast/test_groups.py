@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
-from fst_fast.slow.groups import advantages, make_groups, plan_group, token_weights
+from fst_fast.slow.groups import advantages, cost, make_groups, plan_group, token_weights
 
 PROBLEM = Problem("p", [{"role": "user", "content": "?"}], None)
 
@@ -93,3 +93,11 @@ def test_token_weights_over_their_sum_are_the_mean_that_is_named(
     np.testing.assert_allclose(flat, expected)
     lengths = [1, 3, 2, 4]
     assert sum(w * n for w, n in zip(flat, lengths, strict=True)) == pytest.approx(1)
+
+
+def test_the_cost_of_a_group_counts_every_prompt_once_and_every_response() -> None:
+    [group] = make_groups(
+        [sampled("p", 1.0, "a"), sampled("p", 0.0, "a", tokens=5), sampled("p", 1.0, "b")], 1e-6
+    )
+    length = {"a": 10, "b": 30}
+    assert cost(group, lambda rollout: np.zeros(length[rollout.context_id], np.int64)) == 10 + 30 + 3 + 5 + 3

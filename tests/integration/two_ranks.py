@@ -57,6 +57,13 @@ def main() -> None:
         except RuntimeError as error:
             said = str(error)
     everybody = ranks.all_gather((waves, said))
+    unequal = [(ranks.rank(), i, "x" * 1000) for i in range(1 + 6 * ranks.rank())]
+    dealt = ranks.level(unequal, [10] * len(unequal))
+    shares = ranks.all_gather(dealt)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1, [len(share) for share in shares]
+    assert sorted(item for share in shares for item in share) == sorted(
+        item for own in ranks.all_gather(unequal) for item in own
+    )
     if ranks.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(everybody))
     ranks.leave()

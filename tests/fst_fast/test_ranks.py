@@ -1,0 +1,82 @@
+"""How work is shared among processes: plain arithmetic, the collectives played by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fst_fast.contracts import Context, Problem
+from fst_fast.evaluate import wave
+from fst_fast.policy import ranks
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 12])
+def test_shares_are_neighbours_of_even_length_and_join_to_the_whole(
+    monkeypatch: pytest.MonkeyPatch, processes: int, count: int
+) -> None:
+    monkeypatch.setattr(ranks, "world_size", lambda: processes)
+    items = list(range(count))
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        shares.append(ranks.mine(items))
+    assert ranks.joined(shares) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
+    assert ranks.deal([[5, 5], [5, 5]]) == [[0, 0], [1, 1]]
+    assert ranks.deal([[], []]) == [[], []]
+    costs = [[9, 9, 9, 1], [], [2, 3]]
+    homes = ranks.deal(costs)
+    load = [0] * 3
+    for own, to in zip(costs, homes, strict=True):
+        for cost, home in zip(own, to, strict=True):
+            load[home] += cost
+    assert sorted(load) == [10, 11, 12]
+
+
+def test_items_dealt_anew_are_all_there_once_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes, one after the other, each told what the others would have sent."""
+    held = [["a", "b", "c", "d"], [], ["e", "f"]]
+    costs = [[9, 9, 9, 1], [], [2, 3]]
+    homes = ranks.deal(costs)
+    sent = [
+        [(home, at, item) for at, (home, item) in enumerate(zip(homes[r], held[r], strict=True)) if home != r]
+        for r in range(3)
+    ]
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    got = []
+    for rank in range(3):
+        told = iter([costs, sent])
+
+        def all_gather(own: object, rank: int = rank, told: Iterator[list[object]] = told) -> list[object]:  # type: ignore[type-arg]
+            everybody = next(told)
+            assert everybody[rank] == own
+            return everybody
+
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "all_gather", all_gather)
+        got.append(ranks.level(held[rank], costs[rank]))
+    assert sorted(item for share in got for item in share) == list("abcdef")
+    assert all(share == sorted(share) for share in got)
+    assert [sum(dict(zip("abcdef", [9, 9, 9, 1, 2, 3], strict=True))[x] for x in share) for share in got] == [
+        sum(c for own, to in zip(costs, homes, strict=True) for c, h in zip(own, to, strict=True) if h == r)
+        for r in range(3)
+    ]
+
+
+def test_a_wave_is_shared_without_computing_its_prompts_on_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contexts = [Context.of(f"context {i}") for i in range(4)]
+    problems = [Problem(f"p{i}", [{"role": "user", "content": "?"}], None) for i in range(12)]
+    whole = wave(problems, contexts, 8)
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    prompts = 0
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        prompts += len({(context.id, problem.id) for context, problem, _ in ranks.mine(whole)})
+    assert 48 <= prompts <= 48 + 2, "two seams"
