@@ -133,8 +133,9 @@ def learn(s: Session) -> None:
         s.claim(plan) for plan in plans
     ]  # for all problems on every process, so that all keep the same account
     reused = sum(claim is not None for claims_of_problem in claims for claim in claims_of_problem)
-    plan = [t for plan_of_problem in ranks.mine(plans) for t in plan_of_problem]
-    claimed = [c for claims_of_problem in ranks.mine(claims) for c in claims_of_problem]
+    missing = [sum(c is None for c in claims_of_problem) for claims_of_problem in claims]
+    plan = [t for plan_of_problem in ranks.mine_by_cost(plans, missing) for t in plan_of_problem]
+    claimed = [c for claims_of_problem in ranks.mine_by_cost(claims, missing) for c in claims_of_problem]
     fresh = s.sampler.local(
         s.models.policy,
         [t for t, c in zip(plan, claimed, strict=True) if c is None],

@@ -147,6 +147,12 @@ def mine(items: Sequence[T]) -> list[T]:
     return list(items[len(items) * here // world : len(items) * (here + 1) // world])
 
 
+def mine_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """The share of this process where every process holds all items and some cost more than others: in their order, see `deal`."""
+    homes = deal([costs, *[[]] * (world_size() - 1)])[0]
+    return [item for item, home in zip(items, homes, strict=True) if home == rank()]
+
+
 def joined(shares: Sequence[Sequence[T]]) -> list[T]:
     """Put the processes' shares (see `mine`) back into the original order."""
     return [item for share in shares for item in share]

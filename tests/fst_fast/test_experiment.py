@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fst_fast.cli import main
 from fst_fast.errors import UserError
-from fst_fast.experiment import experiments, page, statistics
+from fst_fast.experiment import ablations, comparison, experiments, figures, page, sequels, statistics
 from fst_fast.experiment.curves import AXES, Curve, read, stage_ends
 from fst_fast.experiment.lab import Lab
 from fst_fast.experiment.runs import FAMILIES, FULL, QUICK, Budget, Run
@@ -271,8 +271,8 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> La
         }
         for family in SHOWN
     }
-    monkeypatch.setattr(experiments, "main_runs", lambda lab: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
-    monkeypatch.setattr(experiments, "made", lambda lab, runs: curves)
+    monkeypatch.setattr(comparison, "main_runs", lambda lab: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
+    monkeypatch.setattr(comparison, "made", lambda lab, runs: curves)
     return Lab(tmp_path, SMALL, list(SHOWN), 1)
 
 
@@ -305,7 +305,7 @@ def test_generalisation_shows_every_method_on_both_splits(
         shift = {"neither": -0.2, "context": -0.1, "weights": -0.15, "both": 0.0}
         return {"channels": {n: {"mean": tops[run.method] + x + run.seed / 100} for n, x in shift.items()}}
 
-    monkeypatch.setattr(experiments, "main_runs", lambda lab: runs)
+    monkeypatch.setattr(comparison, "main_runs", lambda lab: runs)
     monkeypatch.setattr(suite, "evaluate", lambda some, split: asked.extend((r, split) for r in some))
     monkeypatch.setattr(suite, "evaluated", evaluated)
     found = page.run(["generalisation"], suite)["generalisation"]
@@ -326,7 +326,7 @@ def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPat
     for methods in same.values():
         for c in methods["fst"]:
             c.cells["both"] = c.cells["context"]
-    monkeypatch.setattr(experiments, "made", lambda lab, runs: same)
+    monkeypatch.setattr(comparison, "made", lambda lab, runs: same)
     results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
     assert sum(len(r.claims) for r in results) == 6
     assert not any(c.holds for r in results for c in r.claims)
@@ -359,10 +359,10 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
             for i, (family, starts) in enumerate(runs.items())
         }
 
-    monkeypatch.setattr(experiments, "strongest_rl", lambda lab: {f: (("slow.lr", f),) for f in SHOWN})
-    monkeypatch.setattr(experiments, "made", made)
+    monkeypatch.setattr(sequels, "strongest_rl", lambda lab: {f: (("slow.lr", f),) for f in SHOWN})
+    monkeypatch.setattr(sequels, "made", made)
     monkeypatch.setattr(suite, "make", make)
-    found = experiments.plasticity(suite)
+    found = sequels.plasticity(suite)
     assert [claim.holds for claim in found.claims] == holds
     for i, family in enumerate(SHOWN[1:]):
         assert found.numbers[family]["after fst"]["mean"] == pytest.approx(after_fst[i], abs=0.03)
@@ -374,14 +374,14 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
 
 
 def test_plasticity_needs_a_second_task(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "strongest_rl", lambda lab: {f: () for f in lab.families})
-    suite.families = [experiments.BEFORE]
-    assert "left out" in experiments.plasticity(suite).numbers
+    monkeypatch.setattr(sequels, "strongest_rl", lambda lab: {f: () for f in lab.families})
+    suite.families = [sequels.BEFORE]
+    assert "left out" in sequels.plasticity(suite).numbers
 
 
 def test_the_other_figures_can_be_drawn(suite: Lab) -> None:
     some = [planted("rl", seed, 60.0, 0.6, 100.0) for seed in range(2)]
-    draw = experiments.figures
+    draw = figures
     for figure in (
         draw.starts({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
         draw.staircase({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
@@ -419,5 +419,5 @@ def test_what_cannot_be_run_is_refused(
 
 def test_both_budgets_are_fit_for_every_ablation() -> None:
     for budget in (FULL, QUICK):
-        for changes in experiments.ABLATIONS.values():
+        for changes in ablations.ABLATIONS.values():
             Run("star_graph", "fst", 0, changes).config(budget, None)

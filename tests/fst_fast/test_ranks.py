@@ -38,6 +38,19 @@ def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
     assert sorted(load) == [10, 11, 12]
 
 
+def test_items_that_all_hold_are_shared_by_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four problems whose rollouts are there already do not make their process idle."""
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    costs = [0, 0, 0, 0, 8, 8, 8, 8, 2]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        shares.append(ranks.mine_by_cost(range(9), costs))
+    assert sorted(shares[0] + shares[1]) == list(range(9))
+    assert all(share == sorted(share) for share in shares)
+    assert {sum(costs[i] for i in share) for share in shares} == {16, 18}
+
+
 def test_items_dealt_anew_are_all_there_once_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, one after the other, each told what the others would have sent."""
     held = [["a", "b", "c", "d"], [], ["e", "f"]]

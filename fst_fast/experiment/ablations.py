@@ -1,0 +1,69 @@
+"""FST with one thing changed at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fst_fast.experiment import figures, statistics
+from fst_fast.experiment.comparison import final
+from fst_fast.experiment.lab import Lab
+from fst_fast.experiment.methods import made, stands
+from fst_fast.experiment.result import Result, Table, plus_minus
+from fst_fast.experiment.runs import Changes, Run
+
+ABLATIONS: dict[str, Changes] = {
+    "as configured": (),
+    "one context": (("fast.population", 1),),
+    "2 contexts": (("fast.population", 2),),
+    "8 contexts": (("fast.population", 8),),
+    "cycle of 3 steps": (("fast.cycle_steps", 3),),
+    "cycle of 12 steps": (("fast.cycle_steps", 12),),
+    "anchor set of 16": (("fast.anchor_size", 16),),
+    "anchor set of 64": (("fast.anchor_size", 64),),
+    "no reuse": (("fast.reuse_rollouts", "false"),),
+    "adaptive fast phase": (("fast.adaptive", "true"),),
+    "baseline by context": (("slow.advantage_group", "context"),),
+    "no KL": (("slow.kl", "none"),),
+    "reverse KL": (("slow.kl", "reverse"),),
+    "forward KL": (("slow.kl", "forward"),),
+    "KL x 10": (("slow.kl_coef", "1e-2"),),
+}
+ABLATED = "linked_facts"
+LEVEL = 0.9
+
+
+def ablation(lab: Lab) -> Result:
+    """Which parts matter, and what do the defaults rest on?"""
+    family = ABLATED if ABLATED in lab.families else lab.families[0]
+    steps = lab.budget.steps // 2
+    runs = {
+        name: [
+            Run(
+                family,
+                "fst",
+                s,
+                (*changes, ("slow.steps", steps), ("eval.every", max(3, lab.budget.eval_every // 2))),
+            )
+            for s in lab.seeds
+        ]
+        for name, changes in ABLATIONS.items()
+    }
+    curves = made(lab, {family: runs}).get(family, {})
+    table = Table(
+        f"FST on {family}, {steps} steps: what it takes to {LEVEL:.0%} (median over seeds, 95 % interval) and where it ends",
+        ["variant", "steps", "rollouts", "tokens", "reward at the end, %", "rollouts in all", "KL"],
+        [],
+    )
+    numbers: dict[str, Any] = {}
+    for name, several in curves.items():
+        to = {
+            axis: statistics.bootstrap([stands(c, axis, LEVEL) for c in several], statistics.median)
+            for axis in ("steps", "rollouts", "tokens")
+        }
+        ended = final(several)
+        numbers[name] = {"to_level": {axis: value.json() for axis, value in to.items()}, "final": ended}
+        table.rows.append([
+            name, *(value.text(0) for value in to.values()), plus_minus(ended["reward"], 100, 1), plus_minus(ended["rollouts"]), plus_minus(ended["kl"], 1, 3),
+        ])  # fmt: skip
+    pictures = {"ablation": figures.bars(curves, LEVEL)} if curves else {}
+    return Result(ablation.__doc__ or "", numbers, [table], [], pictures)
