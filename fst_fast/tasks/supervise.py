@@ -37,7 +37,10 @@ _CONTINUE = 1
 
 
 class _Stop(BaseException):
-    """SIGTERM."""
+    """SIGTERM, the first one while `_watching`: one that came later would cut off the end that it asks for."""
+
+
+_watching = True
 
 
 def fork_supervised(control: socket.socket, trainer: int) -> None:
@@ -102,23 +105,29 @@ def _limit_starts(protected: list[int]) -> int | None:
         return None
 
 
-def _stop(*_: object) -> NoReturn:
-    raise _Stop
+def _stop(*_: object) -> None:
+    global _watching
+    if _watching:
+        _watching = False
+        raise _Stop
 
 
 def _supervise(control: socket.socket, child: int, channel: socket.socket) -> NoReturn:
     """Until the end, whoever's it is; then leave nothing behind and say how the child ended."""
-    for descriptor in (0, 1):  # the trainer's pipes: it must see them close when the child does
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, descriptor)
-        os.close(null)
+    global _watching
     status = 0
     try:
-        status = _watch(control, child, channel)
+        try:
+            for descriptor in (0, 1):  # the trainer's pipes: it must see them close when the child does
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(null, descriptor)
+                os.close(null)
+            status = _watch(control, child, channel)
+        finally:
+            _watching = False
     except (_Stop, OSError):
         pass
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         status = _end_all(child, status)
         with contextlib.suppress(OSError):
             control.sendall(STATUS.pack(status))

@@ -451,6 +451,44 @@ signal.pause()
         os.close(process)
 
 
+@linux
+@pytest.mark.parametrize("event", ["call", "return"])
+def test_a_supervisor_told_to_stop_at_any_line_still_ends_what_is_below_it(event: str) -> None:
+    """The trainer's death closes the socket and sends SIGTERM, in either order: here SIGTERM comes before every line, from the beginning of
+    the watch on or from its end on."""
+    code = f"""
+import os, signal, socket, sys, time
+from fst_fast.tasks import supervise
+begun = False
+def trace(frame, event, argument):
+    global begun
+    if frame.f_code.co_name not in ("_supervise", "_watch", "_end_all"):
+        return None
+    if begun and event == "line":
+        os.kill(os.getpid(), signal.SIGTERM)
+    begun = begun or (event == {event!r} and frame.f_code.co_name == "_watch")
+    return trace
+signal.signal(signal.SIGTERM, supervise._stop)
+ours, theirs = socket.socketpair()
+control, trainer = socket.socketpair()
+child = os.fork()
+if not child:
+    trainer.close()
+    theirs.send(b".")
+    time.sleep(600)
+print(child, flush=True)
+trainer.close()
+sys.settrace(trace)
+supervise._supervise(control, child, ours)
+"""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=15, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
+
+
 def test_a_task_that_does_not_load_in_a_child_is_refused_in_one_sentence(spec: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no 'Nothing'"):
         VerifierPool(spec.replace(":Grader", ":Nothing"), {}, workers=2, timeout_s=5, memory_mib=1024)
