@@ -1,8 +1,6 @@
-"""How work is shared among processes: plain arithmetic, the collectives played by the test."""
+"""How work is shared among processes: plain arithmetic. With collectives: tests/integration/two_ranks.py."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 
@@ -49,36 +47,6 @@ def test_items_that_all_hold_are_shared_by_their_cost(monkeypatch: pytest.Monkey
     assert sorted(shares[0] + shares[1]) == list(range(9))
     assert all(share == sorted(share) for share in shares)
     assert {sum(costs[i] for i in share) for share in shares} == {16, 18}
-
-
-def test_items_dealt_anew_are_all_there_once_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three processes, one after the other, each told what the others would have sent."""
-    held = [["a", "b", "c", "d"], [], ["e", "f"]]
-    costs = [[9, 9, 9, 1], [], [2, 3]]
-    homes = ranks.deal(costs)
-    sent = [
-        [(home, at, item) for at, (home, item) in enumerate(zip(homes[r], held[r], strict=True)) if home != r]
-        for r in range(3)
-    ]
-    monkeypatch.setattr(ranks, "world_size", lambda: 3)
-    got = []
-    for rank in range(3):
-        told = iter([costs, sent])
-
-        def all_gather(own: object, rank: int = rank, told: Iterator[list[object]] = told) -> list[object]:  # type: ignore[type-arg]
-            everybody = next(told)
-            assert everybody[rank] == own
-            return everybody
-
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(ranks, "all_gather", all_gather)
-        got.append(ranks.level(held[rank], costs[rank]))
-    assert sorted(item for share in got for item in share) == list("abcdef")
-    assert all(share == sorted(share) for share in got)
-    assert [sum(dict(zip("abcdef", [9, 9, 9, 1, 2, 3], strict=True))[x] for x in share) for share in got] == [
-        sum(c for own, to in zip(costs, homes, strict=True) for c, h in zip(own, to, strict=True) if h == r)
-        for r in range(3)
-    ]
 
 
 def test_a_wave_is_shared_without_computing_its_prompts_on_every_process(

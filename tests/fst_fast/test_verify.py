@@ -453,16 +453,16 @@ signal.pause()
 
 @linux
 @pytest.mark.parametrize("event", ["call", "return"])
-def test_a_supervisor_told_to_stop_at_any_line_still_ends_what_is_below_it(event: str) -> None:
-    """The trainer's death closes the socket and sends SIGTERM, in either order: here SIGTERM comes before every line, from the beginning of
-    the watch on or from its end on."""
+def test_a_supervisor_told_to_stop_at_any_moment_still_ends_what_is_below_it(event: str) -> None:
+    """The trainer's death closes the socket and sends SIGTERM, in either order: here SIGTERM comes as the watch begins or right after its end,
+    and once more during the clean-up."""
     code = f"""
 import os, signal, socket, sys, time
 from fst_fast.tasks import supervise
 begun = False
 def trace(frame, event, argument):
     global begun
-    if frame.f_code.co_name not in ("_supervise", "_watch", "_end_all"):
+    if frame.f_code.co_name not in ("_supervise", "_watch"):
         return None
     if begun and event == "line":
         os.kill(os.getpid(), signal.SIGTERM)
@@ -478,6 +478,11 @@ if not child:
     time.sleep(600)
 print(child, flush=True)
 trainer.close()
+end_all = supervise._end_all
+def told_again(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return end_all(*arguments)
+supervise._end_all = told_again
 sys.settrace(trace)
 supervise._supervise(control, child, ours)
 """

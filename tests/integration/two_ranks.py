@@ -59,6 +59,7 @@ def main() -> None:
     everybody = ranks.all_gather((waves, said))
     unequal = [(ranks.rank(), i, "x" * 1000) for i in range(1 + 6 * ranks.rank())]
     dealt = ranks.level(unequal, [10] * len(unequal))
+    assert dealt == sorted(dealt)
     shares = ranks.all_gather(dealt)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1, [len(share) for share in shares]
     assert sorted(item for share in shares for item in share) == sorted(
