@@ -208,10 +208,8 @@ class RolloutEngine:
     def _cascades(self, weight: torch.Tensor) -> bool:
         if self.cascade is not None:
             return self.cascade
-        if not weight.is_cuda:
-            return False
         taken: str = choose_backend("cascade_decode_attention", None, weight.device, weight.dtype)
-        return taken == "triton"
+        return taken != "reference"
 
     def _in_memory(self, fill: Callable[[int], Responses], count: int) -> Responses:
         """What `fill` returns for a batch of max_batch, or, if memory runs out, for one of half as many: once."""

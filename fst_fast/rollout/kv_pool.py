@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
+
+from fst_kernels import cpu
 
 GROWTH = 1.25  # of what is held, when a pool has to grow, as long as its limit allows
 
@@ -72,6 +75,16 @@ class KVPool:
             self.k.append(_zeros(like, self.slots))
             self.v.append(_zeros(like, self.slots))
         assert layer < len(self.k), f"layer {layer} came after {len(self.k)} layers"
+
+    def write(self, layer: int, at: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [N, Hkv, D] into the slots at [N]."""
+        self.want(layer, k)
+        compiled = k.dtype == torch.float32 and not k.is_cuda and cpu.why_not() is None
+        for mine, new in ((self.k[layer], k), (self.v[layer], v)):
+            if compiled:
+                cpu.scatter(new, mine, at)
+            else:
+                mine.index_copy_(0, at, new)
 
     def resize(self, slots: int) -> None:
         """Move all ranges together in a pool of so many slots, of those that are held at least."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fst_fast.policy.attention import sliding_window
 from fst_fast.policy.lora import bias_of, weight_of
+from fst_kernels import cpu
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROWS = 1024  # of one dense product: what lies between two of them then stays in the cache of a core
@@ -86,6 +87,7 @@ class LeanForward:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.eps = float(config.rms_norm_eps)
+        self.compiled = cpu.why_not() is None  # else torch, several passes for one
         self.embedding = model.get_input_embeddings().weight
         self.head = model.get_output_embeddings()
         self.scale = float(model.model.layers[0].self_attn.scaling)
@@ -130,7 +132,7 @@ class LeanForward:
         """What the head reads: [R, H]."""
         x = F.embedding(ids, self.embedding)  # [N, H]
         angle = torch.outer(positions.float(), self.frequencies)
-        turn = torch.polar(torch.full_like(angle, self.rope_scale), angle)[:, None]  # [N, 1, D/2] complex
+        turn = torch.polar(torch.full_like(angle, self.rope_scale), angle)  # [N, D/2] complex
         for number, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, turn)
             if rows is not None and number == len(self.layers) - 1:
@@ -143,6 +145,8 @@ class LeanForward:
 
     def _normed(self, x: Tensor) -> Tensor:
         """x / rms(x), a new tensor"""
+        if self.compiled:
+            return cpu.rms_norm(x, self.eps)
         mean: Tensor = torch.linalg.vecdot(x, x).div_(x.shape[-1])
         return x * mean.add_(self.eps).rsqrt_().unsqueeze(-1)
 
@@ -151,22 +155,33 @@ class LeanForward:
         parts = []
         for rows, turned in _pieces(x, turn):
             out = F.linear(self._normed(rows), layer.qkv, layer.qkv_bias).view(len(rows), -1, self.dim)
-            qk = out[:, :both]
-            if layer.norms is not None:
-                mean = torch.linalg.vecdot(qk, qk).div_(self.dim)
-                qk.mul_(mean.add_(self.eps).rsqrt_().unsqueeze(-1)).mul_(layer.norms)
-            torch.view_as_complex(torch.unflatten(qk, -1, (-1, 2))).mul_(turned)
+            self._norm_and_turn(out[:, :both], layer.norms, turned)
             parts.append(out)
         qkv = parts[0] if len(parts) == 1 else torch.cat(parts)
         return qkv[:, : self.heads], qkv[:, self.heads : both], qkv[:, both:]
 
+    def _norm_and_turn(self, qk: Tensor, norms: Tensor | None, turn: Tensor) -> None:
+        """In place; turn [N, D/2] complex"""
+        if self.compiled:
+            cpu.norm_and_turn(qk, norms, torch.view_as_real(turn), self.eps)
+            return
+        if norms is not None:
+            mean = torch.linalg.vecdot(qk, qk).div_(self.dim)
+            qk.mul_(mean.add_(self.eps).rsqrt_().unsqueeze(-1)).mul_(norms)
+        torch.view_as_complex(torch.unflatten(qk, -1, (-1, 2))).mul_(turn[:, None])
+
     def _rest(self, layer: _Layer, x: Tensor, seen: Tensor) -> None:
         """What follows the attention, added to x."""
-        middle = layer.down.shape[0]
         for rows, attended in _pieces(x, seen):
             rows.addmm_(attended, layer.out)
-            gate_up = F.linear(self._normed(rows), layer.gate_up)
-            rows.addmm_(F.silu(gate_up[:, :middle]).mul_(gate_up[:, middle:]), layer.down)
+            rows.addmm_(self._gate(F.linear(self._normed(rows), layer.gate_up)), layer.down)
+
+    def _gate(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up"""
+        if self.compiled:
+            return cpu.gate(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
 
 def _pieces(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from fst_fast.rollout.kv_tree import TreeCache
 from fst_fast.rollout.prefill import PrefillPlan
 from fst_fast.rollout.prompt_tree import Ints
 from fst_kernels import CascadePlan, cascade_decode_attention
+from fst_kernels.backends import choose_backend
 from fst_kernels.tree_attention import tree_attention
 
 
@@ -72,6 +73,7 @@ class PooledDecodePlan:
         self.rows = torch.zeros(suffixes.slots, dtype=torch.int64, device=device)
         self.work: CascadePlan | None = None  # set by step(), where it has to be another
 
+
     def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype, positions: Ints | None = None) -> None:
         """As DecodePlan.step. The work list has room for suffixes of a power of two and is built again when one outgrows it."""
         self.rows.copy_(rows)
@@ -93,10 +95,8 @@ class PooledDecodePlan:
     ) -> Tensor:
         """q [S, Hq, D], k and v [S, Hkv, D] -> [S, Hq, D]."""
         assert self.work is not None, "step comes first"
-        self.pool.want(layer, k)
+        self.pool.write(layer, self.rows, k, v)
         keys, values = self.pool.k[layer], self.pool.v[layer]
-        keys.index_copy_(0, self.rows, k)
-        values.index_copy_(0, self.rows, v)
         return cascade_decode_attention(q, keys, values, self.work, scale=scale, window=window)
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
@@ -128,6 +128,27 @@ class PooledPrefillPlan(PrefillPlan):
         mine = np.flatnonzero(np.repeat(np.isin(seen, nodes), lengths))
         self.slots = torch.as_tensor(slots, device=device)  # [U], of every token that is seen
         self.mine = torch.as_tensor(mine, device=device)  # [N], those of the window among them
+        self.window_slots = self.slots.index_select(0, self.mine)
+        self.work = self.read_work = None
+        if choose_backend("cascade_decode_attention", None, device, dtype) == "cpu":
+            node_slots = np.zeros(len(tree.start), dtype=np.int64)
+            node_slots[seen] = first
+            of = np.repeat(np.arange(len(nodes)), tree.end[nodes] - tree.start[nodes])
+            paths = tree.path_of(nodes)
+            above = np.where(paths == nodes[:, None], -1, paths)[of]
+            how = {"node_slots": node_slots, "node_lengths": tree.end - tree.start}
+            offset = self.tokens_of - tree.start[nodes][of]
+            self.work = CascadePlan.build(
+                above,
+                suffix_slots=torch.as_tensor(node_slots[nodes][of]),
+                suffix_lengths=torch.as_tensor(offset + 1).int(),
+                suffix_capacity=int(offset.max()) + 1,
+                **how,
+            )
+            nothing = torch.zeros(len(read), dtype=torch.int32)
+            self.read_work = CascadePlan.build(
+                tree.path_of(read), suffix_slots=nothing, suffix_lengths=nothing, suffix_capacity=1, **how
+            )
 
     def _attended(self, nodes: Ints) -> Ints:
         """The window and what stands above it."""
@@ -139,8 +160,22 @@ class PooledPrefillPlan(PrefillPlan):
     ) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]; stores k and v."""
         self._store(layer, k, v)
+        if self.work is not None:
+            return cascade_decode_attention(
+                q, self.pool.k[layer], self.pool.v[layer], self.work, scale=scale, window=window
+            )
         keys, values = (x[layer].index_select(0, self.slots) for x in (self.pool.k, self.pool.v))
         queries = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, self.mine, q)
         q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
         out = tree_attention(q, k, v, self.mask, scale=scale, window=window)[0].transpose(0, 1)
         return out.index_select(0, self.mine)
+
+    def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
+        if self.read_work is None:
+            return super().last(layer, q, k, v, scale, rows)
+        self._store(layer, k, v)
+        q = q.index_select(0, rows)
+        return cascade_decode_attention(q, self.pool.k[layer], self.pool.v[layer], self.read_work, scale=scale)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.pool.write(layer, self.window_slots, k, v)

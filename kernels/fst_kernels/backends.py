@@ -13,16 +13,16 @@ from typing import TypedDict
 
 import torch
 
-from fst_kernels.library import missing
+from fst_kernels.library import missing, why_not_compiled
 
-NAMES = ("reference", "triton", "cuda", "host")
+NAMES = ("reference", "triton", "cpu", "cuda", "host")
 
 # Operation -> the backends it has, best first.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("triton", "reference"),
     "linear_policy_loss": ("triton", "reference", "cuda", "host"),
-    "tree_attention": ("triton", "reference"),
-    "cascade_decode_attention": ("triton", "reference"),
+    "tree_attention": ("triton", "cpu", "reference"),
+    "cascade_decode_attention": ("triton", "cpu", "reference"),
     "sample_tokens": ("reference", "cuda", "host"),
 }
 
@@ -71,10 +71,19 @@ def _host_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
     return missing("host")
 
 
+def _cpu_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if device.type != "cpu":
+        return f"it is C++ for the CPU, the tensors are on {device.type}"
+    if dtype not in (None, torch.float32):
+        return f"its kernels are for float32, the tensors are {dtype}"
+    return why_not_compiled("cpu")
+
+
 # Backend -> why it cannot run on tensors of this device and dtype (None: any); None if it can.
 CANNOT: dict[str, Callable[[torch.device, torch.dtype | None], str | None]] = {
     "reference": lambda device, dtype: None,
     "triton": _triton_cannot,
+    "cpu": _cpu_cannot,
     "cuda": _cuda_cannot,
     "host": _host_cannot,
 }

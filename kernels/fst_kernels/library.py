@@ -1,28 +1,54 @@
 """The compiled kernels of csrc/, as shared libraries with a plain C interface.
 
-"cuda" is the one that CMake builds with nvcc. "host" is the same source compiled with g++ at its first use, where CPU threads play the
-CUDA threads (csrc/host): it is for tests and far too slow for work.
+"cuda" is the one that CMake builds with nvcc. The others are compiled with g++ at their first use and kept: "cpu" are the kernels for a
+CPU (csrc/cpu), "host" the CUDA sources, where CPU threads play the CUDA threads (csrc/host): for tests and far too slow for work.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-LibraryName = Literal["cuda", "host"]
+import torch
+
+LibraryName = Literal["cuda", "host", "cpu"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parents[1]
-_COMPILED = ("policy_rows.cu", "sample_tokens.cu")
-_SOURCES = (*_COMPILED, "policy_rows.h", "sample_tokens.h", "device.cuh", "host/threads.hpp")
-_FLAGS = ("-x", "c++", "-std=c++20", "-O2", "-fPIC", "-shared", "-pthread")
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What g++ makes a library of, files of csrc/. read: what the compiled ones include."""
+
+    compiled: tuple[str, ...]
+    read: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+_FLAGS = ("-std=c++20", "-fPIC", "-shared")
+_RECIPES = {
+    "host": _Recipe(
+        compiled=("policy_rows.cu", "sample_tokens.cu"),
+        read=("policy_rows.h", "sample_tokens.h", "device.cuh", "host/threads.hpp"),
+        flags=("-x", "c++", "-O2", "-pthread"),
+    ),
+    "cpu": _Recipe(
+        compiled=("cpu/tree_attention.cpp", "cpu/rows.cpp"),
+        read=("cpu/tree_attention.h", "cpu/rows.h", "cpu/vector.hpp"),
+        flags=("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp"),
+    ),
+}
+_ARCHITECTURES = {"AVX2": ("-march=x86-64-v3",), "AVX512": ("-march=x86-64-v4",)}  # by what torch found
 
 
 def missing(name: LibraryName) -> str | None:
@@ -32,9 +58,20 @@ def missing(name: LibraryName) -> str | None:
         if not any(p.exists() for p in _cuda_places()):
             return f"{_cuda_places()[0].name} is not in {places}; where nvcc is, build it: cmake -S . -B build/csrc && cmake --build build/csrc"
         return None
-    if not (_CHECKOUT / "csrc" / _COMPILED[0]).exists():
+    if not (_CHECKOUT / "csrc" / _RECIPES[name].compiled[0]).exists():
         return f"it compiles {_CHECKOUT / 'csrc'}, which is not there: it needs a source checkout"
     return None if _compiler() else "it needs g++, or another compiler named by CXX"
+
+
+@functools.cache
+def why_not_compiled(name: LibraryName) -> str | None:
+    """As `missing`, after it was compiled: why there is no such library, or what the compiler said in one line."""
+    try:
+        load(name)
+    except (RuntimeError, OSError) as error:
+        lines = str(error).splitlines()
+        return next((line for line in lines if "error" in line), lines[0])
+    return None
 
 
 def load(name: LibraryName) -> tuple[ctypes.CDLL, Path]:
@@ -42,7 +79,7 @@ def load(name: LibraryName) -> tuple[ctypes.CDLL, Path]:
     reason = missing(name)
     if reason is not None:
         raise RuntimeError(f"backend={name}: {reason}")
-    path = next(p for p in _cuda_places() if p.exists()) if name == "cuda" else _build_host()
+    path = next(p for p in _cuda_places() if p.exists()) if name == "cuda" else _build(name)
     return ctypes.CDLL(str(path)), path
 
 
@@ -71,19 +108,22 @@ def _compiler() -> list[str] | None:
     return command if shutil.which(command[0]) else None
 
 
-def _build_host() -> Path:
-    """build/csrc/libfst_host-<hash of sources and command>.so, made if it is not there."""
-    csrc, compiler = _CHECKOUT / "csrc", _compiler()
+def _build(name: str) -> Path:
+    """build/csrc/libfst_<name>-<hash of sources and command>.so, made if it is not there. RuntimeError: the compiler failed."""
+    csrc, compiler, recipe = _CHECKOUT / "csrc", _compiler(), _RECIPES[name]
     assert compiler is not None
-    stamp = hashlib.sha256(" ".join((*compiler, *_FLAGS)).encode())
-    for source in _SOURCES:
+    command = [*compiler, *_FLAGS, *recipe.flags]
+    if name == "cpu":
+        command += _ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability(), ())
+    stamp = hashlib.sha256(" ".join(command).encode())
+    for source in (*recipe.compiled, *recipe.read):
         stamp.update((csrc / source).read_bytes())
-    path = _CHECKOUT / "build" / "csrc" / f"libfst_host-{stamp.hexdigest()[:16]}.so"
+    path = _CHECKOUT / "build" / "csrc" / f"libfst_{name}-{stamp.hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             made = Path(scratch) / path.name
-            command = [*compiler, *_FLAGS, *(str(csrc / source) for source in _COMPILED), "-o", str(made)]
+            command += [*(str(csrc / source) for source in recipe.compiled), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr.strip()}")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fst_kernels import CascadePlan, backends, cascade_decode_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else ["reference"]
+BACKENDS = ["triton"] if INTERPRETED else ["cpu"]
 HEADS = (2, 1) if INTERPRETED else (4, 2)  # of queries, of keys
 
 

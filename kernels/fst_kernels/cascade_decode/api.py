@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fst_kernels.backends import choose_backend
-from fst_kernels.cascade_decode import reference
+from fst_kernels.cascade_decode import cpu, reference
 from fst_kernels.cascade_decode.plan import CascadePlan
 from fst_kernels.checks import FLOATS, check_tensor, look_at_values
 
@@ -82,18 +82,20 @@ def cascade_decode_attention(
             raise ValueError(
                 f"{name} has strides {list(pool.stride())}; the D numbers of a key must lie side by side"
             )
-    if sequences and look_at_values(q.device):
+    taken = choose_backend("cascade_decode_attention", backend, q.device, q.dtype)
+    if sequences and taken != "cpu" and look_at_values(q.device):  # the kernel for the CPU looks itself
         plan.of_step(f"checked, {len(k_pool)}", lambda: plan.check_suffixes(len(k_pool)))
     if window is not None and window < 1:
         raise ValueError(f"window={window}; allowed: at least 1, or None")
     scale = 1 / math.sqrt(dim) if scale is None else scale
-    taken = choose_backend("cascade_decode_attention", backend, q.device, q.dtype)
     if not q.numel():
         out, lse = torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.float32)
     elif taken == "triton":
         from fst_kernels.cascade_decode import triton  # only here: it is not installed everywhere
 
         out, lse = triton.cascade_decode(q, k_pool, v_pool, plan, scale, window)
+    elif taken == "cpu":
+        out, lse = cpu.cascade_decode(q, k_pool, v_pool, plan, scale, window, return_lse)
     else:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

@@ -133,11 +133,9 @@ class CascadePlan:
             )
         _check_paths(paths, len(lengths))
 
-        order = (
-            torch.unique(paths, dim=0, return_inverse=True)[1].argsort(stable=True)
-            if levels
-            else torch.arange(sequences)
-        )
+        order = torch.arange(sequences)
+        for column in reversed(paths.unbind(1)):  # by the last level, then by the one above it, ...
+            order = order[column[order].argsort(stable=True)]
         runs = [_runs(paths[order, level], level) for level in range(levels)]
         node, level, first, count = (
             torch.cat([run[i] for run in runs] or [torch.zeros(0, dtype=torch.int64)]) for i in range(4)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fst_kernels.backends import choose_backend
-from fst_kernels.tree_attention import reference
+from fst_kernels.tree_attention import cpu, reference
 from fst_kernels.tree_attention.mask import mask_of
 
 _LIBRARY = torch.library.Library("fst_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -38,11 +38,15 @@ def _forward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(subtree_end)
-    if choose_backend("tree_attention", backend, q.device, q.dtype) == "triton":
+    taken = choose_backend("tree_attention", backend, q.device, q.dtype)
+    if taken == "triton":
         from fst_kernels.tree_attention import triton  # only here: it is not installed everywhere
 
         out, total = triton.forward(q, k, v, mask, scale, window)
         return out, triton.natural(total), total
+    if taken == "cpu":
+        out, total = cpu.forward(q, k, v, mask.expand(len(q)), scale, window)
+        return out, total.clone(), total
     with torch.autocast(q.device.type, enabled=False):
         out, total = reference.forward(q, k, v, mask.expand(len(q)), scale, window)
     return out, total.to(torch.float32, copy=True), total

@@ -374,7 +374,7 @@ def kernel_for(q: Tensor) -> Kernel:
     return Matmul()
 
 
-def _token_major(x: Tensor) -> Tensor:
+def token_major(x: Tensor) -> Tensor:
     """[B,H,N,D] -> [B*N,H,D]: a view for the layout that transformers' projections leave."""
     return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3])
 
@@ -390,7 +390,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Arguments already checked. out [B,Hq,N,D] and lse [B,Hq,N] in float32, float64 for float64; out is token-major underneath."""
     kernel, (batch, heads, n, dim) = kernel or kernel_for(q), q.shape
-    q_, k_, v_ = _token_major(q), _token_major(k), _token_major(v)  # [T,H,D]
+    q_, k_, v_ = token_major(q), token_major(k), token_major(v)  # [T,H,D]
     kind = _accumulator(q.dtype)
     out, lse = q_.new_empty(q_.shape, dtype=kind), q_.new_empty(q_.shape[:2], dtype=kind)
     for block in blocks(mask, window):
@@ -422,7 +422,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of q; out and lse are those of `forward`."""
     kernel, (batch, heads, n, _) = kernel or kernel_for(q), q.shape
-    dout, q, k, v, out = (_token_major(x) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (token_major(x) for x in (dout, q, k, v, out))
     lse = lse.transpose(1, 2).reshape(batch * n, heads)
     dq, dk, dv = (torch.empty(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
     for block in blocks(mask, window):

@@ -1,0 +1,91 @@
+// One pass over memory each, where torch makes two to seven.
+
+#include "rows.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "vector.hpp"
+
+namespace {
+
+using namespace fst;
+
+constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers
+
+float mean_square(const float* x, int64_t width) {
+    vec squares = {};
+    const int64_t whole = width / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (int64_t i = whole; i < width; ++i) total += x[i] * x[i];
+    return total / static_cast<float>(width);
+}
+
+void turn_pairs(float* x, const float* by, int64_t dim) {
+    const int64_t whole = dim / LANES * LANES;
+    const vec sign = {-1, 1, -1, 1, -1, 1, -1, 1};
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const vec a = load(x + i), b = load(by + i);
+        const vec re = __builtin_shufflevector(b, b, 0, 0, 2, 2, 4, 4, 6, 6);
+        const vec im = __builtin_shufflevector(b, b, 1, 1, 3, 3, 5, 5, 7, 7);
+        const vec swapped = __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6);
+        store(x + i, a * re + swapped * im * sign);
+    }
+    for (int64_t i = whole; i < dim; i += 2) {
+        const float re = x[i] * by[i] - x[i + 1] * by[i + 1], im = x[i + 1] * by[i] + x[i] * by[i + 1];
+        x[i] = re;
+        x[i + 1] = im;
+    }
+}
+
+}  // namespace
+
+void fst_rms_norm(const float* x, float* out, int64_t rows, int64_t width, float eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > WORTH_A_THREAD)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *from = x + row * width, scale = 1.0f / std::sqrt(mean_square(from, width) + eps);
+        float* to = out + row * width;
+        for (int64_t i = 0; i < width; ++i) to[i] = from[i] * scale;
+    }
+}
+
+void fst_norm_and_turn(
+    float* x, int64_t stride, const float* norms, const float* turn, int64_t rows, int64_t heads, int64_t dim, float eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * heads * dim > WORTH_A_THREAD)
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t head = 0; head < heads; ++head) {
+            float* at = x + row * stride + head * dim;
+            if (norms) {
+                const float scale = 1.0f / std::sqrt(mean_square(at, dim) + eps);
+                for (int64_t i = 0; i < dim; ++i) at[i] *= scale * norms[head * dim + i];
+            }
+            turn_pairs(at, turn + row * dim, dim);
+        }
+    }
+}
+
+void fst_gate(const float* x, float* out, int64_t rows, int64_t width, int64_t threads) {
+    const int64_t whole = width / LANES * LANES;
+#pragma omp parallel for num_threads(threads) if (rows * width > WORTH_A_THREAD)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *gate = x + row * 2 * width, *up = gate + width;
+        float* to = out + row * width;
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const vec g = load(gate + i), size = g < 0.0f ? g : -g, e = exp(size);  // e^-|g|
+            store(to + i, (g < 0.0f ? g * e : g) / (1.0f + e) * load(up + i));
+        }
+        for (int64_t i = whole; i < width; ++i) to[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    }
+}
+
+void fst_scatter(
+    const float* from, int64_t from_row, int64_t from_head, float* to, int64_t to_slot, int64_t to_head, const int64_t* at, int64_t rows,
+    int64_t heads, int64_t dim, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * heads * dim > WORTH_A_THREAD)
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t head = 0; head < heads; ++head) {
+            std::memcpy(to + at[row] * to_slot + head * to_head, from + row * from_row + head * from_head, dim * sizeof(float));
+        }
+    }
+}
