@@ -152,12 +152,13 @@ class LeanForward:
 
     def _qkv(self, layer: _Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         both = self.heads + self.kv_heads
-        parts = []
-        for rows, turned in _pieces(x, turn):
-            out = F.linear(self._normed(rows), layer.qkv, layer.qkv_bias).view(len(rows), -1, self.dim)
+        qkv = x.new_empty(len(x), len(layer.qkv) // self.dim, self.dim)
+        for (rows, turned), out in zip(_pieces(x, turn), torch.split(qkv, ROWS), strict=True):
+            if layer.qkv_bias is None:
+                torch.mm(self._normed(rows), layer.qkv.t(), out=out.flatten(1))
+            else:
+                torch.addmm(layer.qkv_bias, self._normed(rows), layer.qkv.t(), out=out.flatten(1))
             self._norm_and_turn(out[:, :both], layer.norms, turned)
-            parts.append(out)
-        qkv = parts[0] if len(parts) == 1 else torch.cat(parts)
         return qkv[:, : self.heads], qkv[:, self.heads : both], qkv[:, both:]
 
     def _norm_and_turn(self, qk: Tensor, norms: Tensor | None, turn: Tensor) -> None:

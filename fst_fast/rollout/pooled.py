@@ -72,6 +72,7 @@ class PooledDecodePlan:
         self.lengths = torch.zeros(suffixes.slots, dtype=torch.int32, device=device)
         self.rows = torch.zeros(suffixes.slots, dtype=torch.int64, device=device)
         self.work: CascadePlan | None = None  # set by step(), where it has to be another
+        self.backend = ""  # likewise: asked for once, not for every layer
 
 
     def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype, positions: Ints | None = None) -> None:
@@ -81,6 +82,7 @@ class PooledDecodePlan:
         longest = int(lengths.max())
         if self.work is None or longest > self.work.suffix_capacity:
             tree = self.cache.tree
+            self.backend = choose_backend("cascade_decode_attention", None, self.rows.device, dtype)
             self.work = CascadePlan.build(
                 self.paths,
                 node_slots=self.node_slots,
@@ -97,7 +99,9 @@ class PooledDecodePlan:
         assert self.work is not None, "step comes first"
         self.pool.write(layer, self.rows, k, v)
         keys, values = self.pool.k[layer], self.pool.v[layer]
-        return cascade_decode_attention(q, keys, values, self.work, scale=scale, window=window)
+        return cascade_decode_attention(
+            q, keys, values, self.work, scale=scale, window=window, backend=self.backend
+        )
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
         """Every slot has one token, and every token is read."""
@@ -130,7 +134,8 @@ class PooledPrefillPlan(PrefillPlan):
         self.mine = torch.as_tensor(mine, device=device)  # [N], those of the window among them
         self.window_slots = self.slots.index_select(0, self.mine)
         self.work = self.read_work = None
-        if choose_backend("cascade_decode_attention", None, device, dtype) == "cpu":
+        self.backend = choose_backend("cascade_decode_attention", None, device, dtype)
+        if self.backend == "cpu":
             node_slots = np.zeros(len(tree.start), dtype=np.int64)
             node_slots[seen] = first
             of = np.repeat(np.arange(len(nodes)), tree.end[nodes] - tree.start[nodes])
@@ -162,8 +167,8 @@ class PooledPrefillPlan(PrefillPlan):
         self._store(layer, k, v)
         if self.work is not None:
             return cascade_decode_attention(
-                q, self.pool.k[layer], self.pool.v[layer], self.work, scale=scale, window=window
-            )
+                q, self.pool.k[layer], self.pool.v[layer], self.work, scale=scale, window=window, backend=self.backend
+            )  # fmt: skip
         keys, values = (x[layer].index_select(0, self.slots) for x in (self.pool.k, self.pool.v))
         queries = q.new_zeros(len(keys), *q.shape[1:]).index_copy_(0, self.mine, q)
         q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
@@ -175,7 +180,9 @@ class PooledPrefillPlan(PrefillPlan):
             return super().last(layer, q, k, v, scale, rows)
         self._store(layer, k, v)
         q = q.index_select(0, rows)
-        return cascade_decode_attention(q, self.pool.k[layer], self.pool.v[layer], self.read_work, scale=scale)
+        return cascade_decode_attention(
+            q, self.pool.k[layer], self.pool.v[layer], self.read_work, scale=scale, backend=self.backend
+        )
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.pool.write(layer, self.window_slots, k, v)

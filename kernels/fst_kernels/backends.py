@@ -23,7 +23,7 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_policy_loss": ("triton", "reference", "cuda", "host"),
     "tree_attention": ("triton", "cpu", "reference"),
     "cascade_decode_attention": ("triton", "cpu", "reference"),
-    "sample_tokens": ("reference", "cuda", "host"),
+    "sample_tokens": ("cpu", "reference", "cuda", "host"),
 }
 
 

@@ -43,8 +43,8 @@ _RECIPES = {
         flags=("-x", "c++", "-O2", "-pthread"),
     ),
     "cpu": _Recipe(
-        compiled=("cpu/tree_attention.cpp", "cpu/rows.cpp"),
-        read=("cpu/tree_attention.h", "cpu/rows.h", "cpu/vector.hpp"),
+        compiled=("cpu/tree_attention.cpp", "cpu/rows.cpp", "cpu/sample_tokens.cpp"),
+        read=("cpu/tree_attention.h", "cpu/rows.h", "cpu/vector.hpp", "sample_tokens.h", "policy_rows.h"),
         flags=("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp"),
     ),
 }

@@ -1,4 +1,5 @@
-"""The sampler of csrc/sample_tokens.cu, run by host threads: token for token the reference's, in every launch the same bits."""
+"""The sampler of csrc/sample_tokens.cu, run by host threads, and that of csrc/cpu: token for token the reference's, the former in every
+launch with the same bits."""
 
 import itertools
 import math
@@ -13,7 +14,9 @@ from fst_kernels.sampling.cuda import Launch, launch_kernel
 from tests.kernels.test_sampling import truncated
 
 RESIDENT, CLUSTER, AGAIN = Launch(64, 1, 1), Launch(32, 2, 1), Launch(64, 1, 0)
-LAUNCHES = (RESIDENT, CLUSTER, AGAIN)
+CPU = Launch(-1)  # stands for the kernel of csrc/cpu
+LAUNCHES = (RESIDENT, CLUSTER, AGAIN, CPU)
+NAMES = ["resident", "cluster", "read again", "cpu"]
 RULES = (
     {},
     {"temperature": 0.3},
@@ -33,15 +36,20 @@ RULES = (
 def numbers(rows, seed=0):
     """Seeds and positions; those of fewer rows are the first of more."""
     g = torch.Generator().manual_seed(seed)
-    both = torch.randint(-(2**62), 2**62, (2, 999), generator=g)
+    both = torch.randint(-(2**62), 2**62, (2, 4999), generator=g)
     return both[0, :rows].contiguous(), both[1, :rows].contiguous()
 
 
 def host(logits, launch=RESIDENT, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0):
     top_k = None if top_k is not None and top_k >= logits.shape[1] else top_k
-    return launch_kernel(
-        logits, temperature, top_k, top_p, min_p, *numbers(len(logits), seed), library_name="host", launch=launch
-    )  # fmt: skip
+    return launched(logits, temperature, top_k, top_p, min_p, *numbers(len(logits), seed), launch)
+
+
+def launched(logits, *rest):
+    *rest, launch = rest
+    if launch is CPU:
+        return launch_kernel(logits.float(), *rest, "cpu")
+    return launch_kernel(logits, *rest, "host", launch)
 
 
 def same_bits(a, b):
@@ -74,6 +82,7 @@ def test_the_kernel_draws_what_the_reference_draws_in_every_launch_with_the_same
     few = logits[:2]
     for launch in (CLUSTER, AGAIN):
         assert same_bits(host(few, launch, **rules), [x[:2] for x in first])
+    assert_like_reference(logits, host(logits, CPU, **rules), **rules)
 
 
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
@@ -84,13 +93,19 @@ def test_vocabularies_of_language_models(vocabulary):
     ):
         got = host(logits, CLUSTER if vocabulary < 1e5 else AGAIN, **rules)
         assert_like_reference(logits, got, **rules)
+    for rules in ({}, {"top_k": 5000}, {"top_k": 50, "top_p": 0.95}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert_like_reference(logits, host(logits, CPU, **rules), **rules)
 
 
+@pytest.mark.parametrize("launch", [Launch(32, 1, 1), CPU], ids=["host", "cpu"])
 @pytest.mark.parametrize("rules", [{"top_k": 4}, {"top_p": 0.7}, {"temperature": 2.0, "min_p": 0.2}], ids=str)
-def test_draws_follow_the_distribution(rules):
-    row, draws = 1.5 * torch.randn(12, generator=torch.Generator().manual_seed(3)), 120
+def test_draws_follow_the_distribution(rules, launch):
+    row, draws = (
+        1.5 * torch.randn(12, generator=torch.Generator().manual_seed(3)),
+        4000 if launch is CPU else 120,
+    )
     p = truncated(row, **rules)
-    ids, logprob, untruncated = host(row.expand(draws, -1), Launch(32, 1, 1), seed=5, **rules)
+    ids, logprob, untruncated = host(row.repeat(draws, 1), launch, seed=5, **rules)
     counts, kept = torch.bincount(ids, minlength=12).double(), p > 0
     assert (counts[~kept] == 0).all()
     freedom = int(kept.sum()) - 1
@@ -101,7 +116,7 @@ def test_draws_follow_the_distribution(rules):
     torch.testing.assert_close(untruncated, plain[ids].log().float(), rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=["resident", "cluster", "read again"])
+@pytest.mark.parametrize("launch", LAUNCHES, ids=NAMES)
 def test_equal_logits_keep_the_lower_ids_wherever_the_cut_falls(launch):
     """400 equal logits lie over several warps and tiles; ranks among them are counted across all of these."""
     for k in (2, 130, 257):
@@ -139,40 +154,42 @@ def test_extreme_rows():
         [1e-40, -1e-40, 0, 0, 0, 0, 0, 0, 0, 0],
     ]
     logits = torch.tensor(rows)
-    for i, rules in enumerate(RULES):
-        got = host(logits, LAUNCHES[i % 3], **rules)
+    for i, rules in enumerate((*RULES, *RULES)):
+        got = host(logits, LAUNCHES[i % 3] if i < len(RULES) else CPU, **rules)
         assert_like_reference(logits, got, **rules)
         assert torch.isfinite(logits[torch.arange(6), got[0]]).all()
-    for tiny in (1e-30, 1e-42):
-        assert host(logits[:1], temperature=tiny)[0] == 0
+    for tiny, launch in itertools.product((1e-30, 1e-42), (RESIDENT, CPU)):
+        assert host(logits[:1], launch, temperature=tiny)[0] == 0
 
 
 def test_temperature_per_row_and_greedy_rows():
     logits = torch.randn(6, 200, generator=torch.Generator().manual_seed(0))
     logits[2, 150], logits[2, 20] = 9.0, 9.0
     t = torch.tensor([0.1, 0.5, 0.0, 1.0, 3.0, 0.0])
-    for launch, rules in zip(LAUNCHES, ({}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}), strict=True):
+    several = ({}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1})
+    for launch, rules in (*zip(LAUNCHES, several, strict=False), *((CPU, rules) for rules in several)):
         got = host(logits, launch, temperature=t, **rules)
         assert_like_reference(logits, got, temperature=t, **rules)
         assert got[0][2] == 20
         assert got[0][5] == logits[5].argmax()
         assert got[1][2] == 0
         assert got[1][5] == 0
-    assert host(logits, temperature=0.0)[0].tolist() == logits.argmax(1).tolist()
+    for launch in (RESIDENT, CPU):
+        assert host(logits, launch, temperature=0.0)[0].tolist() == logits.argmax(1).tolist()
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=["resident", "cluster", "read again"])
+@pytest.mark.parametrize("launch", LAUNCHES, ids=NAMES)
 def test_reruns_and_neighbours_do_not_change_a_bit(launch):
     logits = 2 * torch.randn(5, 301, generator=torch.Generator().manual_seed(2))
     s, p = numbers(5)
     rules = (0.8, 30, 0.9, 0.01)
-    whole = launch_kernel(logits, *rules, s, p, "host", launch)
-    assert same_bits(whole, launch_kernel(logits, *rules, s, p, "host", launch))
-    alone = launch_kernel(logits[3:4].clone(), *rules, s[3:4].clone(), p[3:4].clone(), "host", launch)
+    whole = launched(logits, *rules, s, p, launch)
+    assert same_bits(whole, launched(logits, *rules, s, p, launch))
+    alone = launched(logits[3:4].clone(), *rules, s[3:4].clone(), p[3:4].clone(), launch)
     assert same_bits([x[3:4] for x in whole], alone)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=["resident", "cluster", "read again"])
+@pytest.mark.parametrize("launch", LAUNCHES, ids=NAMES)
 def test_bf16_fp16_and_unaligned_rows(launch):
     x = 3 * torch.randn(4, 333, generator=torch.Generator().manual_seed(4))
     assert same_bits(host(x.bfloat16(), launch, top_k=9), host(x.bfloat16().float(), launch, top_k=9))

@@ -47,7 +47,7 @@ def sample_tokens(
         or the drawn one only where the compared sums agree to about 1e-6. Within one backend nothing depends on batch or launch.
     """
     check_tensor("logits", logits, ("S", "V"), FLOATS)
-    taken = choose_backend("sample_tokens", backend, logits.device, logits.dtype)
+    taken = choose_backend("sample_tokens", backend, logits.device, torch.float32)  # as which they are read
     rows, vocabulary = logits.shape
     if vocabulary == 0:
         raise ValueError(f"logits has shape {[rows, vocabulary]}; at least one token is needed")

@@ -1,7 +1,7 @@
-"""`sample_tokens` over csrc/sample_tokens.cu, reached through its C interface with ctypes.
+"""`sample_tokens` over csrc/sample_tokens.cu, or csrc/cpu/sample_tokens.cpp, reached through their one C interface with ctypes.
 
 backend="cuda" is the library that CMake builds with nvcc; backend="host" is the same source compiled with g++ at its first use, where CPU
-threads play the CUDA threads: for tests. Registered as the torch operation fst_kernels::sample_tokens, whose fake kernel lets torch.compile trace it.
+threads play the CUDA threads: for tests; backend="cpu" is C++ for the CPU. Registered as the torch operation fst_kernels::sample_tokens, whose fake kernel lets torch.compile trace it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fst_kernels.library import LibraryName, load_kernel
 
 LARGEST_VOCABULARY = 1 << 22
-NAMES: tuple[LibraryName, ...] = ("cuda", "host")
+NAMES: tuple[LibraryName, ...] = ("cuda", "host", "cpu")
 
 
 class _SampleTokens(ctypes.Structure):
@@ -117,9 +117,8 @@ def sample_tokens_op(
     positions: Tensor,
     library_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    assert library_name in NAMES
-    name: LibraryName = "cuda" if library_name == "cuda" else "host"
-    if logits.dtype not in (torch.float32, torch.bfloat16):
+    name = next(name for name in NAMES if name == library_name)
+    if logits.dtype != torch.float32 and (name == "cpu" or logits.dtype != torch.bfloat16):
         logits = logits.float()
     if logits.stride(1) != 1:
         logits = logits.contiguous()
