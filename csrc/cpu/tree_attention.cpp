@@ -240,7 +240,7 @@ private:
             const float share = blind ? 0.0f : 1.0f / total_[row];
             float* out = a_.out + sequence * a_.out_row + head * a_.out_head;
             for (int64_t d = 0; d < a_.dim; ++d) out[d] = acc_[row * a_.dim + d] * share;
-            if (a_.lse) a_.lse[sequence * a_.lse_row + head * a_.lse_head] = blind ? NONE : most_[row] + std::log(total_[row]);
+            a_.lse[sequence * a_.lse_row + head * a_.lse_head] = blind ? NONE : most_[row] + std::log(total_[row]);
         }
     }
 

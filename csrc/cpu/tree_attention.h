@@ -14,7 +14,7 @@ struct FstTreeAttention {
     int64_t slots, k_slot, k_head, v_slot, v_head;
     float* out;  // [queries, kv_heads * group, dim]
     int64_t out_row, out_head;
-    float* lse;  // [queries, kv_heads * group], or null
+    float* lse;  // [queries, kv_heads * group]
     int64_t lse_row, lse_head;
 
     // The tree: runs of neighbours in rank below one node, by level and, in a level, by rank.

@@ -1,8 +1,8 @@
 """Forest decoding: prefill what is needed next, decode a batch of slots, let finished sequences leave and waiting ones enter.
 
 The forward is the transformers one of any model whose attention is "fst" (fst_fast.policy.attention), called without a cache: the plan given along
-does the attention and keeps the keys and values. On the CPU the lean forward takes its place where it can (fst_fast.rollout.lean). With a
-pool given the plans are those over a pool (pooled.py), else those over blocks of tensors (prefill.py, cascade.py).
+does the attention and keeps the keys and values in a pool (prefill.py, cascade.py, kv_pool.py). On the CPU the lean forward takes its
+place where it can (lean.py).
 
 All memory that grows with the prompts and responses is counted in tokens of keys and values and stays within `kv_tokens`: first slots are
 taken away, then windows become smaller, then sequences wait. What nobody needs any more is held for later calls while there is plenty of room.
@@ -21,7 +21,6 @@ from fst_fast.rollout.cascade import DecodePlan, Suffixes
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import TreeCache
-from fst_fast.rollout.pooled import PooledDecodePlan, PooledPrefillPlan, PooledSuffixes
 from fst_fast.rollout.prefill import PrefillPlan
 from fst_fast.rollout.prefixes import Prefixes, adopt
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, PromptTree, forest_of, prompt_tree
@@ -73,7 +72,7 @@ class ForestDecoder:
 
     layers, dtype, device: of the model. kv_tokens: what may be held at a time, of prompts and responses together; every prompt with a whole
     response must fit alone. logits_tokens: as many take the memory of the logits at one prompt's end. prefixes: what earlier calls left, and
-    where this one leaves its own. pool: where keys and values lie, those of `prefixes` too; graph: what runs the decode steps over a pool.
+    where this one leaves its own. pool: where keys and values lie, those of `prefixes` too; graph: what runs the decode steps.
     tokens_computed: positions that went through the model so far, idle slots included; tokens_reused: prompt tokens taken from earlier calls.
     """
 
@@ -91,8 +90,8 @@ class ForestDecoder:
         kv_tokens: int,
         logits_tokens: int,
         prefixes: Prefixes,
+        pool: KVPool,
         join_tokens: int = JOIN_TOKENS,
-        pool: KVPool | None = None,
         graph: StepGraph | None = None,
     ) -> None:
         self.forward, self.responses, self.prefixes = forward, responses, prefixes
@@ -104,7 +103,7 @@ class ForestDecoder:
         self.tree = prompt_tree(forest, max_node_tokens=prefill_tokens, cuts=found.cuts)
         self.cache = TreeCache(self.tree, pool)
         self.pool, self.graph = pool, graph
-        self.logits = adopt(self.cache, forest, found, layers=layers, device=device, dtype=dtype)
+        self.logits = adopt(self.cache, forest, found, layers=layers)
         self.tokens_reused = int(found.cuts.sum())
         self.order = np.argsort(self.tree.leaf, kind="stable")
         self.leaves = self.tree.leaf[self.order]
@@ -113,10 +112,9 @@ class ForestDecoder:
             self.tree, self.order, response_tokens=self.response_tokens, kv_tokens=kv_tokens, most=max_batch
         )
         assert self.max_batch, "a sequence that does not fit alone"
-        if pool is not None:
-            wanted = pool.tokens + len(self.tree.token_ids) + self.max_batch * self.response_tokens
-            pool.limit = kv_tokens
-            pool.resize(min(kv_tokens, wanted))
+        wanted = pool.tokens + len(self.tree.token_ids) + self.max_batch * self.response_tokens
+        pool.limit = kv_tokens
+        pool.resize(min(kv_tokens, wanted))
         self.tokens_computed = 0
         self.most_tokens = 0  # ever held at a time
         self._suffix_tokens = 0
@@ -135,19 +133,14 @@ class ForestDecoder:
             waiting = waiting[slots.next :]
         self._give_back()
         self.prefixes.keep(self.cache, self.logits)
-        if self.pool is not None:
-            self.pool.resize(0)  # to what is held for later calls
+        self.pool.resize(0)  # to what is held for later calls
 
     def _decode(self, slots: Slots) -> None:
         """Until no slot is left; sequences that have found no room by then still wait."""
         count = len(slots.who)
-        suffixes = (
-            Suffixes(self.layers, count, self.response_tokens)
-            if self.pool is None
-            else PooledSuffixes(self.pool, count, self.response_tokens)
-        )
+        suffixes = Suffixes(self.pool, count, self.response_tokens)
         token = np.zeros(len(slots.who), dtype=np.int64)  # the last token of each slot
-        plan: DecodePlan | PooledDecodePlan | None = None
+        plan: DecodePlan | None = None
         while True:
             if slots.time_to_change():
                 self._suffix_tokens = len(slots.who) * self.response_tokens
@@ -160,8 +153,7 @@ class ForestDecoder:
                 token = token[stay]
                 token[fresh] = self.responses.ids[who[fresh], 0]
                 self._give_back()
-                kind: Any = DecodePlan if self.pool is None else PooledDecodePlan
-                plan = kind(self.cache, self.tree.path[who], suffixes, device=self.device)
+                plan = DecodePlan(self.cache, self.tree.path[who], suffixes, device=self.device)
             assert plan is not None
             token = self._step(slots, suffixes, plan, token)
             slots.live &= ~self.responses.ended(slots.who)
@@ -204,8 +196,7 @@ class ForestDecoder:
         if not len(nodes):
             return False
         read = np.intersect1d(nodes, self.leaves)
-        kind = PrefillPlan if self.pool is None else PooledPrefillPlan
-        plan = kind(self.cache, nodes, read, device=self.device, dtype=self.dtype)
+        plan = PrefillPlan(self.cache, nodes, read, device=self.device, dtype=self.dtype)
         self.most_tokens = max(self.most_tokens, self.kv_tokens - self._room())
         ids, positions = (
             torch.as_tensor(x[plan.tokens_of], device=self.device) for x in (tree.token_ids, tree.depth)
@@ -252,8 +243,8 @@ class ForestDecoder:
     def _step(
         self,
         slots: Slots,
-        suffixes: Suffixes | PooledSuffixes,
-        plan: DecodePlan | PooledDecodePlan,
+        suffixes: Suffixes,
+        plan: DecodePlan,
         token: Ints,
     ) -> Ints:
         """Feed each slot's last token, draw its next one."""
@@ -262,11 +253,10 @@ class ForestDecoder:
             who
         ]  # suffix tokens after this one is fed; an idle slot feeds its last one again
         seen = np.where(live, seen, np.maximum(seen - 1, 1))
-        suffixes.grow(int(seen.max()))
         rows = suffixes.rows(seen - 1)
         depth = self.prompt_length[who] + seen - 1
         ids, positions, row = torch.as_tensor(np.stack([token, depth, rows])).to(self.device)
-        plan.step(row, seen, self.dtype, depth)
+        plan.step(row, seen, self.dtype)
         if self.graph is None:
             logits = self.forward(ids, positions, plan, None)
         else:

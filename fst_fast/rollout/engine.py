@@ -30,7 +30,6 @@ from fst_fast.rollout.padded import decode_padded
 from fst_fast.rollout.prefixes import Prefixes
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS
 from fst_fast.rollout.responses import Responses, Sampling
-from fst_kernels.backends import choose_backend
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,7 @@ class RolloutEngine:
     so do the texts `stop`, for which decode(ids) must give the text of token ids. max_batch: sequences decoded at a time. prefill_tokens:
     prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes:
     what its keys and values may take at a time; None: half of what the device (on a CPU: the machine, shared by the processes on it) has
-    free at each call. cascade: attend by the kernels of fst_kernels over a pool of keys and values (rollout/pooled.py); None: where Triton
-    runs on the model's GPU. graph: then runs the decode steps. note: told what was chosen for want of
-    memory.
+    free at each call. graph: runs the decode steps. note: told what was chosen for want of memory.
     tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
     earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
     """
@@ -76,7 +73,6 @@ class RolloutEngine:
         prefill_tokens: int = 8192,
         join_tokens: int = JOIN_TOKENS,
         kv_bytes: int | None = None,
-        cascade: bool | None = None,
         graph: StepGraph | None = None,
         stop: Sequence[str] = (),
         decode: Callable[[NDArray[np.int64]], str] | None = None,
@@ -93,7 +89,7 @@ class RolloutEngine:
         self.model, self.packing = model, packing
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
-        self.join_tokens, self.cascade, self.graph = join_tokens, cascade, graph
+        self.join_tokens, self.graph = join_tokens, graph
         self.stop, self.decode, self.note = tuple(stop), decode, note
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
         self.most_kv_bytes = 0  # held at a time, ever
@@ -176,7 +172,6 @@ class RolloutEngine:
             )
         head = self.model.get_output_embeddings().weight
         each = self.token_bytes()
-        cascades = self._cascades(head)
         decoder = ForestDecoder(
             self._forward,
             prompts,
@@ -189,9 +184,9 @@ class RolloutEngine:
             kv_tokens=self._kv_bytes() // each,
             logits_tokens=-(-head.shape[0] * head.dtype.itemsize // each),
             prefixes=self._prefixes,
+            pool=self._pool,
             join_tokens=self.join_tokens,
-            pool=self._pool if cascades else None,
-            graph=self.graph if cascades else None,
+            graph=self.graph,
         )
         wanted = min(max_batch, len(prompts))
         if decoder.max_batch < wanted and (decoder.max_batch, wanted) not in self._noted:
@@ -204,12 +199,6 @@ class RolloutEngine:
         self.tokens_computed += decoder.tokens_computed
         self.tokens_reused += decoder.tokens_reused
         self.most_kv_bytes = max(self.most_kv_bytes, decoder.most_tokens * each)
-
-    def _cascades(self, weight: torch.Tensor) -> bool:
-        if self.cascade is not None:
-            return self.cascade
-        taken: str = choose_backend("cascade_decode_attention", None, weight.device, weight.dtype)
-        return taken != "reference"
 
     def _in_memory(self, fill: Callable[[int], Responses], count: int) -> Responses:
         """What `fill` returns for a batch of max_batch, or, if memory runs out, for one of half as many: once."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 
 from fst_kernels import cpu
+from fst_kernels.backends import choose_backend
 
 GROWTH = 1.25  # of what is held, when a pool has to grow, as long as its limit allows
 
@@ -51,6 +51,7 @@ class KVPool:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self._spans: WeakSet[Span] = WeakSet()
+        self._compiled = False  # written by the C++ kernels for the CPU
 
     @property
     def tokens(self) -> int:
@@ -72,6 +73,9 @@ class KVPool:
     def want(self, layer: int, like: Tensor) -> None:
         """Let there be tensors for this layer, of the heads, head size, type and device of `like` [N, Hkv, D]."""
         if layer == len(self.k):
+            self._compiled = (
+                choose_backend("cascade_decode_attention", None, like.device, like.dtype) == "cpu"
+            )
             self.k.append(_zeros(like, self.slots))
             self.v.append(_zeros(like, self.slots))
         assert layer < len(self.k), f"layer {layer} came after {len(self.k)} layers"
@@ -79,9 +83,8 @@ class KVPool:
     def write(self, layer: int, at: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [N, Hkv, D] into the slots at [N]."""
         self.want(layer, k)
-        compiled = k.dtype == torch.float32 and not k.is_cuda and cpu.why_not() is None
         for mine, new in ((self.k[layer], k), (self.v[layer], v)):
-            if compiled:
+            if self._compiled:
                 cpu.scatter(new, mine, at)
             else:
                 mine.index_copy_(0, at, new)

@@ -1,13 +1,12 @@
 """The keys and values of the prompts of one call: a trie, every node of which owns one segment, computed once and never copied per sample.
 
-Nodes are stored in blocks, those of one level and similar length that were prefilled together, so that attention over a whole block is
-one batched operation. Memory is held and given back by the block: tensors of its own, or a range of a pool (kv_pool.py). A node may come from an
-earlier call (prefixes.py); whatever it came from, it is a row of a block.
+Nodes are stored in blocks, those of one level and similar length that were prefilled together: ranges of a pool (kv_pool.py). Memory is held
+and given back by the block. A node may come from an earlier call (prefixes.py); whatever it came from, it is a row of a block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,15 +20,11 @@ from fst_fast.rollout.prompt_tree import Ints, PromptTree
 class Block:
     """Keys and values of nodes of one level and similar length, one row per node, padded to the longest, L tokens.
 
-    lengths: [rows]. mask: additive [rows, 1, 1, L], None where all are of length L. span: rows * L slots of a pool, None: k and v are tensors of
-    the block's own, per layer [rows, Hkv, L, D].
+    lengths: [rows]. span: rows * L slots of a pool.
     """
 
     lengths: Ints
-    mask: Tensor | None
-    span: Span | None = None
-    k: list[Tensor] = field(default_factory=list)
-    v: list[Tensor] = field(default_factory=list)
+    span: Span
 
     @property
     def longest(self) -> int:
@@ -40,23 +35,12 @@ class Block:
         """Tokens that it takes the memory of, padding included."""
         return len(self.lengths) * self.longest
 
-    @property
-    def layers(self) -> int:
-        return len(self.k if self.span is None else self.span.pool.k)
-
     def put(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v [rows, Hkv, L, D]; layer by layer, kept as they are where the block has no span."""
-        if self.span is not None:
-            self.span.put(layer, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
-            return
-        assert len(self.k) == layer, f"layer {layer} came after {len(self.k)} layers"
-        self.k.append(k)
-        self.v.append(v)
+        """k, v [rows, Hkv, L, D]"""
+        self.span.put(layer, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
 
     def kv(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, Hkv, L, D]."""
-        if self.span is None:
-            return self.k[layer], self.v[layer]
         rows = len(self.lengths)
         k, v = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in self.span.kv(layer))
         return k, v
@@ -69,27 +53,23 @@ class Block:
 
     def slot(self, row: int) -> int:
         """The pool's slot of a node's first token."""
-        assert self.span is not None
         return self.span.first + row * self.longest
 
     def part(self, rows: Ints, length: int) -> Block:
         """A block of these rows, none of them longer than `length`."""
-        device = self.kv(0)[0].device
-        at = torch.as_tensor(rows, device=device)
-        mask = None if self.mask is None else self.mask.index_select(0, at)[..., :length]
-        span = None if self.span is None else self.span.pool.take(len(rows) * length)
-        out = Block(self.lengths[rows], mask, span)
-        for layer in range(self.layers):
+        pool = self.span.pool
+        out = Block(self.lengths[rows], pool.take(len(rows) * length))
+        for layer in range(len(pool.k)):
+            at = torch.as_tensor(rows, device=pool.k[layer].device)
             k, v = (x.index_select(0, at)[:, :, :length].contiguous() for x in self.kv(layer))
             out.put(layer, k, v)
         return out
 
 
 class TreeCache:
-    """The blocks of a PromptTree's nodes. filled: [nodes] bool, whether a node's keys and values are there or were. pool: where its blocks are
-    ranges of, None: each has tensors of its own."""
+    """The blocks of a PromptTree's nodes, ranges of `pool`. filled: [nodes] bool, whether a node's keys and values are there or were."""
 
-    def __init__(self, tree: PromptTree, pool: KVPool | None = None) -> None:
+    def __init__(self, tree: PromptTree, pool: KVPool) -> None:
         self.tree, self.pool = tree, pool
         self.blocks: dict[int, Block] = {}  # by a number that is never used twice
         self.filled = np.zeros(len(tree.start), dtype=bool)
@@ -107,6 +87,13 @@ class TreeCache:
 
     def block(self, number: int) -> Block:
         return self.blocks[number]
+
+    def slots_of(self, nodes: Ints) -> Ints:
+        """[all nodes], the pool's slot of the first token of each of `nodes`, which are there; 0 for the others. Ranges move when others are taken."""
+        out = np.zeros(len(self.block_of), dtype=np.int64)
+        where = zip(self.block_of[nodes].tolist(), self.row_of[nodes].tolist(), strict=True)
+        out[nodes] = [self.blocks[block].slot(row) for block, row in where]
+        return out
 
     def keep_only(self, nodes: Ints, *, tight: bool = False) -> None:
         """Give back the blocks of which no node is in `nodes`; tight: and the other rows and the padding of those that stay."""
@@ -138,25 +125,16 @@ def length_class(length: int) -> int:
     return max(int(length) - 1, 31).bit_length()
 
 
-def blocks_of(
-    levels: Ints, lengths: Ints, *, device: torch.device, dtype: torch.dtype, pool: KVPool | None = None
-) -> list[tuple[Ints, Block, Ints]]:
-    """Empty blocks for nodes of these levels and lengths: (which of the nodes, the block, [rows, L] the offset in its node of each place
-    of the block, -1 in padding)."""
+def blocks_of(levels: Ints, lengths: Ints, *, pool: KVPool) -> list[tuple[Ints, Block]]:
+    """Empty blocks for nodes of these levels and lengths: (which of the nodes, the block)."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (level, length) in enumerate(zip(levels.tolist(), lengths.tolist(), strict=True)):
         groups.setdefault((level, length_class(length)), []).append(i)
     out = []
     for members in groups.values():
         own = np.asarray(members, dtype=np.int64)
-        column = np.arange(int(lengths[own].max()))
-        there = column < lengths[own][:, None]  # [rows, L]
-        mask = None
-        if not there.all():
-            mask = torch.zeros(len(own), 1, 1, len(column), device=device, dtype=dtype)
-            mask.masked_fill_(torch.as_tensor(~there, device=device)[:, None, None, :], float("-inf"))
-        span = None if pool is None else pool.take(there.size)
-        out.append((own, Block(lengths[own], mask, span), np.where(there, column, -1)))
+        span = pool.take(len(own) * int(lengths[own].max()))
+        out.append((own, Block(lengths[own], span)))
     return out
 
 

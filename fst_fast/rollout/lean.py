@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fst_fast.policy.attention import sliding_window
 from fst_fast.policy.lora import bias_of, weight_of
 from fst_kernels import cpu
+from fst_kernels.backends import choose_backend
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROWS = 1024  # of one dense product: what lies between two of them then stays in the cache of a core
@@ -87,7 +88,9 @@ class LeanForward:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.eps = float(config.rms_norm_eps)
-        self.compiled = cpu.why_not() is None  # else torch, several passes for one
+        self.compiled = (
+            choose_backend("cascade_decode_attention", None) == "cpu"
+        )  # else torch, several passes for one
         self.embedding = model.get_input_embeddings().weight
         self.head = model.get_output_embeddings()
         self.scale = float(model.model.layers[0].self_attn.scaling)

@@ -156,9 +156,7 @@ def _shortened(segments: list[Segment]) -> list[Segment]:
     return segments[:-1] + rest
 
 
-def adopt(
-    cache: TreeCache, forest: Forest, found: Found, *, layers: int, device: torch.device, dtype: torch.dtype
-) -> dict[int, Tensor]:
+def adopt(cache: TreeCache, forest: Forest, found: Found, *, layers: int) -> dict[int, Tensor]:
     """Put what was found into the cache of the tree that was cut by it; the logits at the ends of nodes, by node of the tree."""
     tree = cache.tree
     node_of = np.searchsorted(tree.start, forest.node_start)  # the first piece of each node of the forest
@@ -174,7 +172,7 @@ def adopt(
             logits[piece] = known
     nodes = np.array([piece for piece, _ in copied], dtype=np.int64)
     lengths = tree.end[nodes] - tree.start[nodes]
-    for own, block, _ in blocks_of(tree.level[nodes], lengths, device=device, dtype=dtype, pool=cache.pool):
+    for own, block in blocks_of(tree.level[nodes], lengths, pool=cache.pool):
         for layer in range(layers):
             both = []
             for which in (0, 1):

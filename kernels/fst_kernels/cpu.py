@@ -61,7 +61,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor | None,
+    lse: Tensor,
     scale: float,
     window: int | None,
 ) -> int:
@@ -74,9 +74,7 @@ def attend(
     a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     (a.q_row, a.q_head, _), (a.out_row, a.out_head, _) = q.stride(), out.stride()
     (a.k_slot, a.k_head, _), (a.v_slot, a.v_head, _) = k.stride(), v.stride()
-    a.lse = None
-    if lse is not None:
-        a.lse, (a.lse_row, a.lse_head) = lse.data_ptr(), lse.stride()
+    a.lse, (a.lse_row, a.lse_head) = lse.data_ptr(), lse.stride()
     wrong: int = library().fst_tree_attention(ctypes.byref(arguments))
     return wrong
 

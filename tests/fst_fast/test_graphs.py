@@ -41,7 +41,7 @@ def test_repeated_steps_give_the_same_rollouts(lean: bool, monkeypatch: pytest.M
     requests = requests_of(samples=1)
     said = sample(padded(make_model(attention="sdpa"), eos=()), requests, 150)
     graph = StepGraph(recording)
-    engine = forest(make_model(), eos=(), max_batch=4, prefill_tokens=16, cascade=True, graph=graph)
+    engine = forest(make_model(), eos=(), max_batch=4, prefill_tokens=16, graph=graph)
     assert_same(sample(engine, requests, 150), said)
     assert graph.recorded == 4, "two fillings of the slots, and in each the suffixes outgrow 128 tokens"
     assert graph.replayed > 200
@@ -49,16 +49,16 @@ def test_repeated_steps_give_the_same_rollouts(lean: bool, monkeypatch: pytest.M
 
 def test_few_steps_and_looks_at_values_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = StepGraph(recording)
-    sample(forest(make_model(), eos=(), cascade=True, graph=graph), requests_of(), 12)
+    sample(forest(make_model(), eos=(), graph=graph), requests_of(), 12)
     assert graph.recorded == 0, "on a CPU values are always looked at"
     monkeypatch.setattr("fst_fast.rollout.graphs.look_at_values", lambda _: False)
-    sample(forest(make_model(), eos=(), cascade=True, graph=graph), requests_of(), EAGER_STEPS + 1)
+    sample(forest(make_model(), eos=(), graph=graph), requests_of(), EAGER_STEPS + 1)
     assert graph.recorded == 0
-    sample(forest(make_model(), eos=(), cascade=True, graph=graph), requests_of(), EAGER_STEPS + 2)
+    sample(forest(make_model(), eos=(), graph=graph), requests_of(), EAGER_STEPS + 2)
     assert graph.recorded == 1
     graph = StepGraph(recording)
     monkeypatch.setattr("fst_fast.rollout.graphs.look_at_values", lambda _: True)
-    sample(forest(make_model(), eos=(), cascade=True, graph=graph), requests_of(), 12)
+    sample(forest(make_model(), eos=(), graph=graph), requests_of(), 12)
     assert graph.recorded == 0
 
 

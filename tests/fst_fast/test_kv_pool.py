@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("transformers")  # scripts/gpu_check.sh loads this file on machines that may lack it
 
-from fst_fast.rollout import pooled
+from fst_fast.rollout import cascade, prefill
 from fst_fast.rollout.kv_pool import KVPool, Span
 from fst_kernels import cascade_decode_attention
 from fst_kernels.tree_attention import tree_attention
@@ -113,13 +113,15 @@ def test_inside_the_interpreter(kind, monkeypatch):
 
     def counted(op, *args, **how):
         calls.append(op)
-        return op(*args, backend="triton", **how)
+        return op(*args, **how | {"backend": "triton"})
 
-    monkeypatch.setattr(pooled, "cascade_decode_attention", partial(counted, cascade_decode_attention))
-    monkeypatch.setattr(pooled, "tree_attention", partial(counted, tree_attention))
+    for module in (cascade, prefill):
+        monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")  # as on a GPU
+        monkeypatch.setattr(module, "cascade_decode_attention", partial(counted, cascade_decode_attention))
+    monkeypatch.setattr(prefill, "tree_attention", partial(counted, tree_attention))
     requests = requests_of(contexts=(18, 7), problems=(3, 9), samples=1)
     said = sample(padded(make_model(kind, "sdpa")), requests, 4)
-    engine = forest(make_model(kind), cascade=True, max_batch=4, prefill_tokens=16)
+    engine = forest(make_model(kind), max_batch=4, prefill_tokens=16)
     assert_same(sample(engine, requests, 4), said)
     assert {cascade_decode_attention, tree_attention} == set(calls)
 

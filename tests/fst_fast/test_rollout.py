@@ -27,7 +27,6 @@ from transformers import (
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import NAME
-from fst_fast.rollout import cascade
 from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt_tree import prompt_tree
@@ -70,6 +69,12 @@ def make_model(kind: str = "qwen3", attention: str = NAME):
     made = model(config(**SHAPE, **more)).eval()
     made.set_attn_implementation(attention)
     return made
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request, monkeypatch):
+    """The attention and the sampler of what runs here."""
+    monkeypatch.setenv("FST_KERNELS", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +166,17 @@ def test_greedy_rollouts_are_those_of_transformers_generate(kind):
     assert len({tuple(row) for row in expected}) > len(requests) // 2, (
         "the model must not say the same to everything"
     )
-    for engine in (forest(make_model(kind)), padded(plain), forest(make_model(kind), cascade=True)):
+    for engine in (forest(make_model(kind)), padded(plain)):
         rollouts = sample(engine, requests, 16, temperature=0.0)
         assert [r.response_ids.tolist() for r in rollouts] == expected
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", WINDOWED)
 @pytest.mark.parametrize("prefill_tokens", [4, 16])
-@pytest.mark.parametrize("cascade", [False, True])
-def test_windows_slide_over_whatever_the_prompts_are_cut_into(kind, prefill_tokens, cascade):
+def test_windows_slide_over_whatever_the_prompts_are_cut_into(kind, prefill_tokens):
     expected = sample(padded(make_model(kind, "sdpa")), requests_of())
-    engine = forest(make_model(kind), max_batch=5, prefill_tokens=prefill_tokens, cascade=cascade)
+    engine = forest(make_model(kind), max_batch=5, prefill_tokens=prefill_tokens)
     assert_same(sample(engine, requests_of()), expected)
     assert_same(sample(engine, requests_of()), expected)  # and from the prefixes that the first call left
 
@@ -203,14 +208,15 @@ def test_forest_and_padded_engine_give_the_same_rollouts(model, expected):
     assert_same(sample(forest(model), requests_of()), expected)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(64, 8192), (1, 8192), (3, 17), (4, 8), (14, 3)])
 @pytest.mark.parametrize("lean", [True, False])
-def test_over_a_pool_it_gives_the_same_rollouts(
+def test_whatever_the_batch_and_the_windows_it_gives_the_same_rollouts(
     model, expected, max_batch, prefill_tokens, lean, monkeypatch
 ):
     if not lean:
         monkeypatch.setattr("fst_fast.rollout.engine.why_not", lambda _: "the test says so")
-    engine = forest(model, max_batch=max_batch, prefill_tokens=prefill_tokens, cascade=True)
+    engine = forest(model, max_batch=max_batch, prefill_tokens=prefill_tokens)
     assert_same(sample(engine, requests_of()), expected)
     held = engine._pool.tokens
     assert engine._pool.slots == held
@@ -437,11 +443,6 @@ def test_the_two_partial_attentions_agree():
             partial_attention(q, k, v, 0.3, bias), plain_partial_attention(q, k, v, 0.3, bias), strict=True
         ):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-def test_the_engine_gives_the_same_without_flash_attention(model, expected, monkeypatch):
-    monkeypatch.setattr(cascade, "partial_attention", plain_partial_attention)
-    assert_same(sample(forest(model, max_batch=6, prefill_tokens=20), requests_of()), expected)
 
 
 def test_packing_and_attention_must_agree(model, plain_model):

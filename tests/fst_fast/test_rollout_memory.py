@@ -34,19 +34,20 @@ def plain(model):
     return make_model("llama", "sdpa")
 
 
-@pytest.fixture(params=[False, True], ids=["blocks", "pool"])
-def cascade(request):
-    return request.param
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def backend(request, monkeypatch):
+    """The attention and the sampler of what runs here."""
+    monkeypatch.setenv("FST_KERNELS", request.param)
 
 
 def other_samples(requests, shift):
     return [Request(r.problem_id, r.context_id, r.sample + 9, r.prompt_ids, r.seed + shift) for r in requests]
 
 
-def test_a_second_call_computes_no_prompt_again_and_samples_what_a_fresh_engine_would(model, cascade):
+def test_a_second_call_computes_no_prompt_again_and_samples_what_a_fresh_engine_would(model):
     requests = requests_of()
     again = other_samples(requests, 5000)
-    engine, fresh = forest(model, cascade=cascade, eos=()), forest(model, cascade=cascade, eos=())
+    engine, fresh = forest(model, eos=()), forest(model, eos=())
     sample(engine, requests, 4)
     before = engine.tokens_computed
     assert_same(sample(engine, again, 4), sample(fresh, again, 4))
@@ -56,7 +57,7 @@ def test_a_second_call_computes_no_prompt_again_and_samples_what_a_fresh_engine_
     assert fresh.tokens_reused == 0
 
 
-def test_prompts_that_share_parts_of_earlier_ones_take_these_over(model, plain, cascade):
+def test_prompts_that_share_parts_of_earlier_ones_take_these_over(model, plain):
     """Branch points move: a stored node is cut, joined, extended, and ended in its middle."""
     rng = np.random.default_rng(5)
     a, b, c = ids(rng, 20), ids(rng, 15), ids(rng, 9)
@@ -70,7 +71,7 @@ def test_prompts_that_share_parts_of_earlier_ones_take_these_over(model, plain, 
         c,  # shares nothing
     ]
     requests = [Request(str(i), "", 0, p, 10 + i) for i, p in enumerate(second)]
-    engine = forest(model, cascade=cascade, prefill_tokens=6)
+    engine = forest(model, prefill_tokens=6)
     sample(engine, first, 4)
     assert_same(sample(engine, requests, 6), sample(padded(plain), requests, 6))
     assert (
@@ -78,9 +79,9 @@ def test_prompts_that_share_parts_of_earlier_ones_take_these_over(model, plain, 
     )  # a and b whole, less the last token of b[:7], computed for its logits
 
 
-def test_changed_weights_and_forget_end_the_reuse(cascade):
+def test_changed_weights_and_forget_end_the_reuse():
     model, requests = make_model(), requests_of()
-    engine = forest(model, cascade=cascade)
+    engine = forest(model)
     sample(engine, requests, 3)
     engine.forget()
     sample(engine, other_samples(requests, 1), 3)
@@ -88,25 +89,23 @@ def test_changed_weights_and_forget_end_the_reuse(cascade):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 0.5
     again = other_samples(requests, 2)
-    assert_same(sample(engine, again, 3), sample(forest(model, cascade=cascade), again, 3))
+    assert_same(sample(engine, again, 3), sample(forest(model), again, 3))
     assert engine.tokens_reused == 0
 
 
-def test_a_call_that_gave_nothing_for_a_while_is_forgotten(model, cascade):
+def test_a_call_that_gave_nothing_for_a_while_is_forgotten(model):
     rng = np.random.default_rng(7)
-    engine = forest(model, cascade=cascade)
+    engine = forest(model)
     for i in range(8):
         sample(engine, [Request("p", str(i), 0, ids(rng, 10), i)], 2)
     assert len(engine._prefixes.calls) == 4
 
 
 @pytest.mark.parametrize("tokens", [60, 90, 200])
-def test_a_small_budget_changes_when_sequences_run_and_not_what_they_say(model, plain, tokens, cascade):
+def test_a_small_budget_changes_when_sequences_run_and_not_what_they_say(model, plain, tokens):
     requests = requests_of(samples=4)
     notes: list[str] = []
-    engine = forest(
-        model, cascade=cascade, kv_bytes=tokens * TOKEN_BYTES, prefill_tokens=16, note=notes.append
-    )
+    engine = forest(model, kv_bytes=tokens * TOKEN_BYTES, prefill_tokens=16, note=notes.append)
     sample(engine, requests[:3], 12)
     again = other_samples(requests, 3)
     assert_same(sample(engine, again, 12), sample(padded(plain), again, 12))
@@ -125,12 +124,12 @@ def test_slots_are_as_many_as_prompts_and_whole_responses_have_room_for():
         assert slots_that_fit(tree, order, response_tokens=7, kv_tokens=enough - 1, most=6) == slots - 1
 
 
-def test_what_cannot_fit_alone_is_refused_with_the_numbers(model, cascade):
+def test_what_cannot_fit_alone_is_refused_with_the_numbers(model):
     requests = requests_of()
     longest = max(len(r.prompt_ids) for r in requests)
     room = (longest + 11) * TOKEN_BYTES
-    sample(forest(model, cascade=cascade, kv_bytes=room), requests, 12)
-    engine = forest(model, cascade=cascade, kv_bytes=room - 1)
+    sample(forest(model, kv_bytes=room), requests, 12)
+    engine = forest(model, kv_bytes=room - 1)
     with pytest.raises(
         UserError,
         match=rf"problem p1, context c0, sample 0: .* {longest} prompt and 12 response tokens take {room} bytes "
@@ -140,7 +139,7 @@ def test_what_cannot_fit_alone_is_refused_with_the_numbers(model, cascade):
     assert engine.tokens_computed == 0
 
 
-def test_nodes_are_given_back_one_by_one_where_memory_is_short(model, monkeypatch, cascade):
+def test_nodes_are_given_back_one_by_one_where_memory_is_short(model, monkeypatch):
     held: list[int] = []
     needed: list[int] = []
     make_room = ForestDecoder._make_room
@@ -153,7 +152,7 @@ def test_nodes_are_given_back_one_by_one_where_memory_is_short(model, monkeypatc
 
     monkeypatch.setattr(ForestDecoder, "_make_room", spy)
     requests = requests_of(contexts=(9,) * 12, problems=(4, 5), samples=2)
-    engine = forest(model, max_batch=4, prefill_tokens=30, kv_bytes=100 * TOKEN_BYTES, cascade=cascade)
+    engine = forest(model, max_batch=4, prefill_tokens=30, kv_bytes=100 * TOKEN_BYTES)
     sample(engine, requests, 4)
     assert len(held) > 3
     assert all(

@@ -95,7 +95,7 @@ def cascade_decode_attention(
 
         out, lse = triton.cascade_decode(q, k_pool, v_pool, plan, scale, window)
     elif taken == "cpu":
-        out, lse = cpu.cascade_decode(q, k_pool, v_pool, plan, scale, window, return_lse)
+        out, lse = cpu.cascade_decode(q, k_pool, v_pool, plan, scale, window)
     else:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

@@ -50,15 +50,14 @@ def cascade_decode(
     plan: CascadePlan,
     scale: float,
     window: int | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """out [S, Hq, D] and, where asked for, lse [S, Hq]. ValueError as plan.check_suffixes."""
+) -> tuple[Tensor, Tensor]:
+    """out [S, Hq, D] and lse [S, Hq]. ValueError as plan.check_suffixes."""
     if "cpu" not in plan.prepared:
         plan.prepared["cpu"] = _arguments(plan)
     arguments: TreeAttention = plan.prepared["cpu"]
     q = q if q.stride(2) == 1 else q.contiguous()
     out = torch.empty(q.shape)
-    lse = torch.empty(q.shape[:2]) if return_lse else None
+    lse = torch.empty(q.shape[:2])
     wrong = attend(arguments, q, k_pool, v_pool, out, lse, scale, window)
     if wrong >= 0:
         plan.check_suffixes(len(k_pool))
