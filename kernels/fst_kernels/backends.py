@@ -138,8 +138,10 @@ def choose_backend(
 
 
 def backends() -> dict[str, BackendReport]:
-    """Operation -> the backend taken on this machine (bf16 tensors on its GPU, if it has one) and, for every other one, why it is not."""
-    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16
+    """Operation -> the backend taken on this machine, bf16 on its GPU, float32 where it has none, and, for every other one, why it is not."""
+    device, dtype = torch.device("cpu"), torch.float32
+    if torch.cuda.is_available():
+        device, dtype = torch.device("cuda"), torch.bfloat16
     report: dict[str, BackendReport] = {}
     for op in IMPLEMENTED:
         taken = choose_backend(op, None, device, dtype)

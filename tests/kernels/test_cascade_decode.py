@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fst_kernels import CascadePlan, backends, cascade_decode_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else ["cpu"]
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 HEADS = (2, 1) if INTERPRETED else (4, 2)  # of queries, of keys
 
 
@@ -64,10 +64,12 @@ class Case:
             suffix_lengths=self.suffixes, suffix_capacity=capacity, page_size=page, chunk=chunk,
         )  # fmt: skip
 
-    def run(self, backend=BACKENDS[0], **change):
+    backend: str  # of the fixture below
+
+    def run(self, **change):
         q, k, v = (change.get(name, getattr(self, name)) for name in ("q", "k", "v"))
         return cascade_decode_attention(
-            q, k, v, self.plan, scale=0.4, window=self.window, return_lse=True, backend=backend
+            q, k, v, self.plan, scale=0.4, window=self.window, return_lse=True, backend=self.backend
         )
 
     def keys_of(self, s):
@@ -89,10 +91,16 @@ class Case:
                 out[s] = torch.einsum("hk,khd->hd", scores.softmax(1), v)
         return out, lse
 
-    def check(self, tolerance=1e-5, **options):
+    def check(self, tolerance=1e-5):
         assert self.q.abs().min() > 0
-        for got, want in zip(self.run(**options), self.truth(), strict=True):
+        for got, want in zip(self.run(), self.truth(), strict=True):
             torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setattr(Case, "backend", request.param, raising=False)
+    return request.param
 
 
 def nested(contexts, problems, samples, sizes=(40, 21), seed=0):
@@ -226,7 +234,7 @@ def test_what_another_branch_holds_does_not_change_a_bit():
 
 
 @outer
-def test_the_order_of_the_sequences_changes_nothing():
+def test_the_order_of_the_sequences_changes_nothing(backend):
     case = Case(*UNEVEN, UNEVEN_SUFFIXES)
     out, _ = case.run()
     order = torch.tensor([5, 0, 7, 3, 6, 1, 4, 2])
@@ -237,8 +245,47 @@ def test_the_order_of_the_sequences_changes_nothing():
     plan = CascadePlan.build(
         torch.tensor(case.paths)[order], node_lengths=case.lengths, suffix_capacity=case.plan.suffix_capacity, chunk=16, **tables
     )  # fmt: skip
-    again = cascade_decode_attention(case.q[order], case.k, case.v, plan, scale=0.4, backend=BACKENDS[0])
+    again = cascade_decode_attention(case.q[order], case.k, case.v, plan, scale=0.4, backend=backend)
     torch.testing.assert_close(again, out[order], rtol=1e-6, atol=1e-6)
+    assert backend != "cpu" or torch.equal(again, out[order])
+
+
+@outer
+def test_on_the_cpu_neither_neighbours_nor_threads_change_a_bit(backend):
+    """With a window rows meet a chunk's keys alone or in pairs, depending on their neighbours."""
+    if backend != "cpu":
+        pytest.skip("said of the C++ kernel")
+    paths, lengths = nested(2, 3, 7, (70, 21))
+    for heads, window in ((2, None), (4, 45), (3, 13)):
+        suffixes = [1 + i % 30 for i in range(len(paths))]
+        case = Case(paths, lengths, suffixes, capacity=40, heads=heads, kv_heads=1, window=window, dim=20)
+        whole, lse = case.run()
+        for some in ([5], list(range(3, 40, 4))):
+            at = torch.tensor(some)
+            plan = CascadePlan.build(
+                torch.tensor(case.paths)[at], node_slots=case.plan.node_slots[:, 0], node_lengths=case.lengths,
+                suffix_slots=case.plan.suffix_slots[at, 0].int(), suffix_lengths=case.suffixes[at].contiguous(), suffix_capacity=40, chunk=16,
+            )  # fmt: skip
+            few = cascade_decode_attention(case.q[at], case.k, case.v, plan, scale=0.4, window=window, return_lse=True, backend="cpu")  # fmt: skip
+            assert torch.equal(few[0], whole[at])
+            assert torch.equal(few[1], lse[at])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3 if threads == 1 else 1)
+        try:
+            assert torch.equal(case.run()[0], whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@outer
+def test_nan_comes_out_where_it_is_seen_and_nowhere_else(backend):
+    case = Case(*UNEVEN, UNEVEN_SUFFIXES)
+    case.k[case.slots[1]] = torch.nan
+    out, lse = case.run()
+    sees = torch.tensor([1 in path for path in case.paths])
+    assert out[sees].isnan().all()
+    assert lse[sees].isnan().all()
+    assert not out[~sees].isnan().any()
 
 
 def test_lengths_written_in_place_are_seen_by_the_same_plan():
@@ -249,14 +296,14 @@ def test_lengths_written_in_place_are_seen_by_the_same_plan():
     case.check()
 
 
-def test_pools_by_head_strided_queries_and_double():
+def test_pools_by_head_strided_queries_and_double(backend):
     case = Case(*UNEVEN, UNEVEN_SUFFIXES)
     out, _ = case.run()
     by_head = {n: getattr(case, n).transpose(0, 1).contiguous().transpose(0, 1) for n in ("k", "v")}
     wide = case.q[:, :, None].expand(-1, -1, 3, -1).contiguous()
     again, _ = case.run(q=wide[:, :, 1], **by_head)
     torch.testing.assert_close(again, out, rtol=1e-6, atol=1e-6)
-    if not INTERPRETED:
+    if backend == "reference":
         double = Case(*UNEVEN, UNEVEN_SUFFIXES, dtype=torch.float64)
         double.check(tolerance=1e-12)
         low = Case(*UNEVEN, UNEVEN_SUFFIXES, dtype=torch.bfloat16)
@@ -270,7 +317,7 @@ def test_an_empty_batch():
         suffix_lengths=torch.zeros(0, dtype=torch.int32), suffix_capacity=4,
     )  # fmt: skip
     pool = torch.zeros(3, 1, 8)
-    assert cascade_decode_attention(torch.zeros(0, 2, 8), pool, pool, plan, backend=BACKENDS[0]).shape == (
+    assert cascade_decode_attention(torch.zeros(0, 2, 8), pool, pool, plan, backend=Case.backend).shape == (
         0,
         2,
         8,
@@ -358,6 +405,7 @@ def test_bytes_read_and_bytes_that_are_unique():
     ],
 )  # fmt: skip
 def test_a_plan_that_makes_no_sense_is_refused(change, message):
+    change = dict(change)
     rows = change.pop("rows", 1)
     arguments = {
         "paths": [[0, 1]], "node_slots": [0, 4], "node_lengths": [4, 4], "suffix_slots": torch.full((rows,), 8),
@@ -395,7 +443,7 @@ def test_tensors_that_do_not_fit_the_plan_are_refused():
     case.plan.suffix_slots.sub_(1)
     with pytest.raises(RuntimeError, match="backend=triton cannot run"):
         cascade_decode_attention(q, k, v, case.plan, backend="triton")
-    assert backends()["cascade_decode_attention"]["taken"] in ("reference", "triton")
+    assert backends()["cascade_decode_attention"]["taken"] in ("reference", "cpu", "triton")
 
 
 @pytest.mark.gpu

@@ -20,6 +20,13 @@ few = settings(max_examples=25, deadline=None)
 TOLERANCE = {F64: 1e-11, F32: 1e-5}
 
 
+@pytest.fixture(params=["chosen", "reference"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on the CPU is forward in C++ unless the reference is asked for."""
+    if request.param == "reference":
+        monkeypatch.setenv("FST_KERNELS", "reference")
+
+
 def visible_pairs(subtree_end: Tensor, window: int | None = None) -> Tensor:
     """The definition, [..., query, key]. What a token sees without a window is its path, so the pairs count its depth."""
     at = torch.arange(subtree_end.shape[-1])
