@@ -62,4 +62,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-build-isolation deepspeed
 	@echo "[4/4] fst-fast"
 	@$(PIP) --editable '.[dev]'
+	@$(PY) -c 'import fst_kernels.cpu as cpu; why = cpu.why_not(); why and print("C++ kernels for the CPU:", why, "- the slower PyTorch ones are taken")'
 	@touch $@

@@ -18,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -143,9 +144,17 @@ def main() -> None:
         return torch.cat(parts)[:, :, 0]
 
     volume = plan.kv_bytes(query_heads=s["heads"], kv_heads=kv_heads, head_dim=dim, itemsize=q.element_size())
-    name = f"cascade_decode_attention ({backends()['cascade_decode_attention']['taken']})"
+    taken = [backends()["cascade_decode_attention"]["taken"]]
+    if DEVICE.type == "cpu" and "reference" not in taken:
+        taken.append("reference")
     runs: dict[str, tuple[Callable[[], object], int]] = {
-        name: (lambda: cascade_decode_attention(q, k, v, plan), volume.unique),
+        **{
+            f"cascade_decode_attention ({name})": (
+                partial(cascade_decode_attention, q, k, v, plan, backend=name),
+                volume.unique,
+            )
+            for name in taken
+        },
         "SDPA over copies, batched": (batched, volume.unshared),
         "SDPA over copies, per sequence": (one_by_one, volume.unshared),
     }

@@ -1,12 +1,11 @@
 """A decode step of the rollout engine against the bytes it cannot do without: all weights once, every key and value of the forest once.
 
-    python -m benchmarks.decode_step [--sides pool unshared] [--steps N] [--rounds 1] [--out FOLDER]
+    python -m benchmarks.decode_step [--sides shared unshared] [--steps N] [--rounds 1] [--out FOLDER]
 
 Random weights. On a GPU a Qwen3-8B's shape in bfloat16, 4 contexts x 1536, 64 problems x 300 under each, 2 samples: 512 sequences at a time. On the CPU a
 small model in float32, whose figures say that it runs and nothing else.
 
-    pool      keys and values in a pool, the kernels of fst_kernels (what a GPU takes)
-    blocks    batched attention calls over blocks (what a CPU takes)
+    shared    the engine: keys and values in a pool, the kernels of fst_kernels
     unshared  every sequence with its own prompt (policy.packing=padded), as many sequences as `batch` of the size below
 
 Reported: the first tokens' seconds (prefill), the median of the further steps in ms, tokens/s of these, the byte floor at 4.3 TB/s (an H200, measured) as a
@@ -19,7 +18,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ LOADS = {
     "cpu": {"contexts": 2, "context": 64, "problems": 4, "problem": 16, "samples": 2, "batch": 8},
 }
 STEPS = {"cuda": 24, "cpu": 4}
-SIDES = {"pool": ("forest", True), "blocks": ("forest", False), "unshared": ("padded", None)}
+SIDES: dict[str, Literal["forest", "padded"]] = {"shared": "forest", "unshared": "padded"}
 
 
 def make_model(device: torch.device) -> Any:
@@ -76,9 +75,9 @@ def floor_bytes(model: Any, engine: RolloutEngine, some: list[Request], tokens: 
 
 
 def measured(model: Any, side: str, some: list[Request], steps: int) -> dict[str, Any]:
-    packing, cascade = SIDES[side]
+    packing = SIDES[side]
     model.set_attn_implementation(NAME if packing == "forest" else "sdpa")
-    engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=len(some), packing=packing, cascade=cascade)
+    engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=len(some), packing=packing)
     ends: list[float] = []
     draw = Responses.draw
 
@@ -116,7 +115,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     device = measure.device()
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["pool", "unshared"])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--steps", type=int, default=STEPS[device.type])
     parser.add_argument(
         "--rounds", type=int, default=2, help="of each side; the last is reported, the others warm up"

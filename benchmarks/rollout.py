@@ -90,34 +90,32 @@ def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: i
     """Bytes of keys and values that the attention of one decode step is handed, its mean over the steps, and the least there can be: every
     token of the prompt tree and of the responses once."""
     read, steps, floor = [0], [0], [0]
-    attend, step = cascade.partial_attention, ForestDecoder._step
+    attend, step = cascade.cascade_decode_attention, ForestDecoder._step
 
-    def counting(q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        read[0] += k.nbytes + v.nbytes
-        return attend(q, k, v, *rest)
+    def counting(q: Any, k: Any, v: Any, plan: Any, **rest: Any) -> Any:
+        size = {"query_heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": k.shape[2]}
+        read[0] += plan.kv_bytes(**size, itemsize=k.element_size()).unique
+        return attend(q, k, v, plan, **rest)
 
     def counted_step(self: Any, slots: Any, *rest: Any) -> Any:
-        before = read[0]
         out = step(self, slots, *rest)
         nodes = np.unique(self.tree.path[slots.who])
         nodes = nodes[nodes >= 0]
         tokens = int((self.tree.end - self.tree.start)[nodes].sum())
         tokens += int(self.responses.length[slots.who].sum()) - len(slots.who)
         floor[0] += tokens * engine.token_bytes()
-        steps[0] += read[0] - before > 0
-        in_steps[0] += read[0] - before
+        steps[0] += 1
         return out
 
-    in_steps = [0]
     engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=max_batch, packing="forest")
-    cascade.partial_attention, ForestDecoder._step = counting, counted_step  # type: ignore[assignment, method-assign]
+    cascade.cascade_decode_attention, ForestDecoder._step = counting, counted_step  # type: ignore[assignment, method-assign]
     try:
         engine.generate(load, max_response_tokens=new_tokens, temperature=1.0, policy_version=0)
     finally:
-        cascade.partial_attention, ForestDecoder._step = attend, step  # type: ignore[method-assign]
+        cascade.cascade_decode_attention, ForestDecoder._step = attend, step  # type: ignore[method-assign]
     unshared = sum(len(r.prompt_ids) for r in load) + len(load) * (new_tokens / 2)
     return {
-        "bytes_per_step": in_steps[0] / steps[0],
+        "bytes_per_step": read[0] / steps[0],
         "floor_bytes_per_step": floor[0] / steps[0],
         "unshared_bytes_per_step": unshared * engine.token_bytes() * min(max_batch, len(load)) / len(load),
     }

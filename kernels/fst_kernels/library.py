@@ -1,7 +1,8 @@
 """The compiled kernels of csrc/, as shared libraries with a plain C interface.
 
-"cuda" is the one that CMake builds with nvcc. The others are compiled with g++ at their first use and kept: "cpu" are the kernels for a
-CPU (csrc/cpu), "host" the CUDA sources, where CPU threads play the CUDA threads (csrc/host): for tests and far too slow for work.
+"cuda" is the one that CMake builds with nvcc. The others are compiled with g++ at their first use and kept, in build/csrc of a checkout, else
+in the user's cache folder: "cpu" are the kernels for a CPU (csrc/cpu), "host" the CUDA sources, where CPU threads play the CUDA threads
+(csrc/host): for tests and far too slow for work.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def missing(name: LibraryName) -> str | None:
         if not any(p.exists() for p in _cuda_places()):
             return f"{_cuda_places()[0].name} is not in {places}; where nvcc is, build it: cmake -S . -B build/csrc && cmake --build build/csrc"
         return None
-    if not (_CHECKOUT / "csrc" / _RECIPES[name].compiled[0]).exists():
-        return f"it compiles {_CHECKOUT / 'csrc'}, which is not there: it needs a source checkout"
+    if not (_sources() / _RECIPES[name].compiled[0]).exists():
+        return f"it compiles {_sources()}, which is not there"
     return None if _compiler() else "it needs g++, or another compiler named by CXX"
 
 
@@ -102,6 +103,18 @@ def _cuda_places() -> tuple[Path, ...]:
     return _PACKAGE / "libfst_cuda.so", _CHECKOUT / "build" / "csrc" / "libfst_cuda.so"
 
 
+def _sources() -> Path:
+    """csrc/, of the checkout or as the wheel brought it."""
+    return next((p for p in (_CHECKOUT / "csrc", _PACKAGE / "csrc") if p.is_dir()), _CHECKOUT / "csrc")
+
+
+def _build_folder() -> Path:
+    own = _sources().parent
+    if own == _CHECKOUT and os.access(own, os.W_OK):
+        return own / "build" / "csrc"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fst_kernels"
+
+
 def _compiler() -> list[str] | None:
     """The command of the C++ compiler: CXX, words apart, or g++; None if it is not there."""
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
@@ -109,8 +122,8 @@ def _compiler() -> list[str] | None:
 
 
 def _build(name: str) -> Path:
-    """build/csrc/libfst_<name>-<hash of sources and command>.so, made if it is not there. RuntimeError: the compiler failed."""
-    csrc, compiler, recipe = _CHECKOUT / "csrc", _compiler(), _RECIPES[name]
+    """libfst_<name>-<hash of sources and command>.so, made if it is not there. RuntimeError: the compiler failed."""
+    csrc, compiler, recipe = _sources(), _compiler(), _RECIPES[name]
     assert compiler is not None
     command = [*compiler, *_FLAGS, *recipe.flags]
     if name == "cpu":
@@ -118,7 +131,7 @@ def _build(name: str) -> Path:
     stamp = hashlib.sha256(" ".join(command).encode())
     for source in (*recipe.compiled, *recipe.read):
         stamp.update((csrc / source).read_bytes())
-    path = _CHECKOUT / "build" / "csrc" / f"libfst_{name}-{stamp.hexdigest()[:16]}.so"
+    path = _build_folder() / f"libfst_{name}-{stamp.hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:

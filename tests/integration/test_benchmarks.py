@@ -67,13 +67,13 @@ def test_a_size_that_does_not_fit_is_refused(given):
 
 def test_the_decode_step_of_the_engine_is_timed_on_every_side(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-    command = [sys.executable, "-m", "benchmarks.decode_step", "--sides", "pool", "blocks", "unshared", "--steps", "3", "--rounds", "1"]  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.decode_step", "--steps", "3", "--rounds", "1"]  # fmt: skip
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = json.loads((tmp_path / f"decode_step_{device}.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["pool", "blocks", "unshared"]
+    assert [row["name"] for row in result["rows"]] == ["shared", "unshared"]
     assert all(row["step_ms"] > 0 and row["prefill_s"] > 0 for row in result["rows"])
     assert (result["rows"][0]["times_floor"] is None) == (device == "cpu")

@@ -368,7 +368,7 @@ def test_second_derivatives_are_refused():
             "ref_hidden has dtype torch.float32 and hidden torch.float64",
         ),
         ({"chunk_rows": 0}, "chunk_rows=0; allowed"),
-        ({"backend": "tpu"}, "backend='tpu' is not a backend; allowed: reference, triton, cuda, host"),
+        ({"backend": "tpu"}, "backend='tpu' is not a backend; allowed: reference, triton, cpu, cuda, host"),
     ],
     ids=lambda x: None if isinstance(x, str) else "+".join(x),
 )
@@ -400,7 +400,9 @@ def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch):
             linear_logprob(hidden, weight, labels, backend=name)
     report = backends()
     assert report["linear_logprob"]["taken"] == "reference"
-    assert set(report["sample_tokens"]["others"]) == {"triton", "cuda", "host"}
+    assert {report["sample_tokens"]["taken"], *report["sample_tokens"]["others"]} == {
+        "reference", "triton", "cpu", "cuda", "host",
+    }  # fmt: skip
     monkeypatch.setenv("FST_KERNELS", "triton")
     with pytest.raises(RuntimeError, match="FST_KERNELS=triton cannot run"):
         linear_logprob(hidden, weight, labels)

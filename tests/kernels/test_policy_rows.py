@@ -478,8 +478,8 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     assert report["taken"] != "host"
     assert "for tests" in report["others"]["host"]
     monkeypatch.setattr(library_module, "_CHECKOUT", Path("/nowhere"))
-    assert "needs a source checkout" in library_module.missing("host")
     monkeypatch.setattr(library_module, "_PACKAGE", Path("/nowhere"))
+    assert "it compiles /nowhere/csrc, which is not there" in library_module.missing("host")
     assert "cmake --build build/csrc" in library_module.missing("cuda")
 
 

@@ -477,14 +477,14 @@ def test_layers_that_share_a_mask_share_its_analysis(monkeypatch: pytest.MonkeyP
 
 def test_a_device_tensor_is_looked_at_only_when_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU tensor stands for the device's: look_at_values says which are looked at."""
-    monkeypatch.setattr(mask_module, "look_at_values", lambda device: False)
     tree = random_forest(1, 50, 0.8)
-    unseen = TreeMask.from_subtree_end(tree, depth=torch.zeros(50, dtype=torch.int32))  # wrong, and not read
-    assert unseen.known is None
-    assert unseen.binding(1000) == 1000
     q, k, v = (x.detach() for x in qkv(1, 50, F32))
-    got = [tree_attention(q, k, v, unseen, window=w) for w in (None, 3, 1000)]
-    monkeypatch.undo()
+    with monkeypatch.context() as blind:
+        blind.setattr(mask_module, "look_at_values", lambda device: False)
+        unseen = TreeMask.from_subtree_end(tree, depth=torch.zeros(50, dtype=torch.int32))  # wrong, not read
+        assert unseen.known is None
+        assert unseen.binding(1000) == 1000
+        got = [tree_attention(q, k, v, unseen, window=w) for w in (None, 3, 1000)]
     seen = TreeMask.from_subtree_end(tree)
     assert seen.binding(1000) is None
     assert all(
