@@ -27,9 +27,9 @@ void turn_pairs(float* x, const float* by, int64_t dim) {
     const vec sign = {-1, 1, -1, 1, -1, 1, -1, 1};
     for (int64_t i = 0; i < whole; i += LANES) {
         const vec a = load(x + i), b = load(by + i);
-        const vec re = __builtin_shufflevector(b, b, 0, 0, 2, 2, 4, 4, 6, 6);
-        const vec im = __builtin_shufflevector(b, b, 1, 1, 3, 3, 5, 5, 7, 7);
-        const vec swapped = __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6);
+        const vec re = FST_SHUFFLE(b, b, 0, 0, 2, 2, 4, 4, 6, 6);
+        const vec im = FST_SHUFFLE(b, b, 1, 1, 3, 3, 5, 5, 7, 7);
+        const vec swapped = FST_SHUFFLE(a, a, 1, 0, 3, 2, 5, 4, 7, 6);
         store(x + i, a * re + swapped * im * sign);
     }
     for (int64_t i = whole; i < dim; i += 2) {

@@ -5,6 +5,13 @@
 #include <cstdint>
 #include <initializer_list>
 
+// The lanes of two vectors in another order.
+#if defined(__clang__) || __GNUC__ >= 12
+#define FST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, fst::ints{__VA_ARGS__})
+#endif
+
 namespace fst {
 
 constexpr int LANES = 8;
@@ -29,8 +36,8 @@ inline float sum(vec x) {
 }
 
 inline float largest(vec x) {
-    x = larger(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
-    x = larger(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+    x = larger(x, FST_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = larger(x, FST_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
     return x[0] > x[1] ? x[0] : x[1];
 }
 
@@ -38,15 +45,15 @@ inline float largest(vec x) {
 inline vec sums(const vec (&a)[8]) {
     vec b[4], c[2];
     for (int i = 0; i < 4; ++i) {
-        b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
-               __builtin_shufflevector(a[2 * i], a[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+        b[i] = FST_SHUFFLE(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               FST_SHUFFLE(a[2 * i], a[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
     }
     for (int i = 0; i < 2; ++i) {
-        c[i] = __builtin_shufflevector(b[2 * i], b[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               __builtin_shufflevector(b[2 * i], b[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+        c[i] = FST_SHUFFLE(b[2 * i], b[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               FST_SHUFFLE(b[2 * i], b[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
     }
-    return __builtin_shufflevector(c[0], c[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(c[0], c[1], 4, 5, 6, 7, 12, 13, 14, 15);
+    return FST_SHUFFLE(c[0], c[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           FST_SHUFFLE(c[0], c[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 // e^x to about 2 units in the last place; 0 below -87.3, where the result would be no normal number; NaN stays NaN. For x <= 88.
