@@ -102,6 +102,10 @@ def main() -> None:
     skipped = {}
     if not gpu:
         skipped["cuda"] = skipped["FlashInfer"] = "it needs a GPU"
+        if (reason := library.why_not_compiled("cpu")) is None:
+            peers["cpu"] = ours("cpu")
+        else:
+            skipped["cpu"] = reason
     else:
         if (reason := library.missing("cuda")) is None:
             peers["cuda"] = ours("cuda")

@@ -59,30 +59,32 @@ void scores_of(const Row* rows, const Keys& keys, int dim, float scale, float (*
     }
 }
 
-// acc += p V over keys [first, count), R rows by four vectors at a time.
+// acc += p V over keys [first, count), of V vectors from dimension d on.
+template <int R, int V>
+void add_vectors(const Row* rows, const Keys& keys, int first, int d, const float (*p)[KEYS]) {
+    vec a[R][V];
+    for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < V; ++i) a[r][i] = load(rows[r].acc + d + i * LANES);
+    }
+    for (int key = first; key < keys.count; ++key) {
+        for (int i = 0; i < V; ++i) {
+            const vec v = held(load(keys.v[key] + d + i * LANES));
+            for (int r = 0; r < R; ++r) a[r][i] += p[r][key] * v;
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < V; ++i) store(rows[r].acc + d + i * LANES, a[r][i]);
+    }
+}
+
 template <int R>
 void add_values(const Row* rows, const Keys& keys, int first, int dim, const float (*p)[KEYS]) {
     int d = 0;
-    for (; d + 4 * LANES <= dim; d += 4 * LANES) {
-        vec a[R][4];
-        for (int r = 0; r < R; ++r) {
-            for (int i = 0; i < 4; ++i) a[r][i] = load(rows[r].acc + d + i * LANES);
-        }
-        for (int key = first; key < keys.count; ++key) {
-            for (int i = 0; i < 4; ++i) {
-                const vec v = held(load(keys.v[key] + d + i * LANES));
-                for (int r = 0; r < R; ++r) a[r][i] += p[r][key] * v;
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            for (int i = 0; i < 4; ++i) store(rows[r].acc + d + i * LANES, a[r][i]);
-        }
-    }
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) add_vectors<R, 4>(rows, keys, first, d, p);
+    for (; d + LANES <= dim; d += LANES) add_vectors<R, 1>(rows, keys, first, d, p);
     for (; d < dim; ++d) {
         for (int r = 0; r < R; ++r) {
-            float a = rows[r].acc[d];
-            for (int key = first; key < keys.count; ++key) a += p[r][key] * keys.v[key][d];
-            rows[r].acc[d] = a;
+            for (int key = first; key < keys.count; ++key) rows[r].acc[d] += p[r][key] * keys.v[key][d];
         }
     }
 }

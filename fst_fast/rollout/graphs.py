@@ -1,7 +1,7 @@
 """A decode step as a CUDA graph: its kernels are launched by one call instead of one each from Python (rollout.cuda_graphs).
 
 A graph repeats what it recorded on the very tensors that it recorded, so a step's inputs are copied into tensors that stay: token ids and positions here, lengths
-and rows in the plan (pooled.py). Slots and work lists change when sequences come and go; a graph serves from then until the next change, and is recorded once the
+and rows in the plan (cascade.py). Slots and work lists change when sequences come and go; a graph serves from then until the next change, and is recorded once the
 new slots have made a few steps, which also compile and choose whatever is compiled and chosen at first use.
 """
 
