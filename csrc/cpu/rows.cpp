@@ -11,8 +11,6 @@ namespace {
 
 using namespace fst;
 
-constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers
-
 float mean_square(const float* x, int64_t width) {
     vec squares = {};
     const int64_t whole = width / LANES * LANES;

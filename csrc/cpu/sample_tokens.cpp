@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "../philox.h"
 #include "vector.hpp"
 
 namespace {
@@ -17,23 +18,6 @@ using namespace fst;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity(), NAN_ = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t FIRST_LOOK = 256;  // of the most probable tokens, sorted at first for top_p; four times as many where they are too few
-constexpr int64_t WORTH_A_THREAD = 1 << 14;  // logits
-
-// The first word of Philox4x32-10 (Salmon et al. 2011), key = seed, counter = position.
-uint32_t random_word(int64_t seed, int64_t position) {
-    uint32_t a = static_cast<uint32_t>(position), b = static_cast<uint32_t>(position >> 32), c = 0, d = 0;
-    uint32_t key = static_cast<uint32_t>(seed), other_key = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t first = uint64_t{0xD2511F53u} * a, second = uint64_t{0xCD9E8D57u} * c;
-        a = static_cast<uint32_t>(second >> 32) ^ b ^ key;
-        b = static_cast<uint32_t>(second);
-        c = static_cast<uint32_t>(first >> 32) ^ d ^ other_key;
-        d = static_cast<uint32_t>(first);
-        key += 0x9E3779B9u;
-        other_key += 0xBB67AE85u;
-    }
-    return a;
-}
 
 struct Row {
     std::vector<float> logits, weights;  // padded to whole vectors: -infinity, 0
@@ -75,15 +59,13 @@ struct Row {
         }
     }
 
-    bool comes_first(int32_t a, int32_t b) const { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); }
-
     // The `count` most probable tokens, in order, in order[0 ... count).
     void sort(int64_t count) {
         if (order.empty()) {
             order.resize(vocabulary);
             for (int64_t i = 0; i < vocabulary; ++i) order[i] = static_cast<int32_t>(i);
         }
-        const auto before = [this](int32_t a, int32_t b) { return comes_first(a, b); };
+        const auto before = [this](int32_t a, int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
         if (count < vocabulary) std::nth_element(order.begin(), order.begin() + count, order.end(), before);
         std::sort(order.begin(), order.begin() + count, before);
     }
@@ -162,7 +144,7 @@ void sample(const FstSampleTokens& p, Row& row, int64_t at) {
 
 int64_t fst_sample_tokens_size() { return sizeof(FstSampleTokens); }
 
-const char* fst_error(int) { return "bad argument"; }
+const char* fst_error(int) { return "an argument is out of range"; }
 
 int fst_sample_tokens(const FstSampleTokens* p, void*) {
     if (p->rows < 0 || p->vocabulary < 1 || p->vocabulary > FST_LARGEST_VOCABULARY || p->logits_are_bf16) return FST_BAD_ARGUMENT;

@@ -15,6 +15,7 @@
 namespace fst {
 
 constexpr int LANES = 8;
+constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers in a pass over memory that more than one thread then shares
 using vec = float __attribute__((vector_size(4 * LANES)));
 using loose_vec = float __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // at any address
 using ints = int32_t __attribute__((vector_size(4 * LANES)));

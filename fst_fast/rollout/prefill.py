@@ -40,10 +40,8 @@ class PrefillPlan:
         self.read_rows = offset[1:][np.searchsorted(nodes, read)] - 1  # [R], in the window
         for own, block in blocks_of(tree.level[nodes], lengths, pool=cache.pool):
             cache.add(block, nodes[own], np.arange(len(own)))
-        above = np.array(sorted(set(tree.path_of(nodes).reshape(-1).tolist()) - {-1, *nodes.tolist()}))
-        self.seen = np.sort(
-            np.concatenate([nodes, above.astype(np.int64)])
-        )  # the window and what stands above it
+        paths = tree.path_of(nodes)
+        self.seen = np.unique(paths[paths >= 0])  # the window and what stands above it
         self.node_slots = cache.slots_of(self.seen)
         self.slots = torch.as_tensor(self.node_slots[nodes][self.of] + self.within, device=device)  # [N]
 

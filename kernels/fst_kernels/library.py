@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,12 +41,19 @@ _FLAGS = ("-std=c++20", "-fPIC", "-shared")
 _RECIPES = {
     "host": _Recipe(
         compiled=("policy_rows.cu", "sample_tokens.cu"),
-        read=("policy_rows.h", "sample_tokens.h", "device.cuh", "host/threads.hpp"),
+        read=("policy_rows.h", "sample_tokens.h", "philox.h", "device.cuh", "host/threads.hpp"),
         flags=("-x", "c++", "-O2", "-pthread"),
     ),
     "cpu": _Recipe(
         compiled=("cpu/tree_attention.cpp", "cpu/rows.cpp", "cpu/sample_tokens.cpp"),
-        read=("cpu/tree_attention.h", "cpu/rows.h", "cpu/vector.hpp", "sample_tokens.h", "policy_rows.h"),
+        read=(
+            "cpu/tree_attention.h",
+            "cpu/rows.h",
+            "cpu/vector.hpp",
+            "sample_tokens.h",
+            "policy_rows.h",
+            "philox.h",
+        ),
         flags=("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp"),
     ),
 }
@@ -66,13 +74,18 @@ def missing(name: LibraryName) -> str | None:
 
 @functools.cache
 def why_not_compiled(name: LibraryName) -> str | None:
-    """As `missing`, after it was compiled: why there is no such library, or what the compiler said in one line."""
+    """As `missing`, after it was compiled: why there is no such library, or what the compiler said in one line. That is warned of: whoever
+    has a compiler does not expect to do without."""
+    reason = missing(name)
+    if reason is not None:
+        return reason
     try:
         load(name)
     except (RuntimeError, OSError) as error:
         lines = str(error).splitlines()
-        return next((line for line in lines if "error" in line), lines[0])
-    return None
+        reason = next((line for line in lines if "error" in line), lines[0])
+        warnings.warn(f"fst_kernels: backend={name} could not be compiled: {reason}", stacklevel=2)
+    return reason
 
 
 def load(name: LibraryName) -> tuple[ctypes.CDLL, Path]:

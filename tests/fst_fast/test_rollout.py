@@ -33,6 +33,7 @@ from fst_fast.rollout.prompt_tree import prompt_tree
 from fst_fast.rollout.scheduler import Slots
 from fst_kernels import sample_tokens
 from fst_kernels.cascade_decode.partial import partial_attention, plain_partial_attention
+from tests.compiler import needs_a_compiler
 
 VOCABULARY, POSITIONS = 61, 256
 EOS = (5, 9, 20, 33)  # enough of them that responses end at different lengths
@@ -74,6 +75,7 @@ def make_model(kind: str = "qwen3", attention: str = NAME):
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request, monkeypatch):
     """The attention and the sampler of what runs here."""
+    needs_a_compiler(request.param)
     monkeypatch.setenv("FST_KERNELS", request.param)
 
 

@@ -11,6 +11,7 @@ from fst_fast.rollout import engine as engine_module
 from fst_fast.rollout.decode import ForestDecoder, slots_that_fit
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.prompt_tree import prompt_tree
+from tests.compiler import needs_a_compiler
 from tests.fst_fast.test_rollout import (
     assert_same,
     forest,
@@ -37,6 +38,7 @@ def plain(model):
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def backend(request, monkeypatch):
     """The attention and the sampler of what runs here."""
+    needs_a_compiler(request.param)
     monkeypatch.setenv("FST_KERNELS", request.param)
 
 

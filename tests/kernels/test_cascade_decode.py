@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_kernels import CascadePlan, backends, cascade_decode_attention
+from tests.compiler import needs_a_compiler
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
@@ -99,6 +100,7 @@ class Case:
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request, monkeypatch):
+    needs_a_compiler(request.param)
     monkeypatch.setattr(Case, "backend", request.param, raising=False)
     return request.param
 
@@ -447,6 +449,7 @@ def test_tensors_that_do_not_fit_the_plan_are_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("dim", "window"), [(64, None), (80, None), (96, None), (128, None), (256, None), (128, 650), (256, 650)]

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fst_kernels import backends, cpu, library
+from tests.compiler import why_not
 
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"backend=cpu: {why_not()}")
 SIZES = [(1, 8), (3, 128), (2, 13), (700, 96)]  # the last one is shared by threads
 
 
@@ -74,9 +76,9 @@ def test_they_are_taken_on_this_machine():
 
 def test_without_a_compiler_or_with_one_that_fails_the_reference_is_taken_and_the_reason_said():
     code = "import fst_kernels; print(fst_kernels.backends()['tree_attention'])"
-    for compiler, reason in (
-        ("no-such-compiler", "it needs g++, or another compiler named by CXX"),
-        ("g++ --no-such-option", "unrecognized command-line option"),
+    for compiler, reason, warned in (
+        ("no-such-compiler", "it needs g++, or another compiler named by CXX", False),
+        ("g++ --no-such-option", "unrecognized command-line option", True),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -87,6 +89,7 @@ def test_without_a_compiler_or_with_one_that_fails_the_reference_is_taken_and_th
         )
         assert "'taken': 'reference'" in done.stdout
         assert reason in done.stdout
+        assert ("UserWarning: fst_kernels: backend=cpu could not be compiled" in done.stderr) == warned
 
 
 def test_a_library_of_the_same_sources_is_compiled_once():

@@ -11,6 +11,7 @@ from fst_kernels import library as library_module
 from fst_kernels import sample_tokens
 from fst_kernels.sampling import cuda, reference
 from fst_kernels.sampling.cuda import Launch, launch_kernel
+from tests.compiler import needs_a_compiler
 from tests.kernels.test_sampling import truncated
 
 RESIDENT, CLUSTER, AGAIN = Launch(64, 1, 1), Launch(32, 2, 1), Launch(64, 1, 0)
@@ -48,6 +49,7 @@ def host(logits, launch=RESIDENT, temperature=1.0, top_k=None, top_p=None, min_p
 def launched(logits, *rest):
     *rest, launch = rest
     if launch is CPU:
+        needs_a_compiler("cpu")
         return launch_kernel(logits.float(), *rest, "cpu")
     return launch_kernel(logits, *rest, "host", launch)
 

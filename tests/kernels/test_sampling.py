@@ -8,11 +8,13 @@ import torch
 from fst_kernels import sample_tokens
 from fst_kernels.sampling import reference
 from fst_kernels.sampling.reference import philox, uniform
+from tests.compiler import needs_a_compiler
 
 
 @pytest.fixture(params=["reference", "cpu"], autouse=True)
 def backend(request, monkeypatch):
     """Whatever is sampled here is sampled by both."""
+    needs_a_compiler(request.param)
     monkeypatch.setenv("FST_KERNELS", request.param)
     return request.param
 

@@ -22,13 +22,12 @@ def forward(
     batch, heads, n, dim = q.shape
     rows = [token_major(x) for x in (q, k, v)]
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in rows)
-    out, lse = torch.empty(batch, n, heads, dim), torch.empty(batch, heads, n)
-    lse_rows = lse.transpose(1, 2).flatten(0, 1) if batch == 1 else torch.empty(batch * n, heads)
-    wrong = attend(mask.prepared["cpu"], q, k, v, out.flatten(0, 1), lse_rows, scale, mask.binding(window))
+    out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
+    wrong = attend(mask.prepared["cpu"], q, k, v, out, lse, scale, mask.binding(window))
     assert wrong < 0, f"token {wrong} of a mask that was checked"
-    if batch > 1:
-        lse.copy_(lse_rows.view(batch, n, heads).transpose(1, 2))
-    return out.transpose(1, 2), lse
+    return out.view(batch, n, heads, dim).transpose(1, 2), lse.view(batch, n, heads).transpose(
+        1, 2
+    ).contiguous()
 
 
 def _arguments(mask: TreeMask) -> TreeAttention:
