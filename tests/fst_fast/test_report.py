@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from fst_fast.errors import UserError
-from fst_fast.report import curves, figures, lineage_figure, write_report
+from fst_fast.report import curves, figures, write_report
 from fst_fast.report.html import differences, outcome
-from fst_fast.report.lineage import lineage, word_diff
 from fst_fast.report.load import Cell, load_runs
 
 EVIL = '<script>alert("x")</script>'
@@ -563,108 +562,3 @@ def test_phases_that_overlap_are_said(tmp_path: Path) -> None:
 
 def test_a_mean_over_no_judged_problem_is_no_reward() -> None:
     assert Cell.model_validate({"mean": 0.0, "stderr": 0.0, "pass_at_k": 0.0, "n": 0, "k": 4}).mean is None
-
-
-def test_the_lineage_is_the_recorded_tree(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run")
-    nodes = lineage(load_runs([folder])[0])
-    recorded = json.loads((folder / "contexts.json").read_text())
-    assert {node.id: (node.text, node.parent) for node in nodes} == {
-        id: (kept["text"], kept["parent"]) for id, kept in recorded["contexts"].items()
-    }
-    at = {node.id: i for i, node in enumerate(nodes)}
-    assert [node.id for node in nodes if node.parent is None] == ["seed00"]
-    for node in nodes[1:]:
-        assert node.parent
-        assert at[node.parent] < at[node.id]
-        assert nodes[at[node.parent]].depth == node.depth - 1
-        assert "".join(text for what, text in node.changes if what != "del") == node.text
-    assert {node.id for node in nodes if node.copies} == set(recorded["population"])
-    born = {
-        row["id"]: row for line in metrics_of(folder) if line["kind"] == "cycle" for row in line["contexts"]
-    }
-    assert all(
-        born[node.id]["admitted"] == node.admitted and born[node.id]["mean"] == node.birth_mean
-        for node in nodes[1:]
-    )
-    drawn = lineage_figure.draw(nodes)
-    assert not isinstance(drawn, str)
-    assert len(drawn.axes[0].get_lines()) == len(nodes) - 1  # one edge for each child
-
-
-def test_parents_that_form_a_ring_are_still_shown(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", "rl", steps=2)
-    ring = {"a": {"text": "x", "parent": "b", "born": 1}, "b": {"text": "y", "parent": "a", "born": 1}}
-    (folder / "contexts.json").write_text(json.dumps({"population": ["a"], "contexts": ring}))
-    assert sorted(node.id for node in lineage(load_runs([folder])[0])) == ["a", "b"]
-
-
-def test_word_diff_names_what_was_added_and_removed() -> None:
-    assert word_diff("solve the problem .", "solve the maze .") == [
-        ("same", "solve the "),
-        ("del", "problem "),
-        ("ins", "maze "),
-        ("same", "."),
-    ]
-    assert word_diff("a  b\nc", "a b c") == [("same", "a b c")]
-    assert word_diff("a b", "a") == [("same", "a"), ("del", " b ")]
-    assert word_diff("", "a") == [("ins", "a")]
-    assert word_diff("", "") == []
-
-
-def test_the_sigmoid_fit_recovers_the_curve_that_made_the_data() -> None:
-    x = np.linspace(0, 600, 13)
-    with np.errstate(divide="ignore"):
-        y = 0.05 + (0.6 - 0.05) / (1 + (150 / x) ** 1.7)
-    fit = curves.fit_sigmoid(curves.Series(x, y, np.zeros_like(x)), 0.05)
-    assert isinstance(fit, curves.Fit)
-    assert (fit.asymptote, fit.midpoint, fit.exponent) == (
-        pytest.approx(0.6, abs=1e-4),
-        pytest.approx(150, rel=1e-3),
-        pytest.approx(1.7, rel=1e-3),
-    )
-    assert fit.points == 12
-    assert fit.note == ""
-    assert fit.rmse < 1e-6
-
-
-def test_a_fit_that_would_mean_nothing_is_refused_with_the_reason() -> None:
-    def series(x: list[float], y: list[float]) -> curves.Series:
-        return curves.Series(np.array(x), np.array(y), np.zeros(len(x)))
-
-    x, y = [1.0, 2, 3, 4, 5, 6], [0.1, 0.2, 0.3, 0.35, 0.4, 0.42]
-    assert isinstance(curves.fit_sigmoid(series(x, y), 0.05), curves.Fit)
-    assert "5 evaluations after the start, at least 6" in str(
-        curves.fit_sigmoid(series([0, *x[1:]], y), 0.05)
-    )
-    assert "same place" in str(curves.fit_sigmoid(series([3.0] * 6, y), 0.05))
-    assert "never changed" in str(curves.fit_sigmoid(series(x, [0.05] * 6), 0.05))
-    assert "seed context was not evaluated" in str(curves.fit_sigmoid(series(x, y), None))
-    straight = curves.fit_sigmoid(series(x, [0.05 + 0.02 * c for c in x]), 0.05)
-    assert isinstance(straight, curves.Fit)
-    assert straight.note
-
-
-def test_the_target_is_reached_at_the_first_evaluation_above_it(tmp_path: Path) -> None:
-    runs = load_runs(the_three(tmp_path))
-    target = curves.peak(runs[1])
-    assert target == max(
-        line["channels"]["both"]["mean"] for line in metrics_of(tmp_path / "rl") if line["kind"] == "eval"
-    )
-    reached = curves.reaching(runs, target)
-    first = next(
-        line
-        for line in metrics_of(tmp_path / "fst")
-        if line["kind"] == "eval" and line["channels"]["both"]["mean"] >= target
-    )
-    assert reached[0].at["steps"] == first["step"]
-    assert reached[0].at["rollouts"] == first["rollouts"]
-    assert reached[2].at["steps"] is None  # gepa takes none
-    assert reached[1].at
-    assert curves.reaching(runs, 2.0)[0].at == {}
-
-
-def test_the_running_mean_invents_no_values() -> None:
-    assert curves.smooth(np.array([0.0, 1, 2, 3, 4]), 3).tolist() == [0, 1, 2, 3, 4]
-    assert curves.smooth(np.array([1.0, 0, 0, 0, 2]), 5).tolist() == pytest.approx([1, 1 / 3, 0.6, 2 / 3, 2])
-    assert curves.smooth(np.array([]), 3).tolist() == []
