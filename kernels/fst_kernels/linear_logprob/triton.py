@@ -50,6 +50,7 @@ FULL_PRECISION = Tiles(64, 64, 32, 512, False, False, 4, 2)  # float32 operands
 AMPERE = Tiles(128, 64, 64, 512, False, False, 8, 3)
 HOPPER = Tiles(128, 256, 64, 512, True, True, 8, 3)
 BLACKWELL = Tiles(128, 128, 64, 512, True, True, 8, 4)
+CONSUMER = Tiles(128, 128, 64, 512, True, True, 8, 3)  # 12.x: mma.sync, and 99 KiB of shared memory
 COMBINED_ROWS, COMBINED_SPLITS = 16, 64  # of the partial statistics, at a time
 
 
@@ -62,7 +63,7 @@ def choose_tiles(hidden: Tensor) -> Tiles:
     rows_are_aligned = hidden.shape[1] * hidden.element_size() % 16 == 0  # what a descriptor asks for
     if major < 9 or not rows_are_aligned:
         return AMPERE
-    return HOPPER if major == 9 else BLACKWELL
+    return {9: HOPPER, 10: BLACKWELL, 11: BLACKWELL}.get(major, CONSUMER)
 
 
 def default_chunk_rows(vocabulary: int, products: int) -> int:
