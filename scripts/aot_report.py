@@ -46,7 +46,7 @@ def linear_logprob_cases() -> Iterator[Case]:
     from fst_kernels.linear_logprob import triton as op
     from fst_kernels.linear_logprob import triton_kernels as kernels
 
-    rows = dict.fromkeys(("temperature", "peak", "log_total", "ref_peak", "ref_log_total"), "*fp32")
+    rows = dict.fromkeys(("inverse", "peak", "log_total", "ref_peak", "ref_log_total"), "*fp32")
     partial = dict.fromkeys(("peaks", "totals", "moments"), "*fp32")
     for tiles, archs in (
         (op.AMPERE, ALL),
@@ -64,10 +64,10 @@ def linear_logprob_cases() -> Iterator[Case]:
             arguments = (
                 dict.fromkeys(("hidden", "weight"), "*bf16")
                 | optional
-                | {"temperature": "*fp32", "starts": "*i64", "labels": "*i64", "label_logits": "*fp32"}
+                | {"inverse": "*fp32", "starts": "*i64", "labels": "*i64", "label_logits": "*fp32"}
                 | partial
                 | dict.fromkeys(("num_rows", "vocabulary", "size", "hidden_stride", "weight_stride"), "i32")
-                | {"products_stride": "i32"}
+                | {"products_stride": "i32", "group": "i32"}
                 | softcap
             )
             yield Case(
@@ -77,7 +77,7 @@ def linear_logprob_cases() -> Iterator[Case]:
                 {name: None for name, kind in arguments.items() if kind is None}
                 | {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "SPLIT": tiles.split}
                 | {"TMA": tiles.tma, "HALVES": tiles.halves, "UPCAST": False},
-                unaligned=("num_rows",),
+                unaligned=("num_rows", "group"),
                 archs=archs,
                 warps=tiles.warps,
                 stages=tiles.stages,
