@@ -289,9 +289,9 @@ def _replay(args: argparse.Namespace) -> None:
 def _experiment(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from fst_fast.experiment import EXPERIMENTS, Lab, run
-    from fst_fast.experiment.page import markdown
-    from fst_fast.experiment.runs import FAMILIES, FULL, QUICK
+    from fst_fast.experiments import EXPERIMENTS, Runner, run
+    from fst_fast.experiments.page import markdown
+    from fst_fast.experiments.runs import FAMILIES, FULL, QUICK
 
     budget = QUICK if args.quick else FULL
     if args.seeds:
@@ -301,10 +301,10 @@ def _experiment(args: argparse.Namespace) -> None:
         if family not in FAMILIES:
             raise UserError(f"--families: {family!r} is not known; allowed are {', '.join(FAMILIES)}")
     names = list(EXPERIMENTS) if args.name == "all" else args.name.split(",")
-    lab = Lab(args.out, budget, families, args.workers or usable_cores(), dry=args.dry_run)
-    results = run(names, lab)
+    runner = Runner(args.out, budget, families, args.workers or usable_cores(), dry=args.dry_run)
+    results = run(names, runner)
     if args.dry_run:
-        for planned in lab.planned:
+        for planned in runner.planned:
             print(planned.name)
         return
     for name, result in results.items():

@@ -1,8 +1,8 @@
-"""The paper's experiments on the mini world, with seeds and intervals: `fst experiment NAME --out DIR`, or `run(names, lab)`.
+"""The paper's experiments on the mini world, with seeds and intervals: `fst experiment NAME --out DIR`, or `run(names, runner)`.
 
 Rooms:
     runs.py         one training run as the experiments ask for it: its name, its configuration, what it starts from
-    lab.py          makes the runs that are not made yet, side by side in child processes
+    runner.py       makes the runs that are not made yet, side by side in child processes
     worker.py       a child process that runs `fst` commands one after another
     curves.py       a run folder as a curve on the four axes
     statistics.py   where a curve reaches a level, bootstrap intervals, the ceiling of a pooled fit
@@ -15,8 +15,8 @@ Rooms:
 
 from __future__ import annotations
 
-from fst_fast.experiment.experiments import EXPERIMENTS
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.page import run
+from fst_fast.experiments.experiments import EXPERIMENTS
+from fst_fast.experiments.page import run
+from fst_fast.experiments.runner import Runner
 
-__all__ = ["EXPERIMENTS", "Lab", "run"]
+__all__ = ["EXPERIMENTS", "Runner", "run"]

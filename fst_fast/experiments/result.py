@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fst_fast.experiment import statistics
+from fst_fast.experiments import statistics
 
 
 @dataclass(frozen=True)

@@ -7,37 +7,37 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.experiment import figures, statistics
-from fst_fast.experiment.curves import read, stage_ends
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.methods import made, main_runs, strongest_rl
-from fst_fast.experiment.result import Claim, Result, Table, over_seeds, plus_minus
-from fst_fast.experiment.runs import Changes, Run
+from fst_fast.experiments import figures, statistics
+from fst_fast.experiments.curves import read, stage_ends
+from fst_fast.experiments.methods import made, main_runs, strongest_rl
+from fst_fast.experiments.result import Claim, Result, Table, over_seeds, plus_minus
+from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.runs import Changes, Run
 
 BEFORE = "star_graph"
 """plasticity: trained on this first, then fresh RL on each of the others."""
 
 
-def plasticity(lab: Lab) -> Result:
+def plasticity(runner: Runner) -> Result:
     """Can the weights still learn another task by RL, after RL and after FST?"""
-    tuned = strongest_rl(lab)
-    others = [family for family in lab.families if family != BEFORE]
-    if BEFORE not in lab.families or not others:
+    tuned = strongest_rl(runner)
+    others = [family for family in runner.families if family != BEFORE]
+    if BEFORE not in runner.families or not others:
         return Result(plasticity.__doc__ or "", {"left out": f"needs the family {BEFORE} and another"})
     first = {
-        method: [Run(BEFORE, method, seed, tuned[BEFORE] if method == "rl" else ()) for seed in lab.seeds]
+        method: [Run(BEFORE, method, seed, tuned[BEFORE] if method == "rl" else ()) for seed in runner.seeds]
         for method in ("rl", "fst")
     }
-    lab.make([run for several in first.values() for run in several])
+    runner.make([run for several in first.values() for run in several])
     runs = {}
     for family in others:
-        runs[family] = {"base": [Run(family, "rl", seed, tuned[family]) for seed in lab.seeds]}
+        runs[family] = {"base": [Run(family, "rl", seed, tuned[family]) for seed in runner.seeds]}
         for method, several in first.items():
             runs[family][f"after {method}"] = [
                 Run(family, "rl", run.seed, tuned[family], after=run) for run in several
             ]
-    curves = made(lab, runs)
-    if lab.dry:
+    curves = made(runner, runs)
+    if runner.dry:
         return Result(plasticity.__doc__ or "", {})
     peaks = {
         family: {name: np.array([max(c.smooth()) for c in several]) for name, several in starts.items()}
@@ -83,12 +83,12 @@ STALLED = 0.5
 """RL stalls on a stage where it ends below this share of the best method."""
 
 
-def continual(lab: Lab) -> Result:
+def continual(runner: Runner) -> Result:
     """One run through three tasks, weights and contexts going on: who learns the later ones, and what is left of the earlier?"""
-    tuned = strongest_rl(lab)
-    if not set(STAGES) <= set(lab.families):
+    tuned = strongest_rl(runner)
+    if not set(STAGES) <= set(runner.families):
         return Result(continual.__doc__ or "", {"left out": f"needs the families {', '.join(STAGES)}"})
-    each = lab.budget.steps // 2
+    each = runner.budget.steps // 2
     stages = "[" + ", ".join(f"{{task: {task}, steps: {each}}}" for task in STAGES) + "]"
     common: Changes = (
         ("stages", stages),
@@ -96,8 +96,8 @@ def continual(lab: Lab) -> Result:
         ("rollout.max_response_tokens", 40),
     )
     arms: dict[str, list[Run]] = {
-        "rl": [Run(STAGES[0], "rl", s, (*tuned[STAGES[0]], *common), "continual") for s in lab.seeds],
-        "fst": [Run(STAGES[0], "fst", s, common, "continual") for s in lab.seeds],
+        "rl": [Run(STAGES[0], "rl", s, (*tuned[STAGES[0]], *common), "continual") for s in runner.seeds],
+        "fst": [Run(STAGES[0], "fst", s, common, "continual") for s in runner.seeds],
         "fst, distilled": [
             Run(
                 STAGES[0],
@@ -106,14 +106,14 @@ def continual(lab: Lab) -> Result:
                 (*common, ("slow.distill_steps", each // DISTIL_SHARE)),
                 "continual-distilled",
             )
-            for s in lab.seeds
+            for s in runner.seeds
         ],
     }
-    lab.make([run for several in arms.values() for run in several])
-    if lab.dry:
+    runner.make([run for several in arms.values() for run in several])
+    if runner.dry:
         return Result(continual.__doc__ or "", {})
-    curves = {arm: [read(lab.folder(run)) for run in several] for arm, several in arms.items()}
-    ends = {arm: [stage_ends(lab.folder(run)) for run in several] for arm, several in arms.items()}
+    curves = {arm: [read(runner.folder(run)) for run in several] for arm, several in arms.items()}
+    ends = {arm: [stage_ends(runner.folder(run)) for run in several] for arm, several in arms.items()}
     last = len(STAGES) - 1
     numbers: dict[str, Any] = {}
     own: dict[str, list[float]] = {}  # arm -> at each stage's end the reward on its own task, mean over seeds
@@ -154,20 +154,20 @@ def continual(lab: Lab) -> Result:
     return Result(continual.__doc__ or "", numbers, [own_table, left_table], claims, {"continual": picture})
 
 
-def distill(lab: Lab) -> Result:
+def distill(runner: Runner) -> Result:
     """Can what the contexts know be moved into the weights, and what is it worth there?"""
-    runs = main_runs(lab)
-    steps = lab.budget.steps // DISTIL_SHARE // 2
+    runs = main_runs(runner)
+    steps = runner.budget.steps // DISTIL_SHARE // 2
     arms = {
         family: {
             **{m: several for m, several in methods.items() if m != "gepa"},
-            "fst, distilled": [Run(family, "fst", s, (("slow.distill_steps", steps),)) for s in lab.seeds],
+            "fst, distilled": [Run(family, "fst", s, (("slow.distill_steps", steps),)) for s in runner.seeds],
         }
         for family, methods in runs.items()
     }
-    curves = made(lab, arms)
+    curves = made(runner, arms)
     table = Table(
-        f"Trained weights under the seed context alone, per cent (the last {steps} of {lab.budget.steps} steps distil)",
+        f"Trained weights under the seed context alone, per cent (the last {steps} of {runner.budget.steps} steps distil)",
         ["family", "RL", "FST", "FST, distilled", "FST with its contexts", "KL to the base, distilled"],
         [],
     )
@@ -191,7 +191,7 @@ def distill(lab: Lab) -> Result:
         table.rows.append([family, *row, plus_minus(numbers[family]["kl"], 1, 3)])
         if np.mean(bare["fst, distilled"]) >= 0.9 * np.mean(both):
             good.append(family)
-    claims = [] if lab.dry else [
+    claims = [] if runner.dry else [
         Claim("after distillation the weights alone reach 90 % of weights and contexts together", ", ".join(good) or "none", len(good) == len(curves))
     ]  # fmt: skip
     return Result(distill.__doc__ or "", numbers, [table], claims)

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from fst_fast.errors import UserError
 
-COMMAND = (sys.executable, "-c", "from fst_fast.experiment import worker; worker.main()")
+COMMAND = (sys.executable, "-c", "from fst_fast.experiments import worker; worker.main()")
 
 
 class Worker:

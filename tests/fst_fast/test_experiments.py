@@ -1,4 +1,4 @@
-"""The experiments: statistics on known answers, curves from run folders, the lab that makes the runs, verdicts on planted curves."""
+"""The experiments: statistics on known answers, curves from run folders, the runner that makes the runs, verdicts on planted curves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from fst_fast.cli import main
 from fst_fast.errors import UserError
-from fst_fast.experiment import ablations, comparison, experiments, figures, page, sequels, statistics
-from fst_fast.experiment.curves import AXES, Curve, read, stage_ends
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.runs import FAMILIES, FULL, QUICK, Budget, Run
+from fst_fast.experiments import ablations, comparison, continual, experiments, figures, page, statistics
+from fst_fast.experiments.curves import AXES, Curve, read, stage_ends
+from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.runs import FAMILIES, FULL, QUICK, Budget, Run
 from fst_fast.report.figures import png
 from fst_fast.report.load import Cell
 
@@ -119,13 +119,13 @@ def test_a_run_folder_becomes_a_curve_whose_seconds_leave_evaluations_out(tmp_pa
     assert stage_ends(tmp_path / "run") == {(1, 0): 0.25}
 
 
-# --- the lab
+# --- the runner
 
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
 from fst_fast import config_load
-from fst_fast.experiment.worker import serve
+from fst_fast.experiments.worker import serve
 from fst_fast.run.folder import MARKER
 
 print("an import says something")
@@ -171,82 +171,82 @@ serve(fst, int(sys.argv[1]))
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Lab:
+def runner(tmp_path: Path) -> Runner:
     stub = tmp_path / "stub.py"
     stub.write_text(STUB)
-    return Lab(
+    return Runner(
         tmp_path / "out", SMALL, list(FAMILIES), 2, say=lambda line: None, command=(sys.executable, str(stub))
     )
 
 
-def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(lab: Lab) -> None:
+def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(runner: Runner) -> None:
     first = Run("star_graph", "rl", 0, (("slow.lr", "1e-3"),))
     unlucky = Run("star_graph", "rl", 1)
     after = Run("linked_facts", "rl", 0, after=first)
     with pytest.raises(
         UserError, match=r"1 of 2 runs failed; what they said is in .*star_graph-rl-seed=1\.log"
     ):
-        lab.make([first, unlucky, first])
-    assert (lab.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "no luck\n"
-    lab.make([first, unlucky, after])
-    asked = {run: (lab.folder(run) / "asked").read_text() for run in (first, unlucky, after)}
+        runner.make([first, unlucky, first])
+    assert (runner.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "no luck\n"
+    runner.make([first, unlucky, after])
+    asked = {run: (runner.folder(run) / "asked").read_text() for run in (first, unlucky, after)}
     assert asked == {first: "new ", unlucky: "new resume ", after: "new "}
-    assert (lab.out / "models" / first.name).is_dir()
-    assert str(lab.out / "models" / first.name) in (lab.folder(after) / "config.yaml").read_text()
+    assert (runner.out / "models" / first.name).is_dir()
+    assert str(runner.out / "models" / first.name) in (runner.folder(after) / "config.yaml").read_text()
 
 
-def test_a_finished_run_is_evaluated_once_unless_it_was_made_again(lab: Lab) -> None:
+def test_a_finished_run_is_evaluated_once_unless_it_was_made_again(runner: Runner) -> None:
     run = Run("star_graph", "rl", 0)
-    lab.make([run])
-    lab.evaluate([run, run], "ood")
-    lab.evaluate([run], "ood")
-    assert lab.evaluated(run, "ood") == {"split": "ood", "asked": 1}
-    (lab.folder(run) / "summary.json").touch()
-    lab.evaluate([run], "ood")
-    assert lab.evaluated(run, "ood")["asked"] == 2
+    runner.make([run])
+    runner.evaluate([run, run], "ood")
+    runner.evaluate([run], "ood")
+    assert runner.evaluated(run, "ood") == {"split": "ood", "asked": 1}
+    (runner.folder(run) / "summary.json").touch()
+    runner.evaluate([run], "ood")
+    assert runner.evaluated(run, "ood")["asked"] == 2
 
 
-def test_a_run_that_dies_or_raises_is_a_failed_one_and_its_worker_goes_on(lab: Lab) -> None:
-    lab.workers = 1
+def test_a_run_that_dies_or_raises_is_a_failed_one_and_its_worker_goes_on(runner: Runner) -> None:
+    runner.workers = 1
     killed, raising, good = (Run("star_graph", "rl", seed) for seed in (2, 3, 0))
     with pytest.raises(UserError, match=r"2 of 3 runs failed"):
-        lab.make([killed, raising, good])
-    assert (lab.folder(good) / "summary.json").is_file()
-    said = (lab.out / "logs" / f"{raising.name}.log").read_text()
+        runner.make([killed, raising, good])
+    assert (runner.folder(good) / "summary.json").is_file()
+    said = (runner.out / "logs" / f"{raising.name}.log").read_text()
     assert "RuntimeError: an unforeseen error" in said
-    assert (lab.out / "logs" / "worker-0.log").read_text() == "an import says something\n"
+    assert (runner.out / "logs" / "worker-0.log").read_text() == "an import says something\n"
 
 
-def test_an_interrupted_suite_tells_its_runs_to_stop(lab: Lab) -> None:
+def test_an_interrupted_suite_tells_its_runs_to_stop(runner: Runner) -> None:
     """A child that sleeps a minute is told by SIGTERM, as `fst train` is, which then ends after its step with a checkpoint."""
     slow, quick = Run("star_graph", "rl", 4), Run("star_graph", "rl", 0)
 
     def interrupt(line: str) -> None:
-        while not (lab.folder(slow) / "config.yaml").is_file():
+        while not (runner.folder(slow) / "config.yaml").is_file():
             time.sleep(0.05)
         time.sleep(0.3)
         raise KeyboardInterrupt
 
-    lab.say = interrupt  # called when the quick one is done
+    runner.say = interrupt  # called when the quick one is done
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        lab.make([slow, quick])
+        runner.make([slow, quick])
     assert time.monotonic() - began < 40
-    assert (lab.folder(slow) / "told to stop").is_file()
+    assert (runner.folder(slow) / "told to stop").is_file()
 
 
-def test_a_worker_that_is_gone_is_named(lab: Lab) -> None:
-    lab.workers = 1
+def test_a_worker_that_is_gone_is_named(runner: Runner) -> None:
+    runner.workers = 1
     with pytest.raises(UserError, match=r"has ended \(exit code -9\); what it said is in .*worker-0\.log"):
-        lab.make([Run("star_graph", "rl", 5)])
+        runner.make([Run("star_graph", "rl", 5)])
 
 
-def test_a_folder_of_another_suite_is_refused_by_name(lab: Lab) -> None:
+def test_a_folder_of_another_suite_is_refused_by_name(runner: Runner) -> None:
     run = Run("star_graph", "rl", 0)
-    lab.make([run])
-    lab.budget = Budget(**{**vars(SMALL), "steps": 8})
+    runner.make([run])
+    runner.budget = Budget(**{**vars(SMALL), "steps": 8})
     with pytest.raises(UserError, match=r"star_graph-rl-seed=0 was made with another configuration"):
-        lab.make([run])
+        runner.make([run])
 
 
 # --- experiments on planted curves
@@ -263,7 +263,7 @@ def planted(method: str, seed: int, mid: float, top: float, cost: float) -> Curv
 
 
 @pytest.fixture
-def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> Lab:
+def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> Runner:
     kinds = {"rl": (60.0, 0.6, 100.0), "fst": (10.0, 0.95, 250.0), "gepa": (5.0, 0.4, 100.0)}
     curves = {
         family: {
@@ -271,12 +271,12 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> La
         }
         for family in SHOWN
     }
-    monkeypatch.setattr(comparison, "main_runs", lambda lab: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
-    monkeypatch.setattr(comparison, "made", lambda lab, runs: curves)
-    return Lab(tmp_path, SMALL, list(SHOWN), 1)
+    monkeypatch.setattr(comparison, "main_runs", lambda runner: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
+    monkeypatch.setattr(comparison, "made", lambda runner, runs: curves)
+    return Runner(tmp_path, SMALL, list(SHOWN), 1)
 
 
-def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Lab) -> None:
+def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Runner) -> None:
     results = page.run(["efficiency", "drift", "channels"], suite)
     claims = {c.text: c.holds for r in results.values() for c in r.claims}
     assert len(claims) == 6
@@ -295,7 +295,7 @@ def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Lab) -> None:
 
 
 def test_generalisation_shows_every_method_on_both_splits(
-    suite: Lab, monkeypatch: pytest.MonkeyPatch
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tops = {"rl": 0.2, "gepa": 0.3, "fst": 0.7}
     runs = {f: {m: [Run(f, m, seed) for seed in range(3)] for m in tops} for f in SHOWN}
@@ -305,7 +305,7 @@ def test_generalisation_shows_every_method_on_both_splits(
         shift = {"neither": -0.2, "context": -0.1, "weights": -0.15, "both": 0.0}
         return {"channels": {n: {"mean": tops[run.method] + x + run.seed / 100} for n, x in shift.items()}}
 
-    monkeypatch.setattr(comparison, "main_runs", lambda lab: runs)
+    monkeypatch.setattr(comparison, "main_runs", lambda runner: runs)
     monkeypatch.setattr(suite, "evaluate", lambda some, split: asked.extend((r, split) for r in some))
     monkeypatch.setattr(suite, "evaluated", evaluated)
     found = page.run(["generalisation"], suite)["generalisation"]
@@ -318,7 +318,7 @@ def test_generalisation_shows_every_method_on_both_splits(
     assert (suite.out / "figures" / "generalisation.png").stat().st_size > 5000
 
 
-def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gain_no_claim_holds(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     same = {
         f: {m: [planted("rl", s, 60.0, 0.6, 100.0) for s in range(3)] for m in ("rl", "fst", "gepa")}
         for f in SHOWN
@@ -326,7 +326,7 @@ def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPat
     for methods in same.values():
         for c in methods["fst"]:
             c.cells["both"] = c.cells["context"]
-    monkeypatch.setattr(comparison, "made", lambda lab, runs: same)
+    monkeypatch.setattr(comparison, "made", lambda runner, runs: same)
     results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
     assert sum(len(r.claims) for r in results) == 6
     assert not any(c.holds for r in results for c in r.claims)
@@ -338,7 +338,7 @@ def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPat
     ids=["as the paper says", "the other way round"],
 )
 def test_plasticity_is_judged_by_the_mean_over_tasks(
-    suite: Lab,
+    suite: Runner,
     monkeypatch: pytest.MonkeyPatch,
     after_rl: tuple[float, float],
     after_fst: tuple[float, float],
@@ -349,8 +349,8 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
     def make(runs: list[Run]) -> None:
         asked.extend(runs)
 
-    def made(lab: Lab, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
-        lab.make([run for starts in runs.values() for several in starts.values() for run in several])
+    def made(runner: Runner, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
+        runner.make([run for starts in runs.values() for several in starts.values() for run in several])
         tops = {"base": (0.5, 0.5), "after rl": after_rl, "after fst": after_fst}
         return {
             family: {
@@ -359,10 +359,10 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
             for i, (family, starts) in enumerate(runs.items())
         }
 
-    monkeypatch.setattr(sequels, "strongest_rl", lambda lab: {f: (("slow.lr", f),) for f in SHOWN})
-    monkeypatch.setattr(sequels, "made", made)
+    monkeypatch.setattr(continual, "strongest_rl", lambda runner: {f: (("slow.lr", f),) for f in SHOWN})
+    monkeypatch.setattr(continual, "made", made)
     monkeypatch.setattr(suite, "make", make)
-    found = sequels.plasticity(suite)
+    found = continual.plasticity(suite)
     assert [claim.holds for claim in found.claims] == holds
     for i, family in enumerate(SHOWN[1:]):
         assert found.numbers[family]["after fst"]["mean"] == pytest.approx(after_fst[i], abs=0.03)
@@ -373,13 +373,13 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
     assert len({run for run in asked if run.after}) == 2 * 2 * suite.budget.seeds
 
 
-def test_plasticity_needs_a_second_task(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequels, "strongest_rl", lambda lab: {f: () for f in lab.families})
-    suite.families = [sequels.BEFORE]
-    assert "left out" in sequels.plasticity(suite).numbers
+def test_plasticity_needs_a_second_task(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continual, "strongest_rl", lambda runner: {f: () for f in runner.families})
+    suite.families = [continual.BEFORE]
+    assert "left out" in continual.plasticity(suite).numbers
 
 
-def test_the_other_figures_can_be_drawn(suite: Lab) -> None:
+def test_the_other_figures_can_be_drawn(suite: Runner) -> None:
     some = [planted("rl", seed, 60.0, 0.6, 100.0) for seed in range(2)]
     draw = figures
     for figure in (

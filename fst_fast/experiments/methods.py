@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fst_fast.experiment import statistics
-from fst_fast.experiment.curves import Curve, read
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.runs import METHODS, Changes, Run
+from fst_fast.experiments import statistics
+from fst_fast.experiments.curves import Curve, read
+from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.runs import METHODS, Changes, Run
 
 RL_RATES = ("1e-4", "3e-4", "1e-3")
 RL_KL = ("0.0", "1e-2")  # besides the configuration's own, 1e-3
@@ -15,29 +15,29 @@ SWEEP_SEEDS = 2
 AT_PEAK = 0.95
 
 
-def strongest_rl(lab: Lab) -> dict[str, Changes]:
+def strongest_rl(runner: Runner) -> dict[str, Changes]:
     """The changes under which RL does best on each family: its learning rate first, then, at that rate, the weight of the KL penalty.
 
     Best: highest peak of the smoothed validation reward, mean over SWEEP_SEEDS seeds, with the steps that every run has. FST is not tuned:
     it keeps the rate and penalty of its configuration."""
 
     def best(options: dict[str, list[Changes]]) -> dict[str, Changes]:
-        seeds = range(min(SWEEP_SEEDS, lab.budget.seeds))
-        lab.make(
+        seeds = range(min(SWEEP_SEEDS, runner.budget.seeds))
+        runner.make(
             [Run(f, "rl", s, changes) for f, several in options.items() for changes in several for s in seeds]
         )
-        if lab.dry:
+        if runner.dry:
             return {family: several[0] for family, several in options.items()}
         chosen = {}
         for family, several in options.items():
             heights = [
-                np.mean([peak_height(lab, Run(family, "rl", s, changes)) for s in seeds])
+                np.mean([peak_height(runner, Run(family, "rl", s, changes)) for s in seeds])
                 for changes in several
             ]
             chosen[family] = several[int(np.argmax(heights))]
         return chosen
 
-    rates = best({family: [(("slow.lr", rate),) for rate in RL_RATES] for family in lab.families})
+    rates = best({family: [(("slow.lr", rate),) for rate in RL_RATES] for family in runner.families})
     return best(
         {
             family: [rate, *((*rate, ("slow.kl_coef", coef)) for coef in RL_KL)]
@@ -46,29 +46,31 @@ def strongest_rl(lab: Lab) -> dict[str, Changes]:
     )
 
 
-def peak_height(lab: Lab, run: Run) -> float:
-    found = read(lab.folder(run))
+def peak_height(runner: Runner, run: Run) -> float:
+    found = read(runner.folder(run))
     return statistics.peak(found.at["steps"], found.smooth())[1]
 
 
-def main_runs(lab: Lab) -> dict[str, dict[str, list[Run]]]:
+def main_runs(runner: Runner) -> dict[str, dict[str, list[Run]]]:
     """family -> method -> its runs, one for each seed: those that most experiments share."""
-    tuned = strongest_rl(lab)
+    tuned = strongest_rl(runner)
     return {
         family: {
-            method: [Run(family, method, seed, tuned[family] if method == "rl" else ()) for seed in lab.seeds]
+            method: [
+                Run(family, method, seed, tuned[family] if method == "rl" else ()) for seed in runner.seeds
+            ]
             for method in METHODS
         }
-        for family in lab.families
+        for family in runner.families
     }
 
 
-def made(lab: Lab, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
-    lab.make([run for methods in runs.values() for several in methods.values() for run in several])
-    if lab.dry:
+def made(runner: Runner, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
+    runner.make([run for methods in runs.values() for several in methods.values() for run in several])
+    if runner.dry:
         return {}
     return {
-        family: {method: [read(lab.folder(run)) for run in several] for method, several in methods.items()}
+        family: {method: [read(runner.folder(run)) for run in several] for method, several in methods.items()}
         for family, methods in runs.items()
     }
 

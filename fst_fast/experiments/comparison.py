@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.experiment import figures, statistics
-from fst_fast.experiment.curves import AXES, Curve
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.methods import made, main_runs, peak_level, stands
-from fst_fast.experiment.result import Claim, Result, Table, over_seeds, plus_minus
-from fst_fast.experiment.runs import METHODS
-from fst_fast.experiment.statistics import Interval
+from fst_fast.experiments import figures, statistics
+from fst_fast.experiments.curves import AXES, Curve
+from fst_fast.experiments.methods import made, main_runs, peak_level, stands
+from fst_fast.experiments.result import Claim, Result, Table, over_seeds, plus_minus
+from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.runs import METHODS
+from fst_fast.experiments.statistics import Interval
 
 
-def efficiency(lab: Lab) -> Result:
+def efficiency(runner: Runner) -> Result:
     """How much sooner does FST stand where RL stands at its best, and how much higher does it end?"""
-    runs = main_runs(lab)
-    curves = made(lab, runs)
+    runs = main_runs(runner)
+    curves = made(runner, runs)
     numbers: dict[str, Any] = {}
     table = Table(
         "What FST needs to reach RL's peak, RL's own need = 1 (median over seeds, 95 % interval; never: not within its steps)",
@@ -76,7 +76,7 @@ def efficiency(lab: Lab) -> Result:
                 len(higher) >= 2,
             ),
         ]
-    pictures = {} if lab.dry else {"efficiency": figures.efficiency(curves)}
+    pictures = {} if runner.dry else {"efficiency": figures.efficiency(curves)}
     return Result(efficiency.__doc__ or "", numbers, [table, ceilings, _finals(curves)], claims, pictures)
 
 
@@ -130,9 +130,9 @@ def _finals(curves: dict[str, dict[str, list[Curve]]]) -> Table:
     )
 
 
-def drift(lab: Lab) -> Result:
+def drift(runner: Runner) -> Result:
     """How far from the base do the weights have to move for the same reward?"""
-    curves = made(lab, main_runs(lab))
+    curves = made(runner, main_runs(runner))
     numbers: dict[str, Any] = {}
     table = Table(
         "KL(train‖base) where both stand at RL's peak (mean nats per token) and their ratio (median over seeds, 95 % interval)",
@@ -153,11 +153,11 @@ def drift(lab: Lab) -> Result:
         known += 1
         if ratio.value <= 0.3:
             good.append(family)
-    claims = [] if lab.dry else [
+    claims = [] if runner.dry else [
         Claim("KL at matched accuracy is at most 0.3 of RL's on two families", ", ".join(good) or "none", len(good) >= 2 if known >= 2 else None)
     ]  # fmt: skip
     return Result(
-        drift.__doc__ or "", numbers, [table], claims, {} if lab.dry else {"drift": figures.drift(curves)}
+        drift.__doc__ or "", numbers, [table], claims, {} if runner.dry else {"drift": figures.drift(curves)}
     )
 
 
@@ -168,9 +168,9 @@ def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
     return own, float(fst.kl[fst.at["steps"] == other][0]) if np.isfinite(other) else float("inf")
 
 
-def channels(lab: Lab) -> Result:
+def channels(runner: Runner) -> Result:
     """Do weights and contexts each carry a part, and do they add up?"""
-    curves = made(lab, main_runs(lab))
+    curves = made(runner, main_runs(runner))
     names = ("neither", "context", "weights", "both")
     table = Table(
         "The four cells of FST, per cent, mean over seeds ± standard error",
@@ -191,7 +191,7 @@ def channels(lab: Lab) -> Result:
         table.rows.append([family, *(plus_minus(numbers[family][name], 100, 1) for name in (*names, "gain"))])
         if np.mean(gain) > 2 * statistics.standard_error(gain):
             good.append(family)
-    claims = [] if lab.dry else [
+    claims = [] if runner.dry else [
         Claim("both channels beat each alone on three families by more than two standard errors", ", ".join(good) or "none",
               len(good) >= 3 if len(curves) >= 3 else None)
     ]  # fmt: skip
@@ -200,7 +200,7 @@ def channels(lab: Lab) -> Result:
         numbers,
         [table],
         claims,
-        {} if lab.dry else {"channels": figures.cells(curves)},
+        {} if runner.dry else {"channels": figures.cells(curves)},
     )
 
 
@@ -208,11 +208,13 @@ OTHER = "ood"
 """generalisation: the split whose problems are of a form that training never shows."""
 
 
-def generalisation(lab: Lab) -> Result:
+def generalisation(runner: Runner) -> Result:
     """Does what was learnt hold on problems longer than any that training showed?"""
-    runs = main_runs(lab)
-    curves = made(lab, runs)
-    lab.evaluate([run for methods in runs.values() for several in methods.values() for run in several], OTHER)
+    runs = main_runs(runner)
+    curves = made(runner, runs)
+    runner.evaluate(
+        [run for methods in runs.values() for several in methods.values() for run in several], OTHER
+    )
     cells: dict[str, dict[str, list[dict[str, float]]]] = {}  # family -> method -> by seed: cell -> mean
     if curves:
         cells = {
@@ -220,7 +222,7 @@ def generalisation(lab: Lab) -> Result:
                 method: [
                     {
                         name: float(cell["mean"])
-                        for name, cell in lab.evaluated(run, OTHER)["channels"].items()
+                        for name, cell in runner.evaluated(run, OTHER)["channels"].items()
                     }
                     for run in several
                 ]
@@ -250,5 +252,5 @@ def generalisation(lab: Lab) -> Result:
         of_fst = {name: over_seeds([found[name] for found in methods["fst"]]) for name in names}
         numbers[family]["fst_cells"] = of_fst
         fst_table.rows.append([family, *(plus_minus(of_fst[name], 100, 1) for name in names)])
-    pictures = {} if lab.dry else {"generalisation": figures.splits(curves, cells, OTHER)}
+    pictures = {} if runner.dry else {"generalisation": figures.splits(curves, cells, OTHER)}
     return Result(generalisation.__doc__ or "", numbers, [table, fst_table], [], pictures)

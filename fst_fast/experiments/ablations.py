@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fst_fast.experiment import figures, statistics
-from fst_fast.experiment.comparison import final
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.methods import made, stands
-from fst_fast.experiment.result import Result, Table, plus_minus
-from fst_fast.experiment.runs import Changes, Run
+from fst_fast.experiments import figures, statistics
+from fst_fast.experiments.comparison import final
+from fst_fast.experiments.methods import made, stands
+from fst_fast.experiments.result import Result, Table, plus_minus
+from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.runs import Changes, Run
 
 ABLATIONS: dict[str, Changes] = {
     "as configured": (),
@@ -32,23 +32,23 @@ ABLATED = "linked_facts"
 LEVEL = 0.9
 
 
-def ablation(lab: Lab) -> Result:
+def ablation(runner: Runner) -> Result:
     """Which parts matter, and what do the defaults rest on?"""
-    family = ABLATED if ABLATED in lab.families else lab.families[0]
-    steps = lab.budget.steps // 2
+    family = ABLATED if ABLATED in runner.families else runner.families[0]
+    steps = runner.budget.steps // 2
     runs = {
         name: [
             Run(
                 family,
                 "fst",
                 s,
-                (*changes, ("slow.steps", steps), ("eval.every", max(3, lab.budget.eval_every // 2))),
+                (*changes, ("slow.steps", steps), ("eval.every", max(3, runner.budget.eval_every // 2))),
             )
-            for s in lab.seeds
+            for s in runner.seeds
         ]
         for name, changes in ABLATIONS.items()
     }
-    curves = made(lab, {family: runs}).get(family, {})
+    curves = made(runner, {family: runs}).get(family, {})
     table = Table(
         f"FST on {family}, {steps} steps: what it takes to {LEVEL:.0%} (median over seeds, 95 % interval) and where it ends",
         ["variant", "steps", "rollouts", "tokens", "reward at the end, %", "rollouts in all", "KL"],

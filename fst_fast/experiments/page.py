@@ -12,48 +12,48 @@ from typing import Any
 
 import fst_fast
 from fst_fast.errors import UserError
-from fst_fast.experiment.experiments import EXPERIMENTS
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.result import Claim, Result, Table
+from fst_fast.experiments.experiments import EXPERIMENTS
+from fst_fast.experiments.result import Claim, Result, Table
+from fst_fast.experiments.runner import Runner
 from fst_fast.report.figures import png
 from fst_fast.run.folder import disk_errors, write_atomic
 
 _VERDICT = {True: "holds", False: "does not hold", None: "cannot be told from these runs"}
 
 
-def run(names: Sequence[str], lab: Lab) -> dict[str, Result]:
-    """Make the runs of the experiments, in order, and write what came out into lab.out. Raises UserError on an unknown name, where runs
+def run(names: Sequence[str], runner: Runner) -> dict[str, Result]:
+    """Make the runs of the experiments, in order, and write what came out into runner.out. Raises UserError on an unknown name, where runs
     failed and where nothing can be written."""
     for name in names:
         if name not in EXPERIMENTS:
             raise UserError(f"experiment {name!r} is not known; allowed are all, {', '.join(EXPERIMENTS)}")
     results = {}
     for name in names:
-        results[name] = EXPERIMENTS[name](lab)
-        if not lab.dry:
-            write(lab, results)
+        results[name] = EXPERIMENTS[name](runner)
+        if not runner.dry:
+            write(runner, results)
     return results
 
 
-def write(lab: Lab, results: dict[str, Result]) -> None:
-    with disk_errors(f"{lab.out} cannot be written"):
-        (lab.out / "figures").mkdir(parents=True, exist_ok=True)
+def write(runner: Runner, results: dict[str, Result]) -> None:
+    with disk_errors(f"{runner.out} cannot be written"):
+        (runner.out / "figures").mkdir(parents=True, exist_ok=True)
         for result in results.values():
             for name, figure in result.pictures.items():
-                write_atomic(lab.out / "figures" / f"{name}.png", png(figure))
+                write_atomic(runner.out / "figures" / f"{name}.png", png(figure))
         write_atomic(
-            lab.out / "results.json",
-            (json.dumps(to_json(lab, results), indent=1, allow_nan=False) + "\n").encode(),
+            runner.out / "results.json",
+            (json.dumps(to_json(runner, results), indent=1, allow_nan=False) + "\n").encode(),
         )
-        write_atomic(lab.out / "report.html", to_html(lab, results).encode())
+        write_atomic(runner.out / "report.html", to_html(runner, results).encode())
 
 
-def to_json(lab: Lab, results: dict[str, Result]) -> dict[str, Any]:
+def to_json(runner: Runner, results: dict[str, Result]) -> dict[str, Any]:
     return {
         "version": fst_fast.__version__,
         "libraries": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
-        "budget": asdict(lab.budget),
-        "families": list(lab.families),
+        "budget": asdict(runner.budget),
+        "families": list(runner.families),
         "experiments": {
             name: {
                 "question": result.question,
@@ -85,7 +85,7 @@ def _claims(claims: Sequence[Claim]) -> str:
     return "\n".join(f"- {claim.text}: **{_VERDICT[claim.holds]}** ({claim.figure})" for claim in claims)
 
 
-def to_html(lab: Lab, results: dict[str, Result]) -> str:
+def to_html(runner: Runner, results: dict[str, Result]) -> str:
     """One page without scripts; figures inside."""
     parts = []
     for name, result in results.items():
@@ -109,7 +109,7 @@ def to_html(lab: Lab, results: dict[str, Result]) -> str:
                 for c in result.claims
             )
             parts.append(f"<ul>{items}</ul>")
-    budget = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in asdict(lab.budget).items())
+    budget = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in asdict(runner.budget).items())
     return _PAGE.format(
         body="\n".join(parts), budget=html.escape(budget), version=html.escape(fst_fast.__version__)
     )

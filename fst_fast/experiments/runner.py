@@ -16,8 +16,8 @@ from typing import Any
 
 from fst_fast import config_load
 from fst_fast.errors import UserError
-from fst_fast.experiment.runs import Budget, Run
-from fst_fast.experiment.worker import COMMAND, Worker
+from fst_fast.experiments.runs import Budget, Run
+from fst_fast.experiments.worker import COMMAND, Worker
 from fst_fast.run.folder import MARKER
 
 _POLL_S = 0.2
@@ -38,7 +38,7 @@ class _Job:
 
 
 @dataclass
-class Lab:
+class Runner:
     """out: the suite's folder. workers: runs at a time. dry: say what would be run, run nothing."""
 
     out: Path

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from fst_fast.experiment import statistics
-from fst_fast.experiment.curves import AXES, Curve
+from fst_fast.experiments import statistics
+from fst_fast.experiments.curves import AXES, Curve
 from fst_fast.report.figures import CELL_NAMES, COLOURS, STYLE, blank
 
 METHOD_COLOURS = {"fst": COLOURS[0], "rl": COLOURS[1], "gepa": COLOURS[2], "fst, distilled": COLOURS[3]}
