@@ -301,7 +301,7 @@ def _experiment(args: argparse.Namespace) -> None:
         if family not in FAMILIES:
             raise UserError(f"--families: {family!r} is not known; allowed are {', '.join(FAMILIES)}")
     names = list(EXPERIMENTS) if args.name == "all" else args.name.split(",")
-    runner = Runner(args.out, budget, families, args.workers or usable_cores(), dry=args.dry_run)
+    runner = Runner(args.out, budget, families, args.workers or usable_cores(), dry_run=args.dry_run)
     results = run(names, runner)
     if args.dry_run:
         for planned in runner.planned:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fst_fast.experiments import figures, statistics
 from fst_fast.experiments.comparison import final
-from fst_fast.experiments.methods import made, stands
+from fst_fast.experiments.methods import cost_to_reach, train_and_load
 from fst_fast.experiments.result import Result, Table, plus_minus
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import Changes, Run
@@ -48,7 +48,7 @@ def ablation(runner: Runner) -> Result:
         ]
         for name, changes in ABLATIONS.items()
     }
-    curves = made(runner, {family: runs}).get(family, {})
+    curves = train_and_load(runner, {family: runs}).get(family, {})
     table = Table(
         f"FST on {family}, {steps} steps: what it takes to {LEVEL:.0%} (median over seeds, 95 % interval) and where it ends",
         ["variant", "steps", "rollouts", "tokens", "reward at the end, %", "rollouts in all", "KL"],
@@ -57,7 +57,7 @@ def ablation(runner: Runner) -> Result:
     numbers: dict[str, Any] = {}
     for name, several in curves.items():
         to = {
-            axis: statistics.bootstrap([stands(c, axis, LEVEL) for c in several], statistics.median)
+            axis: statistics.bootstrap([cost_to_reach(c, axis, LEVEL) for c in several], statistics.median)
             for axis in ("steps", "rollouts", "tokens")
         }
         ended = final(several)
@@ -65,5 +65,5 @@ def ablation(runner: Runner) -> Result:
         table.rows.append([
             name, *(value.text(0) for value in to.values()), plus_minus(ended["reward"], 100, 1), plus_minus(ended["rollouts"]), plus_minus(ended["kl"], 1, 3),
         ])  # fmt: skip
-    pictures = {"ablation": figures.bars(curves, LEVEL)} if curves else {}
+    pictures = {"ablation": figures.ablation(curves, LEVEL)} if curves else {}
     return Result(ablation.__doc__ or "", numbers, [table], [], pictures)

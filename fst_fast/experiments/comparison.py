@@ -9,8 +9,8 @@ import numpy as np
 
 from fst_fast.experiments import figures, statistics
 from fst_fast.experiments.curves import AXES, Curve
-from fst_fast.experiments.methods import made, main_runs, peak_level, stands
-from fst_fast.experiments.result import Claim, Result, Table, over_seeds, plus_minus
+from fst_fast.experiments.methods import cost_to_reach, main_runs, peak_level, train_and_load
+from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, plus_minus
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import METHODS
 from fst_fast.experiments.statistics import Interval
@@ -19,7 +19,7 @@ from fst_fast.experiments.statistics import Interval
 def efficiency(runner: Runner) -> Result:
     """How much sooner does FST stand where RL stands at its best, and how much higher does it end?"""
     runs = main_runs(runner)
-    curves = made(runner, runs)
+    curves = train_and_load(runner, runs)
     numbers: dict[str, Any] = {}
     table = Table(
         "What FST needs to reach RL's peak, RL's own need = 1 (median over seeds, 95 % interval; never: not within its steps)",
@@ -76,19 +76,19 @@ def efficiency(runner: Runner) -> Result:
                 len(higher) >= 2,
             ),
         ]
-    pictures = {} if runner.dry else {"efficiency": figures.efficiency(curves)}
+    pictures = {} if runner.dry_run else {"efficiency": figures.efficiency(curves)}
     return Result(efficiency.__doc__ or "", numbers, [table, ceilings, _finals(curves)], claims, pictures)
 
 
 def _series(curves: Sequence[Curve]) -> list[tuple[Any, Any]]:
-    return [(c.at["steps"], c.reward) for c in curves]
+    return [(c.cost["steps"], c.reward) for c in curves]
 
 
 def _ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
     """What fst needs to stand at rl's peak over what rl needs for it, seed by seed."""
     ratios = []
     for a, b in zip(rl, fst, strict=True):
-        mine, other = (stands(c, axis, peak_level(a)) for c in (a, b))
+        mine, other = (cost_to_reach(c, axis, peak_level(a)) for c in (a, b))
         ratios.append(other / mine)
     return statistics.bootstrap(ratios, statistics.median)
 
@@ -103,9 +103,9 @@ def _at_most(
 def final(curves: Sequence[Curve]) -> dict[str, Any]:
     """Where runs end, over their seeds: reward, KL and what they cost by every axis."""
     return {
-        "reward": over_seeds([float(c.cells["both"].mean or 0.0) for c in curves]),
-        **{axis: over_seeds([float(c.at[axis][-1]) for c in curves]) for axis in AXES},
-        "kl": over_seeds([float(c.kl[-1]) for c in curves]),
+        "reward": mean_stderr([float(c.cells["both"].mean or 0.0) for c in curves]),
+        **{axis: mean_stderr([float(c.cost[axis][-1]) for c in curves]) for axis in AXES},
+        "kl": mean_stderr([float(c.kl[-1]) for c in curves]),
     }
 
 
@@ -132,7 +132,7 @@ def _finals(curves: dict[str, dict[str, list[Curve]]]) -> Table:
 
 def drift(runner: Runner) -> Result:
     """How far from the base do the weights have to move for the same reward?"""
-    curves = made(runner, main_runs(runner))
+    curves = train_and_load(runner, main_runs(runner))
     numbers: dict[str, Any] = {}
     table = Table(
         "KL(train‖base) where both stand at RL's peak (mean nats per token) and their ratio (median over seeds, 95 % interval)",
@@ -153,24 +153,28 @@ def drift(runner: Runner) -> Result:
         known += 1
         if ratio.value <= 0.3:
             good.append(family)
-    claims = [] if runner.dry else [
+    claims = [] if runner.dry_run else [
         Claim("KL at matched accuracy is at most 0.3 of RL's on two families", ", ".join(good) or "none", len(good) >= 2 if known >= 2 else None)
     ]  # fmt: skip
     return Result(
-        drift.__doc__ or "", numbers, [table], claims, {} if runner.dry else {"drift": figures.drift(curves)}
+        drift.__doc__ or "",
+        numbers,
+        [table],
+        claims,
+        {} if runner.dry_run else {"drift": figures.drift(curves)},
     )
 
 
 def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
     """(RL's KL where it first stands at its peak, FST's where it first stands there; infinity where it never does)."""
-    mine, other = (stands(c, "steps", peak_level(rl)) for c in (rl, fst))
-    own = float(rl.kl[rl.at["steps"] == mine][0])
-    return own, float(fst.kl[fst.at["steps"] == other][0]) if np.isfinite(other) else float("inf")
+    mine, other = (cost_to_reach(c, "steps", peak_level(rl)) for c in (rl, fst))
+    own = float(rl.kl[rl.cost["steps"] == mine][0])
+    return own, float(fst.kl[fst.cost["steps"] == other][0]) if np.isfinite(other) else float("inf")
 
 
 def channels(runner: Runner) -> Result:
     """Do weights and contexts each carry a part, and do they add up?"""
-    curves = made(runner, main_runs(runner))
+    curves = train_and_load(runner, main_runs(runner))
     names = ("neither", "context", "weights", "both")
     table = Table(
         "The four cells of FST, per cent, mean over seeds ± standard error",
@@ -185,13 +189,13 @@ def channels(runner: Runner) -> Result:
             b - max(c, w) for b, c, w in zip(cells["both"], cells["context"], cells["weights"], strict=True)
         ]
         numbers[family] = {
-            **{name: over_seeds(values) for name, values in cells.items()},
-            "gain": over_seeds(gain),
+            **{name: mean_stderr(values) for name, values in cells.items()},
+            "gain": mean_stderr(gain),
         }
         table.rows.append([family, *(plus_minus(numbers[family][name], 100, 1) for name in (*names, "gain"))])
         if np.mean(gain) > 2 * statistics.standard_error(gain):
             good.append(family)
-    claims = [] if runner.dry else [
+    claims = [] if runner.dry_run else [
         Claim("both channels beat each alone on three families by more than two standard errors", ", ".join(good) or "none",
               len(good) >= 3 if len(curves) >= 3 else None)
     ]  # fmt: skip
@@ -200,7 +204,7 @@ def channels(runner: Runner) -> Result:
         numbers,
         [table],
         claims,
-        {} if runner.dry else {"channels": figures.cells(curves)},
+        {} if runner.dry_run else {"channels": figures.channels(curves)},
     )
 
 
@@ -211,7 +215,7 @@ OTHER = "ood"
 def generalisation(runner: Runner) -> Result:
     """Does what was learnt hold on problems longer than any that training showed?"""
     runs = main_runs(runner)
-    curves = made(runner, runs)
+    curves = train_and_load(runner, runs)
     runner.evaluate(
         [run for methods in runs.values() for several in methods.values() for run in several], OTHER
     )
@@ -222,7 +226,7 @@ def generalisation(runner: Runner) -> Result:
                 method: [
                     {
                         name: float(cell["mean"])
-                        for name, cell in runner.evaluated(run, OTHER)["channels"].items()
+                        for name, cell in runner.evaluation(run, OTHER)["channels"].items()
                     }
                     for run in several
                 ]
@@ -243,14 +247,14 @@ def generalisation(runner: Runner) -> Result:
         row = [family]
         for method in METHODS:
             pair = (
-                over_seeds([float(c.cells["both"].mean or 0.0) for c in curves[family][method]]),
-                over_seeds([found["both"] for found in methods[method]]),
+                mean_stderr([float(c.cells["both"].mean or 0.0) for c in curves[family][method]]),
+                mean_stderr([found["both"] for found in methods[method]]),
             )
             numbers[family][method] = dict(zip(("validation", OTHER), pair, strict=True))
             row += [plus_minus(value, 100, 1) for value in pair]
         table.rows.append(row)
-        of_fst = {name: over_seeds([found[name] for found in methods["fst"]]) for name in names}
+        of_fst = {name: mean_stderr([found[name] for found in methods["fst"]]) for name in names}
         numbers[family]["fst_cells"] = of_fst
         fst_table.rows.append([family, *(plus_minus(of_fst[name], 100, 1) for name in names)])
-    pictures = {} if runner.dry else {"generalisation": figures.splits(curves, cells, OTHER)}
+    pictures = {} if runner.dry_run else {"generalisation": figures.generalisation(curves, cells, OTHER)}
     return Result(generalisation.__doc__ or "", numbers, [table, fst_table], [], pictures)

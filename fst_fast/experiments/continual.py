@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fst_fast.experiments import figures, statistics
-from fst_fast.experiments.curves import read, stage_ends
-from fst_fast.experiments.methods import made, main_runs, strongest_rl
-from fst_fast.experiments.result import Claim, Result, Table, over_seeds, plus_minus
+from fst_fast.experiments.curves import load_curve, stage_ends
+from fst_fast.experiments.methods import main_runs, strongest_rl, train_and_load
+from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, plus_minus
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import Changes, Run
 
@@ -28,7 +28,7 @@ def plasticity(runner: Runner) -> Result:
         method: [Run(BEFORE, method, seed, tuned[BEFORE] if method == "rl" else ()) for seed in runner.seeds]
         for method in ("rl", "fst")
     }
-    runner.make([run for several in first.values() for run in several])
+    runner.train([run for several in first.values() for run in several])
     runs = {}
     for family in others:
         runs[family] = {"base": [Run(family, "rl", seed, tuned[family]) for seed in runner.seeds]}
@@ -36,8 +36,8 @@ def plasticity(runner: Runner) -> Result:
             runs[family][f"after {method}"] = [
                 Run(family, "rl", run.seed, tuned[family], after=run) for run in several
             ]
-    curves = made(runner, runs)
-    if runner.dry:
+    curves = train_and_load(runner, runs)
+    if runner.dry_run:
         return Result(plasticity.__doc__ or "", {})
     peaks = {
         family: {name: np.array([max(c.smooth()) for c in several]) for name, several in starts.items()}
@@ -56,7 +56,7 @@ def plasticity(runner: Runner) -> Result:
     for family, starts in peaks.items():
         numbers[family] = {"difference": {}}
         for name, values in starts.items():
-            numbers[family][name] = over_seeds(values.tolist())
+            numbers[family][name] = mean_stderr(values.tolist())
             against = statistics.bootstrap((values - starts["base"]).tolist(), statistics.mean)
             if name != "base":
                 numbers[family]["difference"][name] = against.json()
@@ -72,7 +72,9 @@ def plasticity(runner: Runner) -> Result:
         claim(f"fresh RL from the FST checkpoint of {BEFORE} reaches at least the base's result, in the mean over tasks", "after fst", lambda x: x >= 0),
         claim("from the RL checkpoint less", "after rl", lambda x: x < 0),
     ]  # fmt: skip
-    return Result(plasticity.__doc__ or "", numbers, [table], claims, {"plasticity": figures.starts(curves)})
+    return Result(
+        plasticity.__doc__ or "", numbers, [table], claims, {"plasticity": figures.plasticity(curves)}
+    )
 
 
 STAGES = ("linked_facts", "list_programs", "formula_choice")
@@ -109,10 +111,10 @@ def continual(runner: Runner) -> Result:
             for s in runner.seeds
         ],
     }
-    runner.make([run for several in arms.values() for run in several])
-    if runner.dry:
+    runner.train([run for several in arms.values() for run in several])
+    if runner.dry_run:
         return Result(continual.__doc__ or "", {})
-    curves = {arm: [read(runner.folder(run)) for run in several] for arm, several in arms.items()}
+    curves = {arm: [load_curve(runner.folder(run)) for run in several] for arm, several in arms.items()}
     ends = {arm: [stage_ends(runner.folder(run)) for run in several] for arm, several in arms.items()}
     last = len(STAGES) - 1
     numbers: dict[str, Any] = {}
@@ -128,8 +130,8 @@ def continual(runner: Runner) -> Result:
         left = [[e[last, i] for e in several] for i in range(len(STAGES))]
         own[arm] = [float(np.mean(values)) for values in at_end]
         numbers[arm] = {
-            "own": [over_seeds(values) for values in at_end],
-            "after_the_last": [over_seeds(values) for values in left],
+            "own": [mean_stderr(values) for values in at_end],
+            "after_the_last": [mean_stderr(values) for values in left],
         }
         own_table.rows.append([arm, *(plus_minus(value, 100, 1) for value in numbers[arm]["own"])])
         left_table.rows.append(
@@ -150,7 +152,7 @@ def continual(runner: Runner) -> Result:
             bool(stalled),
         ),
     ]
-    picture = figures.staircase(curves, list(STAGES), each)
+    picture = figures.continual(curves, list(STAGES), each)
     return Result(continual.__doc__ or "", numbers, [own_table, left_table], claims, {"continual": picture})
 
 
@@ -165,7 +167,7 @@ def distill(runner: Runner) -> Result:
         }
         for family, methods in runs.items()
     }
-    curves = made(runner, arms)
+    curves = train_and_load(runner, arms)
     table = Table(
         f"Trained weights under the seed context alone, per cent (the last {steps} of {runner.budget.steps} steps distil)",
         ["family", "RL", "FST", "FST, distilled", "FST with its contexts", "KL to the base, distilled"],
@@ -180,9 +182,9 @@ def distill(runner: Runner) -> Result:
         both = [float(c.cells["both"].mean or 0.0) for c in methods["fst"]]
         moved = [float(c.seed_kl[-1]) for c in methods["fst, distilled"]]
         numbers[family] = {
-            **{arm: over_seeds(values) for arm, values in bare.items()},
-            "with contexts": over_seeds(both),
-            "kl": over_seeds(moved),
+            **{arm: mean_stderr(values) for arm, values in bare.items()},
+            "with contexts": mean_stderr(both),
+            "kl": mean_stderr(moved),
         }
         row = [
             plus_minus(numbers[family][arm], 100, 1)
@@ -191,7 +193,7 @@ def distill(runner: Runner) -> Result:
         table.rows.append([family, *row, plus_minus(numbers[family]["kl"], 1, 3)])
         if np.mean(bare["fst, distilled"]) >= 0.9 * np.mean(both):
             good.append(family)
-    claims = [] if runner.dry else [
+    claims = [] if runner.dry_run else [
         Claim("after distillation the weights alone reach 90 % of weights and contexts together", ", ".join(good) or "none", len(good) == len(curves))
     ]  # fmt: skip
     return Result(distill.__doc__ or "", numbers, [table], claims)

@@ -28,7 +28,7 @@ class Curve:
 
     method: str
     seed: int
-    at: dict[str, Floats]  # by axis
+    cost: dict[str, Floats]  # by axis
     reward: Floats  # under the method's own contexts: the cell `both`
     kl: Floats  # KL(train||base) under the method's own contexts, nats per token
     seed_kl: Floats  # under the seed context; NaN where it was not measured (eval.cells)
@@ -40,7 +40,7 @@ class Curve:
         return np.asarray(np.nanmean(np.stack([y[:-2], y[1:-1], y[2:]]), axis=0))
 
 
-def read(folder: Path) -> Curve:
+def load_curve(folder: Path) -> Curve:
     """The curve of a run folder. Raises UserError where it is none."""
     [run] = load_runs([folder])
     return curve(run)
@@ -63,7 +63,7 @@ def curve(run: Run) -> Curve:
     return Curve(
         method=run.start.method,
         seed=run.start.seed,
-        at={
+        cost={
             "steps": np.array([line.step for line in periodic], dtype=float),
             "rollouts": np.array([line.rollouts or 0 for line in periodic], dtype=float),
             "tokens": np.array([line.tokens_computed or 0 for line in periodic], dtype=float),

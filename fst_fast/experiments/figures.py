@@ -26,8 +26,8 @@ def _band(
     ax: Axes, curves: Sequence[Curve], axis: str, colour: str, *, what: str = "reward", style: str = "-"
 ) -> None:
     """Mean over seeds. On axes where runs stand at different places, they are read at the same places, as far as all of them go."""
-    grid = np.linspace(0, min(c.at[axis][-1] for c in curves), 60)
-    y = np.stack([np.interp(grid, c.at[axis], getattr(c, what)) for c in curves])
+    grid = np.linspace(0, min(c.cost[axis][-1] for c in curves), 60)
+    y = np.stack([np.interp(grid, c.cost[axis], getattr(c, what)) for c in curves])
     mean = y.mean(axis=0)
     error = y.std(axis=0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros_like(mean)
     ax.plot(grid, mean, color=colour, ls=style)
@@ -88,7 +88,7 @@ def drift(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def cells(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
+def channels(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
     """The four cells of FST by family: bars are means over seeds, dots the seeds."""
     names = list(CELL_NAMES)
     figure = blank(2.2 * len(curves) + 1.6, 3.5)
@@ -112,7 +112,7 @@ def cells(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def splits(
+def generalisation(
     curves: dict[str, dict[str, list[Curve]]],
     cells: dict[str, dict[str, list[dict[str, float]]]],
     other: str,
@@ -147,7 +147,7 @@ def splits(
 
 
 @mpl.rc_context(STYLE)
-def starts(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
+def plasticity(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
     """Fresh RL from different weights, one part of the figure for each task."""
     figure = blank(3.2 * len(curves) + 0.6, 3.4)
     panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
@@ -170,15 +170,15 @@ def starts(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def staircase(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) -> Figure:
+def continual(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) -> Figure:
     """Reward on the task of the stage that a run is in, against steps; one part of the figure for each stage."""
     figure = blank(3.2 * len(stages) + 0.6, 3.4)
     panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
     for i, (ax, task) in enumerate(zip(panels, stages, strict=True)):
         for arm, several in curves.items():
-            inside = (several[0].at["steps"] > i * each) & (several[0].at["steps"] <= (i + 1) * each)
+            inside = (several[0].cost["steps"] > i * each) & (several[0].cost["steps"] <= (i + 1) * each)
             y = np.stack([c.reward[inside] for c in several])
-            x = several[0].at["steps"][inside]
+            x = several[0].cost["steps"][inside]
             mean = y.mean(axis=0)
             error = y.std(axis=0, ddof=1) / np.sqrt(len(y)) if len(y) > 1 else np.zeros_like(mean)
             ax.plot(x, mean, color=METHOD_COLOURS[arm], marker="o", ms=3)
@@ -197,14 +197,14 @@ def staircase(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) 
 
 
 @mpl.rc_context(STYLE)
-def bars(curves: dict[str, list[Curve]], level: float) -> Figure:
+def ablation(curves: dict[str, list[Curve]], level: float) -> Figure:
     """What each variant takes to the level, in steps and in rollouts: dots are seeds, hollow at the right edge where it was not reached."""
     figure = blank(8.6, 0.33 * len(curves) + 1.2)
     panels = figure.subplots(1, 2, sharey=True)
     for ax, axis in zip(panels, ("steps", "rollouts"), strict=True):
-        edge = max(c.at[axis][-1] for several in curves.values() for c in several) * 1.06
+        edge = max(c.cost[axis][-1] for several in curves.values() for c in several) * 1.06
         for row, several in enumerate(curves.values()):
-            places = [statistics.reach(c.at[axis], c.reward, level) for c in several]
+            places = [statistics.reach(c.cost[axis], c.reward, level) for c in several]
             ax.barh(row, min(statistics.median(np.array(places)), edge), 0.62, color=COLOURS[5])
             for place in places:
                 hollow = not np.isfinite(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fst_fast.experiments import statistics
-from fst_fast.experiments.curves import Curve, read
+from fst_fast.experiments.curves import Curve, load_curve
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import METHODS, Changes, Run
 
@@ -23,10 +23,10 @@ def strongest_rl(runner: Runner) -> dict[str, Changes]:
 
     def best(options: dict[str, list[Changes]]) -> dict[str, Changes]:
         seeds = range(min(SWEEP_SEEDS, runner.budget.seeds))
-        runner.make(
+        runner.train(
             [Run(f, "rl", s, changes) for f, several in options.items() for changes in several for s in seeds]
         )
-        if runner.dry:
+        if runner.dry_run:
             return {family: several[0] for family, several in options.items()}
         chosen = {}
         for family, several in options.items():
@@ -47,8 +47,8 @@ def strongest_rl(runner: Runner) -> dict[str, Changes]:
 
 
 def peak_height(runner: Runner, run: Run) -> float:
-    found = read(runner.folder(run))
-    return statistics.peak(found.at["steps"], found.smooth())[1]
+    found = load_curve(runner.folder(run))
+    return statistics.peak(found.cost["steps"], found.smooth())[1]
 
 
 def main_runs(runner: Runner) -> dict[str, dict[str, list[Run]]]:
@@ -65,19 +65,23 @@ def main_runs(runner: Runner) -> dict[str, dict[str, list[Run]]]:
     }
 
 
-def made(runner: Runner, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
-    runner.make([run for methods in runs.values() for several in methods.values() for run in several])
-    if runner.dry:
+def train_and_load(
+    runner: Runner, runs: dict[str, dict[str, list[Run]]]
+) -> dict[str, dict[str, list[Curve]]]:
+    runner.train([run for methods in runs.values() for several in methods.values() for run in several])
+    if runner.dry_run:
         return {}
     return {
-        family: {method: [read(runner.folder(run)) for run in several] for method, several in methods.items()}
+        family: {
+            method: [load_curve(runner.folder(run)) for run in several] for method, several in methods.items()
+        }
         for family, methods in runs.items()
     }
 
 
-def stands(curve: Curve, axis: str, level: float) -> float:
+def cost_to_reach(curve: Curve, axis: str, level: float) -> float:
     """Where a run first stands at a level, the untouched base left out."""
-    return statistics.reach(curve.at[axis][1:], curve.reward[1:], level)
+    return statistics.reach(curve.cost[axis][1:], curve.reward[1:], level)
 
 
 def peak_level(rl: Curve) -> float:

@@ -30,7 +30,7 @@ def run(names: Sequence[str], runner: Runner) -> dict[str, Result]:
     results = {}
     for name in names:
         results[name] = EXPERIMENTS[name](runner)
-        if not runner.dry:
+        if not runner.dry_run:
             write(runner, results)
     return results
 

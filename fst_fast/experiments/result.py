@@ -37,7 +37,7 @@ class Result:
     pictures: dict[str, Figure] = field(default_factory=dict)
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+def mean_stderr(values: Sequence[float]) -> dict[str, float | None]:
     error = statistics.standard_error(values)
     return {"mean": float(np.mean(values)), "stderr": error if np.isfinite(error) else None}
 

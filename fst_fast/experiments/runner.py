@@ -39,13 +39,13 @@ class _Job:
 
 @dataclass
 class Runner:
-    """out: the suite's folder. workers: runs at a time. dry: say what would be run, run nothing."""
+    """out: the suite's folder. workers: runs at a time. dry_run: say what would be run, run nothing."""
 
     out: Path
     budget: Budget
     families: Sequence[str]
     workers: int
-    dry: bool = False
+    dry_run: bool = False
     say: Callable[[str], None] = print
     command: Sequence[str] = COMMAND  # of the processes that train and export
     planned: list[Run] = field(default_factory=list)
@@ -63,31 +63,31 @@ class Runner:
         """The weights that the run begins with, None: those of its configuration."""
         return self.out / "models" / run.after.name if run.after else None
 
-    def make(self, runs: Sequence[Run]) -> None:
+    def train(self, runs: Sequence[Run]) -> None:
         """Make all of them. Raises UserError where some failed, or where a folder holds another run."""
         wanted = list(
             dict.fromkeys(runs)
         )  # the runs that others start from must be made before, by an earlier call
         self.planned += [run for run in wanted if run not in self.planned]
-        if self.dry:
+        if self.dry_run:
             return
         self._work(
             [
                 _Job(run.name, self._commands(run), self._log(run.name), self._cost(run))
                 for run in wanted
-                if not self._is_made(run)
+                if not self._is_finished(run)
             ],
             "runs",
         )
 
     def evaluate(self, runs: Sequence[Run], split: str) -> None:
         """Measure the four cells of finished runs on a split. Raises UserError where one failed."""
-        if self.dry:
+        if self.dry_run:
             return
         (self.out / "evaluations").mkdir(parents=True, exist_ok=True)
         jobs = []
         for run in dict.fromkeys(runs):
-            out, ended = self._evaluation(run, split), self.folder(run) / "summary.json"
+            out, ended = self._evaluation_file(run, split), self.folder(run) / "summary.json"
             if out.is_file() and out.stat().st_mtime_ns >= ended.stat().st_mtime_ns:
                 continue
             words = ["eval", str(self.folder(run)), "--split", split, "--out", str(out)]
@@ -95,12 +95,12 @@ class Runner:
             jobs.append(_Job(name, [words], self._log(name), _EVALUATION))
         self._work(jobs, "evaluations")
 
-    def evaluated(self, run: Run, split: str) -> dict[str, Any]:
+    def evaluation(self, run: Run, split: str) -> dict[str, Any]:
         """What `evaluate` found: as `fst eval --out` writes it."""
-        found: dict[str, Any] = json.loads(self._evaluation(run, split).read_text())
+        found: dict[str, Any] = json.loads(self._evaluation_file(run, split).read_text())
         return found
 
-    def _evaluation(self, run: Run, split: str) -> Path:
+    def _evaluation_file(self, run: Run, split: str) -> Path:
         return self.out / "evaluations" / f"{run.name}-{split}.json"
 
     def _work(self, jobs: list[_Job], what: str) -> None:
@@ -148,7 +148,7 @@ class Runner:
     def _cost(self, run: Run) -> float:
         return _COST[run.method] * float(str(dict(run.changes).get("slow.steps", self.budget.steps)))
 
-    def _is_made(self, run: Run) -> bool:
+    def _is_finished(self, run: Run) -> bool:
         folder = self.folder(run)
         if not (folder / MARKER).is_file():
             return False

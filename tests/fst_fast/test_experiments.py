@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fst_fast.cli import main
 from fst_fast.errors import UserError
 from fst_fast.experiments import ablations, comparison, continual, experiments, figures, page, statistics
-from fst_fast.experiments.curves import AXES, Curve, read, stage_ends
+from fst_fast.experiments.curves import AXES, Curve, load_curve, stage_ends
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import FAMILIES, FULL, QUICK, Budget, Run
 from fst_fast.report.figures import png
@@ -110,10 +110,10 @@ def write_run(
 
 def test_a_run_folder_becomes_a_curve_whose_seconds_leave_evaluations_out(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [0.0, 0.3, 0.6])
-    curve = read(tmp_path / "run")
-    assert curve.at["steps"].tolist() == [0, 1, 2]
-    assert curve.at["rollouts"].tolist() == [0, 10, 20]
-    assert curve.at["seconds"].tolist() == [0, 1, 2], "3 seconds a step, 2 of them evaluation"
+    curve = load_curve(tmp_path / "run")
+    assert curve.cost["steps"].tolist() == [0, 1, 2]
+    assert curve.cost["rollouts"].tolist() == [0, 10, 20]
+    assert curve.cost["seconds"].tolist() == [0, 1, 2], "3 seconds a step, 2 of them evaluation"
     assert curve.smooth() == pytest.approx([0.15, 0.3, 0.45])
     assert curve.kl.tolist() == [0, 0.05, 0.1]
     assert stage_ends(tmp_path / "run") == {(1, 0): 0.25}
@@ -186,9 +186,9 @@ def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(runne
     with pytest.raises(
         UserError, match=r"1 of 2 runs failed; what they said is in .*star_graph-rl-seed=1\.log"
     ):
-        runner.make([first, unlucky, first])
+        runner.train([first, unlucky, first])
     assert (runner.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "no luck\n"
-    runner.make([first, unlucky, after])
+    runner.train([first, unlucky, after])
     asked = {run: (runner.folder(run) / "asked").read_text() for run in (first, unlucky, after)}
     assert asked == {first: "new ", unlucky: "new resume ", after: "new "}
     assert (runner.out / "models" / first.name).is_dir()
@@ -197,20 +197,20 @@ def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(runne
 
 def test_a_finished_run_is_evaluated_once_unless_it_was_made_again(runner: Runner) -> None:
     run = Run("star_graph", "rl", 0)
-    runner.make([run])
+    runner.train([run])
     runner.evaluate([run, run], "ood")
     runner.evaluate([run], "ood")
-    assert runner.evaluated(run, "ood") == {"split": "ood", "asked": 1}
+    assert runner.evaluation(run, "ood") == {"split": "ood", "asked": 1}
     (runner.folder(run) / "summary.json").touch()
     runner.evaluate([run], "ood")
-    assert runner.evaluated(run, "ood")["asked"] == 2
+    assert runner.evaluation(run, "ood")["asked"] == 2
 
 
 def test_a_run_that_dies_or_raises_is_a_failed_one_and_its_worker_goes_on(runner: Runner) -> None:
     runner.workers = 1
     killed, raising, good = (Run("star_graph", "rl", seed) for seed in (2, 3, 0))
     with pytest.raises(UserError, match=r"2 of 3 runs failed"):
-        runner.make([killed, raising, good])
+        runner.train([killed, raising, good])
     assert (runner.folder(good) / "summary.json").is_file()
     said = (runner.out / "logs" / f"{raising.name}.log").read_text()
     assert "RuntimeError: an unforeseen error" in said
@@ -230,7 +230,7 @@ def test_an_interrupted_suite_tells_its_runs_to_stop(runner: Runner) -> None:
     runner.say = interrupt  # called when the quick one is done
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        runner.make([slow, quick])
+        runner.train([slow, quick])
     assert time.monotonic() - began < 40
     assert (runner.folder(slow) / "told to stop").is_file()
 
@@ -238,15 +238,15 @@ def test_an_interrupted_suite_tells_its_runs_to_stop(runner: Runner) -> None:
 def test_a_worker_that_is_gone_is_named(runner: Runner) -> None:
     runner.workers = 1
     with pytest.raises(UserError, match=r"has ended \(exit code -9\); what it said is in .*worker-0\.log"):
-        runner.make([Run("star_graph", "rl", 5)])
+        runner.train([Run("star_graph", "rl", 5)])
 
 
 def test_a_folder_of_another_suite_is_refused_by_name(runner: Runner) -> None:
     run = Run("star_graph", "rl", 0)
-    runner.make([run])
+    runner.train([run])
     runner.budget = Budget(**{**vars(SMALL), "steps": 8})
     with pytest.raises(UserError, match=r"star_graph-rl-seed=0 was made with another configuration"):
-        runner.make([run])
+        runner.train([run])
 
 
 # --- experiments on planted curves
@@ -272,7 +272,7 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> Ru
         for family in SHOWN
     }
     monkeypatch.setattr(comparison, "main_runs", lambda runner: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
-    monkeypatch.setattr(comparison, "made", lambda runner, runs: curves)
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: curves)
     return Runner(tmp_path, SMALL, list(SHOWN), 1)
 
 
@@ -301,13 +301,13 @@ def test_generalisation_shows_every_method_on_both_splits(
     runs = {f: {m: [Run(f, m, seed) for seed in range(3)] for m in tops} for f in SHOWN}
     asked: list[tuple[Run, str]] = []
 
-    def evaluated(run: Run, split: str) -> dict[str, object]:
+    def evaluation(run: Run, split: str) -> dict[str, object]:
         shift = {"neither": -0.2, "context": -0.1, "weights": -0.15, "both": 0.0}
         return {"channels": {n: {"mean": tops[run.method] + x + run.seed / 100} for n, x in shift.items()}}
 
     monkeypatch.setattr(comparison, "main_runs", lambda runner: runs)
     monkeypatch.setattr(suite, "evaluate", lambda some, split: asked.extend((r, split) for r in some))
-    monkeypatch.setattr(suite, "evaluated", evaluated)
+    monkeypatch.setattr(suite, "evaluation", evaluation)
     found = page.run(["generalisation"], suite)["generalisation"]
     assert len(asked) == 27
     assert {split for _, split in asked} == {"ood"}
@@ -326,7 +326,7 @@ def test_without_a_gain_no_claim_holds(suite: Runner, monkeypatch: pytest.Monkey
     for methods in same.values():
         for c in methods["fst"]:
             c.cells["both"] = c.cells["context"]
-    monkeypatch.setattr(comparison, "made", lambda runner, runs: same)
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: same)
     results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
     assert sum(len(r.claims) for r in results) == 6
     assert not any(c.holds for r in results for c in r.claims)
@@ -346,11 +346,13 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
 ) -> None:
     asked: list[Run] = []
 
-    def make(runs: list[Run]) -> None:
+    def train(runs: list[Run]) -> None:
         asked.extend(runs)
 
-    def made(runner: Runner, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
-        runner.make([run for starts in runs.values() for several in starts.values() for run in several])
+    def train_and_load(
+        runner: Runner, runs: dict[str, dict[str, list[Run]]]
+    ) -> dict[str, dict[str, list[Curve]]]:
+        runner.train([run for starts in runs.values() for several in starts.values() for run in several])
         tops = {"base": (0.5, 0.5), "after rl": after_rl, "after fst": after_fst}
         return {
             family: {
@@ -360,8 +362,8 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
         }
 
     monkeypatch.setattr(continual, "strongest_rl", lambda runner: {f: (("slow.lr", f),) for f in SHOWN})
-    monkeypatch.setattr(continual, "made", made)
-    monkeypatch.setattr(suite, "make", make)
+    monkeypatch.setattr(continual, "train_and_load", train_and_load)
+    monkeypatch.setattr(suite, "train", train)
     found = continual.plasticity(suite)
     assert [claim.holds for claim in found.claims] == holds
     for i, family in enumerate(SHOWN[1:]):
@@ -383,9 +385,9 @@ def test_the_other_figures_can_be_drawn(suite: Runner) -> None:
     some = [planted("rl", seed, 60.0, 0.6, 100.0) for seed in range(2)]
     draw = figures
     for figure in (
-        draw.starts({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
-        draw.staircase({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
-        draw.bars({"as configured": some, "never there": some}, 0.9),
+        draw.plasticity({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
+        draw.continual({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
+        draw.ablation({"as configured": some, "never there": some}, 0.9),
     ):
         assert png(figure).startswith(b"\x89PNG")
 
