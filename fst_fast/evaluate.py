@@ -10,7 +10,7 @@ so is each sample of the base model: its weights and random numbers are the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem
+from fst_fast.contracts import CELLS, Context, Problem
 from fst_fast.export import newest
 from fst_fast.forest import Leaf
 from fst_fast.policy import ranks
@@ -31,8 +31,6 @@ from fst_fast.rollout.wave import Sampler, Triple
 from fst_fast.stages import make_stages, stage_at, stage_problems, task_spec
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task
-
-CELLS = ("neither", "context", "weights", "both")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def evaluate(
     population: Sequence[Context],
     policy_version: int,
     base_rewards: dict[str, dict[str, float]] | None = None,
-    cells: Sequence[str] = CELLS,
+    cells: Collection[str] = CELLS,
 ) -> dict[str, Any]:
     """Sample and judge the cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}. The KL under
     the seed context belongs to the cell `weights`, that under the evolved ones to `both`; without its cell it is None.

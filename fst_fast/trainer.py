@@ -11,14 +11,14 @@ takes the same decisions; rank 0 alone writes. Built in session.py, resumed from
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from fst_fast import records
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Sampled
-from fst_fast.evaluate import CELLS, evaluate
+from fst_fast.contracts import CELLS, Context, Problem, Sampled
+from fst_fast.evaluate import evaluate
 from fst_fast.fast.phase import fast_phase
 from fst_fast.policy import ranks
 from fst_fast.policy.engine import NonFiniteError
@@ -240,7 +240,7 @@ def measure_stages(s: Session, own: dict[str, Any] | None = None) -> None:
         records.stage_end(s, stage, known or _cells(s, stage, s.config.eval.final_problems))
 
 
-def _cells(s: Session, stage: Stage, problems: int, cells: Sequence[str] = CELLS) -> dict[str, Any]:
+def _cells(s: Session, stage: Stage, problems: int, cells: Collection[str] = CELLS) -> dict[str, Any]:
     config, state = s.config, s.state
     started = s.begin("evaluation")
     s.forget_prefixes()

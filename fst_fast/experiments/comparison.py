@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fst_fast.contracts import CELLS
 from fst_fast.experiments import figures, statistics
 from fst_fast.experiments.curves import AXES, Curve
 from fst_fast.experiments.methods import cost_to_reach, main_runs, peak_level, train_and_load
@@ -175,16 +176,15 @@ def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
 def channels(runner: Runner) -> Result:
     """Do weights and contexts each carry a part, and do they add up?"""
     curves = train_and_load(runner, main_runs(runner))
-    names = ("neither", "context", "weights", "both")
     table = Table(
         "The four cells of FST, per cent, mean over seeds ± standard error",
-        ["family", *names, "both - better of the two"],
+        ["family", *CELLS, "both - better of the two"],
         [],
     )
     numbers: dict[str, Any] = {}
     good = []
     for family, methods in curves.items():
-        cells = {name: [float(c.cells[name].mean or 0.0) for c in methods["fst"]] for name in names}
+        cells = {name: [float(c.cells[name].mean or 0.0) for c in methods["fst"]] for name in CELLS}
         gain = [
             b - max(c, w) for b, c, w in zip(cells["both"], cells["context"], cells["weights"], strict=True)
         ]
@@ -192,7 +192,7 @@ def channels(runner: Runner) -> Result:
             **{name: mean_stderr(values) for name, values in cells.items()},
             "gain": mean_stderr(gain),
         }
-        table.rows.append([family, *(plus_minus(numbers[family][name], 100, 1) for name in (*names, "gain"))])
+        table.rows.append([family, *(plus_minus(numbers[family][name], 100, 1) for name in (*CELLS, "gain"))])
         if np.mean(gain) > 2 * statistics.standard_error(gain):
             good.append(family)
     claims = [] if runner.dry_run else [
@@ -239,8 +239,7 @@ def generalisation(runner: Runner) -> Result:
         ["family", *(f"{method}, {split}" for method in METHODS for split in ("validation", OTHER))],
         [],
     )
-    names = ("neither", "context", "weights", "both")
-    fst_table = Table(f"The four cells of FST on {OTHER}, per cent", ["family", *names], [])
+    fst_table = Table(f"The four cells of FST on {OTHER}, per cent", ["family", *CELLS], [])
     numbers: dict[str, Any] = {}
     for family, methods in cells.items():
         numbers[family] = {"fst_cells": {}}
@@ -253,8 +252,8 @@ def generalisation(runner: Runner) -> Result:
             numbers[family][method] = dict(zip(("validation", OTHER), pair, strict=True))
             row += [plus_minus(value, 100, 1) for value in pair]
         table.rows.append(row)
-        of_fst = {name: mean_stderr([found[name] for found in methods["fst"]]) for name in names}
+        of_fst = {name: mean_stderr([found[name] for found in methods["fst"]]) for name in CELLS}
         numbers[family]["fst_cells"] = of_fst
-        fst_table.rows.append([family, *(plus_minus(of_fst[name], 100, 1) for name in names)])
+        fst_table.rows.append([family, *(plus_minus(of_fst[name], 100, 1) for name in CELLS)])
     pictures = {} if runner.dry_run else {"generalisation": figures.generalisation(curves, cells, OTHER)}
     return Result(generalisation.__doc__ or "", numbers, [table, fst_table], [], pictures)

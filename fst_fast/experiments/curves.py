@@ -9,16 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fst_fast.report import curves
 from fst_fast.report.load import Cell, Run, load_runs
 from fst_fast.run.metrics import METRICS
 
-AXES = {
-    "steps": "optimiser steps",
-    "rollouts": "rollouts, fast phase included",
-    "tokens": "tokens computed",
-    "unshared": "tokens, had no prefix been shared",
-    "seconds": "seconds of training",
-}
+AXES = {**curves.AXES, "seconds": "seconds of training"}
+"""The report's axes, except that evaluations do not count in the seconds."""
 Floats = NDArray[np.float64]
 
 

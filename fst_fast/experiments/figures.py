@@ -13,9 +13,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from fst_fast.contracts import CELLS
 from fst_fast.experiments import statistics
 from fst_fast.experiments.curves import AXES, Curve
-from fst_fast.report.figures import CELL_NAMES, COLOURS, STYLE, blank
+from fst_fast.report.curves import FIGURE_AXES
+from fst_fast.report.figures import COLOURS, STYLE, blank
 
 METHOD_COLOURS = {"fst": COLOURS[0], "rl": COLOURS[1], "gepa": COLOURS[2], "fst, distilled": COLOURS[3]}
 METHOD_NAMES = {"fst": "FST", "rl": "RL", "gepa": "contexts only (GEPA)"}
@@ -46,18 +48,17 @@ def _x(ax: Axes, axis: str) -> None:
 @mpl.rc_context(STYLE)
 def efficiency(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
     """Rows: families; columns: steps, rollouts, tokens, seconds."""
-    axes = [axis for axis in AXES if axis != "unshared"]
-    figure = blank(3.0 * len(axes), 2.3 * len(curves) + 0.6)
-    panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
+    figure = blank(3.0 * len(FIGURE_AXES), 2.3 * len(curves) + 0.6)
+    panels = figure.subplots(len(curves), len(FIGURE_AXES), squeeze=False, sharey=True)
     for number, (family, methods) in enumerate(curves.items()):
-        for ax, axis in zip(panels[number], axes, strict=True):
+        for ax, axis in zip(panels[number], FIGURE_AXES, strict=True):
             for method, several in methods.items():
                 if method == "gepa" and axis == "steps":
                     continue  # it takes none
                 _band(ax, several, axis, METHOD_COLOURS[method])
             _x(ax, axis)
             ax.set_ylim(0, 1.02)
-            if axis == axes[0]:
+            if axis == FIGURE_AXES[0]:
                 ax.set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
             if number == len(curves) - 1:
                 ax.set_xlabel(AXES[axis])
@@ -90,11 +91,10 @@ def drift(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
 @mpl.rc_context(STYLE)
 def channels(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
     """The four cells of FST by family: bars are means over seeds, dots the seeds."""
-    names = list(CELL_NAMES)
     figure = blank(2.2 * len(curves) + 1.6, 3.5)
     ax = figure.subplots()
     for i, methods in enumerate(curves.values()):
-        for j, name in enumerate(names):
+        for j, name in enumerate(CELLS):
             values = [float(c.cells[name].mean or 0.0) for c in methods["fst"]]
             at = i + (j - 1.5) * 0.2
             ax.bar(at, np.mean(values), 0.18, color=CELL_COLOURS[j])
@@ -104,8 +104,8 @@ def channels(curves: dict[str, dict[str, list[Curve]]]) -> Figure:
     ax.set_ylim(0, 1.04)
     ax.set_ylabel("validation reward")
     handles = [
-        Line2D([], [], marker="s", ls="", ms=8, color=colour, label=CELL_NAMES[name].replace("\n", ", "))
-        for name, colour in zip(names, CELL_COLOURS, strict=True)
+        Line2D([], [], marker="s", ls="", ms=8, color=colour, label=label)
+        for label, colour in zip(CELLS.values(), CELL_COLOURS, strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure

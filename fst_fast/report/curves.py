@@ -22,8 +22,11 @@ AXES = {
     "steps": "optimiser steps",
     "rollouts": "rollouts, fast phase included",
     "tokens": "tokens computed",
+    "unshared": "tokens, had no prefix been shared",
     "seconds": "time (s)",
 }
+FIGURE_AXES = ("steps", "rollouts", "tokens", "seconds")
+"""The axes of the figures; the tables of the experiments have all of AXES."""
 PHASES = {
     "rollout_s": "rollouts",
     "verify_s": "verification",
@@ -63,6 +66,8 @@ def position(run: Run, line: Step | Eval, axis: str) -> float | None:
             return line.rollouts
         case "tokens":
             return line.tokens_computed
+        case "unshared":
+            return line.tokens_unshared
         case "seconds":
             at = [row.step for row in run.timing]
             first, after = bisect_left(at, line.step), bisect_right(at, line.step)
@@ -253,7 +258,7 @@ def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
             for line in run.evals
             if (mean := line.channels.get("both", Cell()).mean) is not None and mean >= target
         ]
-        at = {axis: position(run, hits[0], axis) for axis in AXES} if hits else {}
+        at = {axis: position(run, hits[0], axis) for axis in FIGURE_AXES} if hits else {}
         if hits and run.start.method == "gepa":
             at["steps"] = None
         table.append(Reached(run.label, at))

@@ -19,18 +19,13 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from fst_fast.contracts import CELLS
 from fst_fast.report import curves
-from fst_fast.report.load import CELLS, Cell, Run
+from fst_fast.report.load import Cell, Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PHASE_COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#E69F00", "#BBBBBB")
-CELL_NAMES = {
-    "neither": "base weights\nseed context",
-    "context": "base weights\nevolved contexts",
-    "weights": "trained weights\nseed context",
-    "both": "trained weights\nevolved contexts",
-}
 SAME_CELL = {  # cells of a method that are another cell by construction
     "rl": {"context": "neither", "both": "weights"},
     "gepa": {"weights": "neither", "both": "context"},
@@ -128,29 +123,20 @@ def cells(runs: Sequence[Run], final: Sequence[dict[str, Cell]]) -> Drawn:
     width = 0.8 / len(runs)
     values = [0.0]
     for i, (run, channels) in enumerate(zip(runs, final, strict=True)):
-        found = [(at, channels[cell]) for at, cell in enumerate(CELLS) if cell in channels]
-        points = [(at, cell.mean, cell.stderr or 0.0) for at, cell in found if cell.mean is not None]
-        x = [at + (i - (len(runs) - 1) / 2) * width for at, _, _ in points]
-        y = [mean for _, mean, _ in points]
-        error = [stderr for _, _, stderr in points]
-        bars = ax.bar(
-            x, y, width * 0.9, yerr=error, capsize=3, color=_colour(i), ecolor="#222222", label=name(run)
-        )
-        for bar, (cell_at, _, _) in zip(bars, points, strict=True):
-            bar.set_alpha(0.3 if CELLS[cell_at] in SAME_CELL.get(run.start.method, {}) else 1.0)
-        for at, mean, stderr in zip(x, y, error, strict=True):
-            ax.text(
-                at,
-                mean + stderr,
-                f" {mean:.2f}",
-                ha="center",
-                va="bottom",
-                fontsize=9 if len(runs) < 4 else 7,
-            )
-        values += [mean + stderr for _, mean, stderr in points]
+        for at, key in enumerate(CELLS):
+            cell = channels.get(key, Cell())
+            if cell.mean is None:
+                continue
+            x, error = at + (i - (len(runs) - 1) / 2) * width, cell.stderr or 0.0
+            alpha = 0.3 if key in SAME_CELL.get(run.start.method, {}) else 1.0
+            bar = {"color": _colour(i), "alpha": alpha, "yerr": error, "capsize": 3, "ecolor": "#222222"}
+            ax.bar(x, cell.mean, width * 0.9, **bar)
+            top, size = cell.mean + error, 9 if len(runs) < 4 else 7
+            ax.text(x, top, f" {cell.mean:.2f}", ha="center", va="bottom", fontsize=size)
+            values.append(top)
     _reward_limits([ax], values)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
-    ax.set_xticks(range(len(CELLS)), [CELL_NAMES[cell] for cell in CELLS])
+    ax.set_xticks(range(len(CELLS)), [label.replace(", ", "\n") for label in CELLS.values()])
     ax.grid(False, axis="x")
     ax.set_ylabel("validation reward (mean)")
     squares: dict[str, Any] = {"marker": "s", "ls": "", "ms": 8}
@@ -167,7 +153,7 @@ def validation(runs: Sequence[Run]) -> Drawn:
     panels = figure.subplots(2, 2)
     values: list[float] = []
     second = fitted = False
-    for ax, axis in zip(panels.flat, curves.AXES, strict=True):
+    for ax, axis in zip(panels.flat, curves.FIGURE_AXES, strict=True):
         for i, run in enumerate(runs):
             colour = _colour(i)
             both = curves.validation(run, "both", axis)
@@ -225,7 +211,7 @@ def training(runs: Sequence[Run]) -> Drawn:
     figure = blank(9.6, 7.0)
     panels = figure.subplots(2, 2)
     values: list[float] = []
-    for ax, axis in zip(panels.flat, curves.AXES, strict=True):
+    for ax, axis in zip(panels.flat, curves.FIGURE_AXES, strict=True):
         for i, run in shown:
             series = curves.training(run, axis)
             values += [*series.y]

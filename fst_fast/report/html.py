@@ -21,6 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import fst_fast
+from fst_fast.contracts import CELLS
 from fst_fast.errors import UserError
 from fst_fast.report import curves, figures, lineage_figure
 from fst_fast.report.lineage import Node, lineage, population
@@ -146,11 +147,11 @@ def render(runs: Sequence[Run]) -> tuple[str, dict[str, bytes]]:
             pages=pages,
             origins=origins(runs),
             pictures=shared,
-            axes=curves.AXES,
+            axes={axis: curves.AXES[axis] for axis in curves.FIGURE_AXES},
             fits=[
-                (figures.name(run), axis, curves.fit(run, key))
+                (figures.name(run), curves.AXES[axis], curves.fit(run, axis))
                 for run in runs
-                for key, axis in curves.AXES.items()
+                for axis in curves.FIGURE_AXES
             ],
             target_run=figures.name(rl) if rl else None,
             target=target,
@@ -295,7 +296,7 @@ def _environment() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(value=_value, count=_count, duration=_duration, cut=_cut)
-    environment.globals.update(same_cell=figures.SAME_CELL)
+    environment.globals.update(same_cell=figures.SAME_CELL, cells=CELLS)
     return environment
 
 

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fst_fast.errors import UserError
 
-CELLS = ("neither", "context", "weights", "both")
 EDGE_ROLLOUTS = 64  # rollouts kept from each end of each phase: examples come from these
 
 
