@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -289,10 +290,12 @@ def _replay(args: argparse.Namespace) -> None:
 def _experiment(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from fst_fast.experiments import EXPERIMENTS, Runner, run
-    from fst_fast.experiments.page import markdown
+    from fst_fast.experiments.experiments import EXPERIMENTS
+    from fst_fast.experiments.page import markdown, run
+    from fst_fast.experiments.runner import Runner
     from fst_fast.experiments.runs import FAMILIES, FULL, QUICK
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end after their step
     budget = QUICK if args.quick else FULL
     if args.seeds:
         budget = replace(budget, seeds=args.seeds)

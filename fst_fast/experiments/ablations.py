@@ -12,21 +12,21 @@ from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import Changes, Run
 
 ABLATIONS: dict[str, Changes] = {
-    "as configured": (),
-    "one context": (("fast.population", 1),),
-    "2 contexts": (("fast.population", 2),),
-    "8 contexts": (("fast.population", 8),),
-    "cycle of 3 steps": (("fast.cycle_steps", 3),),
-    "cycle of 12 steps": (("fast.cycle_steps", 12),),
-    "anchor set of 16": (("fast.anchor_size", 16),),
-    "anchor set of 64": (("fast.anchor_size", 64),),
-    "no reuse": (("fast.reuse_rollouts", "false"),),
-    "adaptive fast phase": (("fast.adaptive", "true"),),
-    "baseline by context": (("slow.advantage_group", "context"),),
-    "no KL": (("slow.kl", "none"),),
-    "reverse KL": (("slow.kl", "reverse"),),
-    "forward KL": (("slow.kl", "forward"),),
-    "KL x 10": (("slow.kl_coef", "1e-2"),),
+    "as configured": {},
+    "one context": {"fast.population": 1},
+    "2 contexts": {"fast.population": 2},
+    "8 contexts": {"fast.population": 8},
+    "cycle of 3 steps": {"fast.cycle_steps": 3},
+    "cycle of 12 steps": {"fast.cycle_steps": 12},
+    "anchor set of 16": {"fast.anchor_size": 16},
+    "anchor set of 64": {"fast.anchor_size": 64},
+    "no reuse": {"fast.reuse_rollouts": False},
+    "adaptive fast phase": {"fast.adaptive": True},
+    "baseline by context": {"slow.advantage_group": "context"},
+    "no KL": {"slow.kl": "none"},
+    "reverse KL": {"slow.kl": "reverse"},
+    "forward KL": {"slow.kl": "forward"},
+    "KL x 10": {"slow.kl_coef": 1e-2},
 }
 ABLATED = "linked_facts"
 LEVEL = 0.9
@@ -42,7 +42,7 @@ def ablation(runner: Runner) -> Result:
                 family,
                 "fst",
                 s,
-                (*changes, ("slow.steps", steps), ("eval.every", max(3, runner.budget.eval_every // 2))),
+                {**changes, "slow.steps": steps, "eval.every": max(3, runner.budget.eval_every // 2)},
             )
             for s in runner.seeds
         ]

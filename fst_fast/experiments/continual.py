@@ -25,7 +25,7 @@ def plasticity(runner: Runner) -> Result:
     if BEFORE not in runner.families or not others:
         return Result(plasticity.__doc__ or "", {"left out": f"needs the family {BEFORE} and another"})
     first = {
-        method: [Run(BEFORE, method, seed, tuned[BEFORE] if method == "rl" else ()) for seed in runner.seeds]
+        method: [Run(BEFORE, method, seed, tuned[BEFORE] if method == "rl" else {}) for seed in runner.seeds]
         for method in ("rl", "fst")
     }
     runner.train([run for several in first.values() for run in several])
@@ -91,21 +91,20 @@ def continual(runner: Runner) -> Result:
     if not set(STAGES) <= set(runner.families):
         return Result(continual.__doc__ or "", {"left out": f"needs the families {', '.join(STAGES)}"})
     each = runner.budget.steps // 2
-    stages = "[" + ", ".join(f"{{task: {task}, steps: {each}}}" for task in STAGES) + "]"
-    common: Changes = (
-        ("stages", stages),
-        ("slow.steps", each * len(STAGES)),
-        ("rollout.max_response_tokens", 40),
-    )
+    common: Changes = {
+        "stages": [{"task": task, "steps": each} for task in STAGES],
+        "slow.steps": each * len(STAGES),
+        "rollout.max_response_tokens": 40,
+    }
     arms: dict[str, list[Run]] = {
-        "rl": [Run(STAGES[0], "rl", s, (*tuned[STAGES[0]], *common), "continual") for s in runner.seeds],
+        "rl": [Run(STAGES[0], "rl", s, {**tuned[STAGES[0]], **common}, "continual") for s in runner.seeds],
         "fst": [Run(STAGES[0], "fst", s, common, "continual") for s in runner.seeds],
         "fst, distilled": [
             Run(
                 STAGES[0],
                 "fst",
                 s,
-                (*common, ("slow.distill_steps", each // DISTIL_SHARE)),
+                {**common, "slow.distill_steps": each // DISTIL_SHARE},
                 "continual-distilled",
             )
             for s in runner.seeds
@@ -163,7 +162,7 @@ def distill(runner: Runner) -> Result:
     arms = {
         family: {
             **{m: several for m, several in methods.items() if m != "gepa"},
-            "fst, distilled": [Run(family, "fst", s, (("slow.distill_steps", steps),)) for s in runner.seeds],
+            "fst, distilled": [Run(family, "fst", s, {"slow.distill_steps": steps}) for s in runner.seeds],
         }
         for family, methods in runs.items()
     }

@@ -9,8 +9,8 @@ from fst_fast.experiments.curves import Curve, load_curve
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import METHODS, Changes, Run
 
-RL_RATES = ("1e-4", "3e-4", "1e-3")
-RL_KL = ("0.0", "1e-2")  # besides the configuration's own, 1e-3
+RL_RATES = (1e-4, 3e-4, 1e-3)
+RL_KL = (0.0, 1e-2)  # besides the configuration's own, 1e-3
 SWEEP_SEEDS = 2
 AT_PEAK = 0.95
 
@@ -37,10 +37,10 @@ def strongest_rl(runner: Runner) -> dict[str, Changes]:
             chosen[family] = several[int(np.argmax(heights))]
         return chosen
 
-    rates = best({family: [(("slow.lr", rate),) for rate in RL_RATES] for family in runner.families})
+    rates = best({family: [{"slow.lr": rate} for rate in RL_RATES] for family in runner.families})
     return best(
         {
-            family: [rate, *((*rate, ("slow.kl_coef", coef)) for coef in RL_KL)]
+            family: [rate, *({**rate, "slow.kl_coef": coef} for coef in RL_KL)]
             for family, rate in rates.items()
         }
     )
@@ -57,7 +57,7 @@ def main_runs(runner: Runner) -> dict[str, dict[str, list[Run]]]:
     return {
         family: {
             method: [
-                Run(family, method, seed, tuned[family] if method == "rl" else ()) for seed in runner.seeds
+                Run(family, method, seed, tuned[family] if method == "rl" else {}) for seed in runner.seeds
             ]
             for method in METHODS
         }

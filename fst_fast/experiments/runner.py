@@ -1,45 +1,49 @@
-"""Make runs, several at a time, each in a process of its own; what is already made is not made again.
+"""Train the runs of a suite, several at a time, each in a process of its own; a finished run is not trained again.
 
-A run is an ordinary run folder under OUT/runs, made by `fst train` with one thread (worker.py). One that was interrupted goes on from its
-checkpoint; one whose configuration is another than asked for is refused by name. Where runs fail the others go on, and the error at the
-end names the log of each. A finished run can be evaluated on another split of its task, by `fst eval`, into OUT/evaluations.
+A run is an ordinary run folder under OUT/runs. One that was interrupted goes on from its checkpoint; one that has another configuration
+than asked for is refused by name. Where a run fails the others go on, and the error at the end names its log. A finished run can be
+evaluated on another split of its task, into OUT/evaluations.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from fst_fast import config_load
 from fst_fast.errors import UserError
+from fst_fast.experiments import worker
 from fst_fast.experiments.runs import Budget, Run
-from fst_fast.experiments.worker import COMMAND, Worker
-from fst_fast.run.folder import MARKER
+from fst_fast.run.folder import MARKER, disk_errors
 
-_POLL_S = 0.2
 _COST = {"fst": 3.0, "rl": 1.0, "gepa": 1.0}
 """Of a step, relative, for the estimate of the time left; measured roughly (docs/experiments.md)."""
 _EVALUATION = 10.0
 """Of an evaluation, in the same units."""
+_EXPORT = 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Job:
-    """Words of `fst`, one command after the other, whose output goes to `log`."""
+    """A call of a function of worker.py in a process of its own; its log has its name."""
 
     name: str
-    commands: list[list[str]]
-    log: Path
     cost: float
+    work: Callable[..., None]
+    arguments: tuple[Any, ...]
 
 
 @dataclass
 class Runner:
-    """out: the suite's folder. workers: runs at a time. dry_run: say what would be run, run nothing."""
+    """out: the suite's folder. workers: runs at a time. dry_run: only list the runs, in `planned`. say: prints a line."""
 
     out: Path
     budget: Budget
@@ -47,10 +51,9 @@ class Runner:
     workers: int
     dry_run: bool = False
     say: Callable[[str], None] = print
-    command: Sequence[str] = COMMAND  # of the processes that train and export
     planned: list[Run] = field(default_factory=list)
-    _spent: float = 0.0  # seconds of finished runs
-    _units: float = 0.0  # their cost
+    _seconds: float = 0.0  # of the jobs done
+    _cost: float = 0.0  # of the same
 
     @property
     def seeds(self) -> range:
@@ -59,116 +62,115 @@ class Runner:
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.name
 
-    def model(self, run: Run) -> Path | None:
-        """The weights that the run begins with, None: those of its configuration."""
+    def weights(self, run: Run) -> Path | None:
+        """The model folder that the run starts from; None: that of its configuration."""
         return self.out / "models" / run.after.name if run.after else None
 
     def train(self, runs: Sequence[Run]) -> None:
-        """Make all of them. Raises UserError where some failed, or where a folder holds another run."""
-        wanted = list(
-            dict.fromkeys(runs)
-        )  # the runs that others start from must be made before, by an earlier call
-        self.planned += [run for run in wanted if run not in self.planned]
+        """Train those that are not finished; the runs that they start from must be. Raises UserError where some failed, and where a
+        folder has another configuration."""
+        runs = list(dict.fromkeys(runs))
+        self.planned += [run for run in runs if run not in self.planned]
         if self.dry_run:
             return
-        self._work(
-            [
-                _Job(run.name, self._commands(run), self._log(run.name), self._cost(run))
-                for run in wanted
-                if not self._is_finished(run)
-            ],
-            "runs",
-        )
+        exports, jobs = {}, []
+        for run in runs:
+            config, folder, weights = (
+                run.config(self.budget, self.weights(run)),
+                self.folder(run),
+                self.weights(run),
+            )
+            resume = (folder / MARKER).is_file()
+            if resume and config_load.load(folder / "config.yaml") != config:
+                raise UserError(
+                    f"{folder} has another configuration than this suite asks for; give another --out, or remove the folder"
+                )
+            if resume and (folder / "summary.json").is_file():
+                continue
+            if run.after and weights and not weights.is_dir():
+                export = (self.folder(run.after), weights)
+                exports[weights] = _Job(f"{run.after.name}-export", _EXPORT, worker.export, export)
+            cost = _COST[run.method] * config.slow.steps
+            jobs.append(_Job(run.name, cost, worker.train, (config, folder, resume)))
+        self._work(list(exports.values()), "exports")
+        self._work(jobs, "runs")
 
     def evaluate(self, runs: Sequence[Run], split: str) -> None:
-        """Measure the four cells of finished runs on a split. Raises UserError where one failed."""
+        """Measure the four cells of finished runs on a split, unless that was done since they ended. Raises UserError where one failed."""
         if self.dry_run:
             return
-        (self.out / "evaluations").mkdir(parents=True, exist_ok=True)
         jobs = []
         for run in dict.fromkeys(runs):
-            out, ended = self._evaluation_file(run, split), self.folder(run) / "summary.json"
-            if out.is_file() and out.stat().st_mtime_ns >= ended.stat().st_mtime_ns:
-                continue
-            words = ["eval", str(self.folder(run)), "--split", split, "--out", str(out)]
-            name = f"{run.name}-{split}"
-            jobs.append(_Job(name, [words], self._log(name), _EVALUATION))
+            out, summary = self._evaluation_file(run, split), self.folder(run) / "summary.json"
+            if not out.is_file() or out.stat().st_mtime_ns < summary.stat().st_mtime_ns:
+                arguments = (self.folder(run), split, out)
+                jobs.append(_Job(f"{run.name}-{split}", _EVALUATION, worker.evaluate, arguments))
         self._work(jobs, "evaluations")
 
     def evaluation(self, run: Run, split: str) -> dict[str, Any]:
-        """What `evaluate` found: as `fst eval --out` writes it."""
+        """The result of `evaluate`, as `fst eval --out` writes it."""
         found: dict[str, Any] = json.loads(self._evaluation_file(run, split).read_text())
         return found
 
     def _evaluation_file(self, run: Run, split: str) -> Path:
         return self.out / "evaluations" / f"{run.name}-{split}.json"
 
-    def _work(self, jobs: list[_Job], what: str) -> None:
-        jobs = sorted(
-            jobs, key=lambda job: -job.cost
-        )  # the longest first, so that the last ones end together
-        waiting, failed = list(jobs), []
-        working: dict[_Job, tuple[Worker, float]] = {}
-        workers: list[Worker] = []
+    def _work(self, jobs: Sequence[_Job], noun: str) -> None:
+        """Do the jobs, the longest first so that the last ones end together. An interrupt ends those under way, and passes on."""
+        with disk_errors(f"{self.out} cannot be written"):
+            for name in ("logs", "evaluations"):
+                (self.out / name).mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["fst_fast.experiments.preload"])
+        waiting, failed = sorted(jobs, key=lambda job: -job.cost), []
+        running: dict[int, tuple[_Job, BaseProcess, float]] = {}  # by sentinel
         try:
-            for i in range(min(self.workers, len(jobs))):
-                workers.append(Worker(self.command, self.out / "logs" / f"worker-{i}.log"))
-            idle = list(workers)
-            while waiting or working:
-                while waiting and idle:
-                    job, worker = waiting.pop(0), idle.pop()
-                    working[job] = (worker, time.monotonic())
-                    worker.start(job.commands, job.log)
-                time.sleep(_POLL_S)
-                for job, (worker, began) in list(working.items()):
-                    code = worker.poll()
-                    if code is None:
-                        continue
-                    del working[job]
-                    idle.append(worker)
-                    seconds = time.monotonic() - began
-                    self._spent += seconds
-                    self._units += job.cost
-                    if code:
-                        failed.append(job)
-                    cost = sum(job.cost for job in [*waiting, *working])
-                    left = cost * self._spent / self._units / self.workers
-                    done = len(jobs) - len(waiting) - len(working)
-                    self.say(
-                        f"[{done}/{len(jobs)}] {job.name} {'failed' if code else 'done'} in {seconds:.0f} s, "
-                        f"about {left / 60:.0f} min left"
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    job = waiting.pop(0)
+                    process = context.Process(
+                        target=worker.run, args=(job.work, job.arguments, self._log(job))
                     )
+                    process.start()
+                    running[process.sentinel] = job, process, time.monotonic()
+                for sentinel in wait(list(running)):
+                    job, ended, began = running.pop(sentinel)
+                    ended.join()
+                    how = _how_it_ended(ended.exitcode)
+                    if how != "done":
+                        failed.append(f"{job.name} ({how}): {self._log(job)}")
+                    seconds = time.monotonic() - began
+                    self._seconds += seconds
+                    self._cost += job.cost
+                    cost_left = sum(job.cost for job in [*waiting, *(job for job, _, _ in running.values())])
+                    left = cost_left * self._seconds / self._cost / self.workers
+                    count = f"{len(jobs) - len(waiting) - len(running)}/{len(jobs)}"
+                    self.say(f"[{count}] {job.name} {how} in {seconds:.0f} s, about {left / 60:.0f} min left")
         finally:
-            for worker in workers:
-                worker.stop()
+            _end([process for _, process, _ in running.values()])
         if failed:
-            logs = ", ".join(str(job.log) for job in failed)
-            raise UserError(f"{len(failed)} of {len(jobs)} {what} failed; what they said is in {logs}")
-
-    def _cost(self, run: Run) -> float:
-        return _COST[run.method] * float(str(dict(run.changes).get("slow.steps", self.budget.steps)))
-
-    def _is_finished(self, run: Run) -> bool:
-        folder = self.folder(run)
-        if not (folder / MARKER).is_file():
-            return False
-        asked = config_load.dump(run.config(self.budget, self.model(run)))
-        if (folder / "config.yaml").read_text() != asked:
             raise UserError(
-                f"{folder} was made with another configuration than this suite asks for; give another --out, or remove the folder"
+                f"{len(failed)} of {len(jobs)} {noun} failed; each has a log: {'; '.join(failed)}"
             )
-        return (folder / "summary.json").is_file()
 
-    def _commands(self, run: Run) -> list[list[str]]:
-        """What makes the run, as words of `fst`."""
-        folder, model = self.folder(run), self.model(run)
-        commands = []
-        if model and not model.is_dir():
-            assert run.after
-            commands.append(["export", str(self.folder(run.after)), str(model)])
-        resume = ["--resume"] if (folder / MARKER).is_file() else []
-        words = ["train", str(run.config_file()), "--run-dir", str(folder), *resume]
-        return [*commands, [*words, *run.overrides(self.budget, model)]]
+    def _log(self, job: _Job) -> Path:
+        return self.out / "logs" / f"{job.name}.log"
 
-    def _log(self, name: str) -> Path:
-        return self.out / "logs" / f"{name}.log"
+
+def _how_it_ended(code: int | None) -> str:
+    if not code:
+        return "done"
+    return f"failed with exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Tell runs to end after their step, with a checkpoint, and wait for that. A second interrupt ends them at once."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+        raise
