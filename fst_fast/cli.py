@@ -291,7 +291,7 @@ def _experiment(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from fst_fast.experiments.experiments import EXPERIMENTS
-    from fst_fast.experiments.page import markdown, run
+    from fst_fast.experiments.page import QUESTIONS, markdown, run
     from fst_fast.experiments.runner import Runner
     from fst_fast.experiments.runs import FAMILIES, FULL, QUICK
 
@@ -311,7 +311,7 @@ def _experiment(args: argparse.Namespace) -> None:
             print(planned.name)
         return
     for name, result in results.items():
-        print(f"\n## {name}\n{result.question}\n\n{markdown(result)}")
+        print(f"\n## {name}\n{QUESTIONS[name]}\n\n{markdown(result)}")
     print(f"\n{args.out / 'report.html'}")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fst_fast.experiments import figures, statistics
-from fst_fast.experiments.comparison import final
-from fst_fast.experiments.methods import cost_to_reach, train_and_load
-from fst_fast.experiments.result import Result, Table, plus_minus
+from fst_fast.experiments.comparison import final_figures
+from fst_fast.experiments.methods import train_and_load
+from fst_fast.experiments.result import Result, Table, per_cent, plus_minus
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import Changes, Run
 
@@ -28,42 +28,34 @@ ABLATIONS: dict[str, Changes] = {
     "forward KL": {"slow.kl": "forward"},
     "KL x 10": {"slow.kl_coef": 1e-2},
 }
-ABLATED = "linked_facts"
+FAMILY = "linked_facts"
 LEVEL = 0.9
 
 
 def ablation(runner: Runner) -> Result:
     """Which parts matter, and what do the defaults rest on?"""
-    family = ABLATED if ABLATED in runner.families else runner.families[0]
+    family = FAMILY if FAMILY in runner.families else runner.families[0]
     steps = runner.budget.steps // 2
+    budget = {"slow.steps": steps, "eval.every": max(3, runner.budget.eval_every // 2)}
     runs = {
-        name: [
-            Run(
-                family,
-                "fst",
-                s,
-                {**changes, "slow.steps": steps, "eval.every": max(3, runner.budget.eval_every // 2)},
-            )
-            for s in runner.seeds
-        ]
+        name: [Run(family, "fst", seed, {**changes, **budget}) for seed in runner.seeds]
         for name, changes in ABLATIONS.items()
     }
     curves = train_and_load(runner, {family: runs}).get(family, {})
+    if runner.dry_run:
+        return Result({})
     table = Table(
         f"FST on {family}, {steps} steps: what it takes to {LEVEL:.0%} (median over seeds, 95 % interval) and where it ends",
         ["variant", "steps", "rollouts", "tokens", "reward at the end, %", "rollouts in all", "KL"],
-        [],
     )
     numbers: dict[str, Any] = {}
-    for name, several in curves.items():
-        to = {
-            axis: statistics.bootstrap([cost_to_reach(c, axis, LEVEL) for c in several], statistics.median)
+    for name, each in curves.items():
+        cost = {
+            axis: statistics.bootstrap([c.cost_to_reach(axis, LEVEL) for c in each], statistics.median)
             for axis in ("steps", "rollouts", "tokens")
         }
-        ended = final(several)
-        numbers[name] = {"to_level": {axis: value.json() for axis, value in to.items()}, "final": ended}
-        table.rows.append([
-            name, *(value.text(0) for value in to.values()), plus_minus(ended["reward"], 100, 1), plus_minus(ended["rollouts"]), plus_minus(ended["kl"], 1, 3),
-        ])  # fmt: skip
-    pictures = {"ablation": figures.ablation(curves, LEVEL)} if curves else {}
-    return Result(ablation.__doc__ or "", numbers, [table], [], pictures)
+        final = final_figures(each)
+        numbers[name] = {"to_level": {axis: value.json() for axis, value in cost.items()}, "final": final}
+        ends = (per_cent(final["reward"]), plus_minus(final["rollouts"]), plus_minus(final["kl"], 1, 3))
+        table.rows.append([name, *(value.text(0) for value in cost.values()), *ends])
+    return Result(numbers, [table], [], {"ablation": figures.ablation(curves, LEVEL)})

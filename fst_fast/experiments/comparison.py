@@ -10,137 +10,111 @@ import numpy as np
 from fst_fast.contracts import CELLS
 from fst_fast.experiments import figures, statistics
 from fst_fast.experiments.curves import AXES, Curve
-from fst_fast.experiments.methods import cost_to_reach, main_runs, peak_level, train_and_load
-from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, plus_minus
+from fst_fast.experiments.methods import main_runs, peak_level, train_and_load
+from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, per_cent, plus_minus
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import METHODS
 from fst_fast.experiments.statistics import Interval
 
 
 def efficiency(runner: Runner) -> Result:
-    """How much sooner does FST stand where RL stands at its best, and how much higher does it end?"""
+    """How much sooner does FST reach RL's peak, and how much higher does it end?"""
     runs = main_runs(runner)
     curves = train_and_load(runner, runs)
+    if runner.dry_run:
+        return Result({})
     numbers: dict[str, Any] = {}
-    table = Table(
+    costs = Table(
         "What FST needs to reach RL's peak, RL's own need = 1 (median over seeds, 95 % interval; never: not within its steps)",
-        ["family", "RL's peak", *(AXES[axis] for axis in AXES)],
-        [],
+        ["family", "RL's peak", *AXES.values()],
     )
     ceilings = Table(
-        "Ceiling of the fitted sigmoid against steps (95 % interval)", ["family", "RL", "FST", "FST - RL"], []
+        "Ceiling of the fitted sigmoid against steps (95 % interval)", ["family", "RL", "FST", "FST - RL"]
+    )
+    ends = Table(
+        "At the end: mean over seeds ± standard error",
+        ["family", "method", "reward, %", *AXES.values(), "KL(train‖base)"],
     )
     ratios: dict[str, dict[str, Interval]] = {}
-    higher: list[str] = []
+    higher = []
     for family, methods in curves.items():
         rl, fst = methods["rl"], methods["fst"]
-        ratios[family] = {axis: _ratio(rl, fst, axis) for axis in AXES}
-        peaks = statistics.bootstrap([max(c.smooth()) for c in rl], statistics.mean)
-        fits = statistics.ceiling_difference(_series(fst), _series(rl))
+        peak = statistics.bootstrap([c.peak() for c in rl], statistics.mean)
+        ratios[family] = {axis: _cost_ratio(rl, fst, axis) for axis in AXES}
+        fitted = statistics.ceiling_difference(
+            *([(c.cost["steps"], c.reward) for c in each] for each in (fst, rl))
+        )
+        fits = dict(zip(("fst", "rl", "difference"), fitted or (), strict=bool(fitted)))
+        final = {method: final_figures(each) for method, each in methods.items()}
         numbers[family] = {
             "rl_settings": dict(runs[family]["rl"][0].changes),
-            "rl_peak": peaks.json(),
-            "ratio": {axis: interval.json() for axis, interval in ratios[family].items()},
-            "ceiling": None
-            if fits is None
-            else dict(zip(("fst", "rl", "difference"), (f.json() for f in fits), strict=True)),
-            "final": {method: final(several) for method, several in methods.items()},
+            "rl_peak": peak.json(),
+            "ratio": {axis: ratio.json() for axis, ratio in ratios[family].items()},
+            "ceiling": {name: fit.json() for name, fit in fits.items()} or None,
+            "final": final,
         }
-        table.rows.append([family, peaks.text(), *(ratios[family][axis].text() for axis in AXES)])
-        if fits:
-            ceilings.rows.append([family, fits[1].text(), fits[0].text(), fits[2].text()])
-            if fits[2].low > 0:
-                higher.append(family)
-        else:
-            ceilings.rows.append([family, "not determined", "not determined", "-"])
-    claims = []
-    if curves:
-        claims = [
-            _at_most(
-                ratios,
-                "steps",
-                1 / 3,
-                2,
-                "FST reaches RL's peak with at most 1/3 of the steps on two families",
-            ),
-            _at_most(ratios, "steps", 1 / 2, 3, "... and with at most 1/2 on a third"),
-            _at_most(
-                ratios,
-                "rollouts",
-                1 / 2,
-                2,
-                "counted in rollouts, the fast phase's included, at most 1/2 on two families",
-            ),
-            Claim(
-                "its fitted ceiling is above RL's (95 % interval) on two families",
-                ", ".join(higher) or "none",
-                len(higher) >= 2,
-            ),
-        ]
-    pictures = {} if runner.dry_run else {"efficiency": figures.efficiency(curves)}
-    return Result(efficiency.__doc__ or "", numbers, [table, ceilings, _finals(curves)], claims, pictures)
+        costs.rows.append([family, peak.text(), *(ratio.text() for ratio in ratios[family].values())])
+        shown = [fits[name].text() if fits else "not determined" for name in ("rl", "fst", "difference")]
+        ceilings.rows.append([family, *shown])
+        if fits and fits["difference"].low > 0:
+            higher.append(family)
+        for method, end in final.items():
+            values = (
+                per_cent(end["reward"]),
+                *(plus_minus(end[axis]) for axis in AXES),
+                plus_minus(end["kl"], 1, 3),
+            )
+            ends.rows.append([family, method, *values])
+
+    def sooner(text: str, axis: str, most: float, needed: int) -> Claim:
+        good = [family for family, by_axis in ratios.items() if by_axis[axis].value <= most]
+        return Claim.counted(text, good, needed, len(ratios))
+
+    claims = [
+        sooner("FST reaches RL's peak with at most 1/3 of the steps on two families", "steps", 1 / 3, 2),
+        sooner("... and with at most 1/2 on a third", "steps", 1 / 2, 3),
+        sooner(
+            "counted in rollouts, the fast phase's included, at most 1/2 on two families",
+            "rollouts",
+            1 / 2,
+            2,
+        ),
+        Claim.counted(
+            "its fitted ceiling is above RL's (95 % interval) on two families", higher, 2, len(curves)
+        ),
+    ]
+    return Result(numbers, [costs, ceilings, ends], claims, {"efficiency": figures.efficiency(curves)})
 
 
-def _series(curves: Sequence[Curve]) -> list[tuple[Any, Any]]:
-    return [(c.cost["steps"], c.reward) for c in curves]
-
-
-def _ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
-    """What fst needs to stand at rl's peak over what rl needs for it, seed by seed."""
+def _cost_ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
+    """FST's cost to reach RL's peak over RL's own, seed by seed."""
     ratios = []
     for a, b in zip(rl, fst, strict=True):
-        mine, other = (cost_to_reach(c, axis, peak_level(a)) for c in (a, b))
-        ratios.append(other / mine)
+        level = peak_level(a)
+        ratios.append(b.cost_to_reach(axis, level) / a.cost_to_reach(axis, level))
     return statistics.bootstrap(ratios, statistics.median)
 
 
-def _at_most(
-    ratios: dict[str, dict[str, Interval]], axis: str, most: float, families: int, text: str
-) -> Claim:
-    good = [family for family, by_axis in ratios.items() if by_axis[axis].value <= most]
-    return Claim(text, ", ".join(good) or "none", len(good) >= families if len(ratios) >= families else None)
-
-
-def final(curves: Sequence[Curve]) -> dict[str, Any]:
-    """Where runs end, over their seeds: reward, KL and what they cost by every axis."""
+def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
+    """At the end of the runs, over their seeds: reward, KL and cost on every axis."""
     return {
-        "reward": mean_stderr([float(c.cells["both"].mean or 0.0) for c in curves]),
+        "reward": mean_stderr([c.cell("both") for c in curves]),
         **{axis: mean_stderr([float(c.cost[axis][-1]) for c in curves]) for axis in AXES},
         "kl": mean_stderr([float(c.kl[-1]) for c in curves]),
     }
 
 
-def _finals(curves: dict[str, dict[str, list[Curve]]]) -> Table:
-    rows = []
-    for family, methods in curves.items():
-        for method, several in methods.items():
-            numbers = final(several)
-            rows.append(
-                [
-                    family,
-                    method,
-                    plus_minus(numbers["reward"], 100, 1),
-                    *(plus_minus(numbers[axis]) for axis in AXES),
-                    plus_minus(numbers["kl"], 1, 3),
-                ]
-            )
-    return Table(
-        "At the end: mean over seeds ± standard error",
-        ["family", "method", "reward, %", *AXES.values(), "KL(train‖base)"],
-        rows,
-    )
-
-
 def drift(runner: Runner) -> Result:
     """How far from the base do the weights have to move for the same reward?"""
     curves = train_and_load(runner, main_runs(runner))
+    if runner.dry_run:
+        return Result({})
     numbers: dict[str, Any] = {}
     table = Table(
-        "KL(train‖base) where both stand at RL's peak (mean nats per token) and their ratio (median over seeds, 95 % interval)",
+        "KL(train‖base) where each first reaches RL's peak (mean nats per token) and their ratio (median over seeds, 95 % interval)",
         ["family", "RL", "FST, evolved contexts", "FST / RL"],
-        [],
     )
-    good, known = [], 0
+    good = []
     for family, methods in curves.items():
         pairs = [_kl_at_peak(a, b) for a, b in zip(methods["rl"], methods["fst"], strict=True)]
         ratio = statistics.bootstrap([b / a if a > 0 else float("inf") for a, b in pairs], statistics.median)
@@ -151,61 +125,46 @@ def drift(runner: Runner) -> Result:
         reached = [b for _, b in pairs if np.isfinite(b)]
         fst = f"{np.mean(reached):.3f} ({len(reached)} of {len(pairs)} seeds)" if reached else "never"
         table.rows.append([family, f"{np.mean([a for a, _ in pairs]):.3f}", fst, ratio.text()])
-        known += 1
         if ratio.value <= 0.3:
             good.append(family)
-    claims = [] if runner.dry_run else [
-        Claim("KL at matched accuracy is at most 0.3 of RL's on two families", ", ".join(good) or "none", len(good) >= 2 if known >= 2 else None)
-    ]  # fmt: skip
-    return Result(
-        drift.__doc__ or "",
-        numbers,
-        [table],
-        claims,
-        {} if runner.dry_run else {"drift": figures.drift(curves)},
+    claim = Claim.counted(
+        "KL at matched accuracy is at most 0.3 of RL's on two families", good, 2, len(curves)
     )
+    return Result(numbers, [table], [claim], {"drift": figures.drift(curves)})
 
 
 def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
-    """(RL's KL where it first stands at its peak, FST's where it first stands there; infinity where it never does)."""
-    mine, other = (cost_to_reach(c, "steps", peak_level(rl)) for c in (rl, fst))
-    own = float(rl.kl[rl.cost["steps"] == mine][0])
-    return own, float(fst.kl[fst.cost["steps"] == other][0]) if np.isfinite(other) else float("inf")
+    """KL of RL and of FST, each at its first evaluation at RL's peak; infinity where there is none."""
+
+    def kl(curve: Curve) -> float:
+        step = curve.cost_to_reach("steps", peak_level(rl))
+        return float(curve.kl[curve.cost["steps"] == step][0]) if np.isfinite(step) else float("inf")
+
+    return kl(rl), kl(fst)
 
 
 def channels(runner: Runner) -> Result:
     """Do weights and contexts each carry a part, and do they add up?"""
     curves = train_and_load(runner, main_runs(runner))
+    if runner.dry_run:
+        return Result({})
     table = Table(
         "The four cells of FST, per cent, mean over seeds ± standard error",
         ["family", *CELLS, "both - better of the two"],
-        [],
     )
     numbers: dict[str, Any] = {}
     good = []
     for family, methods in curves.items():
-        cells = {name: [float(c.cells[name].mean or 0.0) for c in methods["fst"]] for name in CELLS}
-        gain = [
-            b - max(c, w) for b, c, w in zip(cells["both"], cells["context"], cells["weights"], strict=True)
-        ]
-        numbers[family] = {
-            **{name: mean_stderr(values) for name, values in cells.items()},
-            "gain": mean_stderr(gain),
-        }
-        table.rows.append([family, *(plus_minus(numbers[family][name], 100, 1) for name in (*CELLS, "gain"))])
+        fst = methods["fst"]
+        gain = [c.cell("both") - max(c.cell("context"), c.cell("weights")) for c in fst]
+        numbers[family] = {name: mean_stderr([c.cell(name) for c in fst]) for name in CELLS}
+        numbers[family]["gain"] = mean_stderr(gain)
+        table.rows.append([family, *map(per_cent, numbers[family].values())])
         if np.mean(gain) > 2 * statistics.standard_error(gain):
             good.append(family)
-    claims = [] if runner.dry_run else [
-        Claim("both channels beat each alone on three families by more than two standard errors", ", ".join(good) or "none",
-              len(good) >= 3 if len(curves) >= 3 else None)
-    ]  # fmt: skip
-    return Result(
-        channels.__doc__ or "",
-        numbers,
-        [table],
-        claims,
-        {} if runner.dry_run else {"channels": figures.channels(curves)},
-    )
+    text = "both channels beat each alone on three families by more than two standard errors"
+    claim = Claim.counted(text, good, 3, len(curves))
+    return Result(numbers, [table], [claim], {"channels": figures.channels(curves)})
 
 
 OTHER = "ood"
@@ -216,44 +175,31 @@ def generalisation(runner: Runner) -> Result:
     """Does what was learnt hold on problems longer than any that training showed?"""
     runs = main_runs(runner)
     curves = train_and_load(runner, runs)
-    runner.evaluate(
-        [run for methods in runs.values() for several in methods.values() for run in several], OTHER
-    )
-    cells: dict[str, dict[str, list[dict[str, float]]]] = {}  # family -> method -> by seed: cell -> mean
-    if curves:
-        cells = {
-            family: {
-                method: [
-                    {
-                        name: float(cell["mean"])
-                        for name, cell in runner.evaluation(run, OTHER)["channels"].items()
-                    }
-                    for run in several
-                ]
-                for method, several in methods.items()
-            }
-            for family, methods in runs.items()
-        }
+    runner.evaluate([run for methods in runs.values() for each in methods.values() for run in each], OTHER)
+    if runner.dry_run:
+        return Result({})
     table = Table(
         "Under each method's own contexts and weights, per cent, mean over seeds ± standard error",
         ["family", *(f"{method}, {split}" for method in METHODS for split in ("validation", OTHER))],
-        [],
     )
-    fst_table = Table(f"The four cells of FST on {OTHER}, per cent", ["family", *CELLS], [])
+    fst_table = Table(f"The four cells of FST on {OTHER}, per cent", ["family", *CELLS])
     numbers: dict[str, Any] = {}
-    for family, methods in cells.items():
-        numbers[family] = {"fst_cells": {}}
-        row = [family]
-        for method in METHODS:
-            pair = (
-                mean_stderr([float(c.cells["both"].mean or 0.0) for c in curves[family][method]]),
-                mean_stderr([found["both"] for found in methods[method]]),
-            )
-            numbers[family][method] = dict(zip(("validation", OTHER), pair, strict=True))
-            row += [plus_minus(value, 100, 1) for value in pair]
-        table.rows.append(row)
-        of_fst = {name: mean_stderr([found[name] for found in methods["fst"]]) for name in CELLS}
-        numbers[family]["fst_cells"] = of_fst
-        fst_table.rows.append([family, *(plus_minus(of_fst[name], 100, 1) for name in CELLS)])
-    pictures = {} if runner.dry_run else {"generalisation": figures.generalisation(curves, cells, OTHER)}
-    return Result(generalisation.__doc__ or "", numbers, [table, fst_table], [], pictures)
+    other: dict[str, dict[str, list[float]]] = {}  # family -> method -> reward on the other split, by seed
+    for family, methods in runs.items():
+        found = {
+            m: [runner.evaluation(run, OTHER)["channels"] for run in each] for m, each in methods.items()
+        }
+        other[family] = {m: [float(cells["both"]["mean"]) for cells in each] for m, each in found.items()}
+        pairs = {
+            m: {
+                "validation": mean_stderr([c.cell("both") for c in curves[family][m]]),
+                OTHER: mean_stderr(other[family][m]),
+            }
+            for m in METHODS
+        }
+        cells = {name: mean_stderr([float(each[name]["mean"]) for each in found["fst"]]) for name in CELLS}
+        numbers[family] = {**pairs, "fst_cells": cells}
+        table.rows.append([family, *(per_cent(value) for pair in pairs.values() for value in pair.values())])
+        fst_table.rows.append([family, *map(per_cent, cells.values())])
+    picture = figures.generalisation(curves, other, OTHER)
+    return Result(numbers, [table, fst_table], [], {"generalisation": picture})

@@ -1,4 +1,4 @@
-"""A finished run as a curve on the four axes: optimiser steps, rollouts with the fast phase's, tokens computed, seconds of training."""
+"""A finished run as a curve on the axes: optimiser steps, rollouts with the fast phase's, tokens computed, seconds of training."""
 
 from __future__ import annotations
 
@@ -31,60 +31,58 @@ class Curve:
     cells: dict[str, Cell]  # of the last evaluation
 
     def smooth(self) -> Floats:
-        """Centred mean of three evaluations, of two at the ends: a single evaluation's error is of the size of a step of the curve."""
+        """Centred mean of three evaluations, of two at the ends: the error of one is as large as a step of the curve."""
         y = np.concatenate([[np.nan], self.reward, [np.nan]])
         return np.asarray(np.nanmean(np.stack([y[:-2], y[1:-1], y[2:]]), axis=0))
+
+    def peak(self) -> float:
+        """Highest point of the smoothed reward."""
+        return float(self.smooth().max())
+
+    def cell(self, name: str) -> float:
+        """Mean reward of a cell in the last evaluation; 0 where nothing could be judged."""
+        return float(self.cells[name].mean or 0.0)
+
+    def cost_to_reach(self, axis: str, level: float) -> float:
+        """First evaluation with reward >= level; inf if never. Without the base's own, at cost 0, and nothing is interpolated: what
+        led to an evaluation (a whole fast phase, say) was needed in full."""
+        reached = np.flatnonzero(self.reward[1:] >= level)
+        return float(self.cost[axis][1 + reached[0]]) if len(reached) else float("inf")
 
 
 def load_curve(folder: Path) -> Curve:
     """The curve of a run folder. Raises UserError where it is none."""
     [run] = load_runs([folder])
-    return curve(run)
+    seconds = _training_seconds(run)
+    cost = {
+        axis: np.array([curves.position(run, line, axis) or 0 for line in run.evals], dtype=float)
+        for axis in AXES
+    }
+    final = [line.channels for line in run.evals if line.final]
+    return Curve(
+        method=run.start.method,
+        seed=run.start.seed,
+        cost={**cost, "seconds": np.array([seconds.get(line.step, 0.0) for line in run.evals])},
+        reward=np.array([line.channels.get("both", Cell()).mean for line in run.evals], dtype=float),
+        kl=np.array([line.kl_evolved for line in run.evals], dtype=float),
+        seed_kl=np.array([line.kl_seed for line in run.evals], dtype=float),
+        cells=final[-1] if final else {},
+    )
 
 
 def stage_ends(folder: Path) -> dict[tuple[int, int], float]:
     """(stage that ended, stage whose task it was measured on) -> mean reward under the run's own contexts."""
-    found = {}
     with (folder / METRICS).open(encoding="utf-8") as lines:
-        for line in map(json.loads, lines):
-            if line["kind"] == "stage":
-                found[line["after_stage"], line["stage"]] = float(line["channels"]["both"]["mean"])
-    return found
-
-
-def curve(run: Run) -> Curve:
-    seconds = _training_seconds(run)
-    final = [line for line in run.evals if line.final]
-    periodic = run.evals
-    return Curve(
-        method=run.start.method,
-        seed=run.start.seed,
-        cost={
-            "steps": np.array([line.step for line in periodic], dtype=float),
-            "rollouts": np.array([line.rollouts or 0 for line in periodic], dtype=float),
-            "tokens": np.array([line.tokens_computed or 0 for line in periodic], dtype=float),
-            "unshared": np.array([line.tokens_unshared or 0 for line in periodic], dtype=float),
-            "seconds": np.array([seconds.get(line.step, 0.0) for line in periodic], dtype=float),
-        },
-        reward=np.array([_mean(line.channels, "both") for line in periodic]),
-        kl=np.array([line.kl_evolved for line in periodic], dtype=float),
-        seed_kl=np.array([line.kl_seed for line in periodic], dtype=float),
-        cells=final[-1].channels if final else {},
-    )
-
-
-def _mean(channels: dict[str, Cell], name: str) -> float:
-    value = channels.get(name, Cell()).mean
-    return float("nan") if value is None else value
+        found = [line for line in map(json.loads, lines) if line["kind"] == "stage"]
+    return {(line["after_stage"], line["stage"]): float(line["channels"]["both"]["mean"]) for line in found}
 
 
 def _training_seconds(run: Run) -> dict[int, float]:
-    """Step -> seconds since the start without evaluations: what training to that step took."""
+    """Step -> seconds that training to that step took: since the first row, without evaluations."""
     found: dict[int, float] = {}
     evaluating = 0.0
     for row in run.timing:
         evaluating += row.eval_s or 0.0
         found[row.step] = row.seconds - evaluating
-    if run.timing:
-        found = {step: value - min(found.values(), default=0.0) for step, value in found.items()}
-    return found
+    start = min(found.values(), default=0.0)
+    return {step: value - start for step, value in found.items()}

@@ -1,7 +1,6 @@
-"""Each experiment: which runs it makes, which numbers it takes from them, which claims of the method these numbers bear on.
+"""The experiments by name. Each is a function of a Runner: it trains its runs, unless another experiment has, and returns a Result.
 
-An experiment is a function of a Runner; it asks for runs (those that another experiment has asked for are there already) and returns a
-Result. Claims are judged by the code, never typed in: `holds` is True or False, None where the runs cannot tell.
+Its docstring is the question that it answers. Claims are judged by the code: `holds` is True or False, None where the runs cannot tell.
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ from collections.abc import Callable
 
 from fst_fast.experiments.ablations import ablation
 from fst_fast.experiments.comparison import channels, drift, efficiency, generalisation
-from fst_fast.experiments.continual import continual, distill, plasticity
+from fst_fast.experiments.continual import continual
+from fst_fast.experiments.distillation import distill
+from fst_fast.experiments.plasticity import plasticity
 from fst_fast.experiments.result import Result
 from fst_fast.experiments.runner import Runner
 

@@ -1,12 +1,12 @@
-"""Numbers with intervals. Seeds are the unit that is resampled; methods are compared seed by seed, since a seed fixes problems and order.
+"""Numbers with intervals. Seeds are resampled; methods are compared seed by seed, since a seed fixes the problems and their order.
 
-"Not reached" is a value (infinity), never a gap: a mean over the runs that did get there would flatter the method that often does not.
-So the middle of a set of ratios is their median.
+"Never reached" is a value, infinity: leaving such runs out would flatter a method that often fails. So ratios are summed up by their
+median.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,36 +41,21 @@ class Interval:
         return f"{one(self.value)} [{one(self.low)}, {one(self.high)}]"
 
 
-def bootstrap(values: Sequence[float], of: Callable[[Floats], float], seed: int = 0) -> Interval:
-    """`of` (such as np.mean) of one value per seed, with its interval. Raises ValueError without values or with NaN among them."""
+def bootstrap(values: Sequence[float], of: Callable[[Floats], Any], seed: int = 0) -> Interval:
+    """`of` of one value per seed, with its interval. of: over the last axis, as `mean` and `median` below.
+
+    Raises ValueError without values or with NaN among them."""
     x = np.asarray(values, dtype=float)
     if not len(x) or np.isnan(x).any():
         raise ValueError(f"bootstrap of {x.tolist()}: at least one value, and no NaN")
-    rng = np.random.default_rng(seed)
-    drawn = [of(x[rng.integers(len(x), size=len(x))]) for _ in range(DRAWS)]
-    low, high = _percentiles(np.array(drawn))
-    return Interval(float(of(x)), low, high, len(x))
+    drawn = of(x[np.random.default_rng(seed).integers(len(x), size=(DRAWS, len(x)))])
+    return Interval(float(of(x)), *percentiles(drawn), len(x))
 
 
-def _percentiles(drawn: Floats) -> tuple[float, float]:
-    """The 2.5 and 97.5 per cent points; by rank, since infinity cannot be interpolated."""
-    ordered = np.sort(drawn)
-    return float(ordered[int(0.025 * (len(ordered) - 1))]), float(
-        ordered[int(np.ceil(0.975 * (len(ordered) - 1)))]
-    )
-
-
-def reach(x: Floats, y: Floats, level: float) -> float:
-    """The place of the first evaluation at `level` or above; infinity where there is none. Nothing is read between evaluations: what led to
-    one (a whole fast phase, say) was needed in full."""
-    over = np.flatnonzero(y >= level)
-    return float(x[over[0]]) if len(over) else float("inf")
-
-
-def peak(x: Floats, y: Floats) -> tuple[float, float]:
-    """(place, height) of the highest point; of equals the first."""
-    i = int(np.argmax(y))
-    return float(x[i]), float(y[i])
+def percentiles(drawn: Floats) -> tuple[float, float]:
+    """The 2.5 and 97.5 per cent points, each one of the values: infinity cannot be interpolated."""
+    low, high = np.quantile(drawn, 0.025, method="lower"), np.quantile(drawn, 0.975, method="higher")
+    return float(low), float(high)
 
 
 def ceiling(curves: Sequence[tuple[Floats, Floats]]) -> float | None:
@@ -83,36 +68,30 @@ def ceiling(curves: Sequence[tuple[Floats, Floats]]) -> float | None:
 
 def ceiling_difference(
     a: Sequence[tuple[Floats, Floats]], b: Sequence[tuple[Floats, Floats]], seed: int = 0
-) -> tuple[Interval, Interval, Interval] | None:
+) -> tuple[Interval, ...] | None:
     """Ceilings of a and of b and their difference, seeds resampled in pairs. None where more than a tenth of the fits are undetermined."""
-    rng = np.random.default_rng(seed)
-    n = len(a)
-    whole = (ceiling(a), ceiling(b))
-    drawn = []
-    for _ in range(FIT_DRAWS):
-        picked = rng.integers(n, size=n)
-        drawn.append((ceiling([a[i] for i in picked]), ceiling([b[i] for i in picked])))
-    good = np.array([(p, q) for p, q in drawn if p is not None and q is not None])
-    if whole[0] is None or whole[1] is None or len(good) < 0.9 * FIT_DRAWS:
+    rng, n = np.random.default_rng(seed), len(a)
+
+    def ceilings(seeds: Iterable[int]) -> tuple[float | None, float | None]:
+        picked = list(seeds)
+        return ceiling([a[i] for i in picked]), ceiling([b[i] for i in picked])
+
+    of_a, of_b = ceilings(range(n))
+    drawn = [ceilings(rng.integers(n, size=n)) for _ in range(FIT_DRAWS)]
+    fitted = np.array([pair for pair in drawn if None not in pair], dtype=float)
+    if of_a is None or of_b is None or len(fitted) < 0.9 * FIT_DRAWS:
         return None
-
-    def interval(value: float, values: Floats) -> Interval:
-        return Interval(value, *_percentiles(values), n)
-
-    return (
-        interval(whole[0], good[:, 0]),
-        interval(whole[1], good[:, 1]),
-        interval(whole[0] - whole[1], good[:, 0] - good[:, 1]),
-    )
+    values = ((of_a, fitted[:, 0]), (of_b, fitted[:, 1]), (of_a - of_b, fitted[:, 0] - fitted[:, 1]))
+    return tuple(Interval(value, *percentiles(draws), n) for value, draws in values)
 
 
-def median(x: Floats) -> float:
-    """Of an even number the lower middle one: halfway to infinity is no number."""
-    return float(np.sort(x)[(len(x) - 1) // 2])
+def median(x: Floats) -> Any:
+    """Over the last axis; of an even number of values the lower middle one, since halfway to infinity is no number."""
+    return np.quantile(x, 0.5, axis=-1, method="lower")
 
 
-def mean(x: Floats) -> float:
-    return float(x.mean())
+def mean(x: Floats) -> Any:
+    return x.mean(axis=-1)
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -249,8 +249,8 @@ class Reached:
     at: dict[str, float | None]
 
 
-def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
-    """Where each run's `both` cell first reaches the target. gepa takes no optimiser steps, so it has no place on that axis."""
+def cost_to_reach(runs: Sequence[Run], target: float) -> list[Reached]:
+    """The first evaluation of each run whose `both` cell is at the target or above. gepa takes no optimiser steps: None on that axis."""
     table = []
     for run in runs:
         hits = [

@@ -17,10 +17,10 @@ from fst_fast.errors import UserError
 from fst_fast.experiments import (
     ablations,
     comparison,
-    continual,
     experiments,
     figures,
     page,
+    plasticity,
     statistics,
     worker,
 )
@@ -37,11 +37,29 @@ SMALL = Budget(steps=4, eval_every=2, eval_problems=2, final_problems=2, seeds=2
 # --- statistics
 
 
-def test_a_level_is_reached_at_an_evaluation_or_never() -> None:
-    x, y = np.array([0.0, 10.0, 20.0]), np.array([0.0, 0.5, 0.4])
-    assert statistics.reach(x, y, 0.25) == 10.0
-    assert statistics.reach(x, y, 0.0) == 0.0
-    assert statistics.reach(x, y, 0.6) == np.inf
+def test_a_level_is_reached_at_an_evaluation_after_the_base_or_never() -> None:
+    reward = np.array([0.3, 0.0, 0.5, 0.4])
+    curve = Curve("rl", 0, {"tokens": np.array([0.0, 5.0, 10.0, 20.0])}, reward, reward, reward, {})
+    assert curve.cost_to_reach("tokens", 0.25) == 10.0
+    assert curve.cost_to_reach("tokens", 0.0) == 5.0
+    assert curve.cost_to_reach("tokens", 0.6) == np.inf
+
+
+@given(st.lists(st.floats(-5, 5) | st.just(np.inf), min_size=1, max_size=50))
+def test_quantiles_are_the_ranks_that_the_published_results_were_computed_with(values: list[float]) -> None:
+    ordered = sorted(values)
+    n = len(ordered)
+    low, high = ordered[int(0.025 * (n - 1))], ordered[int(np.ceil(0.975 * (n - 1)))]
+    assert statistics.percentiles(np.array(values)) == (low, high)
+    assert statistics.median(np.array(values)) == ordered[(n - 1) // 2]
+
+
+def test_the_draws_of_a_bootstrap_are_those_of_the_published_results() -> None:
+    values, rng = np.array([0.2, np.inf, 0.3, 0.9, 0.1]), np.random.default_rng(0)
+    drawn = sorted(sorted(values[rng.integers(5, size=5)])[2] for _ in range(statistics.DRAWS))
+    found = statistics.bootstrap(values.tolist(), statistics.median)
+    assert (found.low, found.value, found.high) == (drawn[49], 0.3, drawn[1950])
+    assert found.high == np.inf
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=9))
@@ -332,10 +350,10 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
             for i, (family, starts) in enumerate(runs.items())
         }
 
-    monkeypatch.setattr(continual, "strongest_rl", lambda runner: {f: {"slow.lr": f} for f in SHOWN})
-    monkeypatch.setattr(continual, "train_and_load", train_and_load)
+    monkeypatch.setattr(plasticity, "strongest_rl", lambda runner: {f: {"slow.lr": f} for f in SHOWN})
+    monkeypatch.setattr(plasticity, "train_and_load", train_and_load)
     monkeypatch.setattr(suite, "train", train)
-    found = continual.plasticity(suite)
+    found = plasticity.plasticity(suite)
     assert [claim.holds for claim in found.claims] == holds
     for i, family in enumerate(SHOWN[1:]):
         assert found.numbers[family]["after fst"]["mean"] == pytest.approx(after_fst[i], abs=0.03)
@@ -347,9 +365,9 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
 
 
 def test_plasticity_needs_a_second_task(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continual, "strongest_rl", lambda runner: {f: {} for f in runner.families})
-    suite.families = [continual.BEFORE]
-    assert "left out" in continual.plasticity(suite).numbers
+    monkeypatch.setattr(plasticity, "strongest_rl", lambda runner: {f: {} for f in runner.families})
+    suite.families = [plasticity.FIRST]
+    assert "left out" in plasticity.plasticity(suite).numbers
 
 
 def test_the_other_figures_can_be_drawn(suite: Runner) -> None:
