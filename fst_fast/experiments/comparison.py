@@ -9,7 +9,7 @@ import numpy as np
 
 from fst_fast.contracts import CELLS
 from fst_fast.experiments import figures, statistics
-from fst_fast.experiments.curves import AXES, Curve
+from fst_fast.experiments.curves import AXES, Curve, Floats
 from fst_fast.experiments.methods import main_runs, peak_level, train_and_load
 from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, per_cent, plus_minus
 from fst_fast.experiments.runner import Runner
@@ -41,10 +41,8 @@ def efficiency(runner: Runner) -> Result:
         rl, fst = methods["rl"], methods["fst"]
         peak = statistics.bootstrap([c.peak() for c in rl], statistics.mean)
         ratios[family] = {axis: _cost_ratio(rl, fst, axis) for axis in AXES}
-        fitted = statistics.ceiling_difference(
-            *([(c.cost["steps"], c.reward) for c in each] for each in (fst, rl))
-        )
-        fits = dict(zip(("fst", "rl", "difference"), fitted or (), strict=bool(fitted)))
+        fitted = statistics.ceiling_difference(_reward_by_step(fst), _reward_by_step(rl))
+        fits = dict(zip(("fst", "rl", "difference"), fitted, strict=True)) if fitted else {}
         final = {method: final_figures(each) for method, each in methods.items()}
         numbers[family] = {
             "rl_settings": dict(runs[family]["rl"][0].changes),
@@ -84,6 +82,10 @@ def efficiency(runner: Runner) -> Result:
         ),
     ]
     return Result(numbers, [costs, ceilings, ends], claims, {"efficiency": figures.efficiency(curves)})
+
+
+def _reward_by_step(curves: Sequence[Curve]) -> list[tuple[Floats, Floats]]:
+    return [(c.cost["steps"], c.reward) for c in curves]
 
 
 def _cost_ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:

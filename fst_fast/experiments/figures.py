@@ -12,14 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 
 from fst_fast.contracts import CELLS
 from fst_fast.experiments import statistics
 from fst_fast.experiments.curves import AXES, Curve, Floats
 from fst_fast.experiments.methods import Curves
 from fst_fast.report.curves import FIGURE_AXES
-from fst_fast.report.figures import COLOURS, STYLE, blank
+from fst_fast.report.figures import COLOURS, STYLE, blank, format_x
 
 METHODS = {"fst": "FST", "rl": "RL", "gepa": "contexts only (GEPA)"}
 COLOUR = {
@@ -42,15 +42,6 @@ def _mean_curve(ax: Axes, curves: Sequence[Curve], axis: str, colour: str) -> No
     """The seeds' evaluations lie at different costs, so they are interpolated to the same ones, as far as all of them go."""
     grid = np.linspace(0, min(c.cost[axis][-1] for c in curves), 60)
     _band(ax, grid, np.stack([np.interp(grid, c.cost[axis], c.reward) for c in curves]), colour)
-
-
-def _format_x(ax: Axes, axis: str) -> None:
-    ax.set_xlim(left=0)
-    if axis == "steps":
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _row(
@@ -96,7 +87,7 @@ def efficiency(curves: Curves) -> Figure:
             for method, each in methods.items():
                 if (method, axis) != ("gepa", "steps"):  # it takes none
                     _mean_curve(ax, each, axis, COLOUR[method])
-            _format_x(ax, axis)
+            format_x(ax, axis, (5, 4))
             ax.set_ylim(0, 1.02)
         row[0].set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
     for ax, axis in zip(panels[-1], FIGURE_AXES, strict=True):
@@ -142,7 +133,7 @@ def generalisation(curves: Curves, other: dict[str, dict[str, list[float]]], spl
         for j, method in enumerate(METHODS):
             for side, values in enumerate(([c.cell("both") for c in methods[method]], other[family][method])):
                 x = i + (j - 1) * 0.28 + (side - 0.5) * 0.12
-                style = {"alpha": 0.45, "hatch": "///"} if side else {}
+                style: dict[str, Any] = {"alpha": 0.45, "hatch": "///"} if side else {}
                 ax.bar(x, np.mean(values), 0.11, color=COLOUR[method], edgecolor="white", lw=0, **style)
                 ax.plot([x] * len(values), values, ".", color=SEED, ms=3)
     handles: list[Artist] = [Patch(color=COLOUR[m], label=label) for m, label in METHODS.items()]
@@ -160,7 +151,7 @@ def plasticity(curves: Curves) -> Figure:
     for ax, starts in zip(panels, curves.values(), strict=True):
         for start, each in starts.items():
             _mean_curve(ax, each, "steps", COLOUR[start])
-        _format_x(ax, "steps")
+        format_x(ax, "steps", (5, 4))
     labels = {"base": "from the base", "after rl": "from RL's weights", "after fst": "from FST's weights"}
     _legend(figure, labels, 3, lw=2)
     return figure

@@ -24,14 +24,12 @@ from fst_fast.experiments import worker
 from fst_fast.experiments.runs import Budget, Run
 from fst_fast.run.folder import MARKER, disk_errors
 
-_COST = {"fst": 3.0, "rl": 1.0, "gepa": 1.0}
-"""Of a step, relative, for the estimate of the time left; measured roughly (docs/experiments.md)."""
-_EVALUATION = 10.0
-"""Of an evaluation, in the same units."""
-_EXPORT = 1.0
+_COST = {"fst": 3.0, "rl": 1.0, "gepa": 1.0, "evaluation": 10.0, "export": 1.0}
+"""Of a step of each method, of an evaluation and of an export, relative, for the estimate of the time left; measured roughly
+(docs/experiments.md)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     """A call of a function of worker.py in a process of its own; its log has its name."""
 
@@ -75,21 +73,17 @@ class Runner:
             return
         exports, jobs = {}, []
         for run in runs:
-            config, folder, weights = (
-                run.config(self.budget, self.weights(run)),
-                self.folder(run),
-                self.weights(run),
-            )
+            folder, weights = self.folder(run), self.weights(run)
+            config = run.config(self.budget, weights)
             resume = (folder / MARKER).is_file()
             if resume and config_load.load(folder / "config.yaml") != config:
-                raise UserError(
-                    f"{folder} has another configuration than this suite asks for; give another --out, or remove the folder"
-                )
+                wanted = "has another configuration than this suite asks for"
+                raise UserError(f"{folder} {wanted}; give another --out, or remove the folder")
             if resume and (folder / "summary.json").is_file():
                 continue
             if run.after and weights and not weights.is_dir():
                 export = (self.folder(run.after), weights)
-                exports[weights] = _Job(f"{run.after.name}-export", _EXPORT, worker.export, export)
+                exports[weights] = _Job(f"{run.after.name}-export", _COST["export"], worker.export, export)
             cost = _COST[run.method] * config.slow.steps
             jobs.append(_Job(run.name, cost, worker.train, (config, folder, resume)))
         self._work(list(exports.values()), "exports")
@@ -104,7 +98,7 @@ class Runner:
             out, summary = self._evaluation_file(run, split), self.folder(run) / "summary.json"
             if not out.is_file() or out.stat().st_mtime_ns < summary.stat().st_mtime_ns:
                 arguments = (self.folder(run), split, out)
-                jobs.append(_Job(f"{run.name}-{split}", _EVALUATION, worker.evaluate, arguments))
+                jobs.append(_Job(f"{run.name}-{split}", _COST["evaluation"], worker.evaluate, arguments))
         self._work(jobs, "evaluations")
 
     def evaluation(self, run: Run, split: str) -> dict[str, Any]:
@@ -117,50 +111,55 @@ class Runner:
 
     def _work(self, jobs: Sequence[_Job], noun: str) -> None:
         """Do the jobs, the longest first so that the last ones end together. An interrupt ends those under way, and passes on."""
-        with disk_errors(f"{self.out} cannot be written"):
-            for name in ("logs", "evaluations"):
+        for name in ("logs", "evaluations"):
+            with disk_errors(f"{self.out} cannot be written"):
                 (self.out / name).mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fst_fast.experiments.preload"])
         waiting, failed = sorted(jobs, key=lambda job: -job.cost), []
-        running: dict[int, tuple[_Job, BaseProcess, float]] = {}  # by sentinel
+        running: dict[_Job, tuple[BaseProcess, float]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.workers:
                     job = waiting.pop(0)
-                    process = context.Process(
-                        target=worker.run, args=(job.work, job.arguments, self._log(job))
-                    )
+                    arguments = (job.work, job.arguments, self._log(job))
+                    process = context.Process(target=worker.run, args=arguments)
                     process.start()
-                    running[process.sentinel] = job, process, time.monotonic()
-                for sentinel in wait(list(running)):
-                    job, ended, began = running.pop(sentinel)
-                    ended.join()
-                    how = _how_it_ended(ended.exitcode)
-                    if how != "done":
-                        failed.append(f"{job.name} ({how}): {self._log(job)}")
+                    running[job] = process, time.monotonic()
+                wait([process.sentinel for process, _ in running.values()])
+                for job in [job for job, (process, _) in running.items() if process.exitcode is not None]:
+                    ended, began = running.pop(job)
+                    if ended.exitcode:
+                        failed.append(f"{job.name} ({_outcome(ended)}): {self._log(job)}")
                     seconds = time.monotonic() - began
-                    self._seconds += seconds
-                    self._cost += job.cost
-                    cost_left = sum(job.cost for job in [*waiting, *(job for job, _, _ in running.values())])
-                    left = cost_left * self._seconds / self._cost / self.workers
+                    self._seconds, self._cost = self._seconds + seconds, self._cost + job.cost
+                    minutes = (
+                        sum(job.cost for job in [*waiting, *running])
+                        * self._seconds
+                        / self._cost
+                        / self.workers
+                        / 60
+                    )
                     count = f"{len(jobs) - len(waiting) - len(running)}/{len(jobs)}"
-                    self.say(f"[{count}] {job.name} {how} in {seconds:.0f} s, about {left / 60:.0f} min left")
+                    self.say(
+                        f"[{count}] {job.name} {_outcome(ended)} in {seconds:.0f} s, about {minutes:.0f} min left"
+                    )
         finally:
-            _end([process for _, process, _ in running.values()])
+            _end([process for process, _ in running.values()])
         if failed:
             raise UserError(
-                f"{len(failed)} of {len(jobs)} {noun} failed; each has a log: {'; '.join(failed)}"
+                f"{len(failed)} of {len(jobs)} {noun} failed, each with a log: {'; '.join(failed)}"
             )
 
     def _log(self, job: _Job) -> Path:
         return self.out / "logs" / f"{job.name}.log"
 
 
-def _how_it_ended(code: int | None) -> str:
-    if not code:
-        return "done"
-    return f"failed with exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+def _outcome(process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"failed with exit code {code}" if code else "done"
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:

@@ -207,27 +207,16 @@ def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
     rmse, values, covariance = best
     a, b, mid = (float(value) for value in values)
     error = float(np.sqrt(covariance[0, 0]))
-    bounded = [
-        name
-        for value, lo, hi, name in zip(values, low, high, ("A", "B", "Cmid"), strict=True)
-        if _at(value, lo, hi)
-    ]
+    limits = zip(("A", "B", "Cmid"), values, low, high, strict=True)
+    bounded = [name for name, value, lo, hi in limits if _at(value, lo, hi)]
     if bounded:
         note = f"{', '.join(bounded)} at the limit of what is allowed: the data do not determine the curve"
     elif mid > 1:
         note = "half of the gain lies beyond the last evaluation: A is extrapolated"
     else:
         note = ""
-    return Fit(
-        a,
-        error if math.isfinite(error) and not bounded else None,
-        b,
-        mid * float(top),
-        start,
-        rmse,
-        len(x),
-        note,
-    )
+    asymptote_error = error if math.isfinite(error) and not bounded else None
+    return Fit(a, asymptote_error, b, mid * float(top), start, rmse, len(x), note)
 
 
 def _at(value: float, low: float, high: float) -> bool:
@@ -253,13 +242,9 @@ def cost_to_reach(runs: Sequence[Run], target: float) -> list[Reached]:
     """The first evaluation of each run whose `both` cell is at the target or above. gepa takes no optimiser steps: None on that axis."""
     table = []
     for run in runs:
-        hits = [
-            line
-            for line in run.evals
-            if (mean := line.channels.get("both", Cell()).mean) is not None and mean >= target
-        ]
-        at = {axis: position(run, hits[0], axis) for axis in FIGURE_AXES} if hits else {}
-        if hits and run.start.method == "gepa":
+        line = next((line for line, mean in _both(run) if mean >= target), None)
+        at = {axis: position(run, line, axis) for axis in FIGURE_AXES} if line else {}
+        if line and run.start.method == "gepa":
             at["steps"] = None
         table.append(Reached(run.label, at))
     return table
@@ -267,7 +252,10 @@ def cost_to_reach(runs: Sequence[Run], target: float) -> list[Reached]:
 
 def peak(run: Run) -> float | None:
     """Best validation reward of the `both` cell over the run."""
-    return max(
-        (mean for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None),
-        default=None,
-    )
+    return max((mean for _, mean in _both(run)), default=None)
+
+
+def _both(run: Run) -> list[tuple[Eval, float]]:
+    """The evaluations that measured the cell `both`, with its mean."""
+    means = [(line, line.channels.get("both", Cell()).mean) for line in run.evals]
+    return [(line, mean) for line, mean in means if mean is not None]

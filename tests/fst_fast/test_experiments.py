@@ -163,7 +163,7 @@ def test_each_run_is_trained_once_and_one_that_failed_is_named_and_goes_on(runne
     later = [Run(family, "rl", 0, after=first) for family in ("linked_facts", "formula_choice")]
     with pytest.raises(
         UserError,
-        match=r"1 of 2 runs failed; .*seed=1 \(failed with exit code 1\): .*star_graph-rl-seed=1\.log",
+        match=r"1 of 2 runs failed, .*seed=1 \(failed with exit code 1\): .*star_graph-rl-seed=1\.log",
     ):
         runner.train([first, unlucky, first])
     assert (runner.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "fst: no luck\n"
@@ -189,7 +189,7 @@ def test_a_finished_run_is_evaluated_once_unless_it_was_trained_again(runner: Ru
 def test_a_run_that_dies_or_raises_does_not_stop_the_others_and_is_named(runner: Runner) -> None:
     runner.workers = 1
     killed, raising, good = (Run("star_graph", "rl", s) for s in (stub_runs.KILLED, stub_runs.RAISES, 0))
-    with pytest.raises(UserError, match=r"2 of 3 runs failed; .*seed=2 \(killed by SIGKILL\): .*seed=2\.log"):
+    with pytest.raises(UserError, match=r"2 of 3 runs failed, .*seed=2 \(killed by SIGKILL\): .*seed=2\.log"):
         runner.train([killed, raising, good])
     assert (runner.folder(good) / "summary.json").is_file()
     log = (runner.out / "logs" / f"{raising.name}.log").read_text()
@@ -223,7 +223,7 @@ def test_an_interrupted_suite_tells_its_runs_to_stop(runner: Runner) -> None:
 
 
 def test_a_killed_fork_server_fails_its_runs_and_is_started_again_for_later_ones(runner: Runner) -> None:
-    with pytest.raises(UserError, match=r"1 of 1 runs failed; .*seed=5 \(failed with exit code 255\)"):
+    with pytest.raises(UserError, match=r"1 of 1 runs failed, .*seed=5 \(failed with exit code 255\)"):
         runner.train([Run("star_graph", "rl", stub_runs.KILLS_THE_SERVER)])
     good = Run("star_graph", "rl", 0)
     runner.train([good])
