@@ -28,13 +28,10 @@ def efficiency(runner: Runner) -> Result:
         "What FST needs to reach RL's peak, RL's own need = 1 (median over seeds, 95 % interval; never: not within its steps)",
         ["family", "RL's peak", *AXES.values()],
     )
-    ceilings = Table(
-        "Ceiling of the fitted sigmoid against steps (95 % interval)", ["family", "RL", "FST", "FST - RL"]
-    )
-    ends = Table(
-        "At the end: mean over seeds ± standard error",
-        ["family", "method", "reward, %", *AXES.values(), "KL(train‖base)"],
-    )
+    title = "Ceiling of the fitted sigmoid against steps (95 % interval)"
+    ceilings = Table(title, ["family", "RL", "FST", "FST - RL"])
+    head = ["family", "method", "reward, %", *AXES.values(), "KL(train‖base)"]
+    ends = Table("At the end: mean over seeds ± standard error", head)
     ratios: dict[str, dict[str, Interval]] = {}
     higher = []
     for family, methods in curves.items():
@@ -57,29 +54,20 @@ def efficiency(runner: Runner) -> Result:
         if fits and fits["difference"].low > 0:
             higher.append(family)
         for method, end in final.items():
-            values = (
-                per_cent(end["reward"]),
-                *(plus_minus(end[axis]) for axis in AXES),
-                plus_minus(end["kl"], 1, 3),
-            )
-            ends.rows.append([family, method, *values])
+            spent = [plus_minus(end[axis]) for axis in AXES]
+            ends.rows.append([family, method, per_cent(end["reward"]), *spent, plus_minus(end["kl"], 1, 3)])
 
     def sooner(text: str, axis: str, most: float, needed: int) -> Claim:
         good = [family for family, by_axis in ratios.items() if by_axis[axis].value <= most]
         return Claim.counted(text, good, needed, len(ratios))
 
+    in_rollouts = "counted in rollouts, the fast phase's included, at most 1/2 on two families"
+    ceiling = "its fitted ceiling is above RL's (95 % interval) on two families"
     claims = [
         sooner("FST reaches RL's peak with at most 1/3 of the steps on two families", "steps", 1 / 3, 2),
         sooner("... and with at most 1/2 on a third", "steps", 1 / 2, 3),
-        sooner(
-            "counted in rollouts, the fast phase's included, at most 1/2 on two families",
-            "rollouts",
-            1 / 2,
-            2,
-        ),
-        Claim.counted(
-            "its fitted ceiling is above RL's (95 % interval) on two families", higher, 2, len(curves)
-        ),
+        sooner(in_rollouts, "rollouts", 1 / 2, 2),
+        Claim.counted(ceiling, higher, 2, len(curves)),
     ]
     return Result(numbers, [costs, ceilings, ends], claims, {"efficiency": figures.efficiency(curves)})
 
@@ -90,11 +78,8 @@ def _reward_by_step(curves: Sequence[Curve]) -> list[tuple[Floats, Floats]]:
 
 def _cost_ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
     """FST's cost to reach RL's peak over RL's own, seed by seed."""
-    ratios = []
-    for a, b in zip(rl, fst, strict=True):
-        level = peak_level(a)
-        ratios.append(b.cost_to_reach(axis, level) / a.cost_to_reach(axis, level))
-    return statistics.bootstrap(ratios, statistics.median)
+    costs = [[c.cost_to_reach(axis, peak_level(a)) for c in (a, b)] for a, b in zip(rl, fst, strict=True)]
+    return statistics.bootstrap([other / own for own, other in costs], statistics.median)
 
 
 def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
@@ -129,9 +114,8 @@ def drift(runner: Runner) -> Result:
         table.rows.append([family, f"{np.mean([a for a, _ in pairs]):.3f}", fst, ratio.text()])
         if ratio.value <= 0.3:
             good.append(family)
-    claim = Claim.counted(
-        "KL at matched accuracy is at most 0.3 of RL's on two families", good, 2, len(curves)
-    )
+    text = "KL at matched accuracy is at most 0.3 of RL's on two families"
+    claim = Claim.counted(text, good, 2, len(curves))
     return Result(numbers, [table], [claim], {"drift": figures.drift(curves)})
 
 
@@ -150,10 +134,8 @@ def channels(runner: Runner) -> Result:
     curves = train_and_load(runner, main_runs(runner))
     if runner.dry_run:
         return Result({})
-    table = Table(
-        "The four cells of FST, per cent, mean over seeds ± standard error",
-        ["family", *CELLS, "both - better of the two"],
-    )
+    title = "The four cells of FST, per cent, mean over seeds ± standard error"
+    table = Table(title, ["family", *CELLS, "both - better of the two"])
     numbers: dict[str, Any] = {}
     good = []
     for family, methods in curves.items():
@@ -188,20 +170,16 @@ def generalisation(runner: Runner) -> Result:
     numbers: dict[str, Any] = {}
     other: dict[str, dict[str, list[float]]] = {}  # family -> method -> reward on the other split, by seed
     for family, methods in runs.items():
-        found = {
-            m: [runner.evaluation(run, OTHER)["channels"] for run in each] for m, each in methods.items()
-        }
-        other[family] = {m: [float(cells["both"]["mean"]) for cells in each] for m, each in found.items()}
-        pairs = {
-            m: {
-                "validation": mean_stderr([c.cell("both") for c in curves[family][m]]),
-                OTHER: mean_stderr(other[family][m]),
-            }
-            for m in METHODS
-        }
+        found = {m: [runner.evaluation(run, OTHER)["channels"] for run in methods[m]] for m in METHODS}
+        other[family] = {m: [float(cells["both"]["mean"]) for cells in found[m]] for m in METHODS}
+        row = [family]
+        for m in METHODS:
+            own = mean_stderr([c.cell("both") for c in curves[family][m]])
+            numbers.setdefault(family, {})[m] = {"validation": own, OTHER: mean_stderr(other[family][m])}
+            row += map(per_cent, numbers[family][m].values())
+        table.rows.append(row)
         cells = {name: mean_stderr([float(each[name]["mean"]) for each in found["fst"]]) for name in CELLS}
-        numbers[family] = {**pairs, "fst_cells": cells}
-        table.rows.append([family, *(per_cent(value) for pair in pairs.values() for value in pair.values())])
+        numbers[family]["fst_cells"] = cells
         fst_table.rows.append([family, *map(per_cent, cells.values())])
     picture = figures.generalisation(curves, other, OTHER)
     return Result(numbers, [table, fst_table], [], {"generalisation": picture})

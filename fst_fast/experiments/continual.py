@@ -22,10 +22,10 @@ STALLED = 0.5
 
 
 def continual(runner: Runner) -> Result:
-    """One run through three tasks, weights and contexts going on: who learns the later ones, and what is left of the earlier?"""
+    """One run through three tasks, weights and contexts carried over: who learns the later ones, and what is left of the earlier?"""
     tuned = strongest_rl(runner)
     if not set(STAGES) <= set(runner.families):
-        return Result({"left out": f"needs the families {', '.join(STAGES)}"})
+        return Result({"skipped": f"needs the families {', '.join(STAGES)}"})
     each = runner.budget.steps // 2
     common: Changes = {
         "stages": [{"task": task, "steps": each} for task in STAGES],
@@ -45,10 +45,8 @@ def continual(runner: Runner) -> Result:
     if runner.dry_run:
         return Result({})
     curves = {name: [load_curve(runner.folder(run)) for run in runs] for name, runs in arms.items()}
-    own_table = Table(
-        "Reward at each stage's end on its own task, per cent, mean over seeds ± standard error",
-        ["method", *STAGES],
-    )
+    title = "Reward at each stage's end on its own task, per cent, mean over seeds ± standard error"
+    own_table = Table(title, ["method", *STAGES])
     last_table = Table("After the last stage, on every task", ["method", *STAGES])
     numbers: dict[str, Any] = {}
     own: dict[str, list[float]] = {}  # arm -> at each stage's end the reward on its own task, mean over seeds
@@ -64,15 +62,11 @@ def continual(runner: Runner) -> Result:
     best = [max(rewards[i] for rewards in own.values()) for i in count]
     share = [own["fst"][i] / best[i] if best[i] else 0.0 for i in count]
     stalled = [task for i, task in enumerate(STAGES) if own["rl"][i] < STALLED * best[i]]
+    shares = ", ".join(f"{x:.0%}" for x in share)
+    text = f"RL stalls (below {STALLED:.0%} of the best) on at least one stage"
     claims = [
-        Claim(
-            "FST ends each stage at 90 % or more of the best method",
-            ", ".join(f"{x:.0%}" for x in share),
-            min(share) >= 0.9,
-        ),
-        Claim.counted(
-            f"RL stalls (below {STALLED:.0%} of the best) on at least one stage", stalled, 1, len(STAGES)
-        ),
+        Claim("FST ends each stage at 90 % or more of the best method", shares, min(share) >= 0.9),
+        Claim.counted(text, stalled, 1, len(STAGES)),
     ]
     picture = figures.continual(curves, STAGES, each)
     return Result(numbers, [own_table, last_table], claims, {"continual": picture})

@@ -44,8 +44,10 @@ class Curve:
         return float(self.cells[name].mean or 0.0)
 
     def cost_to_reach(self, axis: str, level: float) -> float:
-        """First evaluation with reward >= level; inf if never. Without the base's own, at cost 0, and nothing is interpolated: what
-        led to an evaluation (a whole fast phase, say) was needed in full."""
+        """Cost of the first evaluation with reward >= level; inf if never.
+
+        The evaluation of the base does not count, and nothing is interpolated: all that came before an evaluation, such as a whole fast
+        phase, was needed for it."""
         reached = np.flatnonzero(self.reward[1:] >= level)
         return float(self.cost[axis][1 + reached[0]]) if len(reached) else float("inf")
 

@@ -137,9 +137,8 @@ def generalisation(curves: Curves, other: dict[str, dict[str, list[float]]], spl
                 ax.bar(x, np.mean(values), 0.11, color=COLOUR[method], edgecolor="white", lw=0, **style)
                 ax.plot([x] * len(values), values, ".", color=SEED, ms=3)
     handles: list[Artist] = [Patch(color=COLOUR[m], label=label) for m, label in METHODS.items()]
-    handles.append(
-        Patch(facecolor="#999999", alpha=0.45, hatch="///", edgecolor="white", label=f"on {split} problems")
-    )
+    hatched: dict[str, Any] = {"facecolor": "#999999", "alpha": 0.45, "hatch": "///", "edgecolor": "white"}
+    handles.append(Patch(label=f"on {split} problems", **hatched))
     figure.legend(handles=handles, loc="outside upper center", ncols=4)
     return figure
 
@@ -165,9 +164,8 @@ def continual(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) 
         for arm, runs in curves.items():
             steps = runs[0].cost["steps"]
             inside = (steps > i * each) & (steps <= (i + 1) * each)
-            _band(
-                ax, steps[inside], np.stack([c.reward[inside] for c in runs]), COLOUR[arm], marker="o", ms=3
-            )
+            rewards = np.stack([c.reward[inside] for c in runs])
+            _band(ax, steps[inside], rewards, COLOUR[arm], marker="o", ms=3)
     labels = {**METHODS, "fst, distilled": "FST, distilled at each stage's end"}
     _legend(figure, {arm: labels[arm] for arm in curves}, 3, lw=2)
     return figure
@@ -184,9 +182,8 @@ def ablation(curves: dict[str, list[Curve]], level: float) -> Figure:
             costs = np.array([c.cost_to_reach(axis, level) for c in each])
             ax.barh(row, min(statistics.median(costs), edge), 0.62, color=COLOURS[5])
             for cost in costs:
-                ax.plot(
-                    min(cost, edge), row, "o", ms=4, color=SEED, mfc=SEED if np.isfinite(cost) else "white"
-                )
+                fill = SEED if np.isfinite(cost) else "white"
+                ax.plot(min(cost, edge), row, "o", ms=4, color=SEED, mfc=fill)
         ax.set_xlabel(f"{AXES[axis]}, to {level:.0%} (hollow: never)")
         ax.set_xlim(0, edge * 1.03)
         ax.grid(False, axis="y")

@@ -21,7 +21,7 @@ def plasticity(runner: Runner) -> Result:
     tuned = strongest_rl(runner)
     others = [family for family in runner.families if family != FIRST]
     if FIRST not in runner.families or not others:
-        return Result({"left out": f"needs the family {FIRST} and another"})
+        return Result({"skipped": f"needs the family {FIRST} and another"})
     first = {
         method: [Run(FIRST, method, seed, tuned[FIRST] if method == "rl" else {}) for seed in runner.seeds]
         for method in ("rl", "fst")
@@ -41,7 +41,7 @@ def plasticity(runner: Runner) -> Result:
         family: {start: np.array([c.peak() for c in each]) for start, each in starts.items()}
         for family, starts in curves.items()
     }
-    # A seed's mean over the tasks: the last row's interval is over seeds as well, since seeds are what is drawn.
+    # Per seed, the mean over the tasks: the last row's interval is over seeds too.
     peaks["mean of them"] = {
         start: np.mean([peaks[family][start] for family in others], axis=0) for start in peaks[others[0]]
     }
@@ -50,10 +50,8 @@ def plasticity(runner: Runner) -> Result:
         ["task", "starting from", "peak", "difference to the base (95 % interval)"],
     )
     numbers: dict[str, Any] = {}
-    gains: dict[str, dict[str, float]] = {
-        "after rl": {},
-        "after fst": {},
-    }  # start -> task -> mean difference to the base
+    # start -> task -> mean difference to the base
+    gains: dict[str, dict[str, float]] = {"after rl": {}, "after fst": {}}
     for family, starts in peaks.items():
         numbers[family] = {"difference": {}}
         for start, values in starts.items():
@@ -67,15 +65,12 @@ def plasticity(runner: Runner) -> Result:
             gains[start][family] = difference.value
             table.rows.append([*row, difference.text()])
 
-    def claim(text: str, start: str, holds: bool) -> Claim:
-        return Claim(text, ", ".join(f"{family} {gain:+.2f}" for family, gain in gains[start].items()), holds)
-
+    shown = {
+        start: ", ".join(f"{task} {gain:+.2f}" for task, gain in of.items()) for start, of in gains.items()
+    }
+    text = f"fresh RL from the FST checkpoint of {FIRST} reaches at least the base's result, in the mean over tasks"
     claims = [
-        claim(
-            f"fresh RL from the FST checkpoint of {FIRST} reaches at least the base's result, in the mean over tasks",
-            "after fst",
-            gains["after fst"]["mean of them"] >= 0,
-        ),
-        claim("from the RL checkpoint less", "after rl", gains["after rl"]["mean of them"] < 0),
+        Claim(text, shown["after fst"], gains["after fst"]["mean of them"] >= 0),
+        Claim("from the RL checkpoint less", shown["after rl"], gains["after rl"]["mean of them"] < 0),
     ]
     return Result(numbers, [table], claims, {"plasticity": figures.plasticity(curves)})

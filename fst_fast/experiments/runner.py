@@ -110,7 +110,7 @@ class Runner:
         return self.out / "evaluations" / f"{run.name}-{split}.json"
 
     def _work(self, jobs: Sequence[_Job], noun: str) -> None:
-        """Do the jobs, the longest first so that the last ones end together. An interrupt ends those under way, and passes on."""
+        """Do the jobs, the longest first so that the last ones end together. An interrupt ends those that run, then is raised."""
         for name in ("logs", "evaluations"):
             with disk_errors(f"{self.out} cannot be written"):
                 (self.out / name).mkdir(parents=True, exist_ok=True)

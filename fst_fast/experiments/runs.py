@@ -47,7 +47,7 @@ QUICK = Budget(steps=60, eval_every=6, eval_problems=64, final_problems=128, see
 
 @dataclass(frozen=True)
 class Run:
-    """family: names the configuration; changes: where it differs from that; label: stands for the changes in the run's name, if given;
+    """family: names the configuration; changes: where it differs from that; label: replaces them in the run's name;
     after: the run whose trained weights it starts from."""
 
     family: str

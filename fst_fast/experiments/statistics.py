@@ -42,7 +42,7 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float], of: Callable[[Floats], Any], seed: int = 0) -> Interval:
-    """`of` of one value per seed, with its interval. of: over the last axis, as `mean` and `median` below.
+    """of(values) and its interval, one value per seed. of: reduces the last axis, as `mean` and `median` do.
 
     Raises ValueError without values or with NaN among them."""
     x = np.asarray(values, dtype=float)

@@ -118,13 +118,13 @@ def smooth(y: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 
 def phases_overlap(run: Run) -> bool:
-    """Whether the phases claim more than the time that passed; their shares then mean little."""
+    """Whether the phases add up to more than the time that passed."""
     claimed = sum(getattr(row, key) or 0.0 for row in run.timing for key in PHASES)
     return bool(run.timing) and claimed > 1.01 * run.timing[-1].seconds
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Seconds by phase. `other` is what no phase claims: start-up, checkpoints, work done again after a resume."""
+    """Seconds by phase. `other` is the rest: start-up, checkpoints, work done again after a resume."""
     if not run.timing:
         return {}
     spent = {name: sum(getattr(row, key) or 0.0 for row in run.timing) for key, name in PHASES.items()}
@@ -134,14 +134,14 @@ def time_split(run: Run) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two cells lie apart; `sigmas` is the difference in standard errors, None where there is no error to divide by."""
+    """Difference of two cells; `sigmas` is the difference in standard errors, None where there is no error to divide by."""
 
     value: float
     sigmas: float | None
 
 
 def difference(a: Cell, b: Cell) -> Difference | None:
-    """a - b. The two errors are added as if independent; the cells share their problems, so this errs on the careful side."""
+    """a - b. The two errors are added as if independent; the cells share their problems, so this overstates the error."""
     if a.mean is None or b.mean is None:
         return None
     error = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else 0.0

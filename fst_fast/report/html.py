@@ -28,11 +28,8 @@ class Outcome(Summary):
     @property
     def sharing(self) -> float | None:
         """Tokens that an unshared batch would have computed, for each token computed."""
-        return (
-            self.tokens_unshared / self.tokens_computed
-            if self.tokens_unshared and self.tokens_computed
-            else None
-        )
+        computed, unshared = self.tokens_computed, self.tokens_unshared
+        return unshared / computed if unshared and computed else None
 
 
 @dataclass(frozen=True)

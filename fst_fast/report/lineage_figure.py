@@ -20,7 +20,7 @@ LINEAGE_ROWS = 60  # past this only what was admitted is drawn, and no names
 @mpl.rc_context(STYLE)
 def draw(nodes: Sequence[Node]) -> Drawn:
     """The tree of contexts: across, the cycle of birth; colour, the latest mean; a ring marks the final population."""
-    kept = [node for node in nodes if not node.aside]
+    kept = [node for node in nodes if not node.folded]
     drawn = list(nodes) if len(nodes) <= LINEAGE_ROWS else kept
     if len(drawn) < 2:
         return "No context has been proposed yet." if len(nodes) < 2 else "No proposal was admitted."
