@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from fst_fast import config_load
 from fst_fast.cli import default_config, usable_cores
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.tasks.code import isolation
 from fst_fast.tasks.supervise import MAX_PROCESSES, why_unlimited
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from fst_fast import records
 from fst_fast.config import Config
-from fst_fast.config_load import config_hash, dump
+from fst_fast.config.load import config_hash, dump
 from fst_fast.contexts.population import FastState
 from fst_fast.contexts.reflection import Reflector
 from fst_fast.contracts import Context, Problem, Rollout, Sampled

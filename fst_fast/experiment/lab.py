@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fst_fast import config_load
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.experiment.runs import Budget, Run
 from fst_fast.experiment.worker import COMMAND, Worker

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fst_fast.mini
-from fst_fast import config_load
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 
 FAMILIES = ("star_graph", "list_programs", "linked_facts", "formula_choice")
 METHODS = ("rl", "gepa", "fst")

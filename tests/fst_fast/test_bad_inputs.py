@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from fst_fast import config_load, mini
+from fst_fast import mini
 from fst_fast.cli import main
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.contexts.population import FastState
 from fst_fast.contracts import Context
 from fst_fast.run import checkpoint

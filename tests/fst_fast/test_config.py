@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_fast.batches import derived
 from fst_fast.config import Config
-from fst_fast.config_load import config_hash, dump, field_at, keys, load
+from fst_fast.config.derived import derived
+from fst_fast.config.keys import field_at, keys
+from fst_fast.config.load import config_hash, dump, load
 from fst_fast.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -124,7 +124,7 @@ def test_a_run_folder_becomes_a_curve_whose_seconds_leave_evaluations_out(tmp_pa
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
-from fst_fast import config_load
+from fst_fast.config import load as config_load
 from fst_fast.experiment.worker import serve
 from fst_fast.run.folder import MARKER
 
