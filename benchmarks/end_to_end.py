@@ -78,12 +78,12 @@ def reward(ids: Any) -> float:
 
 def ours(steps: int) -> list[tuple[float, float]]:
     """(wall-clock, CPU) seconds of each step."""
-    from fst_fast.policy import engine as policy_engine
-    from fst_fast.policy import ranks
+    from fst_fast import distributed
+    from fst_fast.policy import trained as policy_engine
     from fst_fast.rollout.engine import Request
-    from fst_fast.rollout.wave import Sampler
+    from fst_fast.rollout.sampler import Sampler
     from fst_fast.slow.groups import make_groups
-    from fst_fast.slow.step import optimise, sequences
+    from fst_fast.slow.update import optimise, sequences
 
     config = Config.model_validate(
         {
@@ -98,7 +98,7 @@ def ours(steps: int) -> list[tuple[float, float]]:
             },
         }
     )
-    ranks.init()
+    distributed.init()
     out = []
     with Sampler.open(config) as sampler:
         policy, reference = policy_engine.Policy(config), policy_engine.load(config)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fst_fast.errors import UserError, one_line
-from fst_fast.run.memory import keep_freed_memory
+from fst_fast.run.environment import keep_freed_memory
 
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
 OPTIONS = {
@@ -226,13 +226,13 @@ def _train(args: argparse.Namespace) -> None:
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")
     prepare_environment()
-    from fst_fast.policy import ranks
+    from fst_fast import distributed
     from fst_fast.trainer import train
 
     ended = train(config, args.run_dir, resume=args.resume, allow_config_change=args.allow_config_change)
     if ended is not None and _is_first():
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
-    ranks.leave()
+    distributed.leave()
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -256,7 +256,7 @@ def _probe(args: argparse.Namespace) -> None:
 
     config = config_load.load(args.config or default_config(), args.overrides)
     prepare_environment()
-    from fst_fast.probe import probe
+    from fst_fast.commands.probe import probe
 
     for line in probe(
         config, context=args.context, problems=args.problems, samples=args.samples, split=args.split
@@ -274,7 +274,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.export import export
+    from fst_fast.commands.export import export
 
     export(args.run_dir, args.out)
     print(args.out)
@@ -282,7 +282,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _replay(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.slow.dump import replay
+    from fst_fast.slow.nonfinite import replay
 
     replay(args.dump, print)
 
@@ -323,7 +323,7 @@ def _base(args: argparse.Namespace) -> None:
 
 def _doctor(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.doctor import findings
+    from fst_fast.commands.doctor import findings
 
     for line in findings():
         print(line)

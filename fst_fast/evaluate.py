@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fst_fast import distributed
+from fst_fast.commands.export import newest
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem
-from fst_fast.export import newest
+from fst_fast.data.stages import make_stages, stage_at, stage_problems
 from fst_fast.forest import Leaf
-from fst_fast.policy import ranks
-from fst_fast.policy.engine import load
 from fst_fast.policy.scoring import kl_to_reference
+from fst_fast.policy.trained import load
 from fst_fast.rollout.engine import RolloutEngine
+from fst_fast.rollout.sampler import Sampler, Triple
 from fst_fast.rollout.server import ServerEngine
-from fst_fast.rollout.wave import Sampler, Triple
-from fst_fast.stages import make_stages, stage_at, stage_problems, task_spec
 from fst_fast.state import State
-from fst_fast.tasks.registry import load_task
+from fst_fast.tasks.registry import load_task, task_spec
 
 CELLS = ("neither", "context", "weights", "both")
 
@@ -183,7 +183,7 @@ def kl(
 
     Base and trained model both see the context.
     """
-    plan = ranks.mine(wave(problems, contexts, 1))
+    plan = distributed.mine(wave(problems, contexts, 1))
     sampled = sampler.local(
         models.policy,
         plan,
@@ -201,7 +201,7 @@ def kl(
         summed, count = kl_to_reference(
             models.policy_module, models.base_module, leaves, config, sampler.pad_id
         )
-    summed, tokens = ranks.total([summed, count])
+    summed, tokens = distributed.total([summed, count])
     return summed / max(tokens, 1.0)
 
 
@@ -214,7 +214,7 @@ def evaluate_run(
     if samples is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
     state = State.load(found / "state.json")
-    ranks.init()
+    distributed.init()
     with Sampler.open(config) as sampler:
         base = load(config)
         policy = base if config.method == "gepa" else load(config, found / "model")

@@ -20,32 +20,34 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import nn
 
-from fst_fast import records
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
-from fst_fast.contexts.population import FastState
-from fst_fast.contexts.reflection import Reflector
 from fst_fast.contracts import Context, Problem, Rollout, Sampled
+from fst_fast.data.stages import Stage, make_stages, stage_at
+from fst_fast.data.stream import minibatch
 from fst_fast.errors import UserError
 from fst_fast.evaluate import Models
-from fst_fast.opening import check_kernels, check_room, reflector
-from fst_fast.policy import engine as policy_engine
-from fst_fast.policy import lora, ranks
-from fst_fast.policy.engine import NonFiniteError, Policy
+from fst_fast.fast.population import FastState
+from fst_fast.fast.reflection import Reflector
+from fst_fast.policy import lora
+from fst_fast.policy import trained as policy_engine
+from fst_fast.policy.trained import NonFiniteError, Policy
 from fst_fast.rollout.prompt import render_prompt
-from fst_fast.rollout.wave import Sampler, Triple
-from fst_fast.run import checkpoint, stop
+from fst_fast.rollout.sampler import Sampler, Triple
+from fst_fast.run import checkpoint, recorder, signals
 from fst_fast.run.console import Console
 from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run, write_json
 from fst_fast.run.identity import identity, versions, writer
+from fst_fast.run.liveness import Presence, missing
 from fst_fast.run.metrics import MetricsWriter
-from fst_fast.run.presence import Presence, missing
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.track import check_trackers
-from fst_fast.stages import Stage, make_stages, stage_at, task_spec
-from fst_fast.state import State, minibatch
-from fst_fast.tasks.registry import check_gold, load_task
+from fst_fast.startup import check_kernels, check_room, reflector
+from fst_fast.state import State
+from fst_fast.tasks.registry import load_task, task_spec
+from fst_fast.verify.gold import check_gold
 
 TEACHER = "teacher"  # in a checkpoint that was written while contexts were distilled
 
@@ -80,7 +82,7 @@ class Session:
     stage_ends: list[dict[str, Any]] = field(
         default_factory=list
     )  # of the last stage's end: see trainer.measure_stages
-    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=records.SPIKE_STEPS))
+    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=recorder.SPIKE_STEPS))
 
     # -- opening and closing ----------------------------------------------------------------------------------------------------
 
@@ -89,11 +91,11 @@ class Session:
         cls, config: Config, run_dir: Path, *, resume: bool, allow_config_change: bool = False
     ) -> Session:
         """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
-        arm(ranks.rank())
-        seed_globals(config.seed, "opening", ranks.rank())
+        arm(distributed.rank())
+        seed_globals(config.seed, "opening", distributed.rank())
         check_kernels(config)
-        ranks.init(config.run.timeout_s)
-        console = Console(total_steps=config.slow.steps, enabled=ranks.rank() == 0)
+        distributed.init(config.run.timeout_s)
+        console = Console(total_steps=config.slow.steps, enabled=distributed.rank() == 0)
         task = load_task(*task_spec(config))
         sampler = Sampler.open(config, console.note)
         try:
@@ -103,7 +105,7 @@ class Session:
             base = sampler.engine(reference, console.note)
             served = sampler.server(reference)
             if served and config.method == "fst" and config.fast.reuse_rollouts:
-                ranks.on_rank_zero(lambda: served.check_training(config.rollout.temperature))
+                distributed.on_rank_zero(lambda: served.check_training(config.rollout.temperature))
             reflect = reflector(config, base, sampler.tokenizer)
             check_trackers(config.track)
             seed_context = Context.of(config.fast.seed_context)
@@ -112,7 +114,7 @@ class Session:
                 first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
                 evaluated = stage.validation[: config.eval.final_problems]
                 check_room(config, base, sampler, seed_context, [*first, *evaluated])
-            folder = ranks.on_rank_zero(
+            folder = distributed.on_rank_zero(
                 lambda: open_run(
                     run_dir,
                     resume=resume,
@@ -122,7 +124,7 @@ class Session:
                     defaults=Config().model_dump(mode="json"),
                 )
             )
-            presence = Presence(run_dir, ranks.rank()) if ranks.world_size() > 1 else None
+            presence = Presence(run_dir, distributed.rank()) if distributed.world_size() > 1 else None
             policy = None if config.method == "gepa" else Policy(config, reference)
             module = reference if policy is None else policy.rollout_model
             own = sampler.engine(module, console.note)
@@ -157,7 +159,7 @@ class Session:
     def _begin(self, resume: bool) -> None:
         """Continue from the newest whole checkpoint, or, where a run was stopped before its first one, from the start."""
         found = (
-            ranks.on_rank_zero_everywhere(lambda: str(checkpoint.latest(self.run_dir) or ""))
+            distributed.on_rank_zero_everywhere(lambda: str(checkpoint.latest(self.run_dir) or ""))
             if resume
             else ""
         )
@@ -192,7 +194,7 @@ class Session:
                 self.run_dir, resume_at_step=self.state.step if found else None, track=self.config.track
             )
             self.seconds_before = self.metrics.last_seconds
-            self.grad_norms = records.grad_norms(self.run_dir)
+            self.grad_norms = recorder.grad_norms(self.run_dir)
             if changes:
                 self.console.note(f"not as it was: {'; '.join(changes)}")
             if found and changes:
@@ -222,8 +224,8 @@ class Session:
                 f"step {self.state.step}: {error}; nothing can be sampled from these weights. Continue with --resume from the last "
                 "checkpoint; if it happens again its weights have it too"
             ) from error
-        if ranks.lost_one(error):
-            who = missing(self.run_dir, rank=ranks.rank(), world=ranks.world_size())
+        if distributed.lost_one(error):
+            who = missing(self.run_dir, rank=distributed.rank(), world=distributed.world_size())
             raise UserError(
                 f"{who}; this one stops. Start all of them again with --resume; a wait is limited by run.timeout_s "
                 f"({self.config.run.timeout_s:g} s)"
@@ -235,13 +237,13 @@ class Session:
         """Write the whole run as it is now; on disk it is there whole or not at all. All processes call it."""
         self.begin("checkpoint")
         tmp = Path(
-            ranks.on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step)))
+            distributed.on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, self.state.step)))
         )
         with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
             if self.policy is not None:
                 self.policy.save(tmp)
         reach("save.engine")
-        ranks.barrier()
+        distributed.barrier()
 
         def write() -> None:
             with disk_errors(f"the checkpoint of step {self.state.step} cannot be written to {tmp}"):
@@ -261,11 +263,11 @@ class Session:
                 written_by=writer(self.config),
             )
 
-        ranks.on_rank_zero_everywhere(write)
+        distributed.on_rank_zero_everywhere(write)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the closing records; returns the summary."""
-        peak = max(ranks.all_gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        peak = max(distributed.all_gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
         summary = {
             **identity(self.config),
             "channels": result["channels"],
@@ -325,7 +327,7 @@ class Session:
 
     def stopping(self) -> bool:
         """Whether a signal has told any process of the run to stop."""
-        return any(ranks.all_gather(stop.asked()))
+        return any(distributed.all_gather(signals.asked()))
 
     def due(self, every: int) -> bool:
         """Whether a thing done every `every` steps is due now. gepa moves a whole cycle at a time and is then due if it passed one."""
@@ -412,7 +414,7 @@ class Session:
     # -- time and tokens ---------------------------------------------------------------------------------------------------------
 
     def begin(self, phase: str) -> float:
-        seed_globals(self.config.seed, phase, self.state.step, ranks.rank())
+        seed_globals(self.config.seed, phase, self.state.step, distributed.rank())
         self.console.phase(phase)
         if self.presence:
             self.presence.at(f"step {self.state.step}, {phase}")
@@ -433,7 +435,7 @@ class Session:
     def count_rollout_tokens(self) -> None:
         """Add what the policy's and the base's engines computed since the last look to the counters."""
         computed, unshared = self._engine_tokens()
-        new = ranks.total([computed - self.counted[0], unshared - self.counted[1]])
+        new = distributed.total([computed - self.counted[0], unshared - self.counted[1]])
         self.counted = computed, unshared
         self.count_tokens_computed(int(new[0]), int(new[1]))
 

@@ -15,23 +15,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fst_fast import records
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.data.stages import Stage
+from fst_fast.data.stream import anchor_set, lookahead, minibatch
 from fst_fast.evaluate import CELLS, evaluate
-from fst_fast.fast.phase import fast_phase
-from fst_fast.policy import ranks
-from fst_fast.policy.engine import NonFiniteError
-from fst_fast.run import stop
+from fst_fast.fast.evolution import fast_phase
+from fst_fast.policy.trained import NonFiniteError
+from fst_fast.run import recorder, signals
 from fst_fast.run.faults import reach
 from fst_fast.session import Session
-from fst_fast.slow import dump
-from fst_fast.slow.distil import contexts_of, distil
-from fst_fast.slow.distil import groups as groups_to_distil
+from fst_fast.slow import nonfinite
+from fst_fast.slow.distillation import contexts_of, distil
+from fst_fast.slow.distillation import groups as groups_to_distil
 from fst_fast.slow.groups import cost, make_groups, plan_group
-from fst_fast.slow.step import optimise, sequences, skipped
-from fst_fast.stages import Stage
-from fst_fast.state import anchor_set, lookahead, minibatch
+from fst_fast.slow.update import optimise, sequences, skipped
 
 
 def train(
@@ -39,7 +38,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None where a signal stopped it."""
     with (
-        stop.listening(speak=ranks.rank() == 0),
+        signals.listening(speak=distributed.rank() == 0),
         Session.open(config, run_dir, resume=resume, allow_config_change=allow_config_change) as s,
     ):
         if s.state.step == 0 and config.eval.every and not s.continued:
@@ -65,7 +64,7 @@ def train(
                 s.checkpoint()
         s.checkpoint()  # before the last evaluation: to continue a run that has ended is to measure it again, to the same figures
         if s.state.step < config.slow.steps:
-            n = ranks.world_size()
+            n = distributed.world_size()
             how = "fst train" if n == 1 else f"the same launcher, {n} processes and train.py"
             s.console.note(
                 f"stopped after step {s.state.step} of {config.slow.steps}; continue with: {how} --run-dir {run_dir} --resume"
@@ -118,7 +117,7 @@ def evolve(s: Session) -> None:
     state.counters.fast_rollouts += len(result.sampled)
     s.count_rollout_tokens()
     s.end("fast_s", started)
-    records.cycle(s, result.record, result.sampled)
+    recorder.cycle(s, result.record, result.sampled)
     state.cycle += 1
 
 
@@ -134,8 +133,10 @@ def learn(s: Session) -> None:
     ]  # for all problems on every process, so that all keep the same account
     reused = sum(claim is not None for claims_of_problem in claims for claim in claims_of_problem)
     missing = [sum(c is None for c in claims_of_problem) for claims_of_problem in claims]
-    plan = [t for plan_of_problem in ranks.mine_by_cost(plans, missing) for t in plan_of_problem]
-    claimed = [c for claims_of_problem in ranks.mine_by_cost(claims, missing) for c in claims_of_problem]
+    plan = [t for plan_of_problem in distributed.mine_by_cost(plans, missing) for t in plan_of_problem]
+    claimed = [
+        c for claims_of_problem in distributed.mine_by_cost(claims, missing) for c in claims_of_problem
+    ]
     fresh = s.sampler.local(
         s.models.policy,
         [t for t, c in zip(plan, claimed, strict=True) if c is None],
@@ -154,7 +155,7 @@ def learn(s: Session) -> None:
         sampled, config.slow.advantage_eps, by_context=config.slow.advantage_group == "context"
     )
     kept = [g for g in groups if g.advantages is not None]
-    kept = ranks.level(kept, [cost(g, s.prompt_of) for g in kept])
+    kept = distributed.level(kept, [cost(g, s.prompt_of) for g in kept])
     prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in kept]
     assert s.policy is not None
     data = sequences(kept, prompts, config.slow.aggregation)
@@ -169,7 +170,7 @@ def learn(s: Session) -> None:
         )
     except NonFiniteError as bad:
         s.policy.hand_over()  # the weights as they were, for the dump
-        s.non_finite(bad, dump.write(
+        s.non_finite(bad, nonfinite.write(
             s.run_dir, bad, data, kept, config, step=state.step, pad_id=s.sampler.pad_id, model=s.models.policy_module
         ))  # fmt: skip
         numbers = skipped(s.policy.lr(state.step))
@@ -177,7 +178,7 @@ def learn(s: Session) -> None:
     s.policy.hand_over()
     s.add_seconds("train_s", time.perf_counter() - training)
     state.step += 1
-    records.step(s, sampled, groups, numbers, reused, seconds=time.perf_counter() - started)
+    recorder.step(s, sampled, groups, numbers, reused, seconds=time.perf_counter() - started)
 
 
 def consolidate(s: Session) -> None:
@@ -192,7 +193,11 @@ def consolidate(s: Session) -> None:
     )
     sampled = s.sampler.local(
         s.models.policy,
-        [t for p in ranks.mine(problems) for t in plan_group(p, [s.seed_context], config.slow.group_size)],
+        [
+            t
+            for p in distributed.mine(problems)
+            for t in plan_group(p, [s.seed_context], config.slow.group_size)
+        ],
         stream=(config.seed, "distil", state.step),
         policy_version=s.policy_version,
         temperature=config.rollout.temperature,
@@ -219,7 +224,9 @@ def consolidate(s: Session) -> None:
     s.policy.hand_over()
     s.add_seconds("train_s", time.perf_counter() - training)
     state.step += 1
-    records.step(s, sampled, groups, {**numbers, "distilled": True}, 0, seconds=time.perf_counter() - started)
+    recorder.step(
+        s, sampled, groups, {**numbers, "distilled": True}, 0, seconds=time.perf_counter() - started
+    )
 
 
 def measure(s: Session, *, final: bool) -> dict[str, Any]:
@@ -228,7 +235,7 @@ def measure(s: Session, *, final: bool) -> dict[str, Any]:
         (s.config.eval.final_problems, CELLS) if final else (s.config.eval.problems, s.config.eval.cells)
     )
     result = _cells(s, s.stage, problems, cells)
-    records.evaluation(s, result, final=final)
+    recorder.evaluation(s, result, final=final)
     return result
 
 
@@ -237,7 +244,7 @@ def measure_stages(s: Session, own: dict[str, Any] | None = None) -> None:
     its task, where that is known."""
     for stage in s.stages[: s.stage.number + 1]:
         known = own if stage is s.stage else None
-        records.stage_end(s, stage, known or _cells(s, stage, s.config.eval.final_problems))
+        recorder.stage_end(s, stage, known or _cells(s, stage, s.config.eval.final_problems))
 
 
 def _cells(s: Session, stage: Stage, problems: int, cells: Sequence[str] = CELLS) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def main() -> None:
     from fst_fast import cli
 
     cli.prepare_environment()
-    import fst_fast.export
+    import fst_fast.commands.export
     import fst_fast.trainer  # noqa: F401
 
     serve(cli.main, int(sys.argv[1]))

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.forest import Leaf, split
-from fst_fast.policy import head, ranks
+from fst_fast.policy import head
 from fst_fast.policy.attention import TreePlan
+from fst_fast.policy.cpu_forward import LeanForward, why_not
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
-from fst_fast.rollout.lean import LeanForward, why_not
 from fst_kernels import LogprobOutput
 
 
@@ -38,10 +39,10 @@ def micro_batches(leaves: Sequence[Leaf], config: Config, pad_id: int) -> list[M
     out = []
     for part in parts:
         chosen = [leaves[i] for i in part]
-        batch = forest_batch(chosen, share="prompts", device=ranks.device()) if forest else padded_batch(
-            chosen, pad_id=pad_id, device=ranks.device()
+        batch = forest_batch(chosen, share="prompts", device=distributed.device()) if forest else padded_batch(
+            chosen, pad_id=pad_id, device=distributed.device()
         )  # fmt: skip
-        out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels, ranks.device())))
+        out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels, distributed.device())))
     return out
 
 

@@ -16,9 +16,16 @@ from pathlib import Path
 import pytest
 
 from fst_fast.contracts import Problem
-from fst_fast.tasks import seccomp
-from fst_fast.tasks.code import OUTPUT_LIMIT, CodeResult, IsolationError, isolation, missing_layers, run_code
-from fst_fast.tasks.verify import VerifierPool
+from fst_fast.verify import seccomp
+from fst_fast.verify.pool import VerifierPool
+from fst_fast.verify.run_code import (
+    OUTPUT_LIMIT,
+    CodeResult,
+    IsolationError,
+    isolation,
+    missing_layers,
+    run_code,
+)
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 30.0  # for programs that end by themselves, on a busy machine
@@ -217,12 +224,13 @@ def test_where_a_layer_is_missing_the_result_says_so_and_required_does_not_run_i
 
 WITHOUT_LANDLOCK = """
 import sys
-from fst_fast.tasks import confine, seccomp
+from fst_fast.verify import confinement
+from fst_fast.verify import seccomp
 seccomp._OTHER["landlock"] = (444, 444)
 rule = seccomp._rule("landlock", [], seccomp._refuse(38), 0)
 program = seccomp._assemble([*rule, (seccomp._RETURN, 0, 0, seccomp._ALLOW)], other_architecture=seccomp._ALLOW)
-confine.install_filter(program, seccomp.number("seccomp"))
-from fst_fast.tasks.code import isolation, run_code
+confinement.install_filter(program, seccomp.number("seccomp"))
+from fst_fast.verify.run_code import isolation, run_code
 print(isolation())
 print(run_code(f"print(open({sys.argv[1]!r}).read())", timeout_s=30).stdout, end="")
 print(run_code(f"open({sys.argv[1]!r}, 'a')", timeout_s=30).stderr.splitlines()[-1])
@@ -245,8 +253,8 @@ def test_without_landlock_files_can_be_read_but_not_written_and_it_is_said(secre
 
 ORDINARY = """
 import os
-from fst_fast.tasks.code import isolation, run_code
-from fst_fast.tasks.supervise import why_unlimited
+from fst_fast.verify.run_code import isolation, run_code
+from fst_fast.verify.supervisor import why_unlimited
 print(os.getuid() != 0, isolation(), repr(why_unlimited()))
 print(run_code("print(open('/etc/passwd').read())", timeout_s=30).stderr.splitlines()[-1])
 """
@@ -269,7 +277,7 @@ def test_all_of_it_works_for_an_ordinary_user() -> None:
 def test_a_grader_runs_programs_and_the_pool_knows_it(tmp_path: Path) -> None:
     (tmp_path / "t.py").write_text(
         "from fst_fast.contracts import Verdict\n"
-        "from fst_fast.tasks.code import run_code\n"
+        "from fst_fast.verify.run_code import run_code\n"
         "class Task:\n"
         "    def problems(self, split): return []\n"
         "    def verify(self, problem, response):\n"

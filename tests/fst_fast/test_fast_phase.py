@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import Size, affordable
-from fst_fast.contexts import pareto
-from fst_fast.contexts.population import FastState
-from fst_fast.contexts.reflection import Reply
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
-from fst_fast.fast.phase import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, fast_phase
+from fst_fast.fast import pareto
+from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, fast_phase
+from fst_fast.fast.population import FastState
+from fst_fast.fast.reflection import Reply
 
 SEED = "solve the problem ."
 

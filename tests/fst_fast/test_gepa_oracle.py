@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fst_fast.config import FastConfig
-from fst_fast.contexts import pareto
-from fst_fast.contexts.gepa_adapter import GepaBridge, problems_of, score_with
-from fst_fast.contexts.population import FastState
-from fst_fast.contexts.reflection import Reply
 from fst_fast.contracts import Problem, Rollout, Sampled, Verdict
-from fst_fast.fast.phase import fast_phase
+from fst_fast.fast import pareto
+from fst_fast.fast.evolution import fast_phase
+from fst_fast.fast.gepa_adapter import GepaBridge, problems_of, score_with
+from fst_fast.fast.population import FastState
+from fst_fast.fast.reflection import Reply
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
 SEED = "seed text"

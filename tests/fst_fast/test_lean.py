@@ -9,12 +9,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fst_fast.forest import Leaf
-from fst_fast.policy import head
+from fst_fast.policy import cpu_forward, head
 from fst_fast.policy.attention import NAME
+from fst_fast.policy.cpu_forward import LeanForward, why_not
 from fst_fast.policy.packing import forest_batch, model_inputs
 from fst_fast.policy.scoring import MicroBatch, hidden_rows, logprobs
-from fst_fast.rollout import lean
-from fst_fast.rollout.lean import LeanForward, why_not
 from tests.fst_fast.test_rollout import (
     CLASSES,
     SHAPE,
@@ -41,7 +40,7 @@ def batch():
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in WINDOWED])
 @pytest.mark.parametrize("rows", [1024, 7])
 def test_logits_are_those_of_the_transformers_forward(kind, rows, monkeypatch):
-    monkeypatch.setattr(lean, "ROWS", rows)
+    monkeypatch.setattr(cpu_forward, "ROWS", rows)
     model, b = make_model(kind), batch()
     for norm in (m for name, m in model.named_modules() if "norm" in name):  # trained norms are no ones
         nn.init.uniform_(norm.weight, 0.5, 1.5)

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from fst_fast.run.memory import keep_freed_memory
+from fst_fast.run.environment import keep_freed_memory
 
 # Two thousand times two blocks of 4 MB, touched and freed; the page faults of that.
 CHURN = """
 import resource, sys
 import numpy as np
-from fst_fast.run.memory import keep_freed_memory
+from fst_fast.run.environment import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(2000):

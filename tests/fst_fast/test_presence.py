@@ -3,12 +3,12 @@
 import subprocess
 import sys
 
-from fst_fast.run.presence import Presence, missing
+from fst_fast.run.liveness import Presence, missing
 
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from fst_fast.run.presence import Presence
+from fst_fast.run.liveness import Presence
 mine = Presence(Path(sys.argv[1]), 1)
 mine.at("step 3, update")
 os.kill(os.getpid(), signal.SIGKILL)
@@ -23,7 +23,7 @@ def test_a_process_that_was_killed_is_named_with_what_it_was_doing(tmp_path):
 
 
 def test_where_all_are_there_it_is_said_what_each_is_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("fst_fast.run.presence._PATIENCE_S", 0.0)
+    monkeypatch.setattr("fst_fast.run.liveness._PATIENCE_S", 0.0)
     processes = [Presence(tmp_path, rank) for rank in (0, 1)]
     processes[0].at("step 12, rollouts in progress")
     processes[0].at("step 3, update")

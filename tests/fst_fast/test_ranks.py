@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fst_fast import distributed
 from fst_fast.contracts import Context, Problem
 from fst_fast.evaluate import wave
-from fst_fast.policy import ranks
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
@@ -14,21 +14,21 @@ from fst_fast.policy import ranks
 def test_shares_are_neighbours_of_even_length_and_join_to_the_whole(
     monkeypatch: pytest.MonkeyPatch, processes: int, count: int
 ) -> None:
-    monkeypatch.setattr(ranks, "world_size", lambda: processes)
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
     items = list(range(count))
     shares = []
     for rank in range(processes):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        shares.append(ranks.mine(items))
-    assert ranks.joined(shares) == items
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.mine(items))
+    assert distributed.joined(shares) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
-    assert ranks.deal([[5, 5], [5, 5]]) == [[0, 0], [1, 1]]
-    assert ranks.deal([[], []]) == [[], []]
+    assert distributed.deal([[5, 5], [5, 5]]) == [[0, 0], [1, 1]]
+    assert distributed.deal([[], []]) == [[], []]
     costs = [[9, 9, 9, 1], [], [2, 3]]
-    homes = ranks.deal(costs)
+    homes = distributed.deal(costs)
     load = [0] * 3
     for own, to in zip(costs, homes, strict=True):
         for cost, home in zip(own, to, strict=True):
@@ -38,12 +38,12 @@ def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
 
 def test_items_that_all_hold_are_shared_by_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four problems whose rollouts are there already do not make their process idle."""
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     costs = [0, 0, 0, 0, 8, 8, 8, 8, 2]
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        shares.append(ranks.mine_by_cost(range(9), costs))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.mine_by_cost(range(9), costs))
     assert sorted(shares[0] + shares[1]) == list(range(9))
     assert all(share == sorted(share) for share in shares)
     assert {sum(costs[i] for i in share) for share in shares} == {16, 18}
@@ -55,9 +55,9 @@ def test_a_wave_is_shared_without_computing_its_prompts_on_every_process(
     contexts = [Context.of(f"context {i}") for i in range(4)]
     problems = [Problem(f"p{i}", [{"role": "user", "content": "?"}], None) for i in range(12)]
     whole = wave(problems, contexts, 8)
-    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     prompts = 0
     for rank in range(3):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        prompts += len({(context.id, problem.id) for context, problem, _ in ranks.mine(whole)})
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        prompts += len({(context.id, problem.id) for context, problem, _ in distributed.mine(whole)})
     assert 48 <= prompts <= 48 + 2, "two seams"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fst_fast.records import SPIKE_STEPS, grad_norms, spike
+from fst_fast.run.recorder import SPIKE_STEPS, grad_norms, spike
 
 
 def test_a_norm_ten_times_the_median_is_a_spike_and_one_spike_hides_no_other() -> None:

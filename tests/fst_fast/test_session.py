@@ -16,7 +16,7 @@ from fst_fast import trainer
 from fst_fast.cli import main
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
-from fst_fast.rollout.wave import Sampler
+from fst_fast.rollout.sampler import Sampler
 from fst_fast.session import Session
 
 SHORT = [
@@ -120,7 +120,7 @@ def test_a_model_whose_windows_slide_trains_on_forests_and_samples_what_it_train
 def test_isolation_that_is_required_and_not_there_is_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fst_fast.tasks.code.missing_layers", lambda: "Landlock: not here")
+    monkeypatch.setattr("fst_fast.verify.run_code.missing_layers", lambda: "Landlock: not here")
     assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, "--verify.isolation=required"]) == 2
     assert capsys.readouterr().err.endswith(
         "fst: verify.isolation=required, but this system cannot isolate a program: Landlock: not here; allowed here is available\n"
@@ -130,7 +130,7 @@ def test_isolation_that_is_required_and_not_there_is_a_sentence(
 
 def test_how_programs_are_isolated_is_said_once_where_a_task_runs_any(tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(TASK)
-    (tmp_path / "runs.py").write_text(TASK + "\nfrom fst_fast.tasks.code import run_code\n")
+    (tmp_path / "runs.py").write_text(TASK + "\nfrom fst_fast.verify.run_code import run_code\n")
     said: dict[str, list[str]] = {"small": [], "runs": []}
     for name, lines in said.items():
         with Sampler.open(Config(task=f"{tmp_path / name}.py:Small"), lines.append):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Rollout, Sampled, Verdict
-from fst_fast.policy import engine, ranks
-from fst_fast.policy.engine import NonFiniteError, Policy
+from fst_fast.policy import trained
+from fst_fast.policy.trained import NonFiniteError, Policy
 from fst_fast.slow.groups import make_groups
-from fst_fast.slow.step import Sequences, micro_jobs, optimise, sequences
+from fst_fast.slow.update import Sequences, micro_jobs, optimise, sequences
 
 VOCABULARY = 50
 
@@ -24,7 +25,7 @@ VOCABULARY = 50
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of two small models of one shape: the policy and its reference."""
-    ranks.init()
+    distributed.init()
     folders = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -136,7 +137,7 @@ def test_a_step_has_the_loss_and_gradient_of_the_plain_formula(
     norm = float(torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm())
     got = optimise(
         Policy(config),
-        engine.load(config, models[1]),
+        trained.load(config, models[1]),
         data(config, sampled, prompts),
         config,
         step=0,
@@ -154,7 +155,7 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(models: tuple[Path, P
         config = config_of(models, tokens_per_micro_batch=budget)
         policy = Policy(config)
         got = optimise(
-            policy, engine.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
+            policy, trained.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
         )
         weights.append((torch.cat([p.detach().flatten() for p in policy.module.parameters()]), got["loss"]))
     assert weights[0][1] == pytest.approx(weights[1][1], rel=1e-6)
@@ -168,7 +169,7 @@ def gradient(
 ) -> tuple[int, dict[str, Tensor]]:
     """How many micro-batches a step took, and the gradient of every parameter."""
     policy = Policy(config)
-    micros, jobs = micro_jobs(data(config, sampled, prompts), config, engine.load(config, reference), 0)
+    micros, jobs = micro_jobs(data(config, sampled, prompts), config, trained.load(config, reference), 0)
     policy.forward_backward(jobs)
     grads = {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None}
     assert grads.keys() == dict(policy.module.named_parameters()).keys()
@@ -202,14 +203,14 @@ def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh
 
     def run(most: int) -> tuple[int, Tensor, list[float]]:
         """With another process that has `most` micro-batches: how many this one runs, its weights and numbers afterwards."""
-        monkeypatch.setattr(ranks, "largest", lambda own: max(own, most))
+        monkeypatch.setattr(distributed, "largest", lambda own: max(own, most))
         policy, count = Policy(config), []
         forward_backward = policy.forward_backward
         monkeypatch.setattr(
             policy, "forward_backward", lambda jobs: count.append(len(jobs)) or forward_backward(jobs)
         )
         got = optimise(
-            policy, engine.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
+            policy, trained.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
         )
         weights = torch.cat([p.detach().flatten() for p in policy.module.parameters()])
         return count[0], weights, [got["loss"], got["grad_norm"], got["tokens"]]
@@ -223,14 +224,14 @@ def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh
 def test_a_step_without_reward_variance_leaves_the_weights(models: tuple[Path, Path]) -> None:
     config = config_of(models)
     policy = Policy(config)
-    before = engine.checksum(policy.module)
+    before = trained.checksum(policy.module)
     sampled, prompts = rollouts()
     same = [Sampled(s.rollout, Verdict(1.0), "") for s in sampled]
     got = optimise(
-        policy, engine.load(config, models[1]), data(config, same, prompts), config, step=0, pad_id=0
+        policy, trained.load(config, models[1]), data(config, same, prompts), config, step=0, pad_id=0
     )
     assert (got["loss"], got["grad_norm"], got["tokens"]) == (0, 0, 0)
-    assert engine.checksum(policy.module) == before
+    assert trained.checksum(policy.module) == before
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e30], ids=["nan", "inf", "huge"])
@@ -239,15 +240,15 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
 ) -> None:
     config = config_of(models)
     policy = Policy(config)
-    reference = engine.load(config, models[1])
+    reference = trained.load(config, models[1])
     sampled, prompts = rollouts()
     parameter = next(policy.module.parameters())
     parameter.register_hook(lambda grad: grad * factor)
-    before = engine.checksum(policy.module)
+    before = trained.checksum(policy.module)
     parameter.register_hook(policy._watch)  # hooks run in order: this one sees what the optimiser would
     with pytest.raises(NonFiniteError, match="non-finite gradients"):
         optimise(policy, reference, data(config, sampled, prompts), config, step=0, pad_id=0)
-    assert engine.checksum(policy.module) == before
+    assert trained.checksum(policy.module) == before
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_a_reward_log_prob_or_loss_that_is_not_finite_never_reaches_the_weights(
 ) -> None:
     config = config_of(models)
     policy = Policy(config)
-    reference = engine.load(config, models[1])
+    reference = trained.load(config, models[1])
     sampled, prompts = rollouts()
     if spoil == "reward":
         sampled[0] = Sampled(sampled[0].rollout, Verdict(float("nan")), "")
@@ -272,10 +273,10 @@ def test_a_reward_log_prob_or_loss_that_is_not_finite_never_reaches_the_weights(
         batch.behaviour[0] = np.inf
     if spoil == "weight":
         batch.weights[:] = 3e38
-    before = engine.checksum(policy.module)
+    before = trained.checksum(policy.module)
     with pytest.raises(NonFiniteError, match=message):
         optimise(policy, reference, batch, config, step=0, pad_id=0)
-    assert engine.checksum(policy.module) == before
+    assert trained.checksum(policy.module) == before
 
 
 def test_the_learning_rate_warms_up_and_stays(models: tuple[Path, Path]) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fst_fast.contexts.population import FastState
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.data.stream import anchor_set, lookahead, minibatch
 from fst_fast.errors import UserError
-from fst_fast.state import Counters, State, anchor_set, lookahead, minibatch
+from fst_fast.fast.population import FastState
+from fst_fast.state import Counters, State
 
 PROBLEMS = [Problem(str(i), [{"role": "user", "content": "?"}], None) for i in range(10)]
 

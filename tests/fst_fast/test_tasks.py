@@ -13,7 +13,8 @@ import pytest
 
 from fst_fast.contracts import Problem, Task, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.registry import check_gold, load_task
+from fst_fast.tasks.registry import load_task
+from fst_fast.verify.gold import check_gold
 
 ROOT = Path(__file__).parents[2]
 GRADER = "def right(problem, response):\n    return response == problem.answer\n"

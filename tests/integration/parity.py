@@ -68,22 +68,23 @@ SOURCE = Setting(1, 0, False, "forest", 8192)
 def curves(setting: Setting, *, lr_times: float = 1.0, weights_times: float = 1.0) -> dict[str, list[float]]:
     """Train on the recorded rollouts under `setting`, in one of its processes. The factors are errors to be found: of the learning rate, and of
     the tokens' weights, such as a wrong denominator makes."""
+    from fst_fast import distributed
     from fst_fast.cli import default_config
     from fst_fast.config import load as config_load
-    from fst_fast.policy import engine, ranks
-    from fst_fast.slow.step import optimise
+    from fst_fast.policy import trained
+    from fst_fast.slow.update import optimise
 
-    ranks.init()
+    distributed.init()
     config = config_load.load(default_config(), [
         *RUN, f"--policy.zero_stage={setting.stage}", f"--policy.offload_optimizer={str(setting.offload).lower()}",
         f"--policy.packing={setting.packing}", f"--policy.attention={'tree' if setting.packing == 'forest' else 'sdpa'}",
         f"--slow.tokens_per_micro_batch={setting.tokens}", "--slow.lr", str(3e-4 * lr_times),
     ])  # fmt: skip
-    reference, policy = engine.load(config), engine.Policy(config)
+    reference, policy = trained.load(config), trained.Policy(config)
     recorded = load_file(BATCHES)
     found: dict[str, list[float]] = {curve: [] for curve in CURVES}
     for step in range(STEPS):
-        data = share(recorded, step, ranks.rank(), ranks.world_size())
+        data = share(recorded, step, distributed.rank(), distributed.world_size())
         data.weights[:] *= weights_times
         numbers = optimise(policy, reference, data, config, step=step, pad_id=0)
         policy.hand_over()
@@ -95,8 +96,8 @@ def curves(setting: Setting, *, lr_times: float = 1.0, weights_times: float = 1.
 
 def share(recorded: dict[str, NDArray[Any]], step: int, rank: int, world: int) -> Any:
     """The sequences of a step that this process trains: whole groups, as the trainer deals them out."""
-    from fst_fast.slow.dump import arrays_to_sequences
-    from fst_fast.slow.step import Sequences
+    from fst_fast.slow.nonfinite import arrays_to_sequences
+    from fst_fast.slow.update import Sequences
 
     prefix = f"{step}/"
     arrays = {
@@ -122,7 +123,7 @@ def record() -> dict[str, NDArray[Any]]:
     from fst_fast import trainer
     from fst_fast.cli import default_config
     from fst_fast.config import load as config_load
-    from fst_fast.slow.dump import sequences_to_arrays
+    from fst_fast.slow.nonfinite import sequences_to_arrays
 
     sequences, kept = trainer.sequences, []
 

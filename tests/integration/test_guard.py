@@ -97,7 +97,7 @@ def empty() -> None:
 
 def spoil_weights() -> None:
     """The weights are NaN after the first step."""
-    from fst_fast.policy.engine import Policy
+    from fst_fast.policy.trained import Policy
 
     hand_over = Policy.hand_over
 

@@ -129,7 +129,7 @@ def test_an_exported_model_loads_in_transformers_and_differs_from_the_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fst_fast import mini
-    from fst_fast.export import export
+    from fst_fast.commands.export import export
 
     out = export(whole[0], tmp_path / "model")
     trained = AutoModelForCausalLM.from_pretrained(out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fst_fast.contexts.reflection import ReflectionPrompt, Reply
+from fst_fast.fast.reflection import ReflectionPrompt, Reply
 
 
 class SelfReflector:

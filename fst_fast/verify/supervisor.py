@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from fst_fast.tasks import confine, seccomp
+from fst_fast.verify import confinement, seccomp
 
 STATUS = struct.Struct("!i")
 MAX_PROCESSES = 64  # below one supervisor; up to twice as many where all of them ask at the same moment
@@ -47,8 +47,8 @@ def fork_supervised(control: socket.socket, trainer: int) -> None:
     """Fork. Returns in the child; this process becomes its supervisor and never returns. control: the end of a socket pair whose
     other end the process `trainer`, the parent, holds."""
     if _LINUX:
-        confine.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
-        confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGTERM)
+        confinement.prctl(confinement.PR_SET_CHILD_SUBREAPER, 1)
+        confinement.prctl(confinement.PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGTERM, _stop)
     if os.getppid() != trainer:  # it died before the lines above
         os._exit(1)
@@ -63,7 +63,7 @@ def fork_supervised(control: socket.socket, trainer: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()
     if _LINUX:
-        confine.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL)
+        confinement.prctl(confinement.PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != supervisor:
             os._exit(1)
     with theirs:
@@ -100,7 +100,7 @@ def _limit_starts(protected: list[int]) -> int | None:
     call = seccomp.number("seccomp")
     assert call is not None
     try:
-        return confine.install_filter(seccomp.grader_filter(protected), call, listener=True)
+        return confinement.install_filter(seccomp.grader_filter(protected), call, listener=True)
     except OSError:
         return None
 

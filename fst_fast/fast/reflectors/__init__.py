@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fst_fast.contexts.reflection import Reflector, Reply
 from fst_fast.errors import UserError
+from fst_fast.fast.reflection import Reflector, Reply
 
 Generate = Callable[[Sequence[str], Sequence[int]], list[Reply]]
 """Answers of the frozen base model to user messages, one seed each."""
@@ -19,7 +19,7 @@ Generate = Callable[[Sequence[str], Sequence[int]], list[Reply]]
 def make_reflector(name: str, args: Mapping[str, Any], *, generate: Generate | None) -> Reflector:
     """The reflector that fast.reflector names. generate: needed by `self` only. Raises UserError on a name or arguments that cannot be."""
     if name == "openai":
-        from fst_fast.contexts.reflectors.openai import OpenAIReflector  # the package `openai` is an extra
+        from fst_fast.fast.reflectors.openai import OpenAIReflector  # the package `openai` is an extra
 
         return OpenAIReflector.from_args(args)
     if args:
@@ -27,12 +27,12 @@ def make_reflector(name: str, args: Mapping[str, Any], *, generate: Generate | N
             f"fast.reflector_args has {', '.join(sorted(args))}, but fast.reflector={name} takes no arguments; only openai does"
         )
     if name == "mini":
-        from fst_fast.contexts.reflectors.mini import reflect as rules
-        from fst_fast.contexts.reflectors.python import FunctionReflector, seeded
+        from fst_fast.fast.reflectors.mini import reflect as rules
+        from fst_fast.fast.reflectors.python import FunctionReflector, seeded
 
         return FunctionReflector("mini", seeded(rules))
     if name == "self":
-        from fst_fast.contexts.reflectors.self_ import SelfReflector
+        from fst_fast.fast.reflectors.self_ import SelfReflector
 
         if generate is None:
             raise UserError(
@@ -40,7 +40,7 @@ def make_reflector(name: str, args: Mapping[str, Any], *, generate: Generate | N
             )
         return SelfReflector(generate)
     if ".py:" in name:
-        from fst_fast.contexts.reflectors.python import FunctionReflector, load_function, unseeded
+        from fst_fast.fast.reflectors.python import FunctionReflector, load_function, unseeded
 
         return FunctionReflector(name, unseeded(load_function(name)))
     raise UserError(f"fast.reflector={name} is unknown; allowed: mini, self, openai, or file.py:function")

@@ -25,9 +25,9 @@ import numpy as np
 
 from fst_fast.contracts import Task, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks import supervise
-from fst_fast.tasks.supervise import fork_supervised
 from fst_fast.tasks.user import describe
+from fst_fast.verify import supervisor
+from fst_fast.verify.supervisor import fork_supervised
 
 HEADER = struct.Struct("!I")
 REPLY_LIMIT = 1 << 20  # bytes
@@ -61,7 +61,7 @@ def main(trainer: int, control: int) -> None:
         return write(
             replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"}
         )
-    write(replies, {"ready": True, "runs_code": "fst_fast.tasks.code" in sys.modules})
+    write(replies, {"ready": True, "runs_code": "fst_fast.verify.run_code" in sys.modules})
     own, loaded = os.getpid(), _held()
     while (chunk := read(requests)) is not None:
         write(replies, {"taken": True})  # from here on a death is the fault of an item
@@ -95,7 +95,7 @@ def _held() -> dict[str, int]:
         held["open files"] = len(os.listdir("/proc/self/fd"))
         with open("/proc/self/statm") as file:
             held["memory"] = int(file.read().split()[0]) * resource.getpagesize()
-        children = supervise.children(os.getpid())
+        children = supervisor.children(os.getpid())
         if children is not None:
             held["processes"] = len(children)
     return held

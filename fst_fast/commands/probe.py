@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from fst_fast.config import Config
 from fst_fast.contracts import Context
 from fst_fast.errors import UserError
-from fst_fast.policy.engine import load
-from fst_fast.rollout.wave import Sampler
-from fst_fast.stages import task_spec
-from fst_fast.tasks.registry import load_task
+from fst_fast.policy.trained import load
+from fst_fast.rollout.sampler import Sampler
+from fst_fast.tasks.registry import load_task, task_spec
 
 
 def probe(config: Config, *, context: str | None, problems: int, samples: int, split: str) -> Iterator[str]:

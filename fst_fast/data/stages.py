@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fst_fast.config import Config
 from fst_fast.contracts import Problem, Task
@@ -30,13 +29,6 @@ class Stage:
 
     def distils(self, step: int) -> bool:
         return step >= self.distils_from
-
-
-def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
-    """What load_task and the verifying children are given: the task, or the mixture of all stages' tasks."""
-    if not config.stages:
-        return config.task, dict(config.task_args)
-    return "mixture", {"tasks": [{"task": s.task, "task_args": dict(s.task_args)} for s in config.stages]}
 
 
 def make_stages(config: Config, task: Task) -> list[Stage]:

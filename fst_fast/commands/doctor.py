@@ -19,8 +19,8 @@ import torch
 from fst_fast.cli import default_config, usable_cores
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
-from fst_fast.tasks.code import isolation
-from fst_fast.tasks.supervise import MAX_PROCESSES, why_unlimited
+from fst_fast.verify.run_code import isolation
+from fst_fast.verify.supervisor import MAX_PROCESSES, why_unlimited
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "flash-attn", "numpy", "pydantic")
 GIB = 2**30

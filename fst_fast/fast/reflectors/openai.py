@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fst_fast.contexts.reflection import ReflectionPrompt, Reply, first_line
 from fst_fast.errors import UserError
+from fst_fast.fast.reflection import ReflectionPrompt, Reply, first_line
 
 OPENAI_URL = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.contexts.reflection import Failure, ReflectionPrompt, Reflector, Refusal, ask, extract
-from fst_fast.contexts.scoring import ScoreFn
 from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, ask, extract
+from fst_fast.fast.scoring import ScoreFn
 
 
 def problems_of(instances: Sequence[Any]) -> list[Problem]:

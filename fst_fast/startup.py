@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contexts.reflection import ReflectionPrompt, Reflector, Reply, ask
-from fst_fast.contexts.reflectors import make_reflector
 from fst_fast.contracts import Context, Problem
 from fst_fast.errors import UserError
-from fst_fast.policy import engine as policy_engine
-from fst_fast.policy import ranks
+from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
+from fst_fast.fast.reflectors import make_reflector
+from fst_fast.policy import trained as policy_engine
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.prompt import render_prompt
-from fst_fast.rollout.wave import Sampler
+from fst_fast.rollout.sampler import Sampler
 from fst_fast.run.faults import reach
 from fst_kernels.backends import choose_backend
 
@@ -25,7 +25,7 @@ def check_kernels(config: Config) -> None:
     operations = ["linear_logprob", "linear_policy_loss", "sample_tokens"]
     for operation in operations + (["tree_attention"] if config.policy.attention == "tree" else []):
         try:
-            choose_backend(operation, None, ranks.device(), policy_engine.dtype_of(config))
+            choose_backend(operation, None, distributed.device(), policy_engine.dtype_of(config))
         except (RuntimeError, ValueError) as error:
             raise UserError(str(error)) from error
 
@@ -89,6 +89,8 @@ def reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Reflector:
 
     def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
         reach("reflection")
-        return ranks.from_rank_zero(ask(asked, prompts, seeds, quiet) if ranks.rank() == 0 else None)
+        return distributed.from_rank_zero(
+            ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None
+        )
 
     return reflect

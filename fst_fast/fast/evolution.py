@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import Size, affordable
-from fst_fast.contexts import pareto
-from fst_fast.contexts.population import FastState, Lineage, Scores, Shown
-from fst_fast.contexts.reflection import (
+from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.fast import pareto
+from fst_fast.fast.population import FastState, Lineage, Scores, Shown
+from fst_fast.fast.reflection import (
     Failure,
     ReflectionPrompt,
     Reflector,
@@ -40,8 +41,7 @@ from fst_fast.contexts.reflection import (
     cut,
     extract,
 )
-from fst_fast.contexts.scoring import ScoreFn
-from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.fast.scoring import ScoreFn
 
 Log = Callable[[str], None]
 

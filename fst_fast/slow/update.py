@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.forest import Leaf
-from fst_fast.policy import head, ranks
-from fst_fast.policy.engine import NonFiniteError, Policy
+from fst_fast.policy import head
 from fst_fast.policy.packing import model_inputs, send
 from fst_fast.policy.scoring import MicroBatch, hidden_rows, logprobs, micro_batches
+from fst_fast.policy.trained import NonFiniteError, Policy
 from fst_fast.slow.groups import Group, token_weights
 from fst_kernels import PolicyObjective, PolicyStats
 from fst_kernels.linear_policy_loss.objective import SUMS
@@ -63,7 +64,7 @@ def sequences(
 ) -> Sequences:
     """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it."""
     weights, denominator = token_weights(groups, aggregation)
-    [denominator] = ranks.total([denominator])
+    [denominator] = distributed.total([denominator])
     leaves, a, n, old = [], [], [], []
     for group, group_prompts, group_weights in zip(groups, prompts, weights, strict=True):
         assert group.advantages is not None
@@ -101,14 +102,14 @@ def optimise(
     With no sequence anywhere (every group had zero variance) nothing is updated and the loss is 0. reference_rows: the reference's hidden
     states where it reads other prompts than the policy; None: the same.
     """
-    [anywhere] = ranks.total([len(data.leaves)])
+    [anywhere] = distributed.total([len(data.leaves)])
     if not anywhere:
         return {"grad_norm": 0.0, "lr": policy.lr(step), "tokens": 0, "unshared": 0, **_means(None)}
     check_finite(data)
     micros, jobs = micro_jobs(data, config, reference, pad_id, reference_rows)
     # Every process runs the same number of micro-batches: ZeRO's collectives are inside them. A filler has zero weight.
     filler = Leaf(np.array([pad_id]), np.array([pad_id]))
-    for _ in range(ranks.largest(len(micros)) - len(micros)):
+    for _ in range(distributed.largest(len(micros)) - len(micros)):
         [micro] = micro_batches([filler], config, pad_id)
         jobs.append(_job(micro, _filler_data(filler), config, reference, None))
     policy.forward_backward(jobs)
@@ -131,7 +132,7 @@ def optimise(
 
 def check_finite(data: Sequences) -> None:
     """Raises NonFiniteError, on all processes, where a log-prob or an advantage of any of them is NaN or Inf. All processes call it."""
-    bad = ranks.total([float((~np.isfinite(x)).sum()) for x in (data.behaviour, data.advantages)])
+    bad = distributed.total([float((~np.isfinite(x)).sum()) for x in (data.behaviour, data.advantages)])
     if any(bad):
         raise NonFiniteError(
             f"{int(bad[0])} non-finite log-probs of sampled tokens, {int(bad[1])} tokens with a non-finite advantage"
@@ -203,7 +204,7 @@ def _job(
 def _means(stats: PolicyStats | None) -> dict[str, float]:
     """The logged means over all processes' tokens."""
     sums = torch.zeros(len(SUMS), dtype=torch.float64) if stats is None else stats.sums.cpu()
-    everywhere = PolicyStats(torch.tensor(ranks.total(sums.tolist()), dtype=torch.float64))
+    everywhere = PolicyStats(torch.tensor(distributed.total(sums.tolist()), dtype=torch.float64))
     return {
         "loss": float(everywhere.loss),
         "kl": float(everywhere.kl),

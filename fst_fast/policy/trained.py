@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import head, liger, lora, optimiser_state, ranks
+from fst_fast.policy import head, liger, lora, optimiser_state
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
@@ -47,7 +48,7 @@ def dtype_of(config: Config) -> torch.dtype:
 def load(config: Config, path: str | Path | None = None) -> nn.Module:
     """A plain frozen module on this process's device, in evaluation mode, its head able to run jobs. path: None for `model.path`."""
     model = _load(config, config.model.path if path is None else path)
-    frozen: nn.Module = model.to(ranks.device()).eval().requires_grad_(False)
+    frozen: nn.Module = model.to(distributed.device()).eval().requires_grad_(False)
     return frozen
 
 
@@ -99,7 +100,7 @@ class Policy:
 
     def __init__(self, config: Config, base: nn.Module | None = None):
         """base: the frozen model of `load`, beside whose weights adapters stand (policy.lora); None: one of its own is loaded for them."""
-        import deepspeed  # late: slow to load, and it reads the environment that ranks.init() completes
+        import deepspeed  # late: slow to load, and it reads the environment that distributed.init() completes
 
         self._config = config
         self._zero3 = config.policy.zero_stage == 3
@@ -128,7 +129,7 @@ class Policy:
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             config=settings,
         )
-        ranks.limit_waiting(config.run.timeout_s)
+        distributed.limit_waiting(config.run.timeout_s)
         optimiser_state.reset(self.engine)
         self.module: nn.Module = self.engine.module
         self._grad_norms: list[Tensor] = []
@@ -163,14 +164,14 @@ class Policy:
             with head.running(self.module, job):
                 loss = self.engine(**inputs).logits
             computed.append(loss.detach())
-            self.engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)
+            self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
             reach("backward")
         self.engine.eval()
         losses = [float(loss) for loss in computed]
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
         bad_loss = int(not all(map(math.isfinite, losses)))
-        loss_bad, grads_bad = ranks.total([bad_loss, bad_grads])
+        loss_bad, grads_bad = distributed.total([bad_loss, bad_grads])
         if loss_bad or grads_bad:
             raise NonFiniteError(
                 f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients",
@@ -225,7 +226,7 @@ class Policy:
                         shape: torch.Size = parameter.ds_shape  # type: ignore[attr-defined]
                         copies[name].data = copies[name].new_empty(shape)
                 self._gather(bucket, copies)
-        sums = ranks.all_gather(checksum(self.rollout_model))
+        sums = distributed.all_gather(checksum(self.rollout_model))
         if len(set(sums)) > 1:
             raise RuntimeError(
                 f"the processes hold different weights after the hand-over; checksums by rank: {sums}"

@@ -15,14 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fst_fast import distributed
 from fst_fast.contracts import Sampled
-from fst_fast.policy import ranks
 from fst_fast.run.metrics import METRICS
 from fst_fast.slow.groups import Group
 
 if TYPE_CHECKING:
+    from fst_fast.data.stages import Stage
     from fst_fast.session import Session
-    from fst_fast.stages import Stage
 
 SPIKE = 10.0  # times the median of the steps before
 SPIKE_STEPS = 32  # of which the median is taken; at least SPIKE_STEPS / 4 of them
@@ -44,7 +44,7 @@ def step(
         sum(g.advantages is not None for g in groups), sum(len(x.rollout.response_ids) for x in sampled),
         sum(x.rollout.finish == "length" for x in sampled), numbers.pop("tokens"), numbers.pop("unshared"),
     ]  # fmt: skip
-    n, judged, total, squares, all_groups, kept, tokens, cut, computed, unshared = ranks.total(local)
+    n, judged, total, squares, all_groups, kept, tokens, cut, computed, unshared = distributed.total(local)
     counters = s.state.counters
     counters.rollouts += int(n) - reused
     counters.reused_rollouts += reused
@@ -145,7 +145,7 @@ def grad_norms(run_dir: Path) -> deque[float]:
 def _means(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of every number that verdicts carry, over all processes and over the verdicts that carry it."""
     sums: dict[str, tuple[float, int]] = {}
-    for everywhere in ranks.all_gather([dict(m) for m in metrics]):
+    for everywhere in distributed.all_gather([dict(m) for m in metrics]):
         for verdict in everywhere:
             for name, value in verdict.items():
                 total, count = sums.get(name, (0.0, 0))

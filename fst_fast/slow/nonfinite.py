@@ -24,15 +24,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.forest import Leaf
-from fst_fast.policy import lora, ranks
-from fst_fast.policy.engine import NonFiniteError, Policy, load
+from fst_fast.policy import lora
+from fst_fast.policy.trained import NonFiniteError, Policy, load
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 from fst_fast.slow.groups import Group
-from fst_fast.slow.step import Sequences, check_finite, micro_jobs
+from fst_fast.slow.update import Sequences, check_finite, micro_jobs
 
 FORMAT = 1
 KEPT = 2  # dumps, each with the weights
@@ -52,16 +53,16 @@ def write(
     """Write the dump of `step`; all processes call it, `data` and `groups` are their own. model: the whole weights, on rank 0."""
     folder = run_dir / "dumps" / f"step-{step:06d}"
     tmp = folder.with_name(f".tmp-{folder.name}")
-    losses = ranks.all_gather([repr(loss) for loss in error.losses])
-    sequences = ranks.all_gather([_line(m) for g in groups for m in g.sampled])
+    losses = distributed.all_gather([repr(loss) for loss in error.losses])
+    sequences = distributed.all_gather([_line(m) for g in groups for m in g.sampled])
     with disk_errors(f"{folder} cannot be written"):
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
-        ranks.barrier()
-        save_file(sequences_to_arrays(data), tmp / f"rank-{ranks.rank()}.safetensors")
-        ranks.barrier()
-        if ranks.rank() == 0:
+        distributed.barrier()
+        save_file(sequences_to_arrays(data), tmp / f"rank-{distributed.rank()}.safetensors")
+        distributed.barrier()
+        if distributed.rank() == 0:
             lora.save(model, tmp)
             write_atomic(tmp / "config.yaml", config_load.dump(config).encode())
             tree = {
@@ -73,7 +74,7 @@ def write(
             fsync_folder(folder.parent)
             for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
                 shutil.rmtree(old)
-    ranks.barrier()
+    distributed.barrier()
     return folder
 
 
@@ -96,8 +97,8 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
             f"{folder / 'dump.json'} has format {tree['format']!r}, this version of fst reads {FORMAT}"
         )
     config = config_load.load(folder / "config.yaml")
-    ranks.init()
-    if ranks.world_size() > 1:
+    distributed.init()
+    if distributed.world_size() > 1:
         raise UserError("fst replay runs on one process; start it without a launcher")
     reference = load(config)
     if config.policy.lora is None:

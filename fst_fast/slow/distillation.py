@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Sampled
 from fst_fast.forest import Leaf
-from fst_fast.policy.engine import Policy
 from fst_fast.policy.packing import PackedBatch
 from fst_fast.policy.scoring import MicroBatch, hidden_rows, micro_batches
+from fst_fast.policy.trained import Policy
 from fst_fast.slow.groups import Group
-from fst_fast.slow.step import optimise, sequences
+from fst_fast.slow.update import optimise, sequences
 
 
 def contexts_of(problems: int, first: int, population: Sequence[Context]) -> list[Context]:

@@ -14,18 +14,18 @@ from typing import Any
 
 from torch import nn
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Sampled
 from fst_fast.errors import UserError
-from fst_fast.policy import ranks
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
 from fst_fast.rollout.server import ServerEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
-from fst_fast.stages import task_spec
-from fst_fast.tasks.verify import VerifierPool
+from fst_fast.tasks.registry import task_spec
+from fst_fast.verify.pool import VerifierPool
 
 Triple = tuple[Context, Problem, int]
 
@@ -48,7 +48,7 @@ class Sampler:
 
         log: gets what the children's programs are isolated by, where they run any, and the first trouble of each kind."""
         if config.verify.isolation == "required":
-            from fst_fast.tasks.code import missing_layers
+            from fst_fast.verify.run_code import missing_layers
 
             if missing := missing_layers():
                 raise UserError(
@@ -67,7 +67,7 @@ class Sampler:
             log=log,
         )
         if pool.runs_code:
-            from fst_fast.tasks.code import isolation
+            from fst_fast.verify.run_code import isolation
 
             log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -92,7 +92,9 @@ class Sampler:
             max_batch=self.config.rollout.max_batch,
             packing=self.config.policy.packing,
             kv_bytes=self.config.rollout.kv_memory_bytes,
-            graph=StepGraph() if self.config.rollout.cuda_graphs and ranks.device().type == "cuda" else None,
+            graph=StepGraph()
+            if self.config.rollout.cuda_graphs and distributed.device().type == "cuda"
+            else None,
             stop=self.config.rollout.stop,
             decode=self.tokenizer.decode,
             note=note,
@@ -157,7 +159,7 @@ class Sampler:
     def unverified(self) -> dict[str, int]:
         """Verifications since the last call that timed out or failed, over all processes. All processes must call it."""
         now = (self.pool.timeouts, self.pool.failures)
-        new = ranks.total([a - b for a, b in zip(now, self._troubles, strict=True)])
+        new = distributed.total([a - b for a, b in zip(now, self._troubles, strict=True)])
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
@@ -165,4 +167,4 @@ class Sampler:
         self, engine: RolloutEngine | ServerEngine, wave: Sequence[Triple], **how: Any
     ) -> list[Sampled]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
-        return ranks.joined(ranks.all_gather(self.local(engine, ranks.mine(wave), **how)))
+        return distributed.joined(distributed.all_gather(self.local(engine, distributed.mine(wave), **how)))

@@ -1,7 +1,7 @@
 """`run_code`: run a program that a problem brings along or a response holds, and get back what it printed.
 
 For task authors, inside `verify`. The program gets an interpreter of its own without site-packages, confined by itself before its first line
-(confine.py): no network, no files but the standard library's, no processes or threads, an empty environment, bounded memory,
+(confinement.py): no network, no files but the standard library's, no processes or threads, an empty environment, bounded memory,
 time and output. All of it works for an ordinary user, in a container too: seccomp filters and Landlock need no namespace and no privilege, and
 they cost no time to set up. What they do not hide is said in docs/own_reward.md.
 """
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fst_fast.tasks import confine, seccomp
-from fst_fast.tasks.verify import ISOLATION_VARIABLE
+from fst_fast.verify import confinement, seccomp
+from fst_fast.verify.pool import ISOLATION_VARIABLE
 
 OUTPUT_LIMIT = 1 << 20  # bytes, of stdout and of stderr
 _OPEN_FILES = 64
@@ -102,7 +102,7 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
     text = stdin.encode("utf-8", "replace")
     try:
         ended, out, err = _exchange(
-            process, len(frame).to_bytes(confine.HEADER, "big") + frame + text, deadline
+            process, len(frame).to_bytes(confinement.HEADER, "big") + frame + text, deadline
         )
     finally:
         process.kill()
@@ -110,9 +110,9 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
         for pipe in (process.stdin, process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
-    if not err.startswith(confine.CONFINED) and ended != "timeout":
+    if not err.startswith(confinement.CONFINED) and ended != "timeout":
         raise RuntimeError(f"the program was not run: {err.decode(errors='replace').strip()[-300:]}")
-    missing, _, said = err.removeprefix(confine.CONFINED).partition(b"\n")
+    missing, _, said = err.removeprefix(confinement.CONFINED).partition(b"\n")
     layers = missing.decode(errors="replace")
     if layers and required:
         raise IsolationError(
@@ -191,7 +191,7 @@ def _exchange(
 @functools.cache
 def _beginning() -> str:
     """confine.py as a program that need not be compiled again."""
-    code = compile(Path(confine.__file__).read_bytes(), confine.__file__, "exec")
+    code = compile(Path(confinement.__file__).read_bytes(), confinement.__file__, "exec")
     return f"exec(__import__('marshal').loads(bytes.fromhex('{marshal.dumps(code).hex()}')))"
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.contexts.reflection import ReflectionPrompt, Reply, first_line
 from fst_fast.errors import UserError
+from fst_fast.fast.reflection import ReflectionPrompt, Reply, first_line
 
 Seeded = Callable[[ReflectionPrompt, int], Any]
 

@@ -32,8 +32,8 @@ from typing import Any
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.supervise import STATUS
-from fst_fast.tasks.verify_worker import HEADER, REPLY_LIMIT, check
+from fst_fast.verify.supervisor import STATUS
+from fst_fast.verify.worker import HEADER, REPLY_LIMIT, check
 
 _START_LIMIT_S = 120.0  # to import and make the task
 _END_LIMIT_S = 10.0  # for a supervisor to end everything below it
@@ -247,7 +247,7 @@ class _Worker:
         # The child sees the modules that this process sees, however they got onto the path.
         self._control, theirs = socket.socketpair()
         start = (
-            f"import sys; sys.path[:] = {sys.path!r}; from fst_fast.tasks.verify_worker import main; "
+            f"import sys; sys.path[:] = {sys.path!r}; from fst_fast.verify.worker import main; "
             f"main({os.getpid()}, {theirs.fileno()})"
         )
         self.process = subprocess.Popen(
