@@ -35,7 +35,8 @@ COMMAND_OPTIONS = ("run-dir", "resume", "allow-config-change", "dry-run", "debug
 """Words that `fst train` takes beside the keys: a misspelt one looks like an unknown key."""
 MAX_VALUES = MAX_NODES // 3
 """Values of one tree, such that what `dump` writes, keys and defaults included, is not too large for `load`."""
-MISTAKES_SHOWN = 8
+MISTAKES_SHOWN = 5
+TOO_LARGE = f"the configuration is larger than {MAX_BYTES >> 10} KiB; a task can read what is long from a file of its own"
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -110,14 +111,16 @@ def check(tree: Mapping[str, Any], source: str = "", overridden: Collection[str]
     """The tree as a Config. `source` opens the sentence about a key that was not `overridden`. Raises UserError."""
     where = _Where(source, overridden)
     _check_values(tree, where)
-    whole = _with_steps(_with_lists(tree, Config, where.single))
+    text = json.dumps(_with_steps(_with_lists(tree, Config, where.single)))
+    if len(text) > MAX_BYTES:
+        raise _refusal(f"{source}{TOO_LARGE}")
     try:
-        return Config.model_validate_json(json.dumps(whole), strict=True)
+        return Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
         sentences = [_sentence(item, where) for item in mistakes[:MISTAKES_SHOWN]]
-        if more := len(mistakes) - MISTAKES_SHOWN > 0:
-            sentences.append(f"and {more} more")
+        if len(mistakes) > MISTAKES_SHOWN:
+            sentences.append(f"and {len(mistakes) - MISTAKES_SHOWN:,} more")
         raise _refusal("; ".join(sentences)) from None
 
 
