@@ -24,6 +24,7 @@ from fst_fast.config.yaml_text import (
     MAX_BYTES,
     MAX_DEPTH,
     MAX_NODES,
+    TOO_DEEP,
     YamlProblem,
     read_argument,
     read_yaml,
@@ -36,7 +37,8 @@ COMMAND_OPTIONS = ("run-dir", "resume", "allow-config-change", "dry-run", "debug
 MAX_VALUES = MAX_NODES // 3
 """Values of one tree, such that what `dump` writes, keys and defaults included, is not too large for `load`."""
 MISTAKES_SHOWN = 5
-TOO_LARGE = f"the configuration is larger than {MAX_BYTES >> 10} KiB; a task can read what is long from a file of its own"
+LONG = "a task can read what is long from a file of its own"
+TOO_LARGE = f"the configuration is larger than {MAX_BYTES >> 10} KiB; {LONG}"
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -69,13 +71,10 @@ def read_file(path: Path) -> dict[str, Any]:
         raise _refusal(f"config file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise _refusal(
-            f"config file {path} cannot be read: line {line} is not UTF-8; save the file as UTF-8"
-        ) from None
+        said = f"config file {path} cannot be read: line {line} is not UTF-8; save the file as UTF-8"
+        raise _refusal(said) from None
     if len(data) > MAX_BYTES:
-        raise _refusal(
-            f"config file {path} is larger than {MAX_BYTES >> 10} KiB; a task can read what is long from a file of its own"
-        )
+        raise _refusal(f"config file {path}: {TOO_LARGE}")
     if not text.strip():
         raise _refusal(f"config file {path} is empty; it must hold keys such as `method: fst`, or a comment")
     try:
@@ -97,9 +96,8 @@ def pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
         word = rest.pop()
         key, equals, text = word[2:].partition("=")
         if not word.startswith("--") or not all(key.split(".")):
-            raise _refusal(
-                f"argument {_cut(repr(word))} is not understood; an override is written --dotted.key=value"
-            )
+            said = f"argument {_cut(repr(word))} is not understood; an override is written --dotted.key=value"
+            raise _refusal(said)
         if not equals:
             if not rest or rest[-1].startswith("--"):
                 raise _refusal(f"--{key} has no value; write --{key}=value")
@@ -128,9 +126,7 @@ def dump(config: Config) -> str:
     """The resolved tree as YAML; `load` reads it back to the same Config. Raises UserError for one that is too large for that."""
     text = write_yaml(config.model_dump(mode="json"))
     if len(text.encode()) > MAX_BYTES:
-        raise _refusal(
-            f"the configuration is larger than {MAX_BYTES >> 10} KiB; a task can read what is long from a file of its own"
-        )
+        raise _refusal(TOO_LARGE)
     return text
 
 
@@ -150,9 +146,8 @@ class _Where:
 
     def given(self, key: str) -> bool:
         """Whether the command line gave the key, one above it or one below it."""
-        above = [key[: match.start()] for match in re.finditer(r"[.\[]", key)]
-        return any(k in self.overridden for k in (key, *above)) or any(
-            k.startswith(f"{key}.") for k in self.overridden
+        return any(
+            key == k or key.startswith((f"{k}.", f"{k}[")) or k.startswith(f"{key}.") for k in self.overridden
         )
 
     def name(self, key: str) -> str:
@@ -201,13 +196,9 @@ def _check_values(tree: Mapping[str, Any], where: _Where) -> None:
         nonlocal count
         count += 1
         if depth > MAX_DEPTH:
-            raise _refusal(
-                f"{where.name(_cut(key))}: lists and keys are nested deeper than {MAX_DEPTH} levels"
-            )
+            raise _refusal(f"{where.name(key)}: {TOO_DEEP}")
         if count > MAX_VALUES:
-            raise _refusal(
-                f"{where.source}the configuration has more than {MAX_VALUES:,} values; a task can read what is long from a file of its own"
-            )
+            raise _refusal(f"{where.source}the configuration has more than {MAX_VALUES:,} values; {LONG}")
         if isinstance(node, Mapping):
             for name, value in node.items():
                 if not isinstance(name, str):
@@ -228,15 +219,13 @@ def _check_values(tree: Mapping[str, Any], where: _Where) -> None:
         elif isinstance(node, int) and abs(node) >= 2**63:
             field = field_at(key)
             if field and int in options(field.annotation):
-                raise _refusal(
-                    f"{where.name(key)}={_shown(node)} is refused; allowed: a whole number of 64 bits"
-                )
+                said = f"{where.name(key)}={_shown(node)} is refused; allowed: a whole number of 64 bits"
+                raise _refusal(said)
 
     def refuse_halves(text: str, key: str) -> None:
         if found := re.search("[\ud800-\udfff]", text):
-            raise _refusal(
-                f"{where.name(key)} holds U+{ord(found.group()):04X}, which is half a character; allowed: text in UTF-8"
-            )
+            half = f"U+{ord(found.group()):04X}, which is half a character"
+            raise _refusal(f"{where.name(key)} holds {half}; allowed: text in UTF-8")
 
     visit(tree, "", 1)
 

@@ -28,7 +28,7 @@ from ruamel.yaml.resolver import VersionedResolver, implicit_resolvers
 from ruamel.yaml.scanner import Scanner, ScannerError
 
 MAX_BYTES = 1 << 18
-"""Size of a configuration file. The reader takes about a second for so many."""
+"""Size of a configuration file."""
 MAX_DEPTH = 50
 """Levels of lists and keys inside each other."""
 MAX_NODES = 10_000
@@ -37,6 +37,7 @@ MAX_DIGITS = 100
 """Length of a whole number."""
 
 ALLOWED = "allowed are text, numbers, true, false, null, lists and keys"
+TOO_DEEP = f"lists and keys are nested deeper than {MAX_DEPTH} levels"
 UNRELIABLE = "\x85\u2028\u2029"
 """Line breaks of YAML 1.1 that are ordinary characters in YAML 1.2; ruamel.yaml folds them into spaces."""
 
@@ -90,18 +91,12 @@ def write_yaml(tree: dict[str, Any]) -> str:
 
 def _read(text: str) -> tuple[Any, Node | None]:
     if found := re.search(f"[{UNRELIABLE}]", text):
-        code = ord(found.group())
-        line = text.count("\n", 0, found.start()) + 1
-        raise YamlProblem(
-            f'line {line}: the character U+{code:04X} is refused; write it as "\\u{code:04x}", in double quotes'
-        )
+        code, line = ord(found.group()), text.count("\n", 0, found.start()) + 1
+        how = f'write it as "\\u{code:04x}", in double quotes'
+        raise YamlProblem(f"line {line}: the character U+{code:04X} is refused; {how}")
     yaml = YAML(typ="safe", pure=True)
-    yaml.Resolver, yaml.Composer, yaml.Constructor, yaml.Scanner = (
-        _CoreSchema,
-        _Composer,
-        _Constructor,
-        _Scanner,
-    )
+    yaml.Resolver, yaml.Scanner, yaml.Composer = _CoreSchema, _Scanner, _Composer
+    yaml.Constructor = _Constructor
     yaml.max_depth = MAX_DEPTH
     try:
         root = yaml.compose(text)
@@ -143,7 +138,7 @@ class _Scanner(Scanner):
 
     def fetch_flow_collection_start(self, *args: Any, **kwargs: Any) -> None:
         if self.flow_level > MAX_DEPTH:
-            raise ScannerError(None, None, _too_deep(), self.reader.get_mark())
+            raise ScannerError(None, None, TOO_DEEP, self.reader.get_mark())
         super().fetch_flow_collection_start(*args, **kwargs)
 
     def scan_flow_scalar_non_spaces(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +171,7 @@ class _Composer(Composer):
         if node.end_mark is None:
             raise ComposerError(None, None, f"the alias *{node.anchor} is inside its own anchor", self._mark)
         if depth > MAX_DEPTH:
-            raise ComposerError(None, None, _too_deep(), self._mark)
+            raise ComposerError(None, None, TOO_DEEP, self._mark)
         made = copy.copy(node)
         if isinstance(node, SequenceNode):
             made.value = [self._copy(item, depth + 1) for item in node.value]
@@ -213,10 +208,8 @@ class _Constructor(SafeConstructor):
             seen[key.value] = line
 
     def construct_yaml_str(self, node: Any) -> str:
-        text: str = self.construct_scalar(node)
-        return text.encode("utf-16-le", "surrogatepass").decode(
-            "utf-16-le", "surrogatepass"
-        )  # joins JSON's pairs
+        units = self.construct_scalar(node).encode("utf-16-le", "surrogatepass")
+        return str(units.decode("utf-16-le", "surrogatepass"))  # joins the pairs of JSON's escapes
 
     def construct_yaml_null(self, node: Any) -> None:
         self._scalar(node, "null", "null")
@@ -284,23 +277,16 @@ class _Emitter(Emitter):
         return style
 
 
-def _too_deep() -> str:
-    return f"lists and keys are nested deeper than {MAX_DEPTH} levels"
-
-
 def _problem(error: YAMLError | ValueError, text: str) -> str:
     if isinstance(error, ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return f"line {line}: the character U+{error.character:04X} is refused; write it as an escape, in double quotes"
     if not isinstance(error, MarkedYAMLError):
         return str(error).splitlines()[0]
-    problem = _too_deep() if isinstance(error, MaxDepthExceededError) else str(error.problem)
+    problem = TOO_DEEP if isinstance(error, MaxDepthExceededError) else str(error.problem)
     if problem.startswith("but "):  # it goes on from the context
         problem = f"{error.context}, {problem}"
     if r"'\t'" in problem:
         problem += "; indent with spaces"
-    return (
-        problem[:200]
-        if error.problem_mark is None
-        else f"line {error.problem_mark.line + 1}: {problem[:200]}"
-    )
+    where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+    return where + problem[:200]

@@ -332,7 +332,7 @@ def test_a_run_that_an_older_version_wrote_is_read_back_to_the_same_hash(tmp_pat
         ("%YAML 2.0\n---\nseed: 1", "found incompatible YAML document (version 1.* is required)"),
         ("\n".join(f"k{i}: 1" for i in range(2000)), "and 1,995 more"),
         ("? " + "k" * 100_000, f"unknown key {'k' * 120}... (100,000 characters); known: method"),
-        ("a" * (MAX_BYTES + 1), "c.yaml is larger than 256 KiB; a task can read what is long from a file of its own"),
+        ("a" * (MAX_BYTES + 1), "c.yaml: the configuration is larger than 256 KiB; a task can read what is long from a file of its own"),
         (f"task_args: {{x: [{'1, ' * (MAX_VALUES + 1)}]}}", f"the configuration has more than {MAX_VALUES:,} values"),
     ],
     ids=lambda value: repr(value)[:50],
