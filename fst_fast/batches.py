@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fst_fast.config import Config
-from fst_fast.fast.phase import affordable
+from fst_fast.fast.evolution import affordable
 
 
 def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:

@@ -11,10 +11,10 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
-from fst_fast.cli import prepare_environment
+from fst_fast.run.environment import prepare_environment
 
 prepare_environment()
 
-import fst_fast.evaluate  # noqa: E402
-import fst_fast.export  # noqa: E402
+import fst_fast.commands.evaluate  # noqa: E402
+import fst_fast.commands.export  # noqa: E402
 import fst_fast.trainer  # noqa: E402, F401

@@ -41,13 +41,13 @@ def train(config: Config, run_dir: Path, resume: bool) -> None:
 
 def export(run_dir: Path, out: Path) -> None:
     """Write the weights of a finished run as a model folder."""
-    from fst_fast.export import export
+    from fst_fast.commands.export import export
 
     export(run_dir, out)
 
 
 def evaluate(run_dir: Path, split: str, out: Path) -> None:
     """Measure the four cells of a finished run on a split, as `fst eval --split SPLIT --out OUT` does."""
-    from fst_fast.evaluate import evaluate_run
+    from fst_fast.commands.evaluate import evaluate_run
 
     write_json(out, {"split": split, **evaluate_run(run_dir, split=split)})

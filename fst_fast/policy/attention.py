@@ -68,7 +68,7 @@ class TreePlan:
         return tree_attention(q, k, v, self.mask, scale=scale, window=window).transpose(1, 2)
 
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """For the lean forward (fst_fast.rollout.lean), one row of N tokens: q [N,Hq,D], k and v [N,Hkv,D] -> [N,Hq,D]."""
+        """For the lean forward (fst_fast.policy.cpu_forward), one row of N tokens: q [N,Hq,D], k and v [N,Hkv,D] -> [N,Hq,D]."""
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return tree_attention(q, k, v, self.mask, scale=scale)[0].transpose(0, 1)
 

@@ -10,8 +10,8 @@ import importlib.util
 
 from torch import nn
 
+from fst_fast import distributed
 from fst_fast.errors import UserError
-from fst_fast.policy import ranks
 from fst_kernels.backends import triton_interpreted
 
 TYPES = ("llama", "qwen2", "qwen3")  # model types that a test has compared with transformers' own layers
@@ -21,7 +21,7 @@ def check() -> None:
     """Raise UserError where policy.liger cannot be had: the package or a GPU is missing."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError("policy.liger needs the package liger-kernel: pip install 'fst-fast[liger]'")
-    if ranks.device().type != "cuda" and not triton_interpreted():
+    if distributed.device().type != "cuda" and not triton_interpreted():
         raise UserError(
             "policy.liger=true needs a GPU, and this process has none; policy.liger=false computes the same function"
         )

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fst_fast.policy import ranks
+from fst_fast import distributed
 
 FOLDER = "optimiser"
 WEIGHT = "weight"
@@ -72,7 +72,7 @@ def fragments(engine: Any) -> list[Fragment]:
 def _zero3_fragment(optimizer: Any, name: str, parameter: Any) -> Fragment:
     """The partition of this process; the last ones of a parameter may be padded, or all padding."""
     group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = size * ranks.rank()
+    start = size * distributed.rank()
     numel = max(0, min(size, parameter.ds_numel - start))
     return Fragment(name, start, numel, optimizer.fp32_partitioned_groups_flat[group], offset)
 
@@ -102,14 +102,14 @@ def save(engine: Any, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     held = fragments(engine)
     if engine.zero_optimization_stage() == 0:  # every process holds everything: they take turns
-        held = ranks.mine(held)
+        held = distributed.share(held)
     adam = _adam(engine)
     batch: dict[str, Tensor] = {}
     number = 0
 
     def write() -> None:
         nonlocal number
-        path = folder / f"rank-{ranks.rank():05d}-{number:04d}.safetensors"
+        path = folder / f"rank-{distributed.rank():05d}-{number:04d}.safetensors"
         save_file(batch, path, metadata={"steps": str(_steps(adam, held))})
         with open(path, "rb") as file:
             os.fsync(file.fileno())

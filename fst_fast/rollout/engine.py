@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
+from fst_fast.policy.cpu_forward import LeanForward, why_not
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import token_bytes
-from fst_fast.rollout.lean import LeanForward, why_not
 from fst_fast.rollout.padded import decode_padded
 from fst_fast.rollout.prefixes import Prefixes
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS

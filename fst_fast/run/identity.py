@@ -6,10 +6,9 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from fst_fast import __version__
+from fst_fast import __version__, distributed
 from fst_fast.config import Config
 from fst_fast.config_load import config_hash
-from fst_fast.policy import ranks
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def writer(config: Config) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run that writes it."""
-    return {"config_hash": config_hash(config), "processes": ranks.world_size(), "versions": versions()}
+    return {"config_hash": config_hash(config), "processes": distributed.world_size(), "versions": versions()}
 
 
 def versions() -> dict[str, str]:

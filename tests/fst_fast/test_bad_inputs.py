@@ -16,8 +16,8 @@ import pytest
 from fst_fast import config_load, mini
 from fst_fast.cli import main
 from fst_fast.config import Config
-from fst_fast.contexts.population import FastState
 from fst_fast.contracts import Context
+from fst_fast.fast.population import FastState
 from fst_fast.run import checkpoint
 from fst_fast.run.folder import open_run
 from fst_fast.state import State
@@ -376,8 +376,8 @@ def test_the_table_is_as_large_as_it_claims() -> None:
 
 
 def test_a_port_that_nobody_listens_at_is_a_reply_with_an_error_not_the_end() -> None:
-    from fst_fast.contexts.reflection import Failure, ReflectionPrompt
-    from fst_fast.contexts.reflectors import make_reflector
+    from fst_fast.fast.reflection import Failure, ReflectionPrompt
+    from fst_fast.fast.reflectors import make_reflector
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

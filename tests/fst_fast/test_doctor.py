@@ -1,7 +1,8 @@
 import shutil
 
 import fst_kernels
-from fst_fast import cli, doctor
+from fst_fast import cli
+from fst_fast.commands import doctor
 
 
 def test_doctor_exits_with_0_and_says_what_was_chosen_and_why(capsys):

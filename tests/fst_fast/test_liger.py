@@ -15,13 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import liger, ranks
+from fst_fast.policy import liger
 from fst_fast.policy.attention import NAME
-from fst_fast.policy.engine import Policy, load
+from fst_fast.policy.cpu_forward import why_not
 from fst_fast.policy.packing import forest_batch
-from fst_fast.rollout.lean import why_not
+from fst_fast.policy.trained import TrainedPolicy, load
 from tests.fst_fast.test_kv_pool import assert_same, forest, make_model, padded, requests_of, sample
 from tests.fst_fast.test_packing import gradients, random_leaves, tiny_config
 
@@ -110,9 +111,9 @@ def test_rollouts_say_the_same(monkeypatch):
 @inside
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 def test_every_model_of_a_run_has_them(lora):
-    ranks.init()
+    distributed.init()
     config = Config.model_validate({"policy": {"liger": True, "lora": lora}})
-    for model in (load(config), Policy(config).module):
+    for model in (load(config), TrainedPolicy(config).module):
         assert "another forward" in str(why_not(model))
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from fst_fast import mini
-from fst_fast.contexts.reflectors.mini import MAX_SENTENCES, SENTENCES, reflect, split_sentences
 from fst_fast.errors import UserError
+from fst_fast.fast.reflectors.mini import MAX_SENTENCES, SENTENCES, reflect, split_sentences
 from fst_fast.mini import documents, world
 from fst_fast.mini.build import build_base, mini_task
 from fst_fast.mini.evaluate import measure_contexts

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fst_fast.contexts import pareto
-from fst_fast.contexts.population import FastState, Lineage, Scores, Shown
 from fst_fast.contracts import Context
+from fst_fast.fast import pareto
+from fst_fast.fast.population import FastState, Lineage, Scores, Shown
 
 claim = settings(max_examples=60, deadline=None)  # no timing assertions
 

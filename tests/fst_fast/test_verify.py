@@ -17,9 +17,10 @@ import pytest
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.registry import check_gold, load_task
-from fst_fast.tasks.supervise import MAX_PROCESSES, children, why_unlimited
-from fst_fast.tasks.verify import VerifierPool, _parsed
+from fst_fast.tasks.registry import load_task
+from fst_fast.verify.gold import check_gold
+from fst_fast.verify.pool import VerifierPool, _parsed
+from fst_fast.verify.supervisor import MAX_PROCESSES, children, why_unlimited
 
 ROOT = Path(__file__).parents[2]
 ARGS = {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 30, "validation": 4}
@@ -430,7 +431,7 @@ def test_all_that_verifies_dies_with_a_killed_trainer_even_inside_an_endless_ver
     code = f"""
 import signal, threading
 from fst_fast.contracts import Problem
-from fst_fast.tasks.verify import VerifierPool
+from fst_fast.verify.pool import VerifierPool
 pool = VerifierPool({spec!r}, {{}}, workers=1, timeout_s=600, memory_mib=1024)
 print(pool.verify([(Problem("p", [], 7), "pid")])[0].feedback, pool._workers[0].process.pid, flush=True)
 threading.Thread(target=lambda: pool.verify([(Problem("p", [], 7), "daemon {tmp_path}/pid loop")]), daemon=True).start()
@@ -458,7 +459,7 @@ def test_a_supervisor_told_to_stop_at_any_moment_still_ends_what_is_below_it(eve
     and once more during the clean-up."""
     code = f"""
 import os, signal, socket, sys, time
-from fst_fast.tasks import supervise
+from fst_fast.verify import supervisor
 begun = False
 def trace(frame, event, argument):
     global begun
@@ -468,7 +469,7 @@ def trace(frame, event, argument):
         os.kill(os.getpid(), signal.SIGTERM)
     begun = begun or (event == {event!r} and frame.f_code.co_name == "_watch")
     return trace
-signal.signal(signal.SIGTERM, supervise._stop)
+signal.signal(signal.SIGTERM, supervisor._stop)
 ours, theirs = socket.socketpair()
 control, trainer = socket.socketpair()
 child = os.fork()
@@ -478,13 +479,13 @@ if not child:
     time.sleep(600)
 print(child, flush=True)
 trainer.close()
-end_all = supervise._end_all
+end_all = supervisor._end_all
 def told_again(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
     return end_all(*arguments)
-supervise._end_all = told_again
+supervisor._end_all = told_again
 sys.settrace(trace)
-supervise._supervise(control, child, ours)
+supervisor._supervise(control, child, ours)
 """
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
     done = subprocess.run(

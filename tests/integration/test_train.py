@@ -129,7 +129,7 @@ def test_an_exported_model_loads_in_transformers_and_differs_from_the_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fst_fast import mini
-    from fst_fast.export import export
+    from fst_fast.commands.export import export
 
     out = export(whole[0], tmp_path / "model")
     trained = AutoModelForCausalLM.from_pretrained(out)
@@ -141,7 +141,7 @@ def test_an_exported_model_loads_in_transformers_and_differs_from_the_base(
 
 
 def test_a_checkpoint_evaluates_to_the_figures_of_its_own_run(whole: tuple[Path, str]) -> None:
-    from fst_fast.evaluate import evaluate_run
+    from fst_fast.commands.evaluate import evaluate_run
 
     measured = evaluate_run(whole[0])
     reported = json.loads((whole[0] / "summary.json").read_text())
