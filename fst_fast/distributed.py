@@ -59,7 +59,7 @@ def init(timeout_s: float = 1800.0) -> None:
     )
 
 
-def limit_waiting(timeout_s: float) -> None:
+def set_collective_timeout(timeout_s: float) -> None:
     """The same limit for the groups that DeepSpeed has made since, which take a default of their own."""
     from torch.distributed import distributed_c10d
 
@@ -84,7 +84,7 @@ def all_gather(value: T) -> list[T]:
     return out
 
 
-def from_rank_zero(value: T | None) -> T:
+def broadcast(value: T | None) -> T:
     """Rank 0's `value` on every process. A UserError raised on rank 0 can be passed as the value: it is then raised everywhere."""
     box: list[Any] = [value]
     if world_size() > 1:
@@ -102,22 +102,22 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
             result = action()
         except UserError as bad:
             error = bad
-    from_rank_zero(error)
+    broadcast(error)
     return result
 
 
-def on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
+def broadcast_result(action: Callable[[], Any]) -> Any:
     """Like `on_rank_zero`, the result (small, picklable) on every process."""
-    return from_rank_zero(on_rank_zero(action))
+    return broadcast(on_rank_zero(action))
 
 
-def sum_over_ranks(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Elementwise sum over the processes, added in rank order (so it is the same number everywhere)."""
     rows = all_gather([float(v) for v in values])
     return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def maximum(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     return max(all_gather(value))
 
 
@@ -140,22 +140,22 @@ def shut_down() -> None:
     dist.destroy_process_group()
 
 
-def share(items: Sequence[T]) -> list[T]:
+def local_shard(items: Sequence[T]) -> list[T]:
     """The share of this process: a run of neighbours, as long as any other process's by one at most. Waves stand in the order of the prompt
-    tree, so samples of one prompt stay together and no prompt but those at the seams is computed twice. Undone by `join_shares`."""
+    tree, so samples of one prompt stay together and no prompt but those at the seams is computed twice. Undone by `concat_shards`."""
     here, world = rank(), world_size()
     return list(items[len(items) * here // world : len(items) * (here + 1) // world])
 
 
-def share_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
-    """The share of this process where every process holds all items and some cost more than others: in their order, see `assign`."""
-    homes = assign([costs, *[[]] * (world_size() - 1)])[0]
+def local_shard_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """The share of this process where every process holds all items and some cost more than others: in their order, see `assign_ranks`."""
+    homes = assign_ranks([costs, *[[]] * (world_size() - 1)])[0]
     return [item for item, home in zip(items, homes, strict=True) if home == rank()]
 
 
-def join_shares(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Put the processes' shares (see `share`) back into the original order."""
-    return [item for share in shares for item in share]
+def concat_shards(shards: Sequence[Sequence[T]]) -> list[T]:
+    """Put the processes' shards (see `local_shard`) back into the original order."""
+    return [item for shard in shards for item in shard]
 
 
 def rebalance(items: Sequence[T], costs: Sequence[int]) -> list[T]:
@@ -165,7 +165,7 @@ def rebalance(items: Sequence[T], costs: Sequence[int]) -> list[T]:
     """
     if world_size() == 1:
         return list(items)
-    homes = assign(all_gather([int(cost) for cost in costs]))
+    homes = assign_ranks(all_gather([int(cost) for cost in costs]))
     here = rank()
     leaving = [
         (home, at, item)
@@ -182,7 +182,7 @@ def rebalance(items: Sequence[T], costs: Sequence[int]) -> list[T]:
     return [item for _, _, item in sorted(arriving + staying, key=lambda entry: entry[:2])]
 
 
-def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:
+def assign_ranks(costs: Sequence[Sequence[int]]) -> list[list[int]]:
     """Where each item of each process goes, its costs given: the dearest first, each to whoever has least so far. All stay where they are
     if the longest load gets no shorter by it."""
     load = [0] * len(costs)

@@ -129,7 +129,7 @@ class TrainedPolicy:
             model_parameters=[p for p in model.parameters() if p.requires_grad],
             config=settings,
         )
-        distributed.limit_waiting(config.run.timeout_s)
+        distributed.set_collective_timeout(config.run.timeout_s)
         optimiser_state.reset(self.engine)
         self.module: nn.Module = self.engine.module
         self._grad_norms: list[Tensor] = []
@@ -171,7 +171,7 @@ class TrainedPolicy:
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
         bad_loss = int(not all(map(math.isfinite, losses)))
-        loss_bad, grads_bad = distributed.sum_over_ranks([bad_loss, bad_grads])
+        loss_bad, grads_bad = distributed.all_reduce_sum([bad_loss, bad_grads])
         if loss_bad or grads_bad:
             raise NonFiniteError(
                 f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients",

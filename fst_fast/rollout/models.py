@@ -32,7 +32,7 @@ class SamplingModels:
     def new_tokens(self) -> tuple[int, int]:
         """Tokens computed since the last call over all processes, and the same work without sharing. All processes call it."""
         computed, unshared = self._tokens()
-        new = distributed.sum_over_ranks([computed - self._counted[0], unshared - self._counted[1]])
+        new = distributed.all_reduce_sum([computed - self._counted[0], unshared - self._counted[1]])
         self._counted = computed, unshared
         return int(new[0]), int(new[1])
 
