@@ -99,10 +99,10 @@ def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: i
 
     def counted_step(self: Any, slots: Any, *rest: Any) -> Any:
         out = step(self, slots, *rest)
-        nodes = np.unique(self.tree.path[slots.who])
+        nodes = np.unique(self.tree.path[slots.sequence])
         nodes = nodes[nodes >= 0]
         tokens = int((self.tree.end - self.tree.start)[nodes].sum())
-        tokens += int(self.responses.length[slots.who].sum()) - len(slots.who)
+        tokens += int(self.responses.length[slots.sequence].sum()) - len(slots.sequence)
         floor[0] += tokens * engine.token_bytes()
         steps[0] += 1
         return out

@@ -114,7 +114,7 @@ class Run:
         """The frozen weights that are distilled from: a copy of the policy, made at the first call. All processes call it."""
         if self.teacher is None:
             self.teacher = trained.load(self.config)
-            self.teacher.load_state_dict(lora.plain_state(self.models.policy_module))
+            self.teacher.load_state_dict(lora.merged_state_dict(self.models.policy_module))
         return self.teacher
 
     def __enter__(self) -> Run:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from fst_fast.config import FastConfig
 from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
-from fst_fast.fast.population import FastState, Lineage, Scores, Shown
+from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
 from fst_fast.fast.reflection import (
     Failure,
     ReflectionPrompt,
@@ -65,7 +65,7 @@ class FastResult:
     record: dict[str, Any]
 
 
-MOST_REST = 3  # cycles that fast.adaptive leaves out in a row
+MAX_REST = 3  # cycles that fast.adaptive leaves out in a row
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,10 @@ def evolve(
             f"fast phase of cycle {cycle}: fast.rollout_budget={config.rollout_budget} pays for {size.problems} of {len(problems)} anchor "
             f"problems with {size.samples} of {config.samples} samples per context"
         )
-    round = _Round(problems[: size.problems], size.samples, state.scores.at(policy_version), score)
-    round.judge(members)
+    evaluations = _Evaluations(
+        problems[: size.problems], size.samples, state.scores.at_version(policy_version), score
+    )
+    evaluations.judge(members)
 
     archive = list(members)  # the carried and the admitted: what may be a parent or be kept
     lineage = dict(state.contexts)
@@ -145,13 +147,15 @@ def evolve(
     refused: Counter[str] = Counter()
     asked = waves = read = written = 0
     for wave in range(config.first_generations if cycle == 0 else config.generations):
-        width = min(config.children, (config.rollout_budget - round.spent) // size.rollouts)
+        width = min(config.children, (config.rollout_budget - evaluations.spent) // size.rollouts)
         rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, wave]))
-        parents = _choose_parents(round, archive, width, rng)
+        parents = _choose_parents(evaluations, archive, width, rng)
         if not parents:  # the budget is used up, or nothing fails
             break
-        shown = _choose_failures(round, parents, config.failures_shown, rng)
-        prompts = [_prompt(round, parent, failures) for parent, failures in zip(parents, shown, strict=True)]
+        shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
+        prompts = [
+            _prompt(evaluations, parent, failures) for parent, failures in zip(parents, shown, strict=True)
+        ]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
         replies = ask(reflect, prompts, seeds, functools.partial(_log_wave, log, cycle, wave))
         waves += 1
@@ -172,33 +176,35 @@ def evolve(
                 refused[reason] += 1
                 emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
                 continue
-            line = _birth(Context.of(text, parent=parent.id, born=cycle), failures, reply)
+            line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, reply)
             emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
             line = lineage.setdefault(
                 line.context.id, line
             )  # tried under an earlier policy: keeps its place in the tree
             children.append((line.context, parent))
-        round.judge([child for child, _ in children])
+        evaluations.judge([child for child, _ in children])
         for child, parent in children:
-            admitted = pareto.admits(round.rewards[child.id], round.rewards[parent.id], config.admit_z)
+            admitted = pareto.admits(
+                evaluations.rewards[child.id], evaluations.rewards[parent.id], config.admit_z
+            )
             lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=admitted)
             born.append(child.id)
             if admitted:
                 archive.append(child)
-            means = [round.mean(context.id)[0] for context in (child, parent)]
+            means = [evaluations.mean(context.id)[0] for context in (child, parent)]
             emit(
                 Admission, cycle=cycle, context=child, parent=parent, admitted=admitted, mean=means[0], parent_mean=means[1]
             )  # fmt: skip
-    assert round.spent <= config.rollout_budget
+    assert evaluations.spent <= config.rollout_budget
 
-    for context_id in round.rewards:
-        mean, n = round.mean(context_id)
+    for context_id in evaluations.rewards:
+        mean, n = evaluations.mean(context_id)
         line = dataclasses.replace(lineage[context_id], policy_version=policy_version, mean=mean, n=n)
         lineage[context_id] = line
     ids = [context.id for context in archive]
-    rewards = np.stack([round.rewards[context_id] for context_id in ids])
+    rewards = np.stack([evaluations.rewards[context_id] for context_id in ids])
     seed_row = ids.index(state.seed_id) if state.seed_id in ids else None
-    rows = pareto.select(round.matrix(ids), rewards, config.population, seed=seed_row)
+    rows = pareto.select(evaluations.matrix(ids), rewards, config.population, seed=seed_row)
     population = [archive[row] for row in rows]
     kept = tuple(context.id for context in population)
     record = _record(
@@ -207,8 +213,8 @@ def evolve(
         proposed=asked,
         admitted=len(archive) - len(members),
         refused=dict(sorted(refused.items())),
-        fast_rollouts=round.spent,
-        unjudged=round.unjudged,
+        fast_rollouts=evaluations.spent,
+        unjudged=evaluations.unjudged,
         best_mean=lineage[kept[0]].mean,
         seed_mean=None if seed_row is None else lineage[state.seed_id].mean,
         waves=waves,
@@ -219,12 +225,14 @@ def evolve(
     )
     idle = 0 if len(archive) > len(members) else state.idle + 1
     found = any(context_id != state.seed_id for context_id in kept)
-    rest = min(idle, MOST_REST) if config.adaptive and found else 0
-    after = FastState(state.seed_id, kept, lineage, round.scores.only(kept), cycle + 1, idle, rest)
-    return FastResult(after, population, round.sampled, record)
+    rest = min(idle, MAX_REST) if config.adaptive and found else 0
+    after = FastState(
+        state.seed_id, kept, lineage, evaluations.scores.restricted_to(kept), cycle + 1, idle, rest
+    )
+    return FastResult(after, population, evaluations.sampled, record)
 
 
-class _Round:
+class _Evaluations:
     """What has been sampled in this phase: rewards by (problem, sample) for the paired test, counts and sums for the front."""
 
     def __init__(self, problems: list[Problem], samples: int, scores: Scores, score: ScoreFn) -> None:
@@ -288,13 +296,13 @@ class _Round:
 
 
 def _choose_parents(
-    round: _Round, archive: list[Context], width: int, rng: np.random.Generator
+    evaluations: _Evaluations, archive: list[Context], width: int, rng: np.random.Generator
 ) -> list[Context]:
     """`width` draws, with replacement, among the contexts that failed somewhere, by problems won; siblings stand together."""
     if width <= 0:
         return []
-    failing = np.array([bool(round.failures[c.id]) for c in archive])
-    weights = np.where(failing, pareto.parent_weights(round.matrix([c.id for c in archive])), 0.0)
+    failing = np.array([bool(evaluations.failures[c.id]) for c in archive])
+    weights = np.where(failing, pareto.parent_weights(evaluations.matrix([c.id for c in archive])), 0.0)
     if weights.sum() == 0:  # whoever could be a parent is perfect: nothing to learn from
         return []
     drawn = rng.choice(len(archive), size=width, p=weights / weights.sum())
@@ -302,7 +310,7 @@ def _choose_parents(
 
 
 def _choose_failures(
-    round: _Round, parents: list[Context], shown: int, rng: np.random.Generator
+    evaluations: _Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
 ) -> list[list[ScoredRollout]]:
     """For each parent's children, in random order, the next `shown` of its failed problems: siblings see different ones as far as
     there are enough, then the order starts over."""
@@ -311,7 +319,7 @@ def _choose_failures(
     chosen = []
     for parent in parents:
         if parent.id not in order:
-            failures = round.failures[parent.id]
+            failures = evaluations.failures[parent.id]
             order[parent.id] = [failures[i] for i in rng.permutation(len(failures))]
         queue = order[parent.id]
         start = used[parent.id]
@@ -321,8 +329,12 @@ def _choose_failures(
     return chosen
 
 
-def _prompt(round: _Round, parent: Context, failures: Sequence[ScoredRollout]) -> ReflectionPrompt:
-    return ReflectionPrompt(parent.text, [_failure(round.problem[s.rollout.problem_id], s) for s in failures])
+def _prompt(
+    evaluations: _Evaluations, parent: Context, failures: Sequence[ScoredRollout]
+) -> ReflectionPrompt:
+    return ReflectionPrompt(
+        parent.text, [_failure(evaluations.problem[s.rollout.problem_id], s) for s in failures]
+    )
 
 
 def _failure(problem: Problem, sampled: ScoredRollout) -> Failure:
@@ -333,8 +345,10 @@ def _failure(problem: Problem, sampled: ScoredRollout) -> Failure:
     return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
 
 
-def _birth(child: Context, failures: Sequence[ScoredRollout], reply: Reply) -> Lineage:
-    shown = (Shown(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures)
+def _child_lineage(child: Context, failures: Sequence[ScoredRollout], reply: Reply) -> Lineage:
+    shown = (
+        ShownFailure(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures
+    )
     text = (reply.text or "").encode(errors="replace").decode()  # what any UTF-8 file can hold
     return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
 

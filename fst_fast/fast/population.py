@@ -45,19 +45,21 @@ class Scores:
         row = self.cells.get(context_id, {})
         return sum(row[problem_id][0] for problem_id in problem_ids if problem_id in row)
 
-    def only(self, context_ids: Sequence[str]) -> Scores:
+    def restricted_to(self, context_ids: Sequence[str]) -> Scores:
         """A copy that holds just these contexts."""
         return Scores(self.policy_version, {c: dict(self.cells[c]) for c in context_ids if c in self.cells})
 
-    def at(self, policy_version: int) -> Scores:
+    def at_version(self, policy_version: int) -> Scores:
         """A copy to go on with at this version: empty if the policy has moved."""
         return (
-            self.only(list(self.cells)) if policy_version == self.policy_version else Scores(policy_version)
+            self.restricted_to(list(self.cells))
+            if policy_version == self.policy_version
+            else Scores(policy_version)
         )
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownFailure:
     """A failure that was shown to the reflector."""
 
     problem_id: str
@@ -74,7 +76,7 @@ class Lineage:
     policy_version: int | None = None  # version at which it was last scored
     mean: float | None = None
     n: int = 0
-    failures: tuple[Shown, ...] = ()
+    failures: tuple[ShownFailure, ...] = ()
     reflection: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +100,7 @@ class Lineage:
             policy_version=data["policy_version"],
             mean=data["mean"],
             n=data["n"],
-            failures=tuple(Shown(f["problem_id"], f["feedback"]) for f in data["failures"]),
+            failures=tuple(ShownFailure(f["problem_id"], f["feedback"]) for f in data["failures"]),
             reflection=data["reflection"],
         )
 
@@ -124,7 +126,7 @@ class FastState:
         seed = Context.of(seed_context)
         return cls(seed.id, (seed.id,), {seed.id: Lineage(seed, admitted=True)}, Scores(policy_version=-1))
 
-    def anew(self) -> FastState:
+    def reset_population(self) -> FastState:
         """The population back to the seed alone; the lineage of all contexts so far and the count of cycles stay."""
         return replace(self, population=(self.seed_id,), scores=Scores(policy_version=-1), idle=0, rest=0)
 

@@ -106,14 +106,14 @@ def _attention(
     for name, given in unsupported.items():
         if given is not None:
             raise UserError(
-                f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {WAY_OUT}"
+                f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {PADDED_HINT}"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     more = {}
     if sliding_window is not None:
         if not getattr(plan, "windows", False):
             raise UserError(
-                f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which a {type(plan).__name__} does not do; {WAY_OUT}"
+                f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which a {type(plan).__name__} does not do; {PADDED_HINT}"
             )
         more["window"] = sliding_window
     return plan.attend(int(module.layer_idx), query, key, value, scale, **more), None  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def _attention(
 # first, which would wait for the device in every forward.
 AttentionInterface.register(NAME, _attention)
 
-WAY_OUT = "use policy.packing=padded with policy.attention=sdpa"
+PADDED_HINT = "use policy.packing=padded with policy.attention=sdpa"
 
 
 def load_model(
@@ -143,10 +143,10 @@ def load_model(
             f"model.path={str(path)!r}: its config.json cannot be used: {_first_line(error)}"
         ) from error
     if attention == "tree":
-        reason = cannot_pack(config)
+        reason = unpackable_reason(config)
         if reason:
             raise UserError(
-                f"model.path={str(path)!r}: {config.model_type} cannot be packed as a forest: {reason}; {WAY_OUT}"
+                f"model.path={str(path)!r}: {config.model_type} cannot be packed as a forest: {reason}; {PADDED_HINT}"
             )
     implementation = NAME if attention == "tree" else attention
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -190,7 +190,7 @@ def model_folder(path: str | Path) -> Path:
 PACKABLE = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
-def cannot_pack(config: PreTrainedConfig) -> str | None:
+def unpackable_reason(config: PreTrainedConfig) -> str | None:
     """Why a model of this config cannot be packed as a forest, or None. Known from the config, before any weight is read."""
     text = config.get_text_config()
     other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"})

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fst_fast.policy.packing import send
+from fst_fast.policy.packing import to_device
 from fst_kernels import LogprobOutput, PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss
 
 Job = Callable[[Tensor, Tensor, Tensor | None], Any]
@@ -71,7 +71,7 @@ class Labels:
         """From host tensors, for work on `device` (None: where they lie)."""
         unique, row_of = torch.unique(rows, return_inverse=True)
         parts = (unique, row_of, labels)
-        return cls(*(parts if device is None else (send(x, device) for x in parts)))
+        return cls(*(parts if device is None else (to_device(x, device) for x in parts)))
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685): the weights stay, low-rank adapters beside the linear layers are trained (policy.lora). By the library peft.
 
-The frozen model that the run holds anyway, reference of the KL and base model of the evaluations, is the base of the trained one: `adapted` makes a second tree of
+The frozen model that the run holds anyway, reference of the KL and base model of the evaluations, is the base of the trained one: `with_adapters` makes a second tree of
 modules over the very same tensors and puts adapters into it, so the weights are in memory once. What leaves the run (checkpoints' `model/`, `fst export`)
 is a plain model whose weights have the adapters added; the adapters alone are written beside it in peft's format.
 """
@@ -26,7 +26,7 @@ NAME = "default"
 FOLDER = "adapter"
 
 
-def adapted(base: nn.Module, config: Config) -> nn.Module:
+def with_adapters(base: nn.Module, config: Config) -> nn.Module:
     """A model over the tensors of `base`, with adapters. base: frozen; it stays as it is, and computes without them."""
     shared: dict[int, Any] = {id(x): x for x in [*base.parameters(), *base.buffers()]}
     model = copy.deepcopy(base, shared)
@@ -83,7 +83,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def weight_of(module: Any) -> Tensor:
+def merged_weight(module: Any) -> Tensor:
     """The weight that a linear layer multiplies by, its adapter added: W + (alpha / rank) B A."""
     if not hasattr(module, "lora_A"):
         weight: Tensor = module.weight
@@ -97,14 +97,14 @@ def bias_of(module: Any) -> Tensor | None:
     return bias
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model that computes what this one does."""
     found: dict[str, Tensor] = {}
     adapters = dict(layers(model))
     for key, value in model.state_dict().items():
         owner, base, rest = key.partition(".base_layer.")
         if base:
-            found[f"{owner}.{rest}"] = weight_of(adapters[owner]) if rest == "weight" else value
+            found[f"{owner}.{rest}"] = merged_weight(adapters[owner]) if rest == "weight" else value
         elif ".lora_A." not in key and ".lora_B." not in key:
             found[key] = value
     return found
@@ -113,7 +113,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def save(model: nn.Module, folder: Path) -> None:
     """Write the plain model to `folder`/model and, where there are adapters, these to `folder`/adapter as peft does."""
     adapters = has_adapters(model)
-    state = plain_state(model) if adapters else None
+    state = merged_state_dict(model) if adapters else None
     model.save_pretrained(folder / "model", state_dict=state)  # type: ignore[operator]
     if adapters:
         from peft import get_peft_model_state_dict

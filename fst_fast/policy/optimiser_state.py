@@ -47,7 +47,7 @@ class Fragment:
     owner: Tensor  # fp32, what AdamW updates: the weight itself, its fp32 copy, or a flat partition of many
     offset: int  # of the fragment in the flattened owner
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def view(self, tensor: Tensor) -> Tensor:
         """The fragment's elements in `tensor`, the owner or one of its moments: a view."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
@@ -83,7 +83,7 @@ def _copies(optimizer: Any) -> Iterator[tuple[Any, Tensor]]:
         yield from zip(weights, copies, strict=True)
 
 
-def _adam(engine: Any) -> Any:
+def _torch_adam(engine: Any) -> Any:
     """torch's AdamW, which DeepSpeed's optimisers hold inside."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
@@ -92,7 +92,7 @@ def reset(engine: Any) -> None:
     """Undo the Adam step with zero gradients that DeepSpeed takes at the start of bf16 without ZeRO, and there alone: it decays the weights
     and counts, so that the first update would be 0.74 of what it is under the other stages."""
     if hasattr(engine.optimizer, "fp32_groups"):
-        _adam(engine).state.clear()
+        _torch_adam(engine).state.clear()
         for weight, copy in _copies(engine.optimizer):
             copy.data.copy_(weight.data)
 
@@ -103,7 +103,7 @@ def save(engine: Any, folder: Path) -> None:
     held = fragments(engine)
     if engine.zero_optimization_stage() == 0:  # every process holds everything: they take turns
         held = distributed.local_shard(held)
-    adam = _adam(engine)
+    adam = _torch_adam(engine)
     batch: dict[str, Tensor] = {}
     number = 0
 
@@ -120,7 +120,7 @@ def save(engine: Any, folder: Path) -> None:
         state = adam.state.get(fragment.owner, {})
         kinds = {WEIGHT: fragment.owner, **{kind: state[kind] for kind in MOMENTS if kind in state}}
         for kind, tensor in kinds.items():
-            values = fragment.of(tensor).to("cpu", copy=True)
+            values = fragment.view(tensor).to("cpu", copy=True)
             batch[f"{kind}/{fragment.start}/{fragment.name}"] = values
         if sum(t.nbytes for t in batch.values()) >= FILE_BYTES:
             write()
@@ -139,7 +139,7 @@ def load(engine: Any, folder: Path) -> None:
     """Read into this process what it holds, and the weights that follow from it. All processes call it, before the first step.
 
     Raises RuntimeError, naming the parameter, where the files do not have all of it."""
-    adam, held = _adam(engine), fragments(engine)
+    adam, held = _torch_adam(engine), fragments(engine)
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
         counts = {int(file.metadata()["steps"]) for file in files}
@@ -159,15 +159,15 @@ def load(engine: Any, folder: Path) -> None:
                 adam.state[owner] = {"step": torch.tensor(float(steps)), **moments}
             targets = {WEIGHT: owner, **{kind: adam.state[owner][kind] for kind in MOMENTS if steps}}
             for kind, tensor in targets.items():
-                read = _read(places[kind, fragment.name], fragment.start, fragment.of(tensor))
+                read = _read_range(places[kind, fragment.name], fragment.start, fragment.view(tensor))
                 if read != fragment.numel:
                     raise RuntimeError(
                         f"{folder} has {read} of the {fragment.numel} elements of {fragment.name} ({kind}) from {fragment.start} on"
                     )
-    _weights_follow(engine)
+    _update_model_weights(engine)
 
 
-def _read(places: list[tuple[int, str, Any]], start: int, into: Tensor) -> int:
+def _read_range(places: list[tuple[int, str, Any]], start: int, into: Tensor) -> int:
     """Fill `into`, which begins at element `start` of its parameter, from the ranges that overlap it; how many elements were there."""
     read = 0
     for begin, key, file in places:
@@ -180,7 +180,7 @@ def _read(places: list[tuple[int, str, Any]], start: int, into: Tensor) -> int:
 
 
 @torch.no_grad()
-def _weights_follow(engine: Any) -> None:
+def _update_model_weights(engine: Any) -> None:
     """The weights that the model computes with become those that the optimiser holds, as after a step."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:

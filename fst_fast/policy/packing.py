@@ -33,7 +33,7 @@ class PackedBatch:
     unshared: int  # of the same leaves, nothing shared and no padding
 
 
-def send(host: Tensor, device: torch.device | str) -> Tensor:
+def to_device(host: Tensor, device: torch.device | str) -> Tensor:
     """A host tensor on `device`; nobody waits for a GPU to take it."""
     if torch.device(device).type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
@@ -45,8 +45,8 @@ def forest_batch(leaves: Sequence[Leaf], *, share: Share, device: torch.device |
     forest = pack(leaves, share=share)
 
     return PackedBatch(
-        input_ids=send(torch.from_numpy(forest.token_ids)[None], device),
-        position_ids=send(torch.from_numpy(forest.depth).long()[None], device),
+        input_ids=to_device(torch.from_numpy(forest.token_ids)[None], device),
+        position_ids=to_device(torch.from_numpy(forest.depth).long()[None], device),
         plan=TreePlan.of(forest, device),
         rows=torch.from_numpy(forest.rows),
         labels=torch.from_numpy(forest.labels),
@@ -69,7 +69,7 @@ def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | 
     offset = np.concatenate([np.empty(0, np.int64), *(np.arange(n) for n in responses)])
 
     return PackedBatch(
-        input_ids=send(torch.from_numpy(input_ids), device),
+        input_ids=to_device(torch.from_numpy(input_ids), device),
         position_ids=torch.arange(width, device=device).expand(len(leaves), width),
         plan=None,
         rows=torch.from_numpy(np.repeat(first, responses) + offset),

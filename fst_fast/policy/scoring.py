@@ -18,7 +18,7 @@ from fst_fast.config import Config
 from fst_fast.forest import Leaf, split
 from fst_fast.policy import head
 from fst_fast.policy.attention import TreePlan
-from fst_fast.policy.cpu_forward import LeanForward, why_not
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
 from fst_kernels import LogprobOutput
 
@@ -83,9 +83,9 @@ def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
 @torch.no_grad()
 def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
     """Hidden states of the labelled rows under `model`: [R, H]."""
-    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         ids, positions = micro.batch.input_ids[0], micro.batch.position_ids[0]
-        return LeanForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
+        return CpuForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
     with head.running(model, head.HiddenJob(micro.at)):
         out: Tensor = model(**model_inputs(micro.batch)).logits
     return out
@@ -99,7 +99,7 @@ def logprobs(model: nn.Module, micro: MicroBatch, batching: Batching) -> Tensor:
 
 def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
     """The job's result in the model's head, where a partitioned weight is whole, or after the CPU forward, which needs no such thing."""
-    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         rows = hidden_rows(model, micro)
         lm_head = model.get_output_embeddings()  # type: ignore[operator]
         job.at = head.Labels(torch.arange(len(rows), device=rows.device), micro.at.row_of, micro.at.labels)

@@ -107,7 +107,7 @@ class TrainedPolicy:
         settings = deepspeed_config(config)
         adapted = None
         if config.policy.lora is not None:
-            adapted = lora.adapted(load(config) if base is None else base, config)
+            adapted = lora.with_adapters(load(config) if base is None else base, config)
             head.install(adapted)
         # The replica is loaded before ZeRO-3 takes over from_pretrained: afterwards every model loaded would be partitioned.
         self._replica = None
@@ -135,9 +135,9 @@ class TrainedPolicy:
         self._grad_norms: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(self._watch)
+                parameter.register_hook(self._record_norm)
 
-    def _watch(self, grad: Tensor) -> None:
+    def _record_norm(self, grad: Tensor) -> None:
         self._grad_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
 
     @property

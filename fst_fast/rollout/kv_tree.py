@@ -55,7 +55,7 @@ class Block:
         """The pool's slot of a node's first token."""
         return self.span.first + row * self.longest
 
-    def part(self, rows: Ints, length: int) -> Block:
+    def select(self, rows: Ints, length: int) -> Block:
         """A block of these rows, none of them longer than `length`."""
         pool = self.span.pool
         out = Block(self.lengths[rows], pool.take(len(rows) * length))
@@ -95,22 +95,22 @@ class TreeCache:
         out[nodes] = [self.blocks[block].slot(row) for block, row in where]
         return out
 
-    def keep_only(self, nodes: Ints, *, tight: bool = False) -> None:
-        """Give back the blocks of which no node is in `nodes`; tight: and the other rows and the padding of those that stay."""
+    def keep_only(self, nodes: Ints, *, compact: bool = False) -> None:
+        """Give back the blocks of which no node is in `nodes`; compact: and the other rows and the padding of those that stay."""
         kept = set(self.block_of[nodes].tolist())
         self.blocks = {number: block for number, block in self.blocks.items() if number in kept}
-        if not tight:
+        if not compact:
             return
         for number, block in self.blocks.items():
             members = nodes[self.block_of[nodes] == number]
             rows = self.row_of[members]
             longest = int(block.lengths[rows].max())
             if len(np.unique(rows)) * longest < block.tokens:
-                self.blocks[number] = block.part(rows, longest)
+                self.blocks[number] = block.select(rows, longest)
                 self.block_of[self.block_of == number] = -1
                 self.block_of[members], self.row_of[members] = number, np.arange(len(members))
 
-    def held(self) -> Ints:
+    def cached_nodes(self) -> Ints:
         """The nodes whose keys and values are there now."""
         return np.flatnonzero(np.isin(self.block_of, list(self.blocks)))
 
@@ -120,16 +120,16 @@ class TreeCache:
         return sum(block.tokens for block in self.blocks.values())
 
 
-def length_class(length: int) -> int:
+def length_bucket(length: int) -> int:
     """Lengths of one class differ by less than a factor of two; everything up to 32 tokens is one class."""
     return max(int(length) - 1, 31).bit_length()
 
 
-def blocks_of(levels: Ints, lengths: Ints, *, pool: KVPool) -> list[tuple[Ints, Block]]:
+def allocate_blocks(levels: Ints, lengths: Ints, *, pool: KVPool) -> list[tuple[Ints, Block]]:
     """Empty blocks for nodes of these levels and lengths: (which of the nodes, the block)."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (level, length) in enumerate(zip(levels.tolist(), lengths.tolist(), strict=True)):
-        groups.setdefault((level, length_class(length)), []).append(i)
+        groups.setdefault((level, length_bucket(length)), []).append(i)
     out = []
     for members in groups.values():
         own = np.asarray(members, dtype=np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fst_fast.rollout.kv_tree import TreeCache, blocks_of
+from fst_fast.rollout.kv_tree import TreeCache, allocate_blocks
 from fst_fast.rollout.prompt_tree import Ints
 from fst_kernels import CascadePlan, cascade_decode_attention
 from fst_kernels.backends import choose_backend
@@ -34,16 +34,18 @@ class PrefillPlan:
         self.backend = choose_backend("cascade_decode_attention", None, device, dtype)
         lengths = tree.end[nodes] - tree.start[nodes]
         offset = np.concatenate([[0], np.cumsum(lengths)])  # [nodes + 1], of each node in the window
-        self.of = np.repeat(np.arange(len(nodes)), lengths)  # [N], the node of each token
-        self.within = np.arange(offset[-1]) - offset[self.of]  # [N], its offset in the node
-        self.tokens_of = tree.start[nodes][self.of] + self.within
+        self.node_of_token = np.repeat(np.arange(len(nodes)), lengths)  # [N], the node of each token
+        self.within = np.arange(offset[-1]) - offset[self.node_of_token]  # [N], its offset in the node
+        self.tokens_of = tree.start[nodes][self.node_of_token] + self.within
         self.read_rows = offset[1:][np.searchsorted(nodes, read)] - 1  # [R], in the window
-        for own, block in blocks_of(tree.level[nodes], lengths, pool=cache.pool):
+        for own, block in allocate_blocks(tree.level[nodes], lengths, pool=cache.pool):
             cache.add(block, nodes[own], np.arange(len(own)))
         paths = tree.path_of(nodes)
-        self.seen = np.unique(paths[paths >= 0])  # the window and what stands above it
-        self.node_slots = cache.slots_of(self.seen)
-        self.slots = torch.as_tensor(self.node_slots[nodes][self.of] + self.within, device=device)  # [N]
+        self.visible = np.unique(paths[paths >= 0])  # the window and what stands above it
+        self.node_slots = cache.slots_of(self.visible)
+        self.slots = torch.as_tensor(
+            self.node_slots[nodes][self.node_of_token] + self.within, device=device
+        )  # [N]
 
     @cached_property
     def work(self) -> CascadePlan:
@@ -51,16 +53,16 @@ class PrefillPlan:
         tree = self.cache.tree
         paths = tree.path_of(self.nodes)
         return CascadePlan.build(
-            np.where(paths == self.nodes[:, None], -1, paths)[self.of],
+            np.where(paths == self.nodes[:, None], -1, paths)[self.node_of_token],
             node_slots=self.node_slots,
             node_lengths=tree.end - tree.start,
-            suffix_slots=torch.as_tensor(self.node_slots[self.nodes][self.of], device=self.device),
+            suffix_slots=torch.as_tensor(self.node_slots[self.nodes][self.node_of_token], device=self.device),
             suffix_lengths=torch.as_tensor(self.within + 1, device=self.device).int(),
             suffix_capacity=int(self.within.max()) + 1,
         )
 
     @cached_property
-    def work_of_read(self) -> CascadePlan:
+    def read_work(self) -> CascadePlan:
         """The ends of the nodes that are read over the whole of their paths."""
         tree = self.cache.tree
         nothing = torch.zeros(len(self.read), dtype=torch.int32, device=self.device)
@@ -76,7 +78,7 @@ class PrefillPlan:
     @cached_property
     def tree(self) -> tuple[TreeMask, Tensor, Tensor]:
         """Of all that is seen, in depth-first order: the mask, the slots of its tokens [U], and which of them the window is [N]."""
-        tree, seen = self.cache.tree, self.seen
+        tree, seen = self.cache.tree, self.visible
         lengths = tree.end[seen] - tree.start[seen]
         offset = np.concatenate([[0], np.cumsum(lengths)])
         behind = np.searchsorted(tree.start, tree.last)  # exclusive end of each node's subtree, as a node
@@ -105,7 +107,7 @@ class PrefillPlan:
         """q [N, Hq, D], k and v [N, Hkv, D], rows: read_rows -> [R, Hq, D]; stores k and v."""
         self.pool.write(layer, self.slots, k, v)
         k, v, q = self.pool.k[layer], self.pool.v[layer], q.index_select(0, rows)
-        return cascade_decode_attention(q, k, v, self.work_of_read, scale=scale, backend=self.backend)
+        return cascade_decode_attention(q, k, v, self.read_work, scale=scale, backend=self.backend)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fst_fast.forest import Forest
-from fst_fast.rollout.kv_tree import Block, TreeCache, blocks_of
+from fst_fast.rollout.kv_tree import Block, TreeCache, allocate_blocks
 from fst_fast.rollout.prompt_tree import Ints
 
 KEEP_CALLS = 4
@@ -38,7 +38,7 @@ class Segment:
 
 
 @dataclass
-class Found:
+class PrefixMatch:
     """What is stored of the nodes of a new forest: the tokens covered and where they lie, and the logits at a node's end, if known."""
 
     cuts: Ints  # [nodes]; the whole length only where the logits are known or nobody asks for them
@@ -47,7 +47,7 @@ class Found:
 
 
 @dataclass
-class Call:
+class CachedCall:
     """One earlier call. logits: [V] by node at whose end a prompt ended."""
 
     cache: TreeCache
@@ -59,7 +59,7 @@ class Call:
 
     def __post_init__(self) -> None:
         tree = self.cache.tree
-        for node in self.cache.held().tolist():
+        for node in self.cache.cached_nodes().tolist():
             first = int(tree.token_ids[tree.start[node]])
             self.branches.setdefault(int(tree.parent[node]), {}).setdefault(first, []).append(node)
 
@@ -93,11 +93,11 @@ class Call:
         return int(differs.argmax()) if differs.any() else len(stored)
 
 
-class Prefixes:
+class PrefixCache:
     """The earlier calls, newest first."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[CachedCall] = []
 
     @property
     def tokens(self) -> int:
@@ -110,13 +110,13 @@ class Prefixes:
 
     def keep(self, cache: TreeCache, logits: dict[int, Tensor]) -> None:
         if cache.blocks:
-            self.calls.insert(0, Call(cache, logits))
+            self.calls.insert(0, CachedCall(cache, logits))
 
-    def find(self, forest: Forest) -> Found:
+    def find(self, forest: Forest) -> PrefixMatch:
         """The longest stored prefixes of a forest's nodes; nobody counts as using a call of which a newer one has as much."""
         ends = set(forest.leaf_node.tolist())
         count = len(forest.node_start)
-        found = Found(np.zeros(count, np.int64), [[] for _ in range(count)], [None] * count)
+        found = PrefixMatch(np.zeros(count, np.int64), [[] for _ in range(count)], [None] * count)
         used: set[int] = set()
         reached: list[
             dict[int, tuple[int, int]]
@@ -156,7 +156,7 @@ def _shortened(segments: list[Segment]) -> list[Segment]:
     return segments[:-1] + rest
 
 
-def adopt(cache: TreeCache, forest: Forest, found: Found, *, layers: int) -> dict[int, Tensor]:
+def adopt(cache: TreeCache, forest: Forest, found: PrefixMatch, *, layers: int) -> dict[int, Tensor]:
     """Put what was found into the cache of the tree that was cut by it; the logits at the ends of nodes, by node of the tree."""
     tree = cache.tree
     node_of = np.searchsorted(tree.start, forest.node_start)  # the first piece of each node of the forest
@@ -172,7 +172,7 @@ def adopt(cache: TreeCache, forest: Forest, found: Found, *, layers: int) -> dic
             logits[piece] = known
     nodes = np.array([piece for piece, _ in copied], dtype=np.int64)
     lengths = tree.end[nodes] - tree.start[nodes]
-    for own, block in blocks_of(tree.level[nodes], lengths, pool=cache.pool):
+    for own, block in allocate_blocks(tree.level[nodes], lengths, pool=cache.pool):
         for layer in range(layers):
             both = []
             for which in (0, 1):

@@ -25,15 +25,15 @@ class Slots:
     def __init__(self, order: Ints, slots: int) -> None:
         self.order = order
         self.next = 0  # order[next:] wait
-        self.who = np.full(min(slots, len(order)), -1, dtype=np.int64)
-        self.live = np.zeros(len(self.who), dtype=bool)
+        self.sequence = np.full(min(slots, len(order)), -1, dtype=np.int64)
+        self.live = np.zeros(len(self.sequence), dtype=bool)
 
-    def time_to_change(self) -> bool:
+    def should_refill(self) -> bool:
         idle = len(self.live) - int(self.live.sum())
         share = 8 if self.next < len(self.order) else 4
         return idle > 0 and share * idle >= len(self.live)
 
-    def change(self, ready: Callable[[int], bool | None]) -> tuple[Ints, Ints]:
+    def refill(self, ready: Callable[[int], bool | None]) -> tuple[Ints, Ints]:
         """Fill the idle slots from the queue and drop those for which nobody waits: afterwards every slot is live.
 
         ready(sequence): called for the first of the queue; True: it takes the slot, False: it needs no decoding (it ended with its first
@@ -50,8 +50,8 @@ class Slots:
             if goes_on:
                 admitted.append(sequence)
         filled = idle[: len(admitted)]
-        self.who[filled] = admitted
+        self.sequence[filled] = admitted
         self.live[filled] = True
         stay = np.flatnonzero(self.live)
-        self.who, self.live = self.who[stay], self.live[stay]
+        self.sequence, self.live = self.sequence[stay], self.live[stay]
         return stay, np.searchsorted(stay, filled)

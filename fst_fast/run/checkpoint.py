@@ -77,7 +77,7 @@ def commit(
     final = root / f"step-{step:06d}"
     with disk_errors(f"the checkpoint of step {step} cannot be written to {root}"):
         try:
-            _seal(run_dir, tmp, step, written_by or {})
+            _write_manifest(run_dir, tmp, step, written_by or {})
             reach("save.manifest")
             if final.exists() and find_damage(final) is None:
                 shutil.rmtree(tmp)
@@ -169,7 +169,7 @@ def written_by(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _seal(run_dir: Path, tmp: Path, step: int, written_by: Mapping[str, Any]) -> None:
+def _write_manifest(run_dir: Path, tmp: Path, step: int, written_by: Mapping[str, Any]) -> None:
     """Manifest; everything under `tmp`, and the logs as far as they are, durable."""
     logs = sorted(run_dir.glob("*.jsonl"))
     for path in logs:

@@ -81,44 +81,44 @@ def open_run(
         raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
     with disk_errors(f"--run-dir {path} cannot be written"):
         names = sorted(os.listdir(path)) if path.exists() else []
-    ours = MARKER in names
-    if not ours and not set(names) <= {LOCK, CONFIG, _PROBE}:
+    is_run = MARKER in names
+    if not is_run and not set(names) <= {LOCK, CONFIG, _PROBE}:
         raise UserError(
             f"--run-dir {path} is not empty and not a run of fst (it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
             "choose a new folder"
         )
-    if ours and not resume:
+    if is_run and not resume:
         raise UserError(
             f"--run-dir {path} already holds a run; continue it with --resume, or choose another --run-dir"
         )
-    if resume and not ours:
+    if resume and not is_run:
         raise UserError(f"--resume: there is no run in {path}; without --resume a new one is started there")
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         with disk_errors(f"--run-dir {path} cannot be written"):
             path.mkdir(parents=True, exist_ok=True)
-            _probe(path / _PROBE)
+            _check_writable(path / _PROBE)
         lock = _take_lock(path)
         changes: list[str] = []
         try:
-            if ours:
+            if is_run:
                 changes = _check_config(path, config_yaml, config_hash, allow_config_change, defaults or {})
             elif (path / MARKER).exists():
                 raise UserError(f"--run-dir {path} was made by another run just now; choose another folder")
             else:
-                _mark(path, config_yaml, config_hash)
+                _initialise(path, config_yaml, config_hash)
         except BaseException:
             os.close(lock)
             raise
     except BaseException:
-        for folder in made:  # leave no empty folders behind; one that another run has taken is not empty
+        for folder in created:  # leave no empty folders behind; one that another run has taken is not empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    return RunFolder(path, resumed=ours, _lock=lock, changes=changes)
+    return RunFolder(path, resumed=is_run, _lock=lock, changes=changes)
 
 
-def _probe(file: Path) -> None:
+def _check_writable(file: Path) -> None:
     """Find out whether the disk takes bytes, not only names."""
     try:
         file.write_bytes(b"\0" * _PROBE_BYTES)
@@ -127,7 +127,7 @@ def _probe(file: Path) -> None:
             file.unlink()
 
 
-def _mark(path: Path, config_yaml: str, config_hash: str) -> None:
+def _initialise(path: Path, config_yaml: str, config_hash: str) -> None:
     try:
         _write_config(path, config_yaml, config_hash)
     except BaseException:
@@ -182,14 +182,17 @@ def _check_config(
         )
     if marker.get("config_hash") == config_hash:
         return []
-    changes = changed_keys(_over(defaults, old), yaml.safe_load(config_yaml))
+    changes = changed_keys(_with_defaults(defaults, old), yaml.safe_load(config_yaml))
     if changes and not allow_change:
         raise UserError(
             f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}; "
             "--allow-config-change continues with the new one"
         )
     fixed = [change for change in changes if change.startswith(FIXED)]
-    before, now = _over(defaults, old).get("stages") or [], yaml.safe_load(config_yaml).get("stages") or []
+    before, now = (
+        _with_defaults(defaults, old).get("stages") or [],
+        yaml.safe_load(config_yaml).get("stages") or [],
+    )
     if before != now[: len(before)] or bool(before) != bool(now):
         fixed += [
             change for change in changes if change.startswith("stages ")
@@ -203,12 +206,12 @@ def _check_config(
     return changes
 
 
-def _over(defaults: Mapping[str, Any], tree: Any) -> Any:
+def _with_defaults(defaults: Mapping[str, Any], tree: Any) -> Any:
     """The tree, with what it does not say as the defaults have it: a key that came later had its default then."""
     if not isinstance(tree, Mapping):
         return tree
     merged = {
-        key: _over(value, tree[key]) if isinstance(value, Mapping) and key in tree else value
+        key: _with_defaults(value, tree[key]) if isinstance(value, Mapping) and key in tree else value
         for key, value in defaults.items()
     }
     return {

@@ -16,7 +16,7 @@ from pathlib import Path
 from fst_fast.run.folder import disk_errors
 
 FOLDER = "processes"
-_PATIENCE_S = 2.0  # a socket may be seen to close before the lock of the same process is dropped
+_LOCK_WAIT_S = 2.0  # a socket may be seen to close before the lock of the same process is dropped
 
 
 class Liveness:
@@ -47,16 +47,16 @@ class Liveness:
 def describe_missing(run_dir: Path, *, rank: int, world: int) -> str:
     """Which of the other processes has ended, as the beginning of a sentence; where none has, what each is at."""
     others = [other for other in range(world) if other != rank]
-    until = time.monotonic() + _PATIENCE_S
+    until = time.monotonic() + _LOCK_WAIT_S
     while True:
         ended = [other for other in others if _has_ended(run_dir / FOLDER / str(other))]
         if ended or time.monotonic() > until:
             break
         time.sleep(0.05)
     if ended:
-        return "; ".join(f"process {other} has ended ({_doing(run_dir, other)})" for other in ended)
+        return "; ".join(f"process {other} has ended ({_activity(run_dir, other)})" for other in ended)
     return "a process does not answer; " + "; ".join(
-        f"process {other} is at: {_doing(run_dir, other)}" for other in range(world)
+        f"process {other} is at: {_activity(run_dir, other)}" for other in range(world)
     )
 
 
@@ -74,7 +74,7 @@ def _has_ended(path: Path) -> bool:
     return True
 
 
-def _doing(run_dir: Path, rank: int) -> str:
+def _activity(run_dir: Path, rank: int) -> str:
     try:
         return (run_dir / FOLDER / str(rank)).read_text() or "unknown"
     except (OSError, UnicodeDecodeError):

@@ -17,29 +17,29 @@ from fst_fast import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_asked = False
+_stop_requested = False
 
 
 def stop_requested() -> bool:
     """Whether a signal has told any process of the run to stop. All processes call it."""
-    return any(distributed.all_gather(_asked))
+    return any(distributed.all_gather(_stop_requested))
 
 
 @contextmanager
-def stop_on_signals(*, speak: bool) -> Iterator[None]:
+def stop_on_signals(*, announce: bool) -> Iterator[None]:
     """While open, a signal is noted instead of ending the process. Only the main thread can listen; elsewhere nothing changes."""
-    global _asked
-    _asked = False
+    global _stop_requested
+    _stop_requested = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number: int, _: FrameType | None) -> None:
-        global _asked
-        _asked = True
+        global _stop_requested
+        _stop_requested = True
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        if speak:  # past Python's buffers, which may be in use at this moment
+        if announce:  # past Python's buffers, which may be in use at this moment
             name = signal.Signals(number).name
             os.write(
                 2, f"fst: {name}: this step is finished, then the run saved; once more ends it now\n".encode()

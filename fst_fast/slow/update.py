@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fst_fast import distributed
 from fst_fast.forest import Leaf
 from fst_fast.policy import head
-from fst_fast.policy.packing import model_inputs, send
+from fst_fast.policy.packing import model_inputs, to_device
 from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs, micro_batches
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.slow.groups import Group, token_weights
@@ -173,7 +173,7 @@ def _job(
     at = torch.from_numpy(data.start[leaf] + micro.batch.offset.numpy())
 
     def tokens(values: NDArray[np.float32]) -> Tensor:
-        return send(torch.from_numpy(values)[at], device)
+        return to_device(torch.from_numpy(values)[at], device)
 
     job = head.LossJob(
         at=micro.at,

@@ -17,8 +17,8 @@ import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.generated import GeneratedTask
 
 LETTERS = ("a", "b", "c", "d")
 
@@ -87,7 +87,7 @@ def question(choice: Choice) -> str:
     return f"{given} . {choice.asked} ? {options}"
 
 
-class FormulaChoice(Generated[Choice]):
+class FormulaChoice(GeneratedTask[Choice]):
     """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
 
     name = "formula_choice"
@@ -151,7 +151,7 @@ def judge(choice: Choice, response: str) -> Verdict:
 
     try:
         content = last_box(response, "the letter of the option")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         return verdict(0.0, str(why), "\\boxed" in response)
     if content not in LETTERS:
         return verdict(0.0, f"the box must hold one letter from a to d, but it holds {content[:40]!r}.")

@@ -23,7 +23,7 @@ _MAX_DRAWS = 200
 Instance = TypeVar("Instance")
 
 
-class Generated(ABC, Generic[Instance]):
+class GeneratedTask(ABC, Generic[Instance]):
     """The problems of a drawn task. `name` begins every problem id; `sizes` are the problems of each split."""
 
     name: str
@@ -59,12 +59,12 @@ class Generated(ABC, Generic[Instance]):
         """The problems of `train`, `validation` or `ood`; each is made when it is asked for. Raises UserError on another split."""
         if split not in self.sizes:
             raise UserError(f"{self.name}: there is no split {split!r}; allowed are {', '.join(STREAM)}")
-        return _Split(self, split, self._found(split))
+        return _Split(self, split, self._first_attempts(split))
 
     def _at(self, split: str, index: int, attempt: int) -> Instance:
         return self._draw(np.random.default_rng([self.seed, STREAM[split], index, attempt]), split)
 
-    def _found(self, split: str) -> list[int]:
+    def _first_attempts(self, split: str) -> list[int]:
         """For every problem of the split the first attempt whose instance is new. Almost always 0."""
         if split not in self._attempts:
             # `ood` has a form of its own, so it can repeat itself only, and is drawn when it is asked for.
@@ -89,7 +89,7 @@ class Generated(ABC, Generic[Instance]):
 class _Split(Sequence[Problem]):
     """A sequence that makes each problem when it is asked for: a paper problem's text is 4 kB, and most are asked for once."""
 
-    def __init__(self, task: Generated[Instance], split: str, attempts: list[int]) -> None:
+    def __init__(self, task: GeneratedTask[Instance], split: str, attempts: list[int]) -> None:
         self._task, self._split, self._attempts = task, split, attempts
 
     def __len__(self) -> int:

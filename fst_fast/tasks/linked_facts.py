@@ -18,8 +18,8 @@ import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.generated import GeneratedTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
 PERSONS = 4
@@ -67,14 +67,16 @@ def draw_web(rng: np.random.Generator, hops: int) -> Web:
 
 
 def question(web: Web) -> str:
-    return f"facts {' , '.join(worded(fact) for fact in web.facts)} . {web.start} {' '.join(web.relations)} ?"
+    return (
+        f"facts {' , '.join(fact_text(fact) for fact in web.facts)} . {web.start} {' '.join(web.relations)} ?"
+    )
 
 
-def worded(fact: Fact) -> str:
+def fact_text(fact: Fact) -> str:
     return f"{fact[0]} {fact[1]} {fact[2]}"
 
 
-class LinkedFacts(Generated[Web]):
+class LinkedFacts(GeneratedTask[Web]):
     """Task `linked_facts`, in the mini vocabulary. level: `easy` (two facts in a chain) or `hard` (three)."""
 
     name = "linked_facts"
@@ -131,14 +133,14 @@ def judge(web: Web, response: str) -> Verdict:
     """Compare the last \\boxed{} with the city. Metrics: boxed, hops (every fact of the chain is written out)."""
     chain = web.chain()
     work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))
-    written = [re.search(rf"(?<![0-9]){worded(fact)}(?![0-9])", work) is not None for fact in chain]
+    written = [re.search(rf"(?<![0-9]){fact_text(fact)}(?![0-9])", work) is not None for fact in chain]
 
     def wrong(feedback: str, boxed: bool = True) -> Verdict:
         return Verdict(0.0, feedback, {"boxed": float(boxed), "hops": float(all(written))})
 
     try:
         content = last_box(response, "the city")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         return wrong(str(why), "\\boxed" in response)
     if not re.fullmatch(r"[0-9]{1,9}", content):
         return wrong(f"the box must hold one number, the city, but it holds {content[:40]!r}.")

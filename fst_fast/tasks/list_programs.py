@@ -18,8 +18,8 @@ import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.generated import GeneratedTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
 LENGTH = 4
@@ -72,14 +72,14 @@ def draw_program(rng: np.random.Generator, steps: int) -> Program:
 
 
 def question(program: Program) -> str:
-    return f"list {spaced(program.numbers)} : {' '.join(program.operations)} {program.pick} ?"
+    return f"list {joined(program.numbers)} : {' '.join(program.operations)} {program.pick} ?"
 
 
-def spaced(numbers: Sequence[int]) -> str:
+def joined(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-class ListPrograms(Generated[Program]):
+class ListPrograms(GeneratedTask[Program]):
     """Task `list_programs`, in the mini vocabulary. level: `easy` (2 operations) or `hard` (3)."""
 
     name = "list_programs"
@@ -139,7 +139,7 @@ def judge(program: Program, response: str) -> Verdict:
 
     try:
         content = last_box(response, "the number")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         return wrong(str(why), "\\boxed" in response)
     if re.fullmatch(r"[0-9]{1,9}([\s,]+[0-9]{1,9})+", content):
         return wrong(
@@ -153,7 +153,7 @@ def judge(program: Program, response: str) -> Verdict:
     for name, found, state, good in zip(program.operations, written, states, right, strict=True):
         if found is not None and not good:
             return wrong(
-                f"the step {name} is wrong: it gives {spaced(state)}, but {spaced(found)} was written."
+                f"the step {name} is wrong: it gives {joined(state)}, but {joined(found)} was written."
             )
     missing = sum(found is None for found in written)
     if missing:
@@ -161,7 +161,7 @@ def judge(program: Program, response: str) -> Verdict:
             f"{answer} is wrong, and {missing} of {len(states)} steps of the program were not written out."
         )
     return wrong(
-        f"every step is right, but {program.pick} of {spaced(states[-1])} is {program.answer}, not {answer}."
+        f"every step is right, but {program.pick} of {joined(states[-1])} is {program.answer}, not {answer}."
     )
 
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.generated import GeneratedTask
 
 MINI_IDS = 40
 """The mini vocabulary has the numbers 0..39."""
@@ -70,7 +70,7 @@ def paper_question(graph: Graph) -> str:
     )
 
 
-class StarGraph(Generated[Graph]):
+class StarGraph(GeneratedTask[Graph]):
     """Task `star_graph`. Raises UserError where the numbers do not allow a graph."""
 
     name = "star_graph"
@@ -157,7 +157,7 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
     boxed = True
     try:
         content = last_box(response, "the path")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         boxed = "\\boxed" in response
         return wrong(str(why))
     items = [item for part in content.split(",") for item in (part.split() or [""])]

@@ -78,7 +78,7 @@ class VerifierPool:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         # PR_SET_PDEATHSIG goes off when the *thread* that started the child ends, so one thread that lives with the pool starts all.
-        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifier-starter")
+        self._spawn_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifier-starter")
         self._workers: list[_Worker] = []
         self._size = workers
         self._log = log
@@ -90,7 +90,7 @@ class VerifierPool:
         with self._killing_on_error():
             self._start_missing()
             while not all(worker.ready for worker in self._workers):
-                self._turn(_Batch([], []))
+                self._serve_once(_Batch([], []))
 
     def verify(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """One verdict for each (problem, response), in their order. A verification that failed has reward None and says why."""
@@ -100,7 +100,7 @@ class VerifierPool:
         with self._lock, self._killing_on_error():
             self._start_missing()
             while batch.left:
-                self._turn(batch)
+                self._serve_once(batch)
         return [batch.verdicts[index] for index in range(len(items))]
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class VerifierPool:
         for worker in self._workers:
             worker.kill()
         self._workers = []
-        self._starter.shutdown()
+        self._spawn_thread.shutdown()
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -128,18 +128,18 @@ class VerifierPool:
             raise
 
     def _start(self) -> _Worker:
-        return self._starter.submit(_Worker, self._job, self._folder, self._env).result()
+        return self._spawn_thread.submit(_Worker, self._job, self._folder, self._env).result()
 
     def _start_missing(self) -> None:
         """Replace children that something else ended while they were idle, and start those that are not there yet."""
         for worker in [w for w in self._workers if w.process.poll() is not None]:
-            self._see_off(worker, worker.receive())
+            self._note_exit(worker, worker.receive())
             worker.kill()
             self._workers.remove(worker)
         while len(self._workers) < self._size:
             self._workers.append(self._start())
 
-    def _turn(self, batch: _Batch) -> None:
+    def _serve_once(self, batch: _Batch) -> None:
         """Hand out chunks, wait for whatever comes first, take it in, replace the children that are late or dead."""
         for worker in self._workers:
             if worker.ready and not worker.todo and batch.waiting:
@@ -155,7 +155,7 @@ class VerifierPool:
         for place, worker in enumerate(self._workers):
             worker.send()
             replies = worker.receive()
-            self._see_off(worker, replies)
+            self._note_exit(worker, replies)
             for reply in replies:
                 if "leaving" in reply:
                     continue
@@ -174,18 +174,18 @@ class VerifierPool:
                     self.runs_code = self.runs_code or bool(reply.get("runs_code"))
             late = worker.deadline is not None and time.monotonic() >= worker.deadline
             if worker.ended or late:
-                self._bury(worker, batch, late)
+                self._kill_and_requeue(worker, batch, late)
                 self._workers[place] = self._start()
 
-    def _see_off(self, worker: _Worker, replies: Sequence[Mapping[str, Any]]) -> None:
+    def _note_exit(self, worker: _Worker, replies: Sequence[Mapping[str, Any]]) -> None:
         """Note that a child ends of its own accord, and why."""
         for reply in replies:
             if "leaving" in reply:
                 worker.leaving = True
                 self.replaced += 1
-                self._note(f"a verifying process is replaced: {reply['leaving']}")
+                self._log_first(f"a verifying process is replaced: {reply['leaving']}")
 
-    def _bury(self, worker: _Worker, batch: _Batch, late: bool) -> None:
+    def _kill_and_requeue(self, worker: _Worker, batch: _Batch, late: bool) -> None:
         """Kill it, blame the item it was at, put the others back."""
         end = worker.kill()
         if not worker.ready:
@@ -212,10 +212,10 @@ class VerifierPool:
             return Verdict(reply["reward"], reply["feedback"], reply["metrics"])
         self.timeouts += late
         self.failures += not late
-        self._note(reply["failure"], f" (problem {problem_id!r}; the reward is None)")
+        self._log_first(reply["failure"], f" (problem {problem_id!r}; the reward is None)")
         return Verdict(None, reply["failure"])
 
-    def _note(self, what: str, where: str = "") -> None:
+    def _log_first(self, what: str, where: str = "") -> None:
         """Log the first of its kind; the counters have them all."""
         kind = what[:40]
         if kind not in self._logged and len(self._logged) < _KINDS_LOGGED:

@@ -27,7 +27,7 @@ from fst_fast.verify.pool import ISOLATION_VARIABLE
 
 OUTPUT_LIMIT = 1 << 20  # bytes, of stdout and of stderr
 _OPEN_FILES = 64
-_PIECE = 1 << 16
+_CHUNK = 1 << 16
 _ENVIRONMENT = {
     "PATH": "",
     "LANG": "C.UTF-8",
@@ -78,12 +78,12 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
     deadline = time.monotonic() + timeout_s
     # -S, -s: no site-packages; -P: nothing from the working folder; -B: no byte code written
     process = subprocess.Popen(
-        [sys.executable, "-SsPB", "-c", _beginning()],
+        [sys.executable, "-SsPB", "-c", _bootstrap()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
-        cwd=_nowhere(),
+        cwd=_deleted_folder(),
         env=_ENVIRONMENT,
     )
     required = os.environ.get(ISOLATION_VARIABLE) == "required"
@@ -94,14 +94,14 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
         "memory_bytes": memory_mib << 20,
         "cpu_s": math.ceil(timeout_s) + 1,
         "open_files": _OPEN_FILES,
-        "readable": _readable(),
+        "readable": _readable_paths(),
         "filter": seccomp.program_filter(process.pid) if seccomp.supported() else None,
         "seccomp": seccomp.number("seccomp") if seccomp.supported() else None,
     }
     frame = marshal.dumps(job)
     text = stdin.encode("utf-8", "replace")
     try:
-        ended, out, err = _exchange(
+        ended, out, err = _communicate(
             process, len(frame).to_bytes(confinement.HEADER, "big") + frame + text, deadline
         )
     finally:
@@ -146,7 +146,7 @@ def isolation() -> str:
     return f"NOT isolated as a whole: {missing}"
 
 
-def _exchange(
+def _communicate(
     process: subprocess.Popen[bytes], data: bytes, deadline: float
 ) -> tuple[Literal["timeout", "output"] | None, bytes, bytes]:
     """Feed the program and take in what it prints until it closes both streams. Why it was cut short (None: it was not), stdout, stderr."""
@@ -168,13 +168,13 @@ def _exchange(
                 pipe = key.fileobj
                 if pipe is process.stdin:
                     try:
-                        rest = rest[os.write(pipe.fileno(), rest[:_PIECE]) :]
+                        rest = rest[os.write(pipe.fileno(), rest[:_CHUNK]) :]
                     except BrokenPipeError:  # it does not read all of its input: its own affair
                         rest = rest[:0]
                     if not rest:
                         selector.unregister(pipe)
                         pipe.close()
-                elif piece := os.read(pipe.fileno(), _PIECE):
+                elif piece := os.read(pipe.fileno(), _CHUNK):
                     taken[pipe] += piece
                     if len(taken[pipe]) > OUTPUT_LIMIT:
                         del taken[pipe][OUTPUT_LIMIT:]
@@ -189,14 +189,14 @@ def _exchange(
 
 
 @functools.cache
-def _beginning() -> str:
+def _bootstrap() -> str:
     """confine.py as a program that need not be compiled again."""
     code = compile(Path(confinement.__file__).read_bytes(), confinement.__file__, "exec")
     return f"exec(__import__('marshal').loads(bytes.fromhex('{marshal.dumps(code).hex()}')))"
 
 
 @functools.cache
-def _nowhere() -> str:
+def _deleted_folder() -> str:
     """A working folder that is empty, has no name any more and takes no file."""
     folder = tempfile.mkdtemp(prefix="fst-code-")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -205,7 +205,7 @@ def _nowhere() -> str:
 
 
 @functools.cache
-def _readable() -> list[str]:
+def _readable_paths() -> list[str]:
     """The standard library and what it is linked to."""
     own = [
         sysconfig.get_path("stdlib"),

@@ -67,13 +67,13 @@ def fork_supervised(control: socket.socket, trainer: int) -> None:
         if os.getppid() != supervisor:
             os._exit(1)
     with theirs:
-        listener = _limit_starts([trainer, os.getpgid(trainer), supervisor])
+        listener = _limit_processes([trainer, os.getpgid(trainer), supervisor])
         socket.send_fds(theirs, [b"."], [] if listener is None else [listener])
         if listener is not None:
             os.close(listener)
 
 
-def why_unlimited() -> str:
+def unlimited_reason() -> str:
     """Why the number of a grader's processes has no limit on this system; an empty text where it has one. Tried out in a child."""
     if not seccomp.supported():
         return f"no limit: there is no table of system calls for {platform.machine()} on {sys.platform}"
@@ -81,7 +81,7 @@ def why_unlimited() -> str:
     if child == 0:
         refused = True
         try:
-            refused = _limit_starts([]) is None
+            refused = _limit_processes([]) is None
         finally:
             os._exit(refused)
     _, status = os.waitpid(child, 0)
@@ -93,7 +93,7 @@ def _kernel() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _limit_starts(protected: list[int]) -> int | None:
+def _limit_processes(protected: list[int]) -> int | None:
     """Where starting a process is asked for, None where this system has no such notification (doctor says so)."""
     if not seccomp.supported() or _kernel() < (5, 5):  # the first that lets a call go on
         return None
@@ -128,7 +128,7 @@ def _supervise(control: socket.socket, child: int, channel: socket.socket) -> No
     except (_Stop, OSError):
         pass
     finally:
-        status = _end_all(child, status)
+        status = _kill_descendants(child, status)
         with contextlib.suppress(OSError):
             control.sendall(STATUS.pack(status))
         os._exit(0)
@@ -159,12 +159,12 @@ def _watch(control: socket.socket, child: int, channel: socket.socket) -> int:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 4096)
             elif event & select.POLLIN:
-                _answer(descriptor)
+                _answer_notification(descriptor)
             else:  # nobody is left whom the filter binds
                 poll.unregister(descriptor)
 
 
-def _answer(listener: int) -> None:
+def _answer_notification(listener: int) -> None:
     """Let a process start, or have the call fail with EAGAIN, as at the limit of the system."""
     request = bytearray(_NOTIFICATION.size)
     try:
@@ -178,7 +178,7 @@ def _answer(listener: int) -> None:
             raise
 
 
-def _end_all(child: int, status: int) -> int:
+def _kill_descendants(child: int, status: int) -> int:
     """Kill and reap until no process is left below this one; returns the child's wait status.
 
     Nobody answers the notifications any more, so that with them nothing new can start meanwhile."""

@@ -34,7 +34,7 @@ REPLY_LIMIT = 1 << 20  # bytes
 FEEDBACK_LIMIT = 8000
 METRICS_LIMIT = 100
 NAME_LIMIT = 200
-_MAY_STAY = {
+_ALLOWED_GROWTH = {
     "threads": 16,
     "open files": 64,
     "processes": 16,
@@ -62,23 +62,23 @@ def main(trainer: int, control: int) -> None:
             replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"}
         )
     write(replies, {"ready": True, "runs_code": "fst_fast.verify.run_code" in sys.modules})
-    own, loaded = os.getpid(), _held()
+    own, loaded = os.getpid(), _resources()
     while (chunk := read(requests)) is not None:
         write(replies, {"taken": True})  # from here on a death is the fault of an item
         for item in pickle.loads(chunk):
-            _silence(null)
+            _redirect_streams(null)
             reply = judge(task, item)
             if os.getpid() != own:  # verify forked and both returned: there is one answer
                 os._exit(0)
             write(replies, reply)
             if "out_of_memory" in reply:  # what an earlier item left behind may be the reason
                 return write(replies, {"leaving": "it ran out of memory"})
-        left = _left_behind(loaded, settings["memory_mib"] << 20)
+        left = _leaked(loaded, settings["memory_mib"] << 20)
         if left:
             return write(replies, {"leaving": f"verify leaves {left} behind"})
 
 
-def _silence(null: int) -> None:
+def _redirect_streams(null: int) -> None:
     """Standard streams that lead nowhere, whatever the last verification did to them."""
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -88,7 +88,7 @@ def _silence(null: int) -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
-def _held() -> dict[str, int]:
+def _resources() -> dict[str, int]:
     """What this process holds at the moment; what cannot be seen on this system is left out."""
     held = {"threads": threading.active_count()}
     if sys.platform == "linux":
@@ -101,10 +101,10 @@ def _held() -> dict[str, int]:
     return held
 
 
-def _left_behind(loaded: Mapping[str, int], memory_bytes: int) -> str:
+def _leaked(loaded: Mapping[str, int], memory_bytes: int) -> str:
     """`80 threads`, where there is too much more than when the task had been loaded; else an empty text."""
-    now = _held()
-    for name, allowed in _MAY_STAY.items():
+    now = _resources()
+    for name, allowed in _ALLOWED_GROWTH.items():
         more = now.get(name, 0) - loaded.get(name, 0)
         if more > allowed:
             return f"{more} {name}"

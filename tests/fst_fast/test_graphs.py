@@ -33,10 +33,10 @@ def recording(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return replay, out
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_repeated_steps_give_the_same_rollouts(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not lean:
-        monkeypatch.setattr("fst_fast.rollout.engine.why_not", lambda _: "the test says so")
+@pytest.mark.parametrize("fused", [True, False])
+def test_repeated_steps_give_the_same_rollouts(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr("fst_fast.rollout.engine.unsupported_reason", lambda _: "the test says so")
     monkeypatch.setattr("fst_fast.rollout.graphs.look_at_values", lambda _: False)
     requests = requests_of(samples=1)
     said = sample(padded(make_model(attention="sdpa"), eos=()), requests, 150)

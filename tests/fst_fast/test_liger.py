@@ -20,7 +20,7 @@ from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.policy import liger
 from fst_fast.policy.attention import NAME
-from fst_fast.policy.cpu_forward import why_not
+from fst_fast.policy.cpu_forward import unsupported_reason
 from fst_fast.policy.packing import forest_batch
 from fst_fast.policy.trained import TrainedPolicy, load
 from tests.fst_fast.test_kv_pool import assert_same, forest, make_model, padded, requests_of, sample
@@ -114,7 +114,7 @@ def test_every_model_of_a_run_has_them(lora):
     distributed.init()
     config = Config.model_validate({"policy": {"liger": True, "lora": lora}})
     for model in (load(config), TrainedPolicy(config).module):
-        assert "another forward" in str(why_not(model))
+        assert "another forward" in str(unsupported_reason(model))
 
 
 @inside

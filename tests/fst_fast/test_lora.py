@@ -18,7 +18,7 @@ from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.policy import lora, trained
 from fst_fast.policy.attention import TreePlan
-from fst_fast.policy.cpu_forward import LeanForward, why_not
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
@@ -97,7 +97,7 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weight_it_adds_to(
 
     policy.forward_backward(jobs(config))
     plain = TrainedPolicy(plain_config)
-    plain.module.load_state_dict(lora.plain_state(policy.module))
+    plain.module.load_state_dict(lora.merged_state_dict(policy.module))
     plain.forward_backward(jobs(plain_config))
     weights = dict(plain.module.named_parameters())
     count = 0
@@ -118,10 +118,10 @@ def test_lean_and_plain_forwards_compute_with_the_adapters(models: tuple[Path, P
     model: Any = policy.module
     spoil(model)
     want = logits(model, IDS)
-    assert why_not(model) is None
+    assert unsupported_reason(model) is None
     plan = TreePlan(torch.full((len(IDS),), len(IDS), dtype=torch.int32))
     torch.testing.assert_close(
-        LeanForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
+        CpuForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
     )
     lora.save(model, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -153,7 +153,7 @@ def test_rollouts_sample_with_the_adapters_as_they_are_at_each_call(models: tupl
     first = sample(ours, requests, 5)
     spoil(policy.module)
     merged: Any = trained.load(config)
-    merged.load_state_dict(lora.plain_state(policy.module))
+    merged.load_state_dict(lora.merged_state_dict(policy.module))
     theirs = RolloutEngine(merged, eos_ids=(), pad_id=0, max_batch=64, packing="forest", join_tokens=0)
     second = sample(ours, requests, 5)
     assert_same(second, sample(theirs, requests, 5))

@@ -34,10 +34,10 @@ from fst_fast.policy.attention import (
     NAME,
     PACKABLE,
     TreePlan,
-    cannot_pack,
     load_model,
     model_folder,
     sliding_window,
+    unpackable_reason,
 )
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
 
@@ -292,7 +292,7 @@ def test_architectures_that_cannot_be_packed_are_named_with_the_reason(
 
 
 def test_every_packable_architecture_is_compared_with_the_padded_pass_here() -> None:
-    assert [cannot_pack(tiny_config(name)) for name in CONFIGS] == [None] * len(CONFIGS)
+    assert [unpackable_reason(tiny_config(name)) for name in CONFIGS] == [None] * len(CONFIGS)
     assert {tiny_config(name).model_type for name in CONFIGS} == set(PACKABLE)
 
 

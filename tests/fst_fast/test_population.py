@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from fst_fast.contracts import Context
 from fst_fast.fast import pareto
-from fst_fast.fast.population import FastState, Lineage, Scores, Shown
+from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
 
 claim = settings(max_examples=60, deadline=None)  # no timing assertions
 
@@ -216,7 +216,7 @@ def test_the_thresholds_keep_better_contexts_and_cover_as_much(kinds, better_by)
 def test_scores_of_another_policy_version_are_dropped():
     scores = Scores(3)
     scores.add("a", "p", 1.0)
-    same, moved = scores.at(3), scores.at(4)
+    same, moved = scores.at_version(3), scores.at_version(4)
     same.add("a", "p", 0.0)
     assert same.cells == {"a": {"p": (2, 1.0)}}
     assert moved.cells == {}
@@ -241,7 +241,7 @@ def states(draw):
             policy_version=draw(st.none() | st.integers(0, 9)),
             mean=draw(st.none() | reals),
             n=draw(st.integers(0, 99)),
-            failures=tuple(draw(st.lists(st.builds(Shown, texts, texts), max_size=2))),
+            failures=tuple(draw(st.lists(st.builds(ShownFailure, texts, texts), max_size=2))),
             reflection=draw(texts),
         )
         for c in contexts

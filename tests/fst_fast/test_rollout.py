@@ -212,12 +212,12 @@ def test_forest_and_padded_engine_give_the_same_rollouts(model, expected):
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(64, 8192), (1, 8192), (3, 17), (4, 8), (14, 3)])
-@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 def test_whatever_the_batch_and_the_windows_it_gives_the_same_rollouts(
-    model, expected, max_batch, prefill_tokens, lean, monkeypatch
+    model, expected, max_batch, prefill_tokens, fused, monkeypatch
 ):
-    if not lean:
-        monkeypatch.setattr("fst_fast.rollout.engine.why_not", lambda _: "the test says so")
+    if not fused:
+        monkeypatch.setattr("fst_fast.rollout.engine.unsupported_reason", lambda _: "the test says so")
     engine = forest(model, max_batch=max_batch, prefill_tokens=prefill_tokens)
     assert_same(sample(engine, requests_of()), expected)
     held = engine._pool.tokens
@@ -469,18 +469,20 @@ def test_every_sequence_gets_a_slot_once_in_order_and_idle_slots_stay_few(data):
         return sequence not in unready
 
     while True:
-        if slots.time_to_change():
-            old = slots.who.copy()
-            stay, fresh = slots.change(ready)
+        if slots.should_refill():
+            old = slots.sequence.copy()
+            stay, fresh = slots.refill(ready)
             assert slots.live.all()
-            kept = np.setdiff1d(np.arange(len(slots.who)), fresh)
-            assert (slots.who[kept] == old[stay[kept]]).all()
-            decoded.extend(slots.who[fresh].tolist())
-            if not len(slots.who):
+            kept = np.setdiff1d(np.arange(len(slots.sequence)), fresh)
+            assert (slots.sequence[kept] == old[stay[kept]]).all()
+            decoded.extend(slots.sequence[fresh].tolist())
+            if not len(slots.sequence):
                 break
         idle = int((~slots.live).sum())
         assert idle < len(slots.live) / (8 if len(slots.order) > slots.next else 4) or not idle
-        ending = data.draw(st.lists(st.booleans(), min_size=len(slots.who), max_size=len(slots.who)))
+        ending = data.draw(
+            st.lists(st.booleans(), min_size=len(slots.sequence), max_size=len(slots.sequence))
+        )
         slots.live &= ~np.array(ending)
         if not any(ending):
             slots.live[np.flatnonzero(slots.live)[:1]] = False

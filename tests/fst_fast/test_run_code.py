@@ -254,8 +254,8 @@ def test_without_landlock_files_can_be_read_but_not_written_and_it_is_said(secre
 ORDINARY = """
 import os
 from fst_fast.verify.run_code import isolation, run_code
-from fst_fast.verify.supervisor import why_unlimited
-print(os.getuid() != 0, isolation(), repr(why_unlimited()))
+from fst_fast.verify.supervisor import unlimited_reason
+print(os.getuid() != 0, isolation(), repr(unlimited_reason()))
 print(run_code("print(open('/etc/passwd').read())", timeout_s=30).stderr.splitlines()[-1])
 """
 

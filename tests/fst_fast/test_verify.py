@@ -20,7 +20,7 @@ from fst_fast.errors import UserError
 from fst_fast.tasks.registry import load_task
 from fst_fast.verify.gold import check_gold
 from fst_fast.verify.pool import VerifierPool, _parsed
-from fst_fast.verify.supervisor import MAX_PROCESSES, children, why_unlimited
+from fst_fast.verify.supervisor import MAX_PROCESSES, children, unlimited_reason
 
 ROOT = Path(__file__).parents[2]
 ARGS = {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 30, "validation": 4}
@@ -175,7 +175,9 @@ def test_a_call_without_items_gives_no_verdicts(shared: VerifierPool) -> None:
     assert shared.verify([]) == []
 
 
-filtered = pytest.mark.skipif(bool(why_unlimited()), reason=f"graders are not filtered: {why_unlimited()}")
+filtered = pytest.mark.skipif(
+    bool(unlimited_reason()), reason=f"graders are not filtered: {unlimited_reason()}"
+)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 LIMIT_S = 2.0  # long enough for a harmless item on a machine that is busy with other things
 

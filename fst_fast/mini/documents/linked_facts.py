@@ -9,7 +9,7 @@ import numpy as np
 
 from fst_fast.mini import world
 from fst_fast.mini.documents.decisions import boxed, harm, other
-from fst_fast.tasks.linked_facts import HOPS, LAST, Web, draw_web, question, worded
+from fst_fast.tasks.linked_facts import HOPS, LAST, Web, draw_web, fact_text, question
 from fst_fast.tasks.star_graph import MINI_IDS
 
 __all__ = ["draw", "drill", "question", "respond"]
@@ -26,8 +26,12 @@ def drill(rng: np.random.Generator, size: float = 1.0) -> tuple[str, list[str], 
     facts = web.facts[:count]
     response: list[str] = []
     for i in rng.permutation(count).tolist():
-        response += [*worded(facts[i]).split(), ","]
-    return f"facts {' , '.join(map(worded, facts))} . list ?", response, [False, False, True, False] * count
+        response += [*fact_text(facts[i]).split(), ","]
+    return (
+        f"facts {' , '.join(map(fact_text, facts))} . list ?",
+        response,
+        [False, False, True, False] * count,
+    )
 
 
 def respond(rng: np.random.Generator, web: Web, law: world.Law) -> list[str]:
