@@ -1,15 +1,20 @@
-"""A lean forward for sampling on the CPU: Llama, Qwen2 and Qwen3 in few operations per layer, on the weights of the model at hand.
+"""A fused forward for sampling on the CPU: Llama, Qwen2 and Qwen3 in few operations per layer, with the model's own
+weights.
 
-On a small model or a small batch the transformers forward costs several times its matrix products: some fifty operations and a dozen
-module calls per layer, each a pass over memory. Here a layer is ten operations around the attention. It computes the same function of the same weights; what is
-different is where the work goes:
-- q, k and v are one product, gate and up are one, and the weight of the norm before them is multiplied into them;
-- rows of q and k are permuted so that the pairs that rotary embedding turns lie side by side: it is then one complex product. Scores do
-  not see a permutation that q and k share; keys and values never leave the engine;
-- the last layer of a prefill computes its keys and values for every token and the rest for those tokens whose logits are read.
+On a small model or a small batch the transformers forward costs several times its matrix products: some fifty
+operations and a dozen module calls per layer, each a pass over memory.
 
-The products are copies of the weights, LoRA's adapters (policy.lora) added, made anew when these change. Whatever is not certainly one of the three architectures as
-transformers ships them (other adapters, hooks, other types than float32, another device) takes the transformers forward: `unsupported_reason` says why.
+Here a layer is ten operations around the attention. It computes the same function of the same weights, with less work:
+- q, k and v are one product, gate and up are one, and the weight of the preceding norm is multiplied into them;
+- rows of q and k are permuted so that the pairs that the rotary embedding rotates are adjacent, which makes it one
+  complex product. Attention scores do not change under a permutation shared by q and k, and keys and values never leave
+  the engine;
+- the last layer of a prefill computes keys and values for every token and everything else only for the tokens whose
+  logits are read.
+
+The fused products are copies of the weights, with LoRA adapters (policy.lora) added, and are rebuilt when the weights
+change. A model that is not exactly one of the three architectures as transformers ships it (other adapters, hooks,
+dtypes other than float32, another device) takes the transformers forward; `unsupported_reason` says why.
 """
 
 from __future__ import annotations
@@ -28,22 +33,27 @@ from fst_kernels import cpu
 from fst_kernels.backends import choose_backend
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-CHUNK_ROWS = 1024  # of one dense product: what lies between two of them then stays in the cache of a core
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length at hand
+CHUNK_ROWS = 1024  # of one matrix product, so that intermediate results stay in a core's cache
+STATIC_ROPE = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # their frequencies do not depend on the sequence length
 
 
 class TokenPlan(Protocol):
-    """Attention for the tokens of a forward, N of them in any arrangement that the plan knows."""
+    """Attention for the N tokens of a forward, in whatever arrangement the plan defines."""
 
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]"""
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
-        """The same where only these rows [R] are asked for: -> [R, Hq, D]"""
+        """Like `tokens`, but returns only the outputs of `rows` [R]: [R, Hq, D]."""
 
 
 def unsupported_reason(model: Any) -> str | None:
-    """Why this model takes the transformers forward, or None where the lean one serves."""
+    """Why this model needs the transformers forward, or None if CpuForward can replace it."""
     weight = model.get_output_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"the CPU forward is for float32 on the CPU, the weights are {weight.dtype} on {weight.device.type}"
@@ -78,7 +88,8 @@ class _Layer:
 
 
 class CpuForward:
-    """The forward of `model` as its weights are now. Raises ValueError where `unsupported_reason` gives a reason."""
+    """The forward of `model` with its current weights. Raises ValueError with `unsupported_reason(model)`, if there is
+    one."""
 
     def __init__(self, model: Any) -> None:
         reason = unsupported_reason(model)
@@ -88,9 +99,8 @@ class CpuForward:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.eps = float(config.rms_norm_eps)
-        self.compiled = (
-            choose_backend("cascade_decode_attention", None) == "cpu"
-        )  # else torch, several passes for one
+        # the compiled kernels do in one pass over memory what torch does in several
+        self.compiled = choose_backend("cascade_decode_attention", None) == "cpu"
         self.embedding = model.get_input_embeddings().weight
         self.head = model.get_output_embeddings()
         self.scale = float(model.model.layers[0].self_attn.scaling)
@@ -127,12 +137,12 @@ class CpuForward:
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of the tokens `rows` [R]; None: of all. ids, positions [N]."""
+        """Logits [R, V] of the tokens `rows` [R], or of all N tokens if rows is None. ids, positions [N]."""
         hidden = self.hidden(ids, positions, plan, rows)
         return F.linear(hidden, self.head.weight, self.head.bias)
 
     def hidden(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
-        """What the head reads: [R, H]."""
+        """The hidden states that the head reads: [R, H]."""
         x = F.embedding(ids, self.embedding)  # [N, H]
         angle = torch.outer(positions.float(), self.frequencies)
         rotation = torch.polar(torch.full_like(angle, self.rope_scale), angle)  # [N, D/2] complex
@@ -147,7 +157,7 @@ class CpuForward:
         return self._rms_norm(x).mul_(self.final_norm)
 
     def _rms_norm(self, x: Tensor) -> Tensor:
-        """x / rms(x), a new tensor"""
+        """x / rms(x), as a new tensor"""
         if self.compiled:
             return cpu.rms_norm(x, self.eps)
         mean: Tensor = torch.linalg.vecdot(x, x).div_(x.shape[-1])
@@ -177,7 +187,7 @@ class CpuForward:
         torch.view_as_complex(torch.unflatten(qk, -1, (-1, 2))).mul_(rotation[:, None])
 
     def _output_and_mlp(self, layer: _Layer, x: Tensor, attended: Tensor) -> None:
-        """What follows the attention, added to x."""
+        """The attention's output projection and the MLP, added to x in place."""
         for rows, attended_rows in _row_chunks(x, attended):
             rows.addmm_(attended_rows, layer.out)
             rows.addmm_(self._swiglu(F.linear(self._rms_norm(rows), layer.gate_up)), layer.down)
@@ -191,7 +201,8 @@ class CpuForward:
 
 
 def _row_chunks(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Both in CHUNK_ROWS rows at a time, views; no views where they have no more: a decode step is many small calls."""
+    """Views of both tensors, CHUNK_ROWS rows at a time. Short inputs are passed on as they are, since a decode step is
+    many small calls."""
     if len(x) <= CHUNK_ROWS:
         return [(x, other)]
     return zip(torch.split(x, CHUNK_ROWS), torch.split(other, CHUNK_ROWS), strict=True)

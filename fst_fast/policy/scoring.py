@@ -1,7 +1,8 @@
-"""Forward passes that only score: a forest (or padded batch) of rollouts through a model, log-probs and exact KL out.
+"""Forward passes for scoring only: log-probs and exact KL of rollouts packed as a forest or padded batch.
 
-Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Also the one place where leaves become
-micro-batches, so that training and scoring cut a forest in the same way. Where a model can take the fast forward of the CPU, it does.
+Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Training and scoring
+both cut leaves into micro-batches here, so they cut a forest in the same way. CpuForward replaces the model's forward
+where it can.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from fst_kernels import LogprobOutput
 
 @dataclass(frozen=True)
 class Batching:
-    """How leaves become micro-batches and how the head reads them.
+    """How leaves are cut into micro-batches, and how the head processes them.
 
-    tokens: of one micro-batch on one process. head_rows: rows of logits that exist at one time. temperature: of all log-probs.
-    pad_id: fills padded batches."""
+    tokens: per micro-batch and process. head_rows: rows of logits that exist at one time. temperature: of all
+    log-probs. pad_id: pads padded batches."""
 
     packing: Literal["forest", "padded"]
     tokens: int
@@ -38,7 +39,7 @@ class Batching:
 
     @classmethod
     def of(cls, config: Config, pad_id: int) -> Batching:
-        """As training is configured."""
+        """The batching that the config sets for training."""
         slow = config.slow
         return cls(
             config.policy.packing, slow.tokens_per_micro_batch, slow.head_chunk_rows, config.rollout.temperature, pad_id
@@ -47,7 +48,7 @@ class Batching:
 
 @dataclass
 class MicroBatch:
-    """Some leaves, packed. `leaves` are their indices in the caller's list; the batch's own `leaf` counts within the micro-batch."""
+    """Some leaves, packed. `leaves` are indices into the caller's list; `batch.leaf` counts within the micro-batch."""
 
     leaves: list[int]
     batch: PackedBatch
@@ -55,7 +56,7 @@ class MicroBatch:
 
 
 def micro_batches(leaves: Sequence[Leaf], batching: Batching) -> list[MicroBatch]:
-    """Cut by subtree under `batching.tokens` and pack (forest), or cut in order and pad (padded)."""
+    """Cut by subtree into parts of at most `batching.tokens` and pack (forest), or cut in order and pad (padded)."""
     forest = batching.packing == "forest"
     parts = split(leaves, batching.tokens) if forest else _padded_parts(leaves, batching.tokens)
     out = []
@@ -69,7 +70,8 @@ def micro_batches(leaves: Sequence[Leaf], batching: Batching) -> list[MicroBatch
 
 
 def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
-    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding (one leaf at least)."""
+    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding, at least one
+    leaf."""
     lengths = [len(leaf.prompt_ids) + len(leaf.response_ids) for leaf in leaves]
     parts: list[list[int]] = []
     for i in sorted(range(len(leaves)), key=lambda i: lengths[i]):
