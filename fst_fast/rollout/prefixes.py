@@ -1,11 +1,14 @@
-"""What earlier calls computed under the same weights: the longest stored prefix of a prompt is taken over, not computed again.
+"""Prefix cache across calls with the same weights: the longest cached prefix of a prompt is reused instead of
+recomputed.
 
-A call leaves its prompt tree here, with the blocks that were not given back and the logits at the ends of its prompts. The next call walks
-its own tree down along the stored ones: a node, or the first part of one, that is stored becomes rows of an earlier block, as they are where a
-stored node matches as a whole, else copied (copying a token's keys and values costs a thousandth of computing them).
+A call stores its prompt tree with the blocks that are still allocated and the logits at the ends of its prompts. The
+next call walks its own tree along the stored ones. A node, or its beginning, that is cached becomes rows of an earlier
+block: shared if a stored node matches entirely, else copied (copying a token's keys and values costs a thousandth of
+computing them).
 
-Whether the weights are the same is for the caller to know. So is whether reuse is wanted: logits of a prefix that was computed in other
-company agree to rounding only, so a run that must repeat itself bit by bit forgets at every point it can be resumed from.
+The caller must know that the weights are the same. It also decides whether to reuse at all: logits computed in another
+batch agree only up to rounding, so a run that must be bit-reproducible clears the cache at every point that it can be
+resumed from.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ from fst_fast.rollout.kv_tree import Block, TreeCache, allocate_blocks
 from fst_fast.rollout.prompt_tree import Ints
 
 KEEP_CALLS = 4
-"""A stored call of which so many calls in a row took nothing is forgotten."""
+"""A stored call is dropped after this many calls in a row that reused nothing of it."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [begin, end) of a stored node."""
+    """Tokens [begin, end) of a cached node."""
 
     block: Block
     row: int
@@ -39,20 +42,21 @@ class Segment:
 
 @dataclass
 class PrefixMatch:
-    """What is stored of the nodes of a new forest: the tokens covered and where they lie, and the logits at a node's end, if known."""
+    """The cached part of each node of a new forest: the number of tokens, where they are stored, and the logits at the
+    node's end, if known."""
 
-    cuts: Ints  # [nodes]; the whole length only where the logits are known or nobody asks for them
+    cuts: Ints  # [nodes]; a whole node only if its final logits are known or not needed
     segments: list[list[Segment]]
     logits: list[Tensor | None]  # [V] each
 
 
 @dataclass
 class CachedCall:
-    """One earlier call. logits: [V] by node at whose end a prompt ended."""
+    """One earlier call. logits: [V], by the node at whose end a prompt ended."""
 
     cache: TreeCache
     logits: dict[int, Tensor]
-    unused: int = 0  # calls in a row that took nothing
+    unused: int = 0  # calls in a row that reused nothing of it
     branches: dict[int, dict[int, list[int]]] = field(
         default_factory=dict
     )  # node (-1: none) -> first token -> child
@@ -64,7 +68,8 @@ class CachedCall:
             self.branches.setdefault(int(tree.parent[node]), {}).setdefault(first, []).append(node)
 
     def follow(self, at: tuple[int, int], ids: Ints) -> tuple[list[Segment], tuple[int, int]]:
-        """Walk on from (node, tokens of it behind us) along `ids`: the segments passed, and where that ends."""
+        """Walk on from `at` = (node, offset in the node) along `ids`; returns the segments passed and the final
+        position."""
         tree = self.cache.tree
         node, offset = at
         segments: list[Segment] = []
@@ -85,7 +90,7 @@ class CachedCall:
         return segments, (node, offset)
 
     def _common(self, node: int, offset: int, ids: Ints) -> int:
-        """How many of `ids` are the node's tokens from `offset` on."""
+        """How many of `ids` match the node's tokens from `offset` on."""
         tree = self.cache.tree
         begin = int(tree.start[node]) + offset
         stored = tree.token_ids[begin : min(begin + len(ids), int(tree.end[node]))]
@@ -94,14 +99,14 @@ class CachedCall:
 
 
 class PrefixCache:
-    """The earlier calls, newest first."""
+    """The stored calls, newest first."""
 
     def __init__(self) -> None:
         self.calls: list[CachedCall] = []
 
     @property
     def tokens(self) -> int:
-        """Tokens that the stored blocks take the memory of."""
+        """Allocated tokens of all stored blocks."""
         blocks = {id(block): block for call in self.calls for block in call.cache.blocks.values()}
         return sum(block.tokens for block in blocks.values())
 
@@ -113,14 +118,13 @@ class PrefixCache:
             self.calls.insert(0, CachedCall(cache, logits))
 
     def find(self, forest: Forest) -> PrefixMatch:
-        """The longest stored prefixes of a forest's nodes; nobody counts as using a call of which a newer one has as much."""
+        """The longest cached prefixes of a forest's nodes. A call counts as unused if newer calls have as much of
+        everything."""
         ends = set(forest.leaf_node.tolist())
         count = len(forest.node_start)
         found = PrefixMatch(np.zeros(count, np.int64), [[] for _ in range(count)], [None] * count)
         used: set[int] = set()
-        reached: list[
-            dict[int, tuple[int, int]]
-        ] = []  # per node: call -> where its walk stands at the node's end
+        reached: list[dict[int, tuple[int, int]]] = []  # per node: call -> its position at the node's end
         rows = zip(
             forest.node_start.tolist(), forest.node_end.tolist(), forest.node_parent.tolist(), strict=True
         )
@@ -137,9 +141,7 @@ class PrefixCache:
                     reached[node][number] = now
                     length = call.cache.tree.end[now[0]] - call.cache.tree.start[now[0]]
                     logits = call.logits.get(now[0]) if now[1] == length else None
-                    if (
-                        node in ends and logits is None
-                    ):  # the last token has to go through the model for its logits
+                    if node in ends and logits is None:  # the last token must be recomputed for its logits
                         segments, covered = _shortened(segments), covered - 1
                 if covered > found.cuts[node] or (covered == found.cuts[node] and found.logits[node] is None and logits is not None):  # fmt: skip
                     found.cuts[node], found.segments[node], found.logits[node] = covered, segments, logits
@@ -157,7 +159,7 @@ def _shortened(segments: list[Segment]) -> list[Segment]:
 
 
 def adopt(cache: TreeCache, forest: Forest, found: PrefixMatch, *, layers: int) -> dict[int, Tensor]:
-    """Put what was found into the cache of the tree that was cut by it; the logits at the ends of nodes, by node of the tree."""
+    """Enter the matches into the cache of the tree that was cut at them; returns the known logits by tree node."""
     tree = cache.tree
     node_of = np.searchsorted(tree.start, forest.node_start)  # the first piece of each node of the forest
     logits: dict[int, Tensor] = {}

@@ -3,7 +3,7 @@ the n-th time.
 
 `FST_FAULT=backward:3` applies to every process of the run, `FST_FAULT=backward:3:1` to rank 1 only. With SIGKILL no
 handler, `finally` or flush runs, as when the machine loses power or the kernel runs out of memory. If unset, a point
-costs one comparison. POINTS is in the order in which a run reaches them; docs/reliability.md says what each one
+costs one comparison. The code calls `reach` at each of POINTS; docs/reliability.md says what each one
 guarantees.
 """
 
