@@ -1,17 +1,20 @@
 """Evolve the contexts: carry the population over, propose and test edits for a few generations, keep K contexts.
 
-The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Phi"), its evolution GEPA's (arXiv 2507.19457): parents from
-the per-problem Pareto front, edits proposed by reflection on failures. What differs from GEPA, and why:
+The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Phi"); its evolution is GEPA's (arXiv
+2507.19457): parents from the per-problem Pareto front, edits proposed by reflection on failures. Differences from GEPA,
+and why:
 
-- it starts from a population and from a policy that has moved: every carried context is scored afresh, on the same problems and samples as
-  its children, in one batch;
-- all reflections of a generation are one batch and so are all its children, since a rollout engine is fast on many prompts at once;
+- it starts from a population and from a policy that has changed. Every carried context is rescored, on the same
+  problems and samples as its children, in one batch;
+- all reflections of a generation form one batch, and so do all its children, since a rollout engine is fast on many
+  prompts at once;
 - a child is admitted by a paired test against its parent (`pareto.admits`), not by comparing two noisy sums;
-- the budget is a hard cap: a generation takes as many children as it can still pay for in full.
+- the budget is a hard limit: a generation has only as many children as it can pay for in full.
 
-Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness comes from (seed, cycle,
-generation): processes that see the same scores and replies decide alike, and a resumed run repeats itself. `score` and `reflect` are
-called once per generation with the whole batch; they are the only places where processes communicate.
+Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness derives
+from (seed, cycle, generation). So processes with the same scores and replies decide alike, and a resumed run repeats
+itself. `score` and `reflect` are called once per generation with the whole batch; they are the only places where
+processes communicate.
 """
 
 from __future__ import annotations
@@ -46,18 +49,18 @@ from fst_fast.run.callbacks import Admission, Proposal
 Log = Callable[[str], None]
 
 KEPT_FEEDBACK_CHARS = 500
-"""Of a shown failure's feedback, what the lineage keeps."""
+"""How much of a shown failure's feedback the lineage stores."""
 KEPT_REFLECTION_CHARS = 4000
-"""Of a reflector's reply, what the lineage keeps."""
+"""How much of a reflector's reply the lineage stores."""
 
 _STREAM = 0xFA57
-"""Keeps the fast phase's random numbers apart from everybody else's under the same seed."""
+"""Separates the fast phase's random stream from others with the same seed."""
 
 
 @dataclass(frozen=True)
 class FastResult:
-    """state: to go on from and to save. population: exactly K contexts, the best first; it may repeat. sampled: every rollout of the
-    phase, for reuse. record: the "cycle" line of metrics.jsonl, without kind and step."""
+    """state: to save and continue from. population: exactly K contexts, best first, with possible repeats. sampled:
+    every rollout of the phase, for reuse. record: the "cycle" line of metrics.jsonl, without kind and step."""
 
     state: FastState
     population: list[Context]
@@ -65,12 +68,12 @@ class FastResult:
     record: dict[str, Any]
 
 
-MAX_REST = 3  # cycles that fast.adaptive leaves out in a row
+MAX_REST = 3  # cycles that fast.adaptive skips in a row
 
 
 @dataclass(frozen=True)
 class Size:
-    """What scoring one context costs: problems x samples rollouts."""
+    """The cost of scoring one context: problems x samples rollouts."""
 
     problems: int
     samples: int
@@ -81,11 +84,12 @@ class Size:
 
 
 def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
-    """How much of the anchor set a budget pays for: the carried contexts and one full generation of children must fit.
+    """How much of the anchor set the budget pays for: the carried contexts and one full generation of children must
+    fit.
 
-    If they do not, first the samples shrink, then the anchor set (to its first problems): breadth over problems tells more than repetition.
-    0 problems: the budget does not even pay one rollout for each of them, so the phase does nothing.
-    """
+    If they do not, first the number of samples shrinks, then the anchor set (to its first problems): breadth over
+    problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the
+    phase does nothing."""
     contexts = members + config.children
     if anchor == 0 or contexts > config.rollout_budget:
         return Size(0, 0)
@@ -110,12 +114,13 @@ def evolve(
 ) -> FastResult:
     """Evolve the population for one cycle.
 
-    anchor: the problems on which contexts are compared; an id that occurs twice counts once. fits: whether a context leaves room for
-    every problem that it may meet; one that does not is refused as too long. emit: receives the Proposal and Admission events.
+    anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
+    for every problem in the prompt; if not, it is refused as too long. emit: receives the Proposal and Admission
+    events.
 
-    Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more than
-    config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase goes on.
-    """
+    Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
+    than config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase
+    continues."""
     if config.adaptive and state.rest:
         log(f"fast phase of cycle {cycle} left out: the last {state.idle} admitted no child (fast.adaptive)")
         return _carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
@@ -139,7 +144,7 @@ def evolve(
     )
     evaluations.judge(members)
 
-    archive = list(members)  # the carried and the admitted: what may be a parent or be kept
+    archive = list(members)  # carried and admitted contexts: candidates for parents and for the population
     lineage = dict(state.contexts)
     tried = {c.text for c in members}
     tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
@@ -150,7 +155,7 @@ def evolve(
         width = min(config.children, (config.rollout_budget - evaluations.spent) // size.rollouts)
         rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, wave]))
         parents = _choose_parents(evaluations, archive, width, rng)
-        if not parents:  # the budget is used up, or nothing fails
+        if not parents:  # the budget is used up, or no context fails anywhere
             break
         shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
         prompts = [
@@ -180,7 +185,7 @@ def evolve(
             emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
             line = lineage.setdefault(
                 line.context.id, line
-            )  # tried under an earlier policy: keeps its place in the tree
+            )  # a context tried under an earlier policy keeps its place in the tree
             children.append((line.context, parent))
         evaluations.judge([child for child, _ in children])
         for child, parent in children:
@@ -233,7 +238,7 @@ def evolve(
 
 
 class _Evaluations:
-    """What has been sampled in this phase: rewards by (problem, sample) for the paired test, counts and sums for the front."""
+    """What this phase has sampled: rewards by (problem, sample) for the paired test, counts and sums for the front."""
 
     def __init__(self, problems: list[Problem], samples: int, scores: Scores, score: ScoreFn) -> None:
         self.problem = {problem.id: problem for problem in problems}
@@ -252,7 +257,7 @@ class _Evaluations:
         return len(self.sampled)
 
     def judge(self, contexts: Sequence[Context]) -> None:
-        """Score these contexts on every problem and sample, as one batch."""
+        """Score these contexts on every problem and sample, in one batch."""
         items = [
             RolloutRequest(c, p, k)
             for c in contexts
@@ -290,7 +295,7 @@ class _Evaluations:
         return self.scores.matrix(context_ids, list(self.problem))
 
     def mean(self, context_id: str) -> tuple[float | None, int]:
-        """Mean over this phase's problems of the mean reward there, and the number of judged rollouts."""
+        """(mean over this phase's problems of the mean reward, number of judged rollouts)."""
         n = self.scores.count(context_id, list(self.problem))
         return (float(pareto.row_means(self.matrix([context_id]))[0]) if n else None), n
 
@@ -298,12 +303,13 @@ class _Evaluations:
 def _choose_parents(
     evaluations: _Evaluations, archive: list[Context], width: int, rng: np.random.Generator
 ) -> list[Context]:
-    """`width` draws, with replacement, among the contexts that failed somewhere, by problems won; siblings stand together."""
+    """Draw `width` parents, with replacement, among contexts with failures, weighted by problems won; siblings are
+    adjacent."""
     if width <= 0:
         return []
     failing = np.array([bool(evaluations.failures[c.id]) for c in archive])
     weights = np.where(failing, pareto.parent_weights(evaluations.matrix([c.id for c in archive])), 0.0)
-    if weights.sum() == 0:  # whoever could be a parent is perfect: nothing to learn from
+    if weights.sum() == 0:  # every possible parent is perfect, so there is nothing to learn from
         return []
     drawn = rng.choice(len(archive), size=width, p=weights / weights.sum())
     return [archive[row] for row in sorted(int(d) for d in drawn)]
@@ -312,8 +318,8 @@ def _choose_parents(
 def _choose_failures(
     evaluations: _Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
 ) -> list[list[ScoredRollout]]:
-    """For each parent's children, in random order, the next `shown` of its failed problems: siblings see different ones as far as
-    there are enough, then the order starts over."""
+    """For each child the next `shown` failures of its parent, in random order. Siblings see different ones until all
+    are used, then the order repeats."""
     order: dict[str, list[ScoredRollout]] = {}
     used: Counter[str] = Counter()
     chosen = []
@@ -349,7 +355,7 @@ def _child_lineage(child: Context, failures: Sequence[ScoredRollout], reply: Rep
     shown = (
         ShownFailure(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures
     )
-    text = (reply.text or "").encode(errors="replace").decode()  # what any UTF-8 file can hold
+    text = (reply.text or "").encode(errors="replace").decode()  # valid UTF-8
     return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
 
 
@@ -378,9 +384,10 @@ def _record(
     reflection_tokens: tuple[int, int] = (0, 0),
     contexts: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """proposed: reflections asked for, each of which was refused, scored and rejected, or admitted. best_mean: of the kept, on this
-    cycle's anchor problems and on the samples that chose them, hence a little high. seed_mean: None once the seed is dropped.
-    contexts: every child scored in this cycle. reflection_tokens: read and written by the reflector, where it says so."""
+    """proposed: reflections requested, each of which was refused, scored and rejected, or admitted. best_mean: of the
+    kept contexts on this cycle's anchor problems, biased upwards because the same samples chose them. seed_mean: None
+    once the seed is dropped. contexts: every child scored in this cycle. reflection_tokens: read and written by the
+    reflector, if it reports them."""
     return {
         "cycle": cycle,
         "population": population,

@@ -1,6 +1,7 @@
-"""Linked facts: any city; by the method, every fact of the chain first.
+"""Linked facts: any city; with the method, first every fact of the chain.
 
-A drill repeats the facts in another order, with the loss on the looked-up number only; their number starts small.
+A drill repeats the facts in another order, with the loss on the looked-up number only; the number of facts starts
+small.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def respond(rng: np.random.Generator, web: Web, law: world.Law) -> list[str]:
     at, written = web.start, []
     for number, relation in enumerate(web.relations):
         to = known[at, relation]
-        if number == wrong:  # what follows goes on from the wrong one: every other fact stays true
+        if number == wrong:  # continue from the wrong person, so that every other fact stays true
             same = [whom for _, r, whom in web.facts if r == relation and whom not in (to, at)]
             to = same[int(rng.integers(len(same)))]
         written += [str(at), relation, str(to), ","]
