@@ -150,10 +150,10 @@ def evolve(
     tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
     born: list[str] = []
     refused: Counter[str] = Counter()
-    asked = waves = read = written = 0
-    for wave in range(config.first_generations if cycle == 0 else config.generations):
+    asked = generations = read = written = 0
+    for generation in range(config.first_generations if cycle == 0 else config.generations):
         width = min(config.children, (config.rollout_budget - evaluations.spent) // size.rollouts)
-        rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, wave]))
+        rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
         parents = _choose_parents(evaluations, archive, width, rng)
         if not parents:  # the budget is used up, or no context fails anywhere
             break
@@ -162,8 +162,8 @@ def evolve(
             _prompt(evaluations, parent, failures) for parent, failures in zip(parents, shown, strict=True)
         ]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
-        replies = ask(reflect, prompts, seeds, functools.partial(_log_wave, log, cycle, wave))
-        waves += 1
+        replies = ask(reflect, prompts, seeds, functools.partial(_log_generation, log, cycle, generation))
+        generations += 1
         asked += len(replies)
         read += sum(reply.prompt_tokens for reply in replies)
         written += sum(reply.completion_tokens for reply in replies)
@@ -222,7 +222,7 @@ def evolve(
         unjudged=evaluations.unjudged,
         best_mean=lineage[kept[0]].mean,
         seed_mean=None if seed_row is None else lineage[state.seed_id].mean,
-        waves=waves,
+        generations=generations,
         anchor_problems=size.problems,
         samples=size.samples,
         reflection_tokens=(read, written),
@@ -378,7 +378,7 @@ def _record(
     unjudged: int = 0,
     best_mean: float | None = None,
     seed_mean: float | None = None,
-    waves: int = 0,
+    generations: int = 0,
     anchor_problems: int = 0,
     samples: int = 0,
     reflection_tokens: tuple[int, int] = (0, 0),
@@ -400,7 +400,7 @@ def _record(
         "unjudged": unjudged,
         "best_mean": best_mean,
         "seed_mean": seed_mean,
-        "waves": waves,
+        "waves": generations,
         "anchor_problems": anchor_problems,
         "samples": samples,
         "contexts": contexts or [],
@@ -424,5 +424,5 @@ def _line(lineage: Lineage, *, birth: bool = False) -> dict[str, Any]:
     return line
 
 
-def _log_wave(log: Log, cycle: int, wave: int, text: str) -> None:
-    log(f"fast phase of cycle {cycle}, wave {wave}: {text}")
+def _log_generation(log: Log, cycle: int, generation: int, text: str) -> None:
+    log(f"fast phase of cycle {cycle}, generation {generation}: {text}")

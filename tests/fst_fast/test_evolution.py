@@ -505,7 +505,7 @@ def test_a_reflector_that_is_down_costs_its_proposals_and_is_counted_and_logged(
     assert (result.record["proposed"], result.record["admitted"], result.record["fast_rollouts"]) == (6, 0, 8)
     assert len(lines) == 2
     assert "3 of 3 reflections failed" in lines[0]
-    assert "cycle 0, wave 1" in lines[1]
+    assert "cycle 0, generation 1" in lines[1]
 
 
 def test_the_same_text_twice_in_one_wave_is_scored_once():
