@@ -11,14 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
+from fst_fast.contracts import Verdict
 from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
-from fst_fast.tasks.generated import GeneratedTask
+from fst_fast.tasks.generated import MiniTask
 
 LETTERS = ("a", "b", "c", "d")
 
@@ -87,54 +85,26 @@ def question(choice: Choice) -> str:
     return f"{given} . {choice.asked} ? {options}"
 
 
-class FormulaChoice(GeneratedTask[Choice]):
+class FormulaChoice(MiniTask[Choice]):
     """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
 
-    name = "formula_choice"
+    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
 
-    def __init__(
-        self,
-        level: Literal["easy", "hard"] = "hard",
-        train: int = 2000,
-        validation: int = 256,
-        seed: int = 0,
-        ood: int = 256,
-    ) -> None:
-        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
-        if level not in GIVEN:
-            raise UserError(f"formula_choice: level={level!r} is not known; allowed are {', '.join(GIVEN)}")
-        self.level = level
+    def _sample(self, rng: np.random.Generator, size: int) -> Choice:
+        return draw_choice(rng, size)
 
-    def _draw(self, rng: np.random.Generator, split: str) -> Choice:
-        return draw_choice(rng, GIVEN[self.level] + (split == "ood"))
+    def _question(self, choice: Choice) -> str:
+        return question(choice)
+
+    def _answer(self, choice: Choice) -> str:
+        return choice.letter
+
+    def _judge(self, choice: Choice, response: str) -> Verdict:
+        return judge(choice, response)
 
     def _key(self, choice: Choice) -> Hashable:
         given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
         return given, list(FORMULAS).index(choice.asked), choice.options
-
-    def _settings(self) -> str:
-        return f"level={self.level}"
-
-    def _problem(self, choice: Choice, id: str) -> Problem:
-        return Problem(
-            id=id,
-            messages=({"role": "user", "content": question(choice)},),
-            answer=choice.letter,
-            meta={
-                "given": [list(item) for item in choice.given],
-                "asked": choice.asked,
-                "options": list(choice.options),
-            },
-        )
-
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        meta = problem.meta
-        given = tuple((str(name), int(number)) for name, number in meta["given"])
-        return judge(Choice(given, str(meta["asked"]), tuple(meta["options"])), response)
-
-    def gold(self, problem: Problem) -> str:
-        """A response that gets reward 1."""
-        return f"\\boxed{{ {problem.answer} }}"
 
 
 def judge(choice: Choice, response: str) -> Verdict:

@@ -8,12 +8,13 @@ makes two of them the same, and how one is put into words.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Generic, TypeVar, overload
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 
-from fst_fast.contracts import Problem
+from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 
 STREAM = {"train": 0, "validation": 1, "ood": 2}
@@ -86,14 +87,12 @@ class GeneratedTask(ABC, Generic[Instance]):
         )
 
 
-class _Split(Sequence[Problem]):
-    """A sequence that makes each problem when it is asked for: a paper problem's text is 4 kB, and most are asked for once."""
+class LazyProblems(Sequence[Problem]):
+    """A sequence that creates each problem when it is indexed. Subclasses define `__len__` and `_get`."""
 
-    def __init__(self, task: GeneratedTask[Instance], split: str, attempts: list[int]) -> None:
-        self._task, self._split, self._attempts = task, split, attempts
-
-    def __len__(self) -> int:
-        return len(self._attempts)
+    @abstractmethod
+    def _get(self, index: int) -> Problem:
+        """The problem at 0 <= index < len(self)."""
 
     @overload
     def __getitem__(self, index: int) -> Problem: ...
@@ -101,14 +100,91 @@ class _Split(Sequence[Problem]):
     def __getitem__(self, index: slice) -> Sequence[Problem]: ...
     def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [self._get(i) for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(
-                f"{self._task.name} has {len(self)} {self._split} problems, there is no number {index}"
-            )
-        at = index % len(self)
-        instance = self._task._at(self._split, at, self._attempts[at])
-        return self._task._problem(instance, f"{self._task.name}/{self._split}/{at}")
+            raise IndexError(f"problem {index} does not exist; there are {len(self)}")
+        return self._get(index % len(self))
 
     def __iter__(self) -> Iterator[Problem]:
-        return (self[i] for i in range(len(self)))
+        return map(self._get, range(len(self)))
+
+
+class _Split(LazyProblems):
+    """One split of a generated task. Lazy, because a paper problem's text is 4 kB and most are used once."""
+
+    def __init__(self, task: GeneratedTask[Instance], split: str, attempts: list[int]) -> None:
+        self._task, self._split, self._attempts = task, split, attempts
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    def _get(self, index: int) -> Problem:
+        instance = self._task._at(self._split, index, self._attempts[index])
+        return self._task._problem(instance, f"{self._task.name}/{self._split}/{index}")
+
+
+class MiniTask(GeneratedTask[Instance]):
+    """A task of the mini world at one of two levels. level: `easy` or `hard`.
+
+    An instance is a dataclass, stored in the problem's meta. Its size is `sizes_by_level[level]`, one more in the
+    split `ood`. A subclass sets the class attributes and defines `_sample`, `_key`, `_question`, `_answer` and `_judge`."""
+
+    instance_type: type[Instance]
+    sizes_by_level: Mapping[str, int]
+
+    def __init__(
+        self,
+        level: Literal["easy", "hard"] = "hard",
+        train: int = 2000,
+        validation: int = 256,
+        seed: int = 0,
+        ood: int = 256,
+    ) -> None:
+        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
+        if level not in self.sizes_by_level:
+            allowed = ", ".join(self.sizes_by_level)
+            raise UserError(f"{self.name}: level={level!r} is not known; allowed are {allowed}")
+        self.level = level
+
+    @abstractmethod
+    def _sample(self, rng: np.random.Generator, size: int) -> Instance: ...
+
+    @abstractmethod
+    def _question(self, instance: Instance) -> str:
+        """The user message."""
+
+    @abstractmethod
+    def _answer(self, instance: Instance) -> int | str: ...
+
+    @abstractmethod
+    def _judge(self, instance: Instance, response: str) -> Verdict: ...
+
+    def _draw(self, rng: np.random.Generator, split: str) -> Instance:
+        return self._sample(rng, self.sizes_by_level[self.level] + (split == "ood"))
+
+    def _settings(self) -> str:
+        return f"level={self.level}"
+
+    def _problem(self, instance: Instance, id: str) -> Problem:
+        meta = {field.name: _lists(getattr(instance, field.name)) for field in fields(self.instance_type)}  # type: ignore[arg-type]
+        message = {"role": "user", "content": self._question(instance)}
+        return Problem(id=id, messages=(message,), answer=self._answer(instance), meta=meta)
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        """Judge the last \\boxed{} of the response."""
+        values = {name: _tuples(value) for name, value in problem.meta.items()}
+        return self._judge(self.instance_type(**values), response)
+
+    def gold(self, problem: Problem) -> str:
+        """A response that gets reward 1."""
+        return f"\\boxed{{ {problem.answer} }}"
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists, at all depths: meta holds JSON values."""
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    """The inverse of `_lists`."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
+from fst_fast.contracts import Verdict
 from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
-from fst_fast.tasks.generated import GeneratedTask
+from fst_fast.tasks.generated import MiniTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
 PERSONS = 4
@@ -76,26 +74,22 @@ def fact_text(fact: Fact) -> str:
     return f"{fact[0]} {fact[1]} {fact[2]}"
 
 
-class LinkedFacts(GeneratedTask[Web]):
+class LinkedFacts(MiniTask[Web]):
     """Task `linked_facts`, in the mini vocabulary. level: `easy` (two facts in a chain) or `hard` (three)."""
 
-    name = "linked_facts"
+    name, instance_type, sizes_by_level = "linked_facts", Web, HOPS
 
-    def __init__(
-        self,
-        level: Literal["easy", "hard"] = "hard",
-        train: int = 2000,
-        validation: int = 256,
-        seed: int = 0,
-        ood: int = 256,
-    ) -> None:
-        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
-        if level not in HOPS:
-            raise UserError(f"linked_facts: level={level!r} is not known; allowed are {', '.join(HOPS)}")
-        self.level = level
+    def _sample(self, rng: np.random.Generator, size: int) -> Web:
+        return draw_web(rng, size)
 
-    def _draw(self, rng: np.random.Generator, split: str) -> Web:
-        return draw_web(rng, HOPS[self.level] + (split == "ood"))
+    def _question(self, web: Web) -> str:
+        return question(web)
+
+    def _answer(self, web: Web) -> int:
+        return web.chain()[-1][2]
+
+    def _judge(self, web: Web, response: str) -> Verdict:
+        return judge(web, response)
 
     def _key(self, web: Web) -> Hashable:
         def number(relation: str) -> int:
@@ -103,30 +97,6 @@ class LinkedFacts(GeneratedTask[Web]):
 
         facts = tuple(sorted((who, number(relation), whom) for who, relation, whom in web.facts))
         return facts, web.start, tuple(map(number, web.relations))
-
-    def _settings(self) -> str:
-        return f"level={self.level}"
-
-    def _problem(self, web: Web, id: str) -> Problem:
-        return Problem(
-            id=id,
-            messages=({"role": "user", "content": question(web)},),
-            answer=web.chain()[-1][2],
-            meta={
-                "facts": [list(fact) for fact in web.facts],
-                "start": web.start,
-                "relations": list(web.relations),
-            },
-        )
-
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        meta = problem.meta
-        facts = tuple((int(who), str(relation), int(whom)) for who, relation, whom in meta["facts"])
-        return judge(Web(facts, int(meta["start"]), tuple(meta["relations"])), response)
-
-    def gold(self, problem: Problem) -> str:
-        """A response that gets reward 1."""
-        return f"\\boxed{{ {problem.answer} }}"
 
 
 def judge(web: Web, response: str) -> Verdict:

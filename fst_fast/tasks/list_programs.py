@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
+from fst_fast.contracts import Verdict
 from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
-from fst_fast.tasks.generated import GeneratedTask
+from fst_fast.tasks.generated import MiniTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
 LENGTH = 4
@@ -79,53 +77,26 @@ def joined(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-class ListPrograms(GeneratedTask[Program]):
+class ListPrograms(MiniTask[Program]):
     """Task `list_programs`, in the mini vocabulary. level: `easy` (2 operations) or `hard` (3)."""
 
-    name = "list_programs"
+    name, instance_type, sizes_by_level = "list_programs", Program, STEPS
 
-    def __init__(
-        self,
-        level: Literal["easy", "hard"] = "hard",
-        train: int = 2000,
-        validation: int = 256,
-        seed: int = 0,
-        ood: int = 256,
-    ) -> None:
-        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
-        if level not in STEPS:
-            raise UserError(f"list_programs: level={level!r} is not known; allowed are {', '.join(STEPS)}")
-        self.level = level
+    def _sample(self, rng: np.random.Generator, size: int) -> Program:
+        return draw_program(rng, size)
 
-    def _draw(self, rng: np.random.Generator, split: str) -> Program:
-        return draw_program(rng, STEPS[self.level] + (split == "ood"))
+    def _question(self, program: Program) -> str:
+        return question(program)
+
+    def _answer(self, program: Program) -> int:
+        return program.answer
+
+    def _judge(self, program: Program, response: str) -> Verdict:
+        return judge(program, response)
 
     def _key(self, program: Program) -> Hashable:
         operations = tuple(list(OPERATIONS).index(name) for name in program.operations)
         return program.numbers, operations, PICKS[program.pick]
-
-    def _settings(self) -> str:
-        return f"level={self.level}"
-
-    def _problem(self, program: Program, id: str) -> Problem:
-        return Problem(
-            id=id,
-            messages=({"role": "user", "content": question(program)},),
-            answer=program.answer,
-            meta={
-                "numbers": list(program.numbers),
-                "operations": list(program.operations),
-                "pick": program.pick,
-            },
-        )
-
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        meta = problem.meta
-        return judge(Program(tuple(meta["numbers"]), tuple(meta["operations"]), str(meta["pick"])), response)
-
-    def gold(self, problem: Problem) -> str:
-        """A response that gets reward 1."""
-        return f"\\boxed{{ {problem.answer} }}"
 
 
 def judge(program: Program, response: str) -> Verdict:

@@ -6,12 +6,13 @@ comes from the part that the problem is of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 from fst_fast.contracts import Problem, Task, Verdict
 from fst_fast.errors import UserError
+from fst_fast.tasks.generated import LazyProblems
 
 
 class Mixture:
@@ -57,49 +58,32 @@ class Mixture:
         return self.parts[int(number)], replace(problem, id=own_id)
 
 
-class _Numbered(Sequence[Problem]):
+class _Numbered(LazyProblems):
+    """The problems of one part, with the part's number prefixed to their ids."""
+
     def __init__(self, problems: Sequence[Problem], number: int) -> None:
         self._problems, self._number = problems, number
 
     def __len__(self) -> int:
         return len(self._problems)
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return [self._named(p) for p in self._problems[index]]
-        return self._named(self._problems[index])
-
-    def __iter__(self) -> Iterator[Problem]:
-        return map(self._named, self._problems)
-
-    def _named(self, problem: Problem) -> Problem:
+    def _get(self, index: int) -> Problem:
+        problem = self._problems[index]
         return replace(problem, id=f"{self._number}/{problem.id}")
 
 
-class _Joined(Sequence[Problem]):
+class _Joined(LazyProblems):
+    """The concatenation of several sequences."""
+
     def __init__(self, parts: Sequence[Sequence[Problem]]) -> None:
         self._parts = parts
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
+    def _get(self, index: int) -> Problem:
         for part in self._parts:
-            if 0 <= at < len(part):
-                return part[at]
-            at -= len(part)
+            if index < len(part):
+                return part[index]
+            index -= len(part)
         raise IndexError(index)
-
-    def __iter__(self) -> Iterator[Problem]:
-        return (problem for part in self._parts for problem in part)

@@ -147,7 +147,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 
 
 KILLED_AT = {
-    "before the manifest": "checkpoint._seal",
+    "before the manifest": "checkpoint._write_manifest",
     "inside the manifest": "checkpoint._fsync_file",
     "before the rename": "os.rename",
     "before latest": "checkpoint.write_atomic",

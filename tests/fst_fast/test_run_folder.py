@@ -216,7 +216,7 @@ def test_two_runs_cannot_use_one_folder_and_a_killed_one_does_not_block_it(tmp_p
     start(path, resume=True).close()
 
 
-@pytest.mark.parametrize("failing", ["_probe", "write_atomic", "write_json"])
+@pytest.mark.parametrize("failing", ["_check_writable", "write_atomic", "write_json"])
 def test_a_disk_that_refuses_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:

@@ -249,7 +249,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     parameter = next(policy.module.parameters())
     parameter.register_hook(lambda grad: grad * factor)
     before = trained.checksum(policy.module)
-    parameter.register_hook(policy._watch)  # hooks run in order: this one sees what the optimiser would
+    parameter.register_hook(policy._record_norm)  # hooks run in order: this one sees what the optimiser would
     with pytest.raises(NonFiniteError, match="non-finite gradients"):
         take_step(config, policy, reference, data(config, sampled, prompts))
     assert trained.checksum(policy.module) == before

@@ -481,11 +481,11 @@ if not child:
     time.sleep(600)
 print(child, flush=True)
 trainer.close()
-end_all = supervisor._end_all
+kill_descendants = supervisor._kill_descendants
 def told_again(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
-    return end_all(*arguments)
-supervisor._end_all = told_again
+    return kill_descendants(*arguments)
+supervisor._kill_descendants = told_again
 sys.settrace(trace)
 supervisor._supervise(control, child, ours)
 """
