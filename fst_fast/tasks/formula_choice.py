@@ -1,9 +1,11 @@
-"""Formula choice: which of four options does a formula give? The mini world's counterpart of physics questions with options.
+"""Formula choice: which of four options does a formula give? The mini world's counterpart of multiple-choice physics
+questions.
 
     mass 3 time 5 acceleration 4 . force ? a 7 b 12 c 34 d 15       ->  \\boxed{ b }
 
-Some quantities are given, more than are needed; one is asked for, and its formula must be known. Reward 1 iff the last \\boxed{} holds
-the letter of the right value; a guess is right one time in four. The feedback says which formula, number or letter was wrong.
+More quantities are given than needed; one is asked for, and its formula must be known. Reward 1 iff the last \\boxed{}
+holds the letter of the right value; a guess is right one time in four. The feedback says which formula, number or
+letter is wrong.
 """
 
 from __future__ import annotations
@@ -30,17 +32,17 @@ FORMULAS: dict[str, tuple[str, str, str]] = {
     "power": ("voltage", "*", "current"),
     "pull": ("weight", "+", "drag"),
 }
-"""The quantity asked for -> its formula. Values stay below 40, the numbers of the mini vocabulary."""
+"""The quantity asked for -> its formula. Values are below 40, the numbers of the mini vocabulary."""
 
 QUANTITIES = tuple(sorted({name for a, _, b in FORMULAS.values() for name in (a, b)}))
 LARGEST = 6
 GIVEN = {"easy": 2, "hard": 4}
-"""Quantities given at each level, of which two are needed; the split `ood` has one more."""
+"""Quantities given at each level, two of which are needed; the split `ood` has one more."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`given` in the order printed; `options` are the values behind the letters a to d."""
+    """`given` in printed order; `options` are the values of the letters a to d."""
 
     given: tuple[tuple[str, int], ...]
     asked: str
@@ -59,7 +61,7 @@ class Choice:
 
 
 def draw_choice(rng: np.random.Generator, given: int) -> Choice:
-    """Wrong options are what other numbers of the question, or the other sign, would give, then numbers nearby."""
+    """Wrong options are results for other numbers of the question or for the other sign, then random numbers."""
     names = list(FORMULAS)
     asked = names[int(rng.integers(len(names)))]
     first, _, second = FORMULAS[asked]
@@ -108,7 +110,8 @@ class FormulaChoice(MiniTask[Choice]):
 
 
 def judge(choice: Choice, response: str) -> Verdict:
-    """Compare the last \\boxed{} with the letter. Metrics: boxed, formula (the formula is written out), numbers (its numbers too)."""
+    """Compare the last \\boxed{} with the letter. Metrics: boxed, formula (the formula is written out), numbers (its
+    numbers too)."""
     a, b, value = choice.values()
     first, sign, second = FORMULAS[choice.asked]
     work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))

@@ -1,8 +1,8 @@
-"""A task whose problems are drawn, not stored: each is a function of (seed, split, index), made when it is asked for.
+"""Tasks whose problems are generated, not stored: each is a function of (seed, split, index), created on demand.
 
-The splits draw from different random streams, and an instance that was already drawn is drawn again, so none occurs twice, within a
-split or across. Only hashes of the instances are kept. Used by the built-in generators; a subclass says how to draw one instance, what
-makes two of them the same, and how one is put into words.
+The splits draw from different random streams, and a duplicate instance is redrawn, so none occurs twice within a split
+or across splits. Only hashes of the instances are stored. A subclass defines how to draw an instance, what makes two of
+them equal, and how to word one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 
 STREAM = {"train": 0, "validation": 1, "ood": 2}
-"""The splits and their random streams. `ood`: out of distribution, instances of a form that training never shows."""
+"""The splits and their random streams. `ood`: out of distribution, instances of a form that training never contains."""
 _MAX_DRAWS = 200
 
 Instance = TypeVar("Instance")
 
 
 class GeneratedTask(ABC, Generic[Instance]):
-    """The problems of a drawn task. `name` begins every problem id; `sizes` are the problems of each split."""
+    """A task with generated problems. `name` prefixes every problem id; `sizes` are the numbers of problems per split."""
 
     name: str
 
@@ -34,7 +34,7 @@ class GeneratedTask(ABC, Generic[Instance]):
         for name, (value, low) in least.items():
             self._check(name, value, low)
         self.seed = seed
-        # Validation first: it never gives way to another split.
+        # Validation first: its problems do not depend on the size of another split.
         self.sizes = {"validation": validation, "train": train, "ood": ood}
         self._attempts: dict[str, list[int]] = {}
 
@@ -47,17 +47,19 @@ class GeneratedTask(ABC, Generic[Instance]):
 
     @abstractmethod
     def _key(self, instance: Instance) -> Hashable:
-        """Equal for instances that are the same problem; of ints and their tuples, whose hashes are the same in every process."""
+        """Equal for instances of the same problem. Made of ints and their tuples, whose hashes are the same in every
+        process."""
 
     @abstractmethod
     def _problem(self, instance: Instance, id: str) -> Problem: ...
 
     @abstractmethod
     def _settings(self) -> str:
-        """The numbers that decide how many different instances there are, for the error that there are too few."""
+        """The settings that determine how many different instances there are, for the error that there are too few."""
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """The problems of `train`, `validation` or `ood`; each is made when it is asked for. Raises UserError on another split."""
+        """The problems of `train`, `validation` or `ood`, each created when it is indexed. Raises UserError for another
+        split."""
         if split not in self.sizes:
             raise UserError(f"{self.name}: there is no split {split!r}; allowed are {', '.join(STREAM)}")
         return _Split(self, split, self._first_attempts(split))
@@ -66,9 +68,9 @@ class GeneratedTask(ABC, Generic[Instance]):
         return self._draw(np.random.default_rng([self.seed, STREAM[split], index, attempt]), split)
 
     def _first_attempts(self, split: str) -> list[int]:
-        """For every problem of the split the first attempt whose instance is new. Almost always 0."""
+        """For every problem of the split, the first attempt whose instance is new. Almost always 0."""
         if split not in self._attempts:
-            # `ood` has a form of its own, so it can repeat itself only, and is drawn when it is asked for.
+            # `ood` has its own form, so it cannot repeat other splits and is drawn separately.
             together = ("ood",) if split == "ood" else ("validation", "train")
             seen: set[int] = set()
             for name in together:

@@ -1,10 +1,11 @@
-"""Linked facts: an answer that stands at the end of a chain of facts. The mini world's counterpart of multi-hop questions (HoVer).
+"""Linked facts: the answer is at the end of a chain of facts. The mini world's counterpart of multi-hop questions
+(HoVer).
 
     facts 12 friend 7 , 7 boss 5 , 5 city 30 , ... . 12 friend boss city ?       ->  \\boxed{ 30 }
 
-Every person has one friend, one boss, one twin and one city, all of them listed in any order; the question starts at a person and
-follows relations to a city. Reward 1 iff the last \\boxed{} holds that city; the feedback says which fact of the chain was got wrong or
-left out.
+Every person has one friend, one boss, one twin and one city, all listed in random order; the question starts at a
+person and follows relations to a city. Reward 1 iff the last \\boxed{} holds that city; the feedback says which fact of
+the chain is wrong or missing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ LAST = "city"
 RELATIONS = (*LINKS, LAST)
 
 HOPS = {"easy": 2, "hard": 3}
-"""Facts in the chain at each level, the city's included; the split `ood` has one more."""
+"""Facts in the chain at each level, including the city's; the split `ood` has one more."""
 
 Fact = tuple[int, str, int]
 
 
 @dataclass(frozen=True)
 class Web:
-    """`facts` in the order printed; the chain starts at `start` and follows `relations`, the last of which is the city."""
+    """`facts` in printed order; the chain starts at `start` and follows `relations`, the last of which is the city."""
 
     facts: tuple[Fact, ...]
     start: int
@@ -50,7 +51,8 @@ class Web:
 
 
 def draw_web(rng: np.random.Generator, hops: int) -> Web:
-    """Persons and cities are different numbers. Nobody is their own friend, boss or twin; the relations of a chain differ."""
+    """Persons and cities are different numbers. No person is their own friend, boss or twin; the relations of a chain
+    differ."""
     ids = rng.permutation(MINI_IDS).tolist()
     persons, cities = ids[:PERSONS], ids[PERSONS : 2 * PERSONS]
     facts: list[Fact] = [(p, LAST, c) for p, c in zip(persons, cities, strict=True)]

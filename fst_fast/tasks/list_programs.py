@@ -1,10 +1,11 @@
-"""List programs: what does a short program give for a list? The mini world's counterpart of program-output prediction (CodeIO).
+"""List programs: the output of a short program on a list. The mini world's counterpart of program-output prediction
+(CodeIO).
 
     list 3 7 1 9 : reverse rotate next first ?        ->  \\boxed{ 2 }
 
-Four different numbers and a few operations, applied from left to right; the last one takes a number out of the list. Written out step by
-step the answer is easy; in the head it is one number of four. Reward 1 iff the last \\boxed{} holds it; the feedback says after which operation
-the written steps, or else the answer, went wrong.
+Four different numbers and a few operations, applied from left to right; the last one picks a number from the list.
+Written out step by step the answer is easy; without, it is a guess among four numbers. Reward 1 iff the last \\boxed{}
+holds it; the feedback says after which operation the written steps, or else the answer, went wrong.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ OPERATIONS: dict[str, Callable[[Numbers], Numbers]] = {
     "swap": lambda x: (x[1], x[0], *x[2:]),
     "next": lambda x: tuple((n + 1) % MINI_IDS for n in x),
 }
-"""Name -> what it does: back to front; the first to the end; the first two exchanged; the following number of each (0 after 39)."""
+"""Name -> function: reverse the list; move the first number to the end; swap the first two; add one to each (0 after
+39)."""
 
 PICKS = {"first": 0, "last": -1}
-"""The last word of a program -> the place of the number that it takes."""
+"""The last word of a program -> the index of the number that it picks."""
 
 STEPS = {"easy": 2, "hard": 3}
 """Operations of a program at each level, before the pick; the split `ood` has one more."""
@@ -100,7 +102,7 @@ class ListPrograms(MiniTask[Program]):
 
 
 def judge(program: Program, response: str) -> Verdict:
-    """Compare the last \\boxed{} with the number. Metrics: boxed, steps (every operation of the program is written out, and right)."""
+    """Compare the last \\boxed{} with the number. Metrics: boxed, steps (every operation is written out correctly)."""
     states = program.states()
     written = _written(program, response)
     right = [found == state for found, state in zip(written, states, strict=True)]
@@ -137,7 +139,8 @@ def judge(program: Program, response: str) -> Verdict:
 
 
 def _written(program: Program, response: str) -> list[Numbers | None]:
-    """The list that stands behind each operation's name in the response, in the program's order; None where a step is not written."""
+    """The list after each operation's name in the response, in the program's order; None for a step that is not
+    written."""
     words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", response.partition("\\boxed")[0])
     found: list[Numbers | None] = []
     at = 0

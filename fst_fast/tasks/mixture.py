@@ -1,7 +1,8 @@
-"""Several tasks as one: what a run through stages (config: `stages`) verifies with, and a task of its own (`task: mixture`).
+"""Several tasks combined into one: used to verify a run with several stages (config: `stages`), and as a task (`task:
+mixture`).
 
-Every problem id is prefixed with the number of its part, so that ids stay unique where two parts are the same task, and so that a verdict
-comes from the part that the problem is of.
+Every problem id is prefixed with the index of its part. So ids stay unique if two parts are the same task, and a
+verdict comes from the part that the problem belongs to.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from fst_fast.tasks.generated import LazyProblems
 
 
 class Mixture:
-    """Task `mixture`: the problems of all parts, one part after the other (batches are drawn at random from them).
+    """Task `mixture`: the problems of all parts, concatenated (batches are drawn at random from them).
 
-    tasks: [{task: NAME, task_args: {...}}, ...]. Raises UserError where one of them cannot be made."""
+    tasks: [{task: NAME, task_args: {...}}, ...]. Raises UserError if one of them cannot be created."""
 
     def __init__(self, tasks: Sequence[Mapping[str, Any]]) -> None:
         from fst_fast.tasks.registry import load_task
@@ -37,7 +38,7 @@ class Mixture:
             self.parts.append(load_task(part["task"], part.get("task_args") or {}))
 
     def part(self, number: int, split: str) -> Sequence[Problem]:
-        """The problems of one part, under their ids in the mixture."""
+        """The problems of one part, with their ids in the mixture."""
         return _Numbered(self.parts[number].problems(split), number)
 
     def problems(self, split: str) -> Sequence[Problem]:
@@ -48,7 +49,7 @@ class Mixture:
         return task.verify(own, response)
 
     def gold(self, problem: Problem) -> str:
-        """The part's own gold response. Parts without one: str(answer), as the registry does for a task that has none."""
+        """The part's own gold response; str(answer) for parts without `gold`, as in the registry."""
         task, own = self._own(problem)
         gold = getattr(task, "gold", None)
         return str(gold(own) if gold is not None else own.answer)
