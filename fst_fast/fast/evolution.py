@@ -33,16 +33,7 @@ from fst_fast.config import FastConfig
 from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
 from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
-from fst_fast.fast.reflection import (
-    Failure,
-    ReflectionPrompt,
-    Reflector,
-    Refusal,
-    Reply,
-    ask,
-    cut,
-    extract,
-)
+from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, Reply, ask, cut, extract
 from fst_fast.fast.scoring import ScoreFn
 from fst_fast.run.callbacks import Admission, Proposal
 

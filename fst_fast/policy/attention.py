@@ -97,11 +97,7 @@ def _attention(
         raise UserError(
             "this model was loaded with policy.attention=tree and was called without a plan; pass plan=TreePlan(...)"
         )
-    unsupported = {
-        "attention_mask": attention_mask,
-        "softcap": softcap,
-        "s_aux": s_aux,
-    }
+    unsupported = {"attention_mask": attention_mask, "softcap": softcap, "s_aux": s_aux}
     unsupported["dropout"] = dropout or None
     for name, given in unsupported.items():
         if given is not None:

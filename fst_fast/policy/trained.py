@@ -130,9 +130,7 @@ class TrainedPolicy:
         if config.policy.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            config=settings,
+            model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=settings
         )
         distributed.set_collective_timeout(config.run.timeout_s)
         optimiser_state.reset(self.engine)

@@ -107,11 +107,7 @@ class StarGraph(GeneratedTask[Graph]):
         self.form, self.arms, self.path, self.ids = form, arms, path, ids
 
     def verify(self, problem: Problem, response: str) -> Verdict:
-        return judge(
-            tuple(problem.answer),
-            {(int(u), int(v)) for u, v in problem.meta["edges"]},
-            response,
-        )
+        return judge(tuple(problem.answer), {(int(u), int(v)) for u, v in problem.meta["edges"]}, response)
 
     def gold(self, problem: Problem) -> str:
         """A response that gets reward 1."""
