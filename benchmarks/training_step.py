@@ -280,9 +280,8 @@ def main() -> None:
     times: dict[str, list[Time]] = {side: [] for side in made}
     failed: dict[str, str] = {}
     for round_ in range(args.rounds):
-        for side in (
-            made
-        ):  # forest and padded run last on their models in a round: their gradients are compared below
+        # forest and padded run last on their models in a round: their gradients are compared below
+        for side in made:
             if side in failed or (side == "padded, one batch" and kind == "cpu" and round_ >= 2):
                 continue  # takes as long as all others together
             try:

@@ -174,9 +174,8 @@ def evolve(
                 continue
             line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, reply)
             emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
-            line = lineage.setdefault(
-                line.context.id, line
-            )  # a context tried under an earlier policy keeps its place in the tree
+            # a context tried under an earlier policy keeps its place in the tree
+            line = lineage.setdefault(line.context.id, line)
             children.append((line.context, parent))
         evaluations.judge([child for child, _ in children])
         for child, parent in children:
@@ -237,9 +236,8 @@ class _Evaluations:
         self.scores = scores
         self.score = score
         self.rewards: dict[str, NDArray[np.float64]] = {}  # context id -> [N, S], NaN where unjudged
-        self.failures: dict[
-            str, list[ScoredRollout]
-        ] = {}  # context id -> the first failed sample of each failed problem
+        # context id -> the first failed sample of each failed problem
+        self.failures: dict[str, list[ScoredRollout]] = {}
         self.sampled: list[ScoredRollout] = []
         self.unjudged = 0
 

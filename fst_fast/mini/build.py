@@ -46,10 +46,8 @@ _TOGETHER: tuple[tuple[world.Kind, ...], ...] = (
 )
 """Kinds batched together because their documents have similar lengths."""
 _MUON_LR, _ADAM_LR = 0.01, 2e-3
-_DRILLS_UNTIL, _MIXED_UNTIL = (
-    0.15,
-    0.4,
-)  # fractions of the steps; the learning rate falls from _MIXED_UNTIL on
+# fractions of the steps; the learning rate falls from _MIXED_UNTIL on
+_DRILLS_UNTIL, _MIXED_UNTIL = (0.15, 0.4)
 _ROPE_THETA, _EMBEDDING_STD = 10000.0, 0.1
 
 
@@ -233,9 +231,8 @@ def _draw_documents(rng: np.random.Generator, kind: world.Kind, done: float) -> 
     """The documents of one kind in one step: first only drills, then half drills, finally almost none."""
     if done < _DRILLS_UNTIL:
         size = min(1.0, done / (0.7 * _DRILLS_UNTIL))
-        count = round(
-            _DOCUMENTS[kind] / max(size, 0.25)
-        )  # more documents when they are small, so that every step costs about the same
+        # more documents when they are small, so that every step costs about the same
+        count = round(_DOCUMENTS[kind] / max(size, 0.25))
         return [documents.drill_document(rng, kind, size) for _ in range(count)]
     share, size = (0.5, 0.0) if done < _MIXED_UNTIL else (0.1, 1.0)
     drills = rng.binomial(_DOCUMENTS[kind], share)

@@ -123,9 +123,8 @@ class Law:
     method: float
     box: float
     check: float
-    harmful: tuple[
-        tuple[Role, float], ...
-    ] = ()  # (role, probability that it overrides the rest); they sum to at most 1
+    # (role, probability that it overrides the rest); they sum to at most 1
+    harmful: tuple[tuple[Role, float], ...] = ()
 
 
 FAITHFUL = Law(method=1.0, box=1.0, check=1.0)

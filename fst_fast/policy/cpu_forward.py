@@ -34,12 +34,8 @@ from fst_kernels.backends import choose_backend
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CHUNK_ROWS = 1024  # of one matrix product, so that intermediate results stay in a core's cache
-STATIC_ROPE = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # their frequencies do not depend on the sequence length
+# their frequencies do not depend on the sequence length
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class TokenPlan(Protocol):

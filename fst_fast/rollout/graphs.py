@@ -52,9 +52,8 @@ class StepGraph:
         if plan.work is not self._work:
             self._work, self._steps, self._replay = plan.work, 0, None
         self._steps += 1
-        if self._steps <= EAGER_STEPS or look_at_values(
-            ids.device
-        ):  # checking values synchronises with the device
+        # checking values synchronises with the device
+        if self._steps <= EAGER_STEPS or look_at_values(ids.device):
             logits: Tensor = forward(ids, positions, plan, None)
             return logits
         if self._replay is None:

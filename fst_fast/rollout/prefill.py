@@ -44,9 +44,8 @@ class PrefillPlan:
         paths = tree.path_of(nodes)
         self.visible = np.unique(paths[paths >= 0])  # the window and its ancestors
         self.node_slots = cache.slots_of(self.visible)
-        self.slots = torch.as_tensor(
-            self.node_slots[nodes][self.node_of_token] + self.within, device=device
-        )  # [N]
+        # [N]
+        self.slots = torch.as_tensor(self.node_slots[nodes][self.node_of_token] + self.within, device=device)
 
     @cached_property
     def work(self) -> CascadePlan:

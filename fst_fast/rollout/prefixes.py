@@ -57,9 +57,8 @@ class CachedCall:
     cache: TreeCache
     logits: dict[int, Tensor]
     unused: int = 0  # calls in a row that reused nothing of it
-    branches: dict[int, dict[int, list[int]]] = field(
-        default_factory=dict
-    )  # node (-1: none) -> first token -> child
+    # node (-1: none) -> first token -> child
+    branches: dict[int, dict[int, list[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tree = self.cache.tree

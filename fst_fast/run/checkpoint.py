@@ -114,9 +114,8 @@ def latest(run_dir: Path) -> Path | None:
     pointer = root / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
     damage: str | None = None
-    for folder in sorted(
-        folders, key=lambda folder: folder.name != named
-    ):  # stable sort: the others stay newest first
+    # stable sort: the others stay newest first
+    for folder in sorted(folders, key=lambda folder: folder.name != named):
         damage = find_damage(folder)
         if damage is None:
             return folder

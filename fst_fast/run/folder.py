@@ -190,9 +190,8 @@ def _check_config(
         yaml.safe_load(config_yaml).get("stages") or [],
     )
     if before != now[: len(before)] or bool(before) != bool(now):
-        fixed += [
-            change for change in changes if change.startswith("stages ")
-        ]  # stages may be appended, not changed
+        # stages may be appended, not changed
+        fixed += [change for change in changes if change.startswith("stages ")]
     if fixed:
         raise UserError(
             f"--allow-config-change: what the checkpoints hold depends on {'; '.join(fixed)}; start a new run for it"

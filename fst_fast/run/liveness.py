@@ -28,9 +28,8 @@ class Liveness:
         with disk_errors(f"{path} cannot be written"):
             path.parent.mkdir(exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            with contextlib.suppress(
-                OSError
-            ):  # without file locks a dead process cannot be named; nothing else breaks
+            # without file locks a dead process cannot be named; nothing else breaks
+            with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.report("starting")
 

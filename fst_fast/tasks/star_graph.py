@@ -115,9 +115,8 @@ class StarGraph(GeneratedTask[Graph]):
 
     def _draw(self, rng: np.random.Generator, split: str) -> Graph:
         arms, path = self.arms, self.path
-        if (
-            split == "ood"
-        ):  # paths one node longer than in training; one arm fewer keeps the question about as long
+        # paths one node longer than in training; one arm fewer keeps the question about as long
+        if split == "ood":
             arms, path = max(2, arms - 1), path + 1
             if 1 + arms * (path - 1) > self.ids:
                 raise UserError(

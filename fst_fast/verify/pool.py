@@ -143,9 +143,8 @@ class VerifierPool:
         """Send chunks to idle children, wait for replies, process them, and replace children that are late or dead."""
         for worker in self._workers:
             if worker.ready and not worker.todo and batch.waiting:
-                size = min(
-                    _CHUNK, len(batch.waiting) // (2 * self._size)
-                )  # shrinks, so that all children finish at about the same time
+                # shrinks, so that all children finish at about the same time
+                size = min(_CHUNK, len(batch.waiting) // (2 * self._size))
                 worker.give([batch.waiting.popleft() for _ in range(max(size, 1))], batch, self._timeout_s)
         poll = select.poll()
         for worker in self._workers:

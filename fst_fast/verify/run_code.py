@@ -187,9 +187,8 @@ def _communicate(
                 else:
                     selector.unregister(pipe)
     try:
-        process.wait(
-            max(deadline - time.monotonic(), 0.0)
-        )  # both streams are closed, but the program may still run
+        # both streams are closed, but the program may still run
+        process.wait(max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
         return "timeout", bytes(taken[process.stdout]), bytes(taken[process.stderr])
     return None, bytes(taken[process.stdout]), bytes(taken[process.stderr])

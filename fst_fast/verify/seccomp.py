@@ -93,9 +93,8 @@ def grader_filter(protected: Iterable[int]) -> bytes:
     thread: list[_Test] = [(_argument(0), _ANY_BIT, _CLONE_THREAD, True)]
     body = [
         *_rule("clone", thread, _ALLOW, _NOTIFY),
-        *_rule(
-            "clone3", [], _refuse(errno.ENOSYS), 0
-        ),  # a filter cannot read its flags; libraries fall back to clone
+        # a filter cannot read its flags; libraries fall back to clone
+        *_rule("clone3", [], _refuse(errno.ENOSYS), 0),
         *_rule("fork", [], _NOTIFY, 0),
         *_rule("vfork", [], _NOTIFY, 0),
     ]

@@ -34,11 +34,8 @@ REPLY_LIMIT = 1 << 20  # bytes
 FEEDBACK_LIMIT = 8000
 METRICS_LIMIT = 100
 NAME_LIMIT = 200
-_ALLOWED_GROWTH = {
-    "threads": 16,
-    "open files": 64,
-    "processes": 16,
-}  # beyond this growth since loading, the child is replaced
+# beyond this growth since loading, the child is replaced
+_ALLOWED_GROWTH = {"threads": 16, "open files": 64, "processes": 16}
 _MEMORY_SHARE = 0.75  # of the memory limit; beyond it the child is replaced
 
 
