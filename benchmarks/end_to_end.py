@@ -48,27 +48,7 @@ def problems(steps: int) -> list[list[Problem]]:
 
 
 def contexts() -> list[Context]:
-    words = [
-        "start",
-        "at",
-        "the",
-        "goal",
-        "and",
-        "go",
-        "back",
-        "to",
-        "the",
-        "start",
-        ".",
-        "put",
-        "the",
-        "final",
-        "path",
-        "in",
-        "the",
-        "box",
-        ".",
-    ]
+    words = "start at the goal and go back to the start . put the final path in the box .".split()
     rng = np.random.default_rng(0)
     return [Context.of(" ".join(rng.choice(words, CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
 

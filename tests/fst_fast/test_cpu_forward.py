@@ -1,4 +1,4 @@
-"""The lean forward against the transformers forward, and when it stands back."""
+"""CpuForward against the transformers forward, and when it is not used."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_logits_are_those_of_the_transformers_forward(kind, rows, monkeypatch):
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
     ],
 )
-def test_scaled_rotary_embeddings_too(rope):
+def test_logits_match_with_scaled_rotary_embeddings(rope):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)).eval()
     model.set_attn_implementation(NAME)
@@ -76,7 +76,7 @@ def test_scaled_rotary_embeddings_too(rope):
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_what_is_not_as_transformers_ships_it_takes_the_transformers_forward(monkeypatch):
+def test_modified_or_unsupported_models_take_the_transformers_forward(monkeypatch):
     assert unsupported_reason(make_model()) is None
     assert "bfloat16" in str(unsupported_reason(make_model().bfloat16()))
     assert unsupported_reason(make_model("qwen2, sliding")) == "it has a sliding window of 5 tokens"
@@ -117,7 +117,7 @@ def test_the_engine_follows_weights_that_change():
     assert_same(sample(engine, requests_of()), sample(forest(model), requests_of()))
 
 
-def test_scoring_with_it_gives_the_logprobs_and_hidden_states_of_the_model(monkeypatch):
+def test_scoring_with_the_cpu_forward_gives_the_models_logprobs_and_hidden_states(monkeypatch):
     model, b = make_model(), batch()
     head.install(model)
     micro = MicroBatch([], b, head.Labels.of(b.rows, b.labels))

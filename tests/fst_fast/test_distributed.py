@@ -1,4 +1,4 @@
-"""How work is shared among processes: plain arithmetic. With collectives: tests/integration/two_ranks.py."""
+"""How work is divided among processes (pure arithmetic). tests/integration/two_ranks.py tests the collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fst_fast.evaluate import requests_of
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 12])
-def test_shares_are_neighbours_of_even_length_and_join_to_the_whole(
+def test_shards_are_contiguous_balanced_and_concatenate_to_the_whole(
     monkeypatch: pytest.MonkeyPatch, processes: int, count: int
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
@@ -24,7 +24,7 @@ def test_shares_are_neighbours_of_even_length_and_join_to_the_whole(
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
+def test_assignment_balances_the_load_and_moves_nothing_if_it_is_balanced() -> None:
     assert distributed.assign_ranks([[5, 5], [5, 5]]) == [[0, 0], [1, 1]]
     assert distributed.assign_ranks([[], []]) == [[], []]
     costs = [[9, 9, 9, 1], [], [2, 3]]
@@ -36,8 +36,8 @@ def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
     assert sorted(load) == [10, 11, 12]
 
 
-def test_items_that_all_hold_are_shared_by_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four problems whose rollouts are there already do not make their process idle."""
+def test_replicated_items_are_sharded_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four problems whose rollouts already exist do not leave their process idle."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     costs = [0, 0, 0, 0, 8, 8, 8, 8, 2]
     shares = []
@@ -49,7 +49,7 @@ def test_items_that_all_hold_are_shared_by_their_cost(monkeypatch: pytest.Monkey
     assert {sum(costs[i] for i in share) for share in shares} == {16, 18}
 
 
-def test_a_wave_is_shared_without_computing_its_prompts_on_every_process(
+def test_sharding_requests_duplicates_only_the_prompts_at_shard_boundaries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     contexts = [Context.of(f"context {i}") for i in range(4)]

@@ -1,6 +1,7 @@
-"""Decode steps that are recorded and repeated: inputs reach the recording through tensors that stay, and a recording ends with its slots.
+"""Recorded and replayed decode steps: inputs reach the recording through fixed buffers, and a recording is valid until
+its slots change.
 
-What repeats here is a function instead of a CUDA graph; the GPU's own recording is the test at the end.
+Here a plain function stands in for the CUDA graph; the test at the end records on a GPU.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def test_repeated_steps_give_the_same_rollouts(fused: bool, monkeypatch: pytest.
     assert graph.replayed > 200
 
 
-def test_few_steps_and_looks_at_values_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_runs_and_runs_with_value_checks_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = StepGraph(recording)
     sample(forest(make_model(), eos=(), graph=graph), requests_of(), 12)
     assert graph.recorded == 0, "on a CPU values are always looked at"

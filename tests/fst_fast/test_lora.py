@@ -1,4 +1,6 @@
-"""LoRA: the base's weights are shared, only adapters move, every path computes with them, and what leaves a run is a plain model."""
+"""LoRA: the base's weights are shared, only adapters are trained, every path applies them, and exports are plain
+models.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def with_lora(config: Config, **how: Any) -> Config:
 
 
 def spoil(model: torch.nn.Module) -> None:
-    """Adapters that change something."""
+    """Set adapters that change the output."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, layer in lora.layers(model):
@@ -112,7 +114,7 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weight_it_adds_to(
     assert count == 14
 
 
-def test_lean_and_plain_forwards_compute_with_the_adapters(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_cpu_and_transformers_forwards_apply_the_adapters(models: tuple[Path, Path], tmp_path: Path) -> None:
     config = with_lora(config_of(models))
     policy = TrainedPolicy(config, trained.load(config))
     model: Any = policy.module
@@ -189,7 +191,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_interrupted_and_resumed_is_the_run_that_went_through(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     from tests.integration.test_train import command, run
 
     folder = tmp_path / "run"
@@ -232,7 +234,7 @@ def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
     assert [s for s in records(whole, "step") if s["grad_norm"] > 0]
 
 
-def test_without_peft_or_with_a_wrong_target_a_run_begins_nothing(
+def test_without_peft_or_with_a_wrong_target_a_run_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fst_fast.cli import main

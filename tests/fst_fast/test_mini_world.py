@@ -1,4 +1,6 @@
-"""The mini world: tokenizer, documents, the shipped base and its measured behaviour, a reproducible build, the reflector of rules."""
+"""The mini world: tokenizer, documents, the shipped base model and its measured behaviour, a reproducible build, the
+rule-based reflector.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,8 @@ def test_a_drill_of_facts_repeats_each_and_supervises_the_looked_up_number(size:
 
 
 def rewards(kind: world.Kind, law: world.Law, n: int = 2000) -> tuple[float, float, float]:
-    """Mean reward of responses drawn by a law on the task's problems; how many were boxed; how many were worked by the method."""
+    """Mean reward of responses drawn from a law on the task's problems; the shares that are boxed and that use the
+    method."""
     rng = np.random.default_rng(0)
     task, module = mini_task(kind), documents.KINDS[kind]
     seen = np.zeros(3)

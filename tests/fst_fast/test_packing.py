@@ -1,4 +1,6 @@
-"""Forest and padded batches of the same leaves, through real model architectures: the same loss, the same gradient of every parameter."""
+"""Forest and padded batches of the same leaves, through real model architectures: same loss, same gradient of every
+parameter.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,7 @@ def tiny_config(architecture: str, **more: Any) -> Any:
 
 @cache
 def models(architecture: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same weights twice: tree attention, and transformers' own."""
+    """The same weights twice: with tree attention and with transformers' own."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation="sdpa")
     tree = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=NAME)
@@ -90,7 +92,7 @@ def models(architecture: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 def gradients(
     model: PreTrainedModel, batch: PackedBatch, weights: torch.Tensor
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """A policy-gradient-like loss: every label has a weight of its own, so that a label at a wrong row cannot cancel."""
+    """A loss like a policy gradient: every label has its own weight, so that a label at a wrong row cannot cancel out."""
     model.zero_grad()
     rows = model(**model_inputs(batch)).logits.flatten(0, 1)[batch.rows]
     loss = (torch.nn.functional.cross_entropy(rows, batch.labels, reduction="none") * weights).sum() / len(
@@ -101,7 +103,8 @@ def gradients(
 
 
 def random_leaves(seed: int) -> list[Leaf]:
-    """Contexts that share a beginning, problems under each, samples of different lengths; some prompts without a response."""
+    """Contexts with a common beginning, problems under each, samples of different lengths; some prompts without a
+    response."""
     rng = np.random.default_rng(seed)
     header = rng.integers(1, VOCAB, rng.integers(0, 4))
     contexts = [
@@ -171,7 +174,7 @@ def test_padding_ids_change_nothing() -> None:
     assert torch.equal(one, other)
 
 
-def test_a_leaf_seen_in_a_forest_is_the_leaf_seen_alone() -> None:
+def test_a_leaf_in_a_forest_gives_the_same_output_as_alone() -> None:
     leaves = random_leaves(11)
     tree, plain = models("llama")
     forest = pack(leaves)
@@ -232,7 +235,7 @@ class Through:
 @pytest.mark.parametrize(
     "architecture", [name for name in CONFIGS if name != "qwen3_moe"]
 )  # whose routing counts
-def test_a_forward_waits_for_no_number(architecture: str) -> None:
+def test_a_forward_does_not_synchronise_with_the_device(architecture: str) -> None:
     tree, _ = models(architecture)
     for shape in ((1, 6), (6, 1)):  # a forest, a decode step
         ids = torch.zeros(shape, dtype=torch.int64)
@@ -242,7 +245,7 @@ def test_a_forward_waits_for_no_number(architecture: str) -> None:
         bool(ids.any())
 
 
-def test_a_mask_beside_the_plan_is_refused() -> None:
+def test_a_mask_together_with_a_plan_is_refused() -> None:
     tree, _ = models("qwen3")
     plan = TreePlan(torch.full((3,), 3, dtype=torch.int32))
     with pytest.raises(UserError, match=r"attention_mask.*policy.packing=padded"):
@@ -336,7 +339,7 @@ def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
         load_model(tmp_path, "float32", attention="tree")
 
 
-def test_a_folder_may_be_given_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_folder_may_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     monkeypatch.setenv("HOME", str(tmp_path))

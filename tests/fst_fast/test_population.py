@@ -23,12 +23,12 @@ matrices = st.tuples(st.integers(1, 6), st.integers(1, 7)).flatmap(
 
 
 def select(scores, k, *, seed=None):
-    """Selection where the scores are one sample per problem."""
+    """Selection with one sample per problem as scores."""
     return pareto.select(scores, scores[..., None], k, seed=seed)
 
 
 def brute_wins(scores):
-    """By the definition, one problem and one context at a time."""
+    """The definition, applied to one problem and one context at a time."""
     front = np.zeros(scores.shape, dtype=bool)
     for j in range(scores.shape[1]):
         known = [(s, i) for i, s in enumerate(scores[:, j]) if not np.isnan(s)]
@@ -42,7 +42,7 @@ def brute_wins(scores):
 
 @claim
 @given(matrices)
-def test_the_front_is_who_scores_best_on_each_problem_that_distinguishes(scores):
+def test_the_front_holds_the_best_contexts_of_each_distinguishing_problem(scores):
     np.testing.assert_array_equal(pareto.wins(scores), brute_wins(scores))
 
 
@@ -55,7 +55,7 @@ def test_sums_in_another_order_still_tie():
 
 @claim
 @given(matrices)
-def test_the_undominated_cover_every_won_problem_and_none_of_them_is_spare(scores):
+def test_the_undominated_cover_every_won_problem_and_none_is_redundant(scores):
     front, standing = pareto.wins(scores), pareto.undominated(scores)
     assert (front[standing].any(axis=0) == front.any(axis=0)).all()
     if front.any():
@@ -75,7 +75,7 @@ def test_parent_weights_are_the_shares_of_problems_won(scores):
     np.testing.assert_allclose(weights, expected)
 
 
-def test_a_problem_on_which_all_tie_gives_nobody_mass():
+def test_a_problem_on_which_all_tie_adds_no_parent_weight():
     scores = np.array([[1.0, 1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0, 0.0]])
     np.testing.assert_allclose(pareto.parent_weights(scores), [2 / 3, 1 / 3])
 
@@ -95,7 +95,7 @@ def test_selection_keeps_exactly_k_with_the_best_mean_first_and_repeats_only_the
 
 @claim
 @given(matrices, st.integers(0, 5))
-def test_with_room_enough_nobody_is_left_out_who_would_add_two_problems(scores, seed):
+def test_with_enough_room_every_context_that_adds_two_problems_is_kept(scores, seed):
     front = brute_wins(scores)
     kept = select(scores, len(scores), seed=seed if seed < len(scores) else None)
     gains = (front & ~front[kept].any(axis=0)).sum(axis=1)
@@ -111,7 +111,7 @@ def test_the_seed_stays_while_it_alone_wins_a_problem_and_is_not_clearly_worse()
     assert select(far, 2, seed=0) == [1, 2]
 
 
-def test_a_context_that_nobody_could_judge_is_kept_while_there_is_room():
+def test_an_unjudged_context_is_kept_while_there_is_room():
     scores = np.array([[0.5, 1.0], [np.nan, np.nan], [0.5, 0.0]])
     assert select(scores, 3) == [0, 1, 0]
 
@@ -172,7 +172,7 @@ def test_unjudged_samples_are_no_samples():
 
 
 def cover_everything(scores, k):
-    """The selection without thresholds: cover every won problem, then fill by mean."""
+    """Selection without thresholds: cover every won problem, then fill by mean."""
     front, order = pareto.wins(scores), [int(row) for row in np.argsort(-scores.mean(axis=1), kind="stable")]
     kept = order[:1]
     while len(kept) < k:

@@ -1,4 +1,4 @@
-"""Tasks by name, from a user's file, from JSONL: what loads, and the one sentence for what does not."""
+"""Tasks by name, from a user's file, from JSONL: what loads, and the error for what does not."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _grader(tmp_path: Path) -> str:
         ("__import__('fst_fast.contracts').contracts.Verdict(None, 'unclear')", None, "unclear"),
     ],
 )
-def test_a_grader_function_may_return_what_is_natural(
+def test_a_grader_function_may_return_a_verdict_a_number_a_bool_or_a_dict(
     tmp_path: Path, returned: str, reward: float | None, feedback: str
 ) -> None:
     verify = write(tmp_path / "g.py", f"def f(problem, response): return {returned}") + ":f"
