@@ -202,22 +202,22 @@ def evolve(
     rows = pareto.select(evaluations.matrix(ids), rewards, config.population, seed=seed_row)
     population = [archive[row] for row in rows]
     kept = tuple(context.id for context in population)
-    record = _record(
-        cycle,
-        [_line(lineage[context_id]) for context_id in kept],
-        proposed=asked,
-        admitted=len(archive) - len(members),
-        refused=dict(sorted(refused.items())),
-        fast_rollouts=evaluations.spent,
-        unjudged=evaluations.unjudged,
-        best_mean=lineage[kept[0]].mean,
-        seed_mean=None if seed_row is None else lineage[state.seed_id].mean,
-        generations=generations,
-        anchor_problems=size.problems,
-        samples=size.samples,
-        reflection_tokens=(read, written),
-        contexts=[_line(lineage[context_id], birth=True) for context_id in born],
-    )
+    record = {
+        **_empty_record(cycle, [_line(lineage[context_id]) for context_id in kept]),
+        "proposed": asked,
+        "admitted": len(archive) - len(members),
+        "refused": dict(sorted(refused.items())),
+        "fast_rollouts": evaluations.spent,
+        "reflection_prompt_tokens": read,
+        "reflection_completion_tokens": written,
+        "unjudged": evaluations.unjudged,
+        "best_mean": lineage[kept[0]].mean,
+        "seed_mean": None if seed_row is None else lineage[state.seed_id].mean,
+        "waves": generations,
+        "anchor_problems": size.problems,
+        "samples": size.samples,
+        "contexts": [_line(lineage[context_id], birth=True) for context_id in born],
+    }
     idle = 0 if len(archive) > len(members) else state.idle + 1
     found = any(context_id != state.seed_id for context_id in kept)
     rest = min(idle, MAX_REST) if config.adaptive and found else 0
@@ -353,46 +353,28 @@ def _carried_unscored(state: FastState, config: FastConfig, cycle: int) -> FastR
     ids = tuple(context.id for context in population)
     lines = [{**_line(state.contexts[context_id]), "mean": None, "n": 0} for context_id in ids]
     after = dataclasses.replace(state, population=ids, cycle=cycle + 1)
-    return FastResult(after, population, [], _record(cycle, lines))
+    return FastResult(after, population, [], _empty_record(cycle, lines))
 
 
-def _record(
-    cycle: int,
-    population: list[dict[str, Any]],
-    *,
-    proposed: int = 0,
-    admitted: int = 0,
-    refused: dict[str, int] | None = None,
-    fast_rollouts: int = 0,
-    unjudged: int = 0,
-    best_mean: float | None = None,
-    seed_mean: float | None = None,
-    generations: int = 0,
-    anchor_problems: int = 0,
-    samples: int = 0,
-    reflection_tokens: tuple[int, int] = (0, 0),
-    contexts: list[dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """proposed: reflections requested, each of which was refused, scored and rejected, or admitted. best_mean: of the
-    kept contexts on this cycle's anchor problems, biased upwards because the same samples chose them. seed_mean: None
-    once the seed is dropped. contexts: every child scored in this cycle. reflection_tokens: read and written by the
-    reflector, if it reports them."""
+def _empty_record(cycle: int, population: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cycle that samples nothing.
+
+    proposed: reflections requested, each of which is refused, scored and rejected, or admitted. best_mean: of the kept
+    contexts on this cycle's anchor problems, biased upwards because the same samples chose them. seed_mean: None once
+    the seed is dropped. waves: generations run. contexts: every child scored in this cycle. reflection_*_tokens: read
+    and written by the reflector, if it reports them."""
+    zero = ("fast_rollouts", "reflection_prompt_tokens", "reflection_completion_tokens", "unjudged")
     return {
-        "cycle": cycle,
-        "population": population,
-        "proposed": proposed,
-        "admitted": admitted,
-        "refused": refused or {},
-        "fast_rollouts": fast_rollouts,
-        "reflection_prompt_tokens": reflection_tokens[0],
-        "reflection_completion_tokens": reflection_tokens[1],
-        "unjudged": unjudged,
-        "best_mean": best_mean,
-        "seed_mean": seed_mean,
-        "waves": generations,
-        "anchor_problems": anchor_problems,
-        "samples": samples,
-        "contexts": contexts or [],
+        **{"cycle": cycle, "population": population, "proposed": 0, "admitted": 0, "refused": {}},
+        **dict.fromkeys(zero, 0),
+        **{
+            "best_mean": None,
+            "seed_mean": None,
+            "waves": 0,
+            "anchor_problems": 0,
+            "samples": 0,
+            "contexts": [],
+        },
     }
 
 

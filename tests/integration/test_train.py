@@ -141,7 +141,7 @@ def test_an_exported_model_loads_in_transformers_and_differs_from_the_base(
 
 
 def test_a_checkpoint_evaluates_to_the_figures_of_its_own_run(whole: tuple[Path, str]) -> None:
-    from fst_fast.evaluate import evaluate_run
+    from fst_fast.commands.evaluate import evaluate_run
 
     measured = evaluate_run(whole[0])
     reported = json.loads((whole[0] / "summary.json").read_text())
