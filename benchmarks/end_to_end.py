@@ -40,6 +40,7 @@ CONTEXTS, PROBLEMS, SAMPLES, NEW_TOKENS, CONTEXT_TOKENS = 4, 16, 2, 32, 256
 BATCH = CONTEXTS * PROBLEMS * SAMPLES
 TASK = {"form": "mini", "arms": 5, "path": 4, "ids": 40}
 KL_COEF, LR = 1e-3, 1e-4
+SENTENCE = "start at the goal and go back to the start . put the final path in the box ."
 
 
 def problems(steps: int) -> list[list[Problem]]:
@@ -48,9 +49,8 @@ def problems(steps: int) -> list[list[Problem]]:
 
 
 def contexts() -> list[Context]:
-    words = "start at the goal and go back to the start . put the final path in the box .".split()
     rng = np.random.default_rng(0)
-    return [Context.of(" ".join(rng.choice(words, CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
+    return [Context.of(" ".join(rng.choice(SENTENCE.split(), CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
 
 
 def reward(ids: Any) -> float:
