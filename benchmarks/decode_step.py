@@ -1,5 +1,4 @@
-"""A decode step of the rollout engine, compared with the minimal memory traffic: all weights once, every key and value
-of the forest once.
+"""A decode step of the rollout engine, compared with the minimal memory traffic: all weights once, every key and value of the forest once.
 
     python -m benchmarks.decode_step [--sides shared unshared] [--steps N] [--rounds 1] [--out FOLDER]
 
@@ -64,8 +63,7 @@ def requests(load: dict[str, int]) -> list[Request]:
 
 
 def floor_bytes(model: Any, engine: RolloutEngine, some: list[Request], tokens: int, shared: bool) -> float:
-    """Minimal bytes read by a decode step, mean over the steps: weights without embeddings, and the keys and values of
-    the sequences."""
+    """Minimal bytes read by a decode step, mean over the steps: weights without embeddings, and the keys and values of the sequences."""
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     prompts = sum(len(r.prompt_ids) for r in some)
     if shared:

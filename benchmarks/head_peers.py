@@ -256,8 +256,7 @@ def mode_a_loss(case: Case, kl: bool) -> Tensor:
 
 
 def liger_grpo_loss(case: Case) -> Tensor:
-    """One sequence at a time, Liger's default. Its loss on [1, T] numbers is compiled on a GPU only, as that takes a
-    minute on a CPU."""
+    """One sequence at a time, Liger's default. Its loss on [1, T] numbers is compiled on a GPU only, as that takes a minute on a CPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(

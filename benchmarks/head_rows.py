@@ -1,8 +1,6 @@
-"""How linear_logprob.py and linear_policy_loss.py measure one row: accuracy against a dense truth, time, share of the
-floor, memory.
+"""How linear_logprob.py and linear_policy_loss.py measure one row: accuracy against a dense truth, time, share of the floor, memory.
 
-A peer's row may record an error, and any row may record that it runs out of memory; other errors of our own operations
-fail the run.
+A peer's row may record an error, and any row may record that it runs out of memory; other errors of our own operations fail the run.
 """
 
 from __future__ import annotations
@@ -187,8 +185,7 @@ def _drop(call: Call) -> None:
 
 
 def child_calls(work: Work, name: str, variant: str, size: list[int]) -> tuple[measure.Run, measure.Run]:
-    """In the child process that measures memory: (warm-up, call). The warm-up is small except for what is compiled per
-    shape."""
+    """In the child process that measures memory: (warm-up, call). The warm-up is small except for what is compiled per shape."""
     n, h, v = size
     case = make_case((n, h, v), dtype(), 0)
     warm = case if name == "torch.compile" else make_case((64, h, 1024), dtype(), 1)
@@ -200,8 +197,7 @@ def child_calls(work: Work, name: str, variant: str, size: list[int]) -> tuple[m
 
 
 def compare_full_size(module: str, ours: str, size: Size, rounds: int) -> measure.Row:
-    """`ours` versus eager PyTorch, forward and backward, alternating, each in a fresh process: peak memory and time of
-    the same run."""
+    """`ours` versus eager PyTorch, forward and backward, alternating, each in a fresh process: peak memory and time of the same run."""
     reports: dict[str, list[measure.ChildReport]] = {ours: [], "torch eager": []}
     for _ in range(rounds):
         for name, found in reports.items():

@@ -43,8 +43,7 @@ def device() -> torch.device:
 
 
 def clock() -> float:
-    """Seconds, for pytest.mark.benchmark(timer=clock). With a GPU, the time of a CUDA event recorded after all queued
-    work."""
+    """Seconds, for pytest.mark.benchmark(timer=clock). With a GPU, the time of a CUDA event recorded after all queued work."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     if not _origin:
@@ -66,8 +65,7 @@ class Times(NamedTuple):
 def timed_rounds(
     benchmark: Any, prepare: Callable[[], Run], rounds: int, budget_s: float = math.inf
 ) -> Times:
-    """Times by the pytest-benchmark fixture; prepare() returns each round's call, on other inputs than the previous
-    round's.
+    """Times by the pytest-benchmark fixture; prepare() returns each round's call, on other inputs than the previous round's.
 
     There are two warm-up calls, of which the first compiles. If the second shows that the rounds would take longer than
     budget_s, there are fewer, but at least two."""

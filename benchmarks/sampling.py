@@ -1,9 +1,7 @@
-"""Sampling of next tokens: sample_tokens versus torch's multinomial, sort-based truncation and, if installed,
-FlashInfer.
+"""Sampling of next tokens: sample_tokens versus torch's multinomial, sort-based truncation and, if installed, FlashInfer.
 
 [512, 151936] float32 and bf16 logits on a GPU, [32, 32000] float32 on the CPU. Reported: median ms (CUDA events; on the
-CPU, CPU seconds of all threads), TB/s for reading the logits once, and the floor of that read (4.3 TB/s, on a GPU) as a
-share of the time.
+CPU, CPU seconds of all threads), TB/s for reading the logits once, and the floor of that read (4.3 TB/s, on a GPU) as a share of the time.
 
     python -m benchmarks.sampling [--rounds 20] [--threads 1] [--out FOLDER]
 """

@@ -1,5 +1,4 @@
-"""Forward + backward of one training batch: the forest versus one-level sharing and versus the padded batch, in one
-run.
+"""Forward + backward of one training batch: the forest versus one-level sharing and versus the padded batch, in one run.
 
     python -m benchmarks.training_step [--context 256] [--trees 4] [--threads T] [--rounds 3] [--out benchmarks/results]
 
@@ -265,23 +264,23 @@ def main() -> None:
     batch, shape = replace(BATCH[kind], context=args.context, contexts=args.trees), SHAPE[kind]
     leaves = make_leaves(batch, shape.vocabulary)
     labels = sum(len(leaf.response_ids) for leaf in leaves)
-    made = sides(leaves, batch.samples)
+    candidates_of = sides(leaves, batch.samples)
     models = {name: make_model(shape, name) for name in (NAME, "sdpa")}
-    model_of = {side: models[attention_of(side)] for side in made}
+    model_of = {side: models[attention_of(side)] for side in candidates_of}
     dtype = getattr(torch, shape.dtype)
     rate = measure.matmul_rate(4096, shape.hidden, shape.intermediate, dtype)
     print(f"{len(leaves)} sequences, {args.threads} threads; sweep:")
     best, swept, batches = {}, {}, {}
-    for side, candidates in made.items():
+    for side, candidates in candidates_of.items():
         print(f" {side}")
         best[side], swept[side] = sweep(model_of[side], candidates, labels)
         batches[side] = candidates[best[side]]()
 
-    times: dict[str, list[Time]] = {side: [] for side in made}
+    times: dict[str, list[Time]] = {side: [] for side in candidates_of}
     failed: dict[str, str] = {}
     for round_ in range(args.rounds):
         # forest and padded run last on their models in a round: their gradients are compared below
-        for side in made:
+        for side in candidates_of:
             if side in failed or (side == "padded, one batch" and kind == "cpu" and round_ >= 2):
                 continue  # takes as long as all others together
             try:

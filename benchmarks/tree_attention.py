@@ -8,8 +8,7 @@ RESPONSE tokens. Peers: `sdpa, unpacked` is causal attention over the whole sequ
 time); `sdpa, dense mask` has an N x N mask over the packed tokens; `flex_attention` has the same mask as a mask_mod,
 with its block mask built outside or inside the timed call; `flash-attention 4` is FlexAttention with that backend;
 `flash-attn varlen` is the unpacked batch again. `tree_attention, mask included` analyses the forest in every call; a
-model does it once for all layers. FlexAttention has no backward on a CPU. A peer that cannot run is a row that says
-why.
+model does it once for all layers. FlexAttention has no backward on a CPU. A peer that cannot run is a row that says why.
 
 TFLOP/s count visible pairs, 4 D operations each in the forward and 14 D with the backward (two and seven products); `of
 floor` compares them with the rate of a large matrix product. For the unpacked peers these are the pairs that they must

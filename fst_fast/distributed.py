@@ -1,5 +1,4 @@
-"""Collectives over the processes of a run. A single process needs no launcher; several are started by `deepspeed` or
-`torchrun`.
+"""Collectives over the processes of a run. A single process needs no launcher; several are started by `deepspeed` or `torchrun`.
 
 Only small objects (rollouts, verdicts, texts) are exchanged here, pickled. Model tensors are communicated by DeepSpeed.
 """
@@ -39,8 +38,7 @@ def device() -> torch.device:
 def init(timeout_s: float = 1800.0) -> None:
     """Initialise torch.distributed: nccl with GPUs, gloo without; a single process becomes a world of one.
 
-    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer`
-    recognises."""
+    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer` recognises."""
     if dist.is_initialized():
         return
     where = device()
@@ -97,8 +95,7 @@ def broadcast(value: T | None) -> T:
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 only. Returns its result there and None elsewhere. Every process raises rank 0's
-    UserError."""
+    """Run `action` on rank 0 only. Returns its result there and None elsewhere. Every process raises rank 0's UserError."""
     result = error = None
     if rank() == 0:
         try:
@@ -147,8 +144,7 @@ def shut_down() -> None:
 
 
 def local_shard(items: Sequence[T]) -> list[T]:
-    """This process's contiguous shard of `items`; shards differ in length by at most one. `concat_shards` is the
-    inverse.
+    """This process's contiguous shard of `items`; shards differ in length by at most one. `concat_shards` is the inverse.
 
     Rollout requests come in the order of the prompt tree. A contiguous shard keeps the samples of a prompt together, so
     only the prompts at shard boundaries are computed twice."""

@@ -42,8 +42,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Forest:
-    """N tokens in S nodes, M labels of L leaves. Nodes are in depth-first preorder; the tokens of node s start at
-    node_start[s]."""
+    """N tokens in S nodes, M labels of L leaves. Nodes are in depth-first preorder; the tokens of node s start at node_start[s]."""
 
     token_ids: Ids  # [N]
     depth: NDArray[np.int32]  # [N]
@@ -68,8 +67,7 @@ class Forest:
 
 
 class _Trie:
-    """Nodes as parallel lists. Node 0 is the parent of all roots and has no tokens. Splitting a node keeps its id for
-    the lower part."""
+    """Nodes as parallel lists. Node 0 is the parent of all roots and has no tokens. Splitting a node keeps its id for the lower part."""
 
     def __init__(self) -> None:
         self.tokens: list[Ids] = [np.empty(0, np.int64)]
@@ -130,8 +128,7 @@ def _build(leaves: Sequence[Leaf], share: Share) -> tuple[_Trie, list[int]]:
 
 
 def _preorder(trie: _Trie, ends: Sequence[int]) -> tuple[list[list[int]], list[int], dict[int, int]]:
-    """Nodes in preorder as runs of trie nodes. A node with a single child, at which no leaf ends, is joined with that
-    child.
+    """Nodes in preorder as runs of trie nodes. A node with a single child, at which no leaf ends, is joined with that child.
 
     Returns the runs, the parent of each run, and the run that each trie node ends, if it ends one."""
     leaf_ends = set(ends)
@@ -155,8 +152,7 @@ def _preorder(trie: _Trie, ends: Sequence[int]) -> tuple[list[list[int]], list[i
 
 
 def pack(leaves: Sequence[Leaf], *, share: Share = "prompts") -> Forest:
-    """Lay the leaves out as a forest. Trees and branches are ordered by first appearance; a prompt's responses come
-    before longer prompts.
+    """Lay the leaves out as a forest. Trees and branches are ordered by first appearance; a prompt's responses come before longer prompts.
 
     Raises ValueError for a leaf without a prompt, and for ids that are not one-dimensional int64."""
     _check(leaves, share)
@@ -201,8 +197,7 @@ def pack(leaves: Sequence[Leaf], *, share: Share = "prompts") -> Forest:
 def _rows(
     leaves: Sequence[Leaf], leaf_node: NDArray[np.int32], start: Ids, end: Ids, parents: Sequence[int]
 ) -> Ids:
-    """The row of each label, i.e. the token before it: walk up from the leaf's end until the response and one prompt
-    token are covered."""
+    """The row of each label, i.e. the token before it: walk up from the leaf's end until the response and one prompt token are covered."""
     rows = [np.empty(0, np.int64)]
     for leaf, node in zip(leaves, leaf_node.tolist(), strict=True):
         missing = len(leaf.response_ids)

@@ -1,8 +1,7 @@
 """Evolve the contexts: carry the population over, propose and test edits for a few generations, keep K contexts.
 
 The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Phi"); its evolution is GEPA's (arXiv
-2507.19457): parents from the per-problem Pareto front, edits proposed by reflection on failures. Differences from GEPA,
-and why:
+2507.19457): parents from the per-problem Pareto front, edits proposed by reflection on failures. Differences from GEPA, and why:
 
 - it starts from a population and from a policy that has changed. Every carried context is rescored, on the same
   problems and samples as its children, in one batch;
@@ -13,8 +12,7 @@ and why:
 
 Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness derives
 from (seed, cycle, generation). So processes with the same scores and replies decide alike, and a resumed run repeats
-itself. `score` and `reflect` are called once per generation with the whole batch; they are the only places where
-processes communicate.
+itself. `score` and `reflect` are called once per generation with the whole batch; they are the only places where processes communicate.
 """
 
 from __future__ import annotations
@@ -75,12 +73,10 @@ class Size:
 
 
 def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
-    """How much of the anchor set the budget pays for: the carried contexts and one full generation of children must
-    fit.
+    """How much of the anchor set the budget pays for: the carried contexts and one full generation of children must fit.
 
     If they do not, first the number of samples shrinks, then the anchor set (to its first problems): breadth over
-    problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the
-    phase does nothing."""
+    problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the phase does nothing."""
     contexts = members + config.children
     if anchor == 0 or contexts > config.rollout_budget:
         return Size(0, 0)
@@ -106,12 +102,10 @@ def evolve(
     """Evolve the population for one cycle.
 
     anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
-    for every problem in the prompt; if not, it is refused as too long. emit: receives the Proposal and Admission
-    events.
+    for every problem in the prompt; if not, it is refused as too long. emit: receives the Proposal and Admission events.
 
     Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
-    than config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase
-    continues."""
+    than config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase continues."""
     if config.adaptive and state.rest:
         log(f"fast phase of cycle {cycle} left out: the last {state.idle} admitted no child (fast.adaptive)")
         return _carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
@@ -292,8 +286,7 @@ class _Evaluations:
 def _choose_parents(
     evaluations: _Evaluations, archive: list[Context], width: int, rng: np.random.Generator
 ) -> list[Context]:
-    """Draw `width` parents, with replacement, among contexts with failures, weighted by problems won; siblings are
-    adjacent."""
+    """Draw `width` parents, with replacement, among contexts with failures, weighted by problems won; siblings are adjacent."""
     if width <= 0:
         return []
     failing = np.array([bool(evaluations.failures[c.id]) for c in archive])

@@ -61,8 +61,7 @@ def score_with(adapter: Any, *, component: str, policy_version: int) -> ScoreFn:
 class GepaBridge:
     """A GEPAAdapter that uses our ScoreFn and Reflector; its data are Problems, its only component is `context`.
 
-    gepa has no notion of an unjudged response, so here, and only here, one counts as 0. A refused reply proposes
-    nothing."""
+    gepa has no notion of an unjudged response, so here, and only here, one counts as 0. A refused reply proposes nothing."""
 
     score: ScoreFn
     reflect: Reflector

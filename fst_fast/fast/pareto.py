@@ -21,8 +21,7 @@ _TIE = 1e-9
 """Scores closer than this are equal: sums of the same rewards in a different order differ in the last bits."""
 
 CLEARLY_WORSE_Z = 2.0
-"""A context further below the best than this, in standard errors of the paired difference, is kept only for problems it
-alone wins."""
+"""A context further below the best than this, in standard errors of the paired difference, is kept only for problems it alone wins."""
 
 CERTAIN_GAIN = 2
 """How many problems a context must add to those that the kept ones win: a single one may be luck."""
@@ -98,8 +97,7 @@ def lower_bound(child: Matrix, parent: Matrix, z: float) -> NDArray[np.float64]:
 
 
 def admits(child: Matrix, parent: Matrix, z: float) -> bool:
-    """Whether a child, [N, S], is better than its parent by more than z standard errors. z = 0 is GEPA's strict
-    improvement.
+    """Whether a child, [N, S], is better than its parent by more than z standard errors. z = 0 is GEPA's strict improvement.
 
     One success versus none among n problems is exactly one standard error, so it is not enough at z = 1."""
     return bool(lower_bound(child, parent, z) > _TIE)

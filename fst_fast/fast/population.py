@@ -110,8 +110,7 @@ class Lineage:
 class FastState:
     """The input and output state of a fast phase.
 
-    population: context ids in order, best first, repeats included. contexts: every context ever scored. cycle: fast
-    phases completed."""
+    population: context ids in order, best first, repeats included. contexts: every context ever scored. cycle: fast phases completed."""
 
     seed_id: str
     population: tuple[str, ...]

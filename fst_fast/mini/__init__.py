@@ -1,12 +1,11 @@
-"""The mini world: a base model of 0.8M parameters shipped with the package, so that the whole method runs on a laptop
-in minutes.
+"""The mini world: a base model of 0.8M parameters shipped with the package, so that the whole method runs on a laptop in minutes.
 
-    world.py       the law: which sentences of a context change how a problem is answered
-    tokenizer.py   the word-level tokenizer with its chat template
-    documents/     training documents generated from the law
-    build.py       trains the base model from scratch (`fst base build`)
-    evaluate.py    mean reward under given contexts
-    data/          the shipped base model, a Hugging Face folder
+world.py       the law: which sentences of a context change how a problem is answered
+tokenizer.py   the word-level tokenizer with its chat template
+documents/     training documents generated from the law
+build.py       trains the base model from scratch (`fst base build`)
+evaluate.py    mean reward under given contexts
+data/          the shipped base model, a Hugging Face folder
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Train the mini base model from scratch: `build_base(out, seed=0)` writes a Hugging Face folder and returns its
-measurements.
+"""Train the mini base model from scratch: `build_base(out, seed=0)` writes a Hugging Face folder and returns its measurements.
 
 Qwen3 architecture, 0.8M parameters, about a quarter of an hour on 2 cores. Three stages by step number, never by the
 clock, so the same seed, step count and thread count give the same weights:
@@ -8,8 +7,7 @@ clock, so the same seed, step count and thread count give the same weights:
   answers  nearly all answers at full size, the learning rate decaying to zero.
 Muon (arXiv 2502.16982) for the matrices, AdamW for the rest. The initialisation makes the look-up emerge within a
 minute: two heads of the first layer start as "one token back" and "two tokens back" (see _look_back). Looking up an
-edge needs both, and rotary attention without biases finds them very slowly on its own; with them the matching is
-learned in some 200 steps.
+edge needs both, and rotary attention without biases finds them very slowly on its own; with them the matching is learned in some 200 steps.
 """
 
 from __future__ import annotations
@@ -243,8 +241,7 @@ def _draw_documents(rng: np.random.Generator, kind: world.Kind, done: float) -> 
 
 
 def _tensors(batch: list[documents.Document], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Token ids, padded on the right (harmless under causal attention), and a mask of the tokens that count in the
-    loss: [B, L] each."""
+    """Token ids, padded on the right (harmless under causal attention), and a mask of the tokens that count in the loss: [B, L] each."""
     prompts: list[list[int]] = tokenizer([d.prompt for d in batch])["input_ids"]
     answers: list[list[int]] = [tokenizer.convert_tokens_to_ids(d.response) for d in batch]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))

@@ -1,6 +1,4 @@
-"""Mean reward of a model under given contexts, by plain transformers generation. Used for builds and their tests, not
-for training.
-"""
+"""Mean reward of a model under given contexts, by plain transformers generation. Used for builds and their tests, not for training."""
 
 from __future__ import annotations
 
@@ -55,8 +53,7 @@ def measure_contexts(
     problems: int,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """For each named context: mean reward at temperature 1 on the first validation problems, its standard error, and
-    mean metrics."""
+    """For each named context: mean reward at temperature 1 on the first validation problems, its standard error, and mean metrics."""
     chosen = list(task.problems("validation")[:problems])
     scores: dict[str, dict[str, Any]] = {}
     for name, context in contexts.items():

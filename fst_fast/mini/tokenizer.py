@@ -2,8 +2,7 @@
 
 It is a real `PreTrainedTokenizerFast`, so no other module needs to know that the model is small. The vocabulary is
 closed: special tokens, the numbers below 40, signs, and the words of the questions and of the instruction catalogue.
-Text is lower-cased; anything else becomes <unk>. Decoding puts a space between tokens ("\\boxed{ 3 , 7 }"), which the
-verifier accepts.
+Text is lower-cased; anything else becomes <unk>. Decoding puts a space between tokens ("\\boxed{ 3 , 7 }"), which the verifier accepts.
 """
 
 from __future__ import annotations

@@ -132,8 +132,7 @@ FAITHFUL = Law(method=1.0, box=1.0, check=1.0)
 
 
 def law(sentences: Sequence[Instruction], kind: Kind) -> Law:
-    """Combine sentences: the strongest of each role counts; several harmful roles share the probability of the
-    strongest equally."""
+    """Combine sentences: the strongest of each role counts; several harmful roles share the probability of the strongest equally."""
     heard = [s for s in sentences if s.works_on(kind)]
 
     def most(role: Role, base: float) -> float:

@@ -39,8 +39,7 @@ class AttentionPlan(Protocol):
     """The attention of one forward. `layer` counts from 0; q [B,Hq,N,D], k and v [B,Hkv,N,D], rotary embedding applied.
 
     A plan that supports sliding windows has the attribute `windows = True`. Its `attend` then takes the keyword
-    `window` (int) in layers with a window: a token attends to itself and to the window - 1 tokens before it on its
-    path."""
+    `window` (int) in layers with a window: a token attends to itself and to the window - 1 tokens before it on its path."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...  # [B,N,Hq,D]
 
@@ -102,14 +101,14 @@ def _attention(
     for name, given in unsupported.items():
         if given is not None:
             raise UserError(
-                f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {PADDED_HINT}"
+                f"{type(module).__name__} asks for {name}, which policy.attention=tree does not support; {PADDED_HINT}"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     more = {}
     if sliding_window is not None:
         if not getattr(plan, "windows", False):
             raise UserError(
-                f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which a {type(plan).__name__} does not do; {PADDED_HINT}"
+                f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which a {type(plan).__name__} does not support; {PADDED_HINT}"
             )
         more["window"] = sliding_window
     return plan.attend(int(module.layer_idx), query, key, value, scale, **more), None  # type: ignore[arg-type]
@@ -200,7 +199,7 @@ def unpackable_reason(config: PreTrainedConfig) -> str | None:
     if getattr(text, "attention_dropout", 0.0):
         return f"it drops attention weights (attention_dropout={text.attention_dropout})"
     if getattr(text, "use_bidirectional_attention", False):
-        return "its tokens see later ones (use_bidirectional_attention)"
+        return "its attention is bidirectional (use_bidirectional_attention)"
     if config.model_type == "gpt_oss":
         return "it has attention sinks"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

@@ -1,5 +1,4 @@
-"""A fused forward for sampling on the CPU: Llama, Qwen2 and Qwen3 in few operations per layer, with the model's own
-weights.
+"""A fused forward for sampling on the CPU: Llama, Qwen2 and Qwen3 in few operations per layer, with the model's own weights.
 
 On a small model or a small batch the transformers forward costs several times its matrix products: some fifty
 operations and a dozen module calls per layer, each a pass over memory.
@@ -84,8 +83,7 @@ class _Layer:
 
 
 class CpuForward:
-    """The forward of `model` with its current weights. Raises ValueError with `unsupported_reason(model)`, if there is
-    one."""
+    """The forward of `model` with its current weights. Raises ValueError with `unsupported_reason(model)`, if there is one."""
 
     def __init__(self, model: Any) -> None:
         reason = unsupported_reason(model)
@@ -197,8 +195,7 @@ class CpuForward:
 
 
 def _row_chunks(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Views of both tensors, CHUNK_ROWS rows at a time. Short inputs are passed on as they are, since a decode step is
-    many small calls."""
+    """Views of both tensors, CHUNK_ROWS rows at a time. Short inputs are passed on as they are, since a decode step is many small calls."""
     if len(x) <= CHUNK_ROWS:
         return [(x, other)]
     return zip(torch.split(x, CHUNK_ROWS), torch.split(other, CHUNK_ROWS), strict=True)

@@ -1,5 +1,4 @@
-"""The lm_head module computes what the caller needs (a loss, log-probs, hidden states), never the logits of the whole
-batch.
+"""The lm_head module computes what the caller needs (a loss, log-probs, hidden states), never the logits of the whole batch.
 
 A *job* is a function of (hidden [R, H], weight [V, H], bias [V] | None). `install` replaces the forward of the model's
 own lm_head module and leaves the rest of the model unmodified. The job runs inside a module's forward, so ZeRO-3 has
@@ -88,8 +87,7 @@ class HiddenJob:
 
 @dataclass
 class ScoreJob:
-    """Log-probs of the labels [M] and, given the reference's hidden states, the exact KL(policy || reference) of every
-    labelled row."""
+    """Log-probs of the labels [M] and, given the reference's hidden states, the exact KL(policy || reference) of every labelled row."""
 
     at: Labels
     temperature: float
@@ -110,8 +108,7 @@ class ScoreJob:
 
 @dataclass
 class LossJob:
-    """The policy-gradient loss of the labels; after the forward `stats` holds the sums for the logs. Tensors are [M]
-    fp32."""
+    """The policy-gradient loss of the labels; after the forward `stats` holds the sums for the logs. Tensors are [M] fp32."""
 
     at: Labels
     objective: PolicyObjective

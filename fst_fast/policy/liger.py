@@ -1,5 +1,4 @@
-"""Liger's kernels (arXiv 2410.10989) for RMSNorm, SwiGLU and rotary embedding (policy.liger), from the package
-liger-kernel.
+"""Liger's kernels (arXiv 2410.10989) for RMSNorm, SwiGLU and rotary embedding (policy.liger), from the package liger-kernel.
 
 Each of the three is one pass over memory instead of several. All models of a run use them (trained, frozen and sampling
 ones), so that they compute the same function up to the last rounding. Attention and head are unaffected.

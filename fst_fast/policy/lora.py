@@ -1,5 +1,4 @@
-"""LoRA (arXiv 2106.09685): the weights are frozen and low-rank adapters on the linear layers are trained (policy.lora).
-Uses peft.
+"""LoRA (arXiv 2106.09685): the weights are frozen and low-rank adapters on the linear layers are trained (policy.lora). Uses peft.
 
 The frozen model that the run holds anyway (reference of the KL, base model of the evaluations) is the base of the
 trained one: `with_adapters` builds a second module tree over the same tensors and adds adapters to it, so the weights
@@ -29,8 +28,7 @@ FOLDER = "adapter"
 
 
 def with_adapters(base: nn.Module, config: Config) -> nn.Module:
-    """A model over the tensors of `base`, with adapters. base: frozen; it does not change and computes without
-    adapters."""
+    """A model over the tensors of `base`, with adapters. base: frozen; it does not change and computes without adapters."""
     shared: dict[int, Any] = {id(x): x for x in [*base.parameters(), *base.buffers()]}
     model = copy.deepcopy(base, shared)
     head.uninstall(model)

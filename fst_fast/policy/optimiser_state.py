@@ -1,5 +1,4 @@
-"""The optimiser's state on disk, by parameter and range, so that any number of processes under any ZeRO stage can
-resume from it.
+"""The optimiser's state on disk, by parameter and range, so that any number of processes under any ZeRO stage can resume from it.
 
     optimiser/rank-00003-0000.safetensors      keys such as  exp_avg/4096/model.layers.0.mlp.up_proj.weight
 
@@ -55,8 +54,7 @@ class Fragment:
 
 
 def fragments(engine: Any) -> list[Fragment]:
-    """The fragments of this process, in the order of the model's parameters. engine: DeepSpeed's, with torch's AdamW
-    inside."""
+    """The fragments of this process, in the order of the model's parameters. engine: DeepSpeed's, with torch's AdamW inside."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 3:
@@ -134,13 +132,12 @@ def save(engine: Any, folder: Path) -> None:
 def _steps(adam: Any, held: list[Fragment]) -> int:
     """The number of Adam steps in the moments; 0 before the first."""
     counts = {int(adam.state.get(fragment.owner, {}).get("step", 0)) for fragment in held}
-    assert len(counts) == 1, f"parameters have made different numbers of steps: {sorted(counts)}"
+    assert len(counts) == 1, f"parameters have taken different numbers of steps: {sorted(counts)}"
     return counts.pop()
 
 
 def load(engine: Any, folder: Path) -> None:
-    """Restore this process's fragments and the model weights derived from them. All processes call it, before the first
-    step.
+    """Restore this process's fragments and the model weights derived from them. All processes call it, before the first step.
 
     Raises RuntimeError, naming the parameter, if the files do not cover it."""
     adam, held = _torch_adam(engine), fragments(engine)
@@ -172,8 +169,7 @@ def load(engine: Any, folder: Path) -> None:
 
 
 def _read_range(places: list[tuple[int, str, Any]], start: int, into: Tensor) -> int:
-    """Fill `into`, which starts at element `start` of its parameter, from the overlapping ranges; returns the number of
-    elements read."""
+    """Fill `into`, which starts at element `start` of its parameter, from the overlapping ranges; returns the number of elements read."""
     read = 0
     for begin, key, file in places:
         values = file.get_slice(key)

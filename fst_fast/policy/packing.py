@@ -1,5 +1,4 @@
-"""Leaves as model input: as one forest, in which every shared prefix occurs once, or as a right-padded batch, the test
-oracle.
+"""Leaves as model input: as one forest, in which every shared prefix occurs once, or as a right-padded batch, the test oracle.
 
 Both give the same labels in the same order; only the rows that predict them differ. So everything computed from a
 PackedBatch (log-probs, losses, gradients) must agree between the two.
@@ -59,8 +58,7 @@ def forest_batch(leaves: Sequence[Leaf], *, share: Share, device: torch.device |
 
 
 def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | str) -> PackedBatch:
-    """One row per leaf, padded on the right. No mask is needed: under causal attention no token attends to the padding
-    after it."""
+    """One row per leaf, padded on the right. No mask is needed: under causal attention no token attends to the padding after it."""
     lengths = [len(leaf) for leaf in leaves]
     width = max(lengths, default=0)
     input_ids = np.full((len(leaves), width), pad_id, np.int64)
@@ -86,8 +84,7 @@ def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | 
 
 
 def model_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments for a transformers model. It must be loaded with attention="tree" for a forest, with another
-    for a padded batch."""
+    """Keyword arguments for a transformers model. It must be loaded with attention="tree" for a forest, with another for a padded batch."""
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,

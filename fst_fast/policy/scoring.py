@@ -1,8 +1,7 @@
 """Forward passes for scoring only: log-probs and exact KL of rollouts packed as a forest or padded batch.
 
 Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Training and scoring
-both cut leaves into micro-batches here, so they cut a forest in the same way. CpuForward replaces the model's forward
-where it can.
+both cut leaves into micro-batches here, so they cut a forest in the same way. CpuForward replaces the model's forward where it can.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ def micro_batches(leaves: Sequence[Leaf], batching: Batching) -> list[MicroBatch
 
 
 def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
-    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding, at least one
-    leaf."""
+    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding, at least one leaf."""
     lengths = [len(leaf.prompt_ids) + len(leaf.response_ids) for leaf in leaves]
     parts: list[list[int]] = []
     for i in sorted(range(len(leaves)), key=lambda i: lengths[i]):
@@ -100,7 +98,7 @@ def logprobs(model: nn.Module, micro: MicroBatch, batching: Batching) -> Tensor:
 
 
 def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
-    """The job's result in the model's head, where a partitioned weight is whole, or after the CPU forward, which needs no such thing."""
+    """Run the job inside the model's head module, where ZeRO-3 has gathered its weight, or after CpuForward, which needs no gathering."""
     if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         rows = hidden_rows(model, micro)
         lm_head = model.get_output_embeddings()  # type: ignore[operator]
@@ -117,7 +115,7 @@ def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOu
 def kl_to_reference(
     model: nn.Module, reference: nn.Module, leaves: Sequence[Leaf], batching: Batching
 ) -> tuple[float, int]:
-    """Exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`, and their number."""
+    """(exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`; number of these tokens)."""
     ref_head = reference.get_output_embeddings()  # type: ignore[operator]
     total, count = 0.0, 0
     for micro in micro_batches(leaves, batching):

@@ -1,5 +1,4 @@
-"""The trained policy in a DeepSpeed engine: one code path for ZeRO 0 to 3, CPU (gloo) and GPU (nccl), one process or
-many.
+"""The trained policy in a DeepSpeed engine: one code path for ZeRO 0 to 3, CPU (gloo) and GPU (nccl), one process or many.
 
 Deviations from the usual way to use DeepSpeed, and why:
 - a step has as many micro-batches as its forest needs, so the accumulation boundary is set explicitly and
@@ -50,8 +49,7 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def load(config: Config, path: str | Path | None = None) -> nn.Module:
-    """Load a plain frozen module on this process's device, in evaluation mode, with a head that runs jobs. path: None
-    for `model.path`."""
+    """Load a plain frozen module on this process's device, in evaluation mode, with a head that runs jobs. path: None for `model.path`."""
     model = _load(config, config.model.path if path is None else path)
     frozen: nn.Module = model.to(distributed.device()).eval().requires_grad_(False)
     return frozen
@@ -265,8 +263,7 @@ class TrainedPolicy:
         optimiser_state.save(self.engine, folder / optimiser_state.FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with any number of processes under any ZeRO stage. All processes call it, then
-        `hand_over`."""
+        """Read what `save` wrote, with any number of processes under any ZeRO stage. All processes call it, then `hand_over`."""
         optimiser_state.load(self.engine, folder / optimiser_state.FOLDER)
 
 
@@ -287,7 +284,6 @@ def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
 
 @torch.no_grad()
 def checksum(model: nn.Module) -> float:
-    """Sum of all weights, each tensor weighted by its index, in fp64. Equal weights on the same kind of device give
-    equal checksums."""
+    """Sum of all weights, each tensor weighted by its index, in fp64. Equal weights on the same kind of device give equal checksums."""
     parts = [p.sum(dtype=torch.float64) * (i + 1) for i, p in enumerate(model.parameters())]
     return float(torch.stack(parts).sum())

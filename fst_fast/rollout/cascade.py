@@ -39,8 +39,7 @@ class Suffixes:
 
 
 class DecodePlan:
-    """Attention of one new token per slot over its prompt path and its suffix, valid until the paths or the pool's
-    ranges change.
+    """Attention of one new token per slot over its prompt path and its suffix, valid until the paths or the pool's ranges change.
 
     rows, lengths: [slots], of the current step; fixed buffers, as CUDA graphs need (graphs.py). work: the work list,
     rebuilt when suffixes outgrow it. Idle slots keep their last path. Layers with a sliding window (`window`) keep
@@ -89,7 +88,7 @@ class DecodePlan:
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
         """Not used: every slot has one token, and the logits of all tokens are read."""
-        raise AssertionError("a decode step asks for all rows")
+        raise AssertionError("a decode step reads all rows")
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None

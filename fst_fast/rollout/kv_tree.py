@@ -1,5 +1,4 @@
-"""The KV cache of one call's prompts: a trie whose nodes each own one segment, computed once and never copied per
-sample.
+"""The KV cache of one call's prompts: a trie whose nodes each own one segment, computed once and never copied per sample.
 
 Nodes are stored in blocks: nodes of one level and similar length that were prefilled together occupy a range of a pool
 (kv_pool.py). Memory is allocated and freed by the block. A node can also come from an earlier call (prefixes.py); in
@@ -99,8 +98,7 @@ class TreeCache:
         return out
 
     def keep_only(self, nodes: Ints, *, compact: bool = False) -> None:
-        """Free the blocks that contain none of `nodes`. compact: also free other rows and the padding of the remaining
-        blocks."""
+        """Free the blocks that contain none of `nodes`. compact: also free other rows and the padding of the remaining blocks."""
         kept = set(self.block_of[nodes].tolist())
         self.blocks = {number: block for number, block in self.blocks.items() if number in kept}
         if not compact:

@@ -13,8 +13,7 @@ from fst_fast.rollout.server import ServerEngine
 
 @dataclass
 class SamplingModels:
-    """The sampling engines and their modules. `fast` samples the fast phase: a server's base model or the trained
-    weights.
+    """The sampling engines and their modules. `fast` samples the fast phase: a server's base model or the trained weights.
 
     Two of the engines may be the same object."""
 
@@ -31,16 +30,14 @@ class SamplingModels:
             engine.forget()
 
     def new_tokens(self) -> tuple[int, int]:
-        """(tokens computed since the last call over all processes, tokens of the same work without sharing). All
-        processes call it."""
+        """(tokens computed since the last call over all processes, tokens of the same work without sharing). All processes call it."""
         computed, unshared = self._tokens()
         new = distributed.all_reduce_sum([computed - self._counted[0], unshared - self._counted[1]])
         self._counted = computed, unshared
         return int(new[0]), int(new[1])
 
     def skip_tokens(self) -> None:
-        """Exclude the tokens since the last call from the count; used for evaluations, which are not part of the
-        method's cost."""
+        """Exclude the tokens since the last call from the count; used for evaluations, which are not part of the method's cost."""
         self._counted = self._tokens()
 
     def _tokens(self) -> tuple[int, int]:

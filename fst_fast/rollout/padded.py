@@ -20,8 +20,7 @@ from fst_fast.rollout.responses import Responses
 def decode_padded(
     model: Any, prompts: Sequence[Ints], responses: Responses, *, max_batch: int, pad_id: int
 ) -> int:
-    """Fill `responses`, `max_batch` prompts of similar length at a time; returns the number of positions computed,
-    padding included."""
+    """Fill `responses`, `max_batch` prompts of similar length at a time; returns the number of positions computed, padding included."""
     device = model.get_output_embeddings().weight.device
     lengths = np.array([len(p) for p in prompts], dtype=np.int64)
     order = np.argsort(lengths, kind="stable")

@@ -1,14 +1,11 @@
-"""Prefix cache across calls with the same weights: the longest cached prefix of a prompt is reused instead of
-recomputed.
+"""Prefix cache across calls with the same weights: the longest cached prefix of a prompt is reused instead of recomputed.
 
 A call stores its prompt tree with the blocks that are still allocated and the logits at the ends of its prompts. The
 next call walks its own tree along the stored ones. A node, or its beginning, that is cached becomes rows of an earlier
-block: shared if a stored node matches entirely, else copied (copying a token's keys and values costs a thousandth of
-computing them).
+block: shared if a stored node matches entirely, else copied (copying a token's keys and values costs a thousandth of computing them).
 
 The caller must know that the weights are the same. It also decides whether to reuse at all: logits computed in another
-batch agree only up to rounding, so a run that must be bit-reproducible clears the cache at every point that it can be
-resumed from.
+batch agree only up to rounding, so a run that must be bit-reproducible clears the cache at every point that it can be resumed from.
 """
 
 from __future__ import annotations
@@ -67,8 +64,7 @@ class CachedCall:
             self.branches.setdefault(int(tree.parent[node]), {}).setdefault(first, []).append(node)
 
     def follow(self, at: tuple[int, int], ids: Ints) -> tuple[list[Segment], tuple[int, int]]:
-        """Walk on from `at` = (node, offset in the node) along `ids`; returns the segments passed and the final
-        position."""
+        """Walk on from `at` = (node, offset in the node) along `ids`; returns the segments passed and the final position."""
         tree = self.cache.tree
         node, offset = at
         segments: list[Segment] = []
@@ -117,8 +113,7 @@ class PrefixCache:
             self.calls.insert(0, CachedCall(cache, logits))
 
     def find(self, forest: Forest) -> PrefixMatch:
-        """The longest cached prefixes of a forest's nodes. A call counts as unused if newer calls have as much of
-        everything."""
+        """The longest cached prefixes of a forest's nodes. A call counts as unused if newer calls have as much of everything."""
         ends = set(forest.leaf_node.tolist())
         count = len(forest.node_start)
         found = PrefixMatch(np.zeros(count, np.int64), [[] for _ in range(count)], [None] * count)

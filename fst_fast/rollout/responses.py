@@ -1,7 +1,6 @@
 """Sample one token per sequence and record it, identically for every way to compute the logits.
 
-A token depends only on its sequence's seed, its offset in the response and the logits, so a rollout is reproducible in
-any batch.
+A token depends only on its sequence's seed, its offset in the response and the logits, so a rollout is reproducible in any batch.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ class Sampling:
 
 
 class Responses:
-    """The responses sampled so far. stop(ids [n]): whether a response ends after `ids` for a reason other than an eos
-    token.
+    """The responses sampled so far. stop(ids [n]): whether a response ends after `ids` for a reason other than an eos token.
 
     ids int64 and logprobs float32 [sequences, limit], length [sequences], finish [sequences] ("" while running)."""
 
@@ -59,8 +57,7 @@ class Responses:
         self.stop = stop
 
     def draw(self, logits: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> Ints:
-        """Sample and record the next token of each sequence from logits [S, V]. Rows that are not live are sampled and
-        discarded.
+        """Sample and record the next token of each sequence from logits [S, V]. Rows that are not live are sampled and discarded.
 
         Returns the ids [S]. Raises FloatingPointError if a live row's logits contain NaN or Inf."""
         reach("rollout")

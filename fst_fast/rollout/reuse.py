@@ -25,8 +25,7 @@ class ReusePool:
         return cls([s for s in scored if s.verdict.reward is not None and s.rollout.context_id in kept])
 
     def claim(self, plan: Sequence[RolloutRequest]) -> list[ScoredRollout | None]:
-        """For each request an unclaimed rollout of the same context and problem, or None. A rollout is claimed at most
-        once."""
+        """For each request an unclaimed rollout of the same context and problem, or None. A rollout is claimed at most once."""
         claims: list[ScoredRollout | None] = []
         for context, problem, _ in plan:
             wanted = (context.id, problem.id)

@@ -107,8 +107,7 @@ def commit(
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint, preferring the one that `latest` names; None if there are no checkpoints.
 
-    Damaged ones are skipped with a warning. Raises UserError if all are damaged, since a run must not silently start
-    over."""
+    Damaged ones are skipped with a warning. Raises UserError if all are damaged, since a run must not silently start over."""
     root = run_dir / "checkpoints"
     folders = _by_step(root)
     pointer = root / "latest"

@@ -1,10 +1,8 @@
-"""Crashes on demand for the crash tests: FST_FAULT=point:n kills this process by SIGKILL when it reaches `point` for
-the n-th time.
+"""Crashes on demand for the crash tests: FST_FAULT=point:n kills this process by SIGKILL when it reaches `point` for the n-th time.
 
 `FST_FAULT=backward:3` applies to every process of the run, `FST_FAULT=backward:3:1` to rank 1 only. With SIGKILL no
 handler, `finally` or flush runs, as when the machine loses power or the kernel runs out of memory. If unset, a point
-costs one comparison. The code calls `reach` at each of POINTS; docs/reliability.md says what each one
-guarantees.
+costs one comparison. The code calls `reach` at each of POINTS; docs/reliability.md says what each one guarantees.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def open_run(
             if is_run:
                 changes = _check_config(path, config_yaml, config_hash, allow_config_change, defaults or {})
             elif (path / MARKER).exists():
-                raise UserError(f"--run-dir {path} was made by another run just now; choose another folder")
+                raise UserError(f"--run-dir {path} was just created by another run; choose another folder")
             else:
                 _initialise(path, config_yaml, config_hash)
         except BaseException:

@@ -1,9 +1,7 @@
-"""SIGTERM and SIGINT stop a run in an orderly way: it finishes the step and saves. A second signal ends the process at
-once.
+"""SIGTERM and SIGINT stop a run in an orderly way: it finishes the step and saves. A second signal ends the process at once.
 
 The handler only sets a flag. The loop checks it between steps, collectively, because a signal does not reach all
-processes at the same moment. After the first signal the default action is restored, so the second one also works inside
-a C library.
+processes at the same moment. After the first signal the default action is restored, so the second one also works inside a C library.
 """
 
 from __future__ import annotations

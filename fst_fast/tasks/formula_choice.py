@@ -1,11 +1,9 @@
-"""Formula choice: which of four options does a formula give? The mini world's counterpart of multiple-choice physics
-questions.
+"""Formula choice: which of four options does a formula give? The mini world's counterpart of multiple-choice physics questions.
 
     mass 3 time 5 acceleration 4 . force ? a 7 b 12 c 34 d 15       ->  \\boxed{ b }
 
 More quantities are given than needed; one is asked for, and its formula must be known. Reward 1 iff the last \\boxed{}
-holds the letter of the right value; a guess is right one time in four. The feedback says which formula, number or
-letter is wrong.
+holds the letter of the right value; a guess is right one time in four. The feedback says which formula, number or letter is wrong.
 """
 
 from __future__ import annotations
@@ -110,8 +108,7 @@ class FormulaChoice(MiniTask[Choice]):
 
 
 def judge(choice: Choice, response: str) -> Verdict:
-    """Compare the last \\boxed{} with the letter. Metrics: boxed, formula (the formula is written out), numbers (its
-    numbers too)."""
+    """Compare the last \\boxed{} with the letter. Metrics: boxed, formula (the formula is written out), numbers (its numbers too)."""
     a, b, value = choice.values()
     first, sign, second = FORMULAS[choice.asked]
     work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))

@@ -47,8 +47,7 @@ class GeneratedTask(ABC, Generic[Instance]):
 
     @abstractmethod
     def _key(self, instance: Instance) -> Hashable:
-        """Equal for instances of the same problem. Made of ints and their tuples, whose hashes are the same in every
-        process."""
+        """Equal for instances of the same problem. Made of ints and their tuples, whose hashes are the same in every process."""
 
     @abstractmethod
     def _problem(self, instance: Instance, id: str) -> Problem: ...
@@ -58,8 +57,7 @@ class GeneratedTask(ABC, Generic[Instance]):
         """The settings that determine how many different instances there are, for the error that there are too few."""
 
     def problems(self, split: str) -> Sequence[Problem]:
-        """The problems of `train`, `validation` or `ood`, each created when it is indexed. Raises UserError for another
-        split."""
+        """The problems of `train`, `validation` or `ood`, each created when it is indexed. Raises UserError for another split."""
         if split not in self.sizes:
             raise UserError(f"{self.name}: there is no split {split!r}; allowed are {', '.join(STREAM)}")
         return _Split(self, split, self._first_attempts(split))

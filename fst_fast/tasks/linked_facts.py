@@ -1,5 +1,4 @@
-"""Linked facts: the answer is at the end of a chain of facts. The mini world's counterpart of multi-hop questions
-(HoVer).
+"""Linked facts: the answer is at the end of a chain of facts. The mini world's counterpart of multi-hop questions (HoVer).
 
     facts 12 friend 7 , 7 boss 5 , 5 city 30 , ... . 12 friend boss city ?       ->  \\boxed{ 30 }
 
@@ -51,8 +50,7 @@ class Web:
 
 
 def draw_web(rng: np.random.Generator, hops: int) -> Web:
-    """Persons and cities are different numbers. No person is their own friend, boss or twin; the relations of a chain
-    differ."""
+    """Persons and cities are different numbers. No person is their own friend, boss or twin; the relations of a chain differ."""
     ids = rng.permutation(MINI_IDS).tolist()
     persons, cities = ids[:PERSONS], ids[PERSONS : 2 * PERSONS]
     facts: list[Fact] = [(p, LAST, c) for p, c in zip(persons, cities, strict=True)]

@@ -1,5 +1,4 @@
-"""List programs: the output of a short program on a list. The mini world's counterpart of program-output prediction
-(CodeIO).
+"""List programs: the output of a short program on a list. The mini world's counterpart of program-output prediction (CodeIO).
 
     list 3 7 1 9 : reverse rotate next first ?        ->  \\boxed{ 2 }
 
@@ -30,8 +29,7 @@ OPERATIONS: dict[str, Callable[[Numbers], Numbers]] = {
     "swap": lambda x: (x[1], x[0], *x[2:]),
     "next": lambda x: tuple((n + 1) % MINI_IDS for n in x),
 }
-"""Name -> function: reverse the list; move the first number to the end; swap the first two; add one to each (0 after
-39)."""
+"""Name -> function: reverse the list; move the first number to the end; swap the first two; add one to each (0 after 39)."""
 
 PICKS = {"first": 0, "last": -1}
 """The last word of a program -> the index of the number that it picks."""
@@ -139,8 +137,7 @@ def judge(program: Program, response: str) -> Verdict:
 
 
 def _written(program: Program, response: str) -> list[Numbers | None]:
-    """The list after each operation's name in the response, in the program's order; None for a step that is not
-    written."""
+    """The list after each operation's name in the response, in the program's order; None for a step that is not written."""
     words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", response.partition("\\boxed")[0])
     found: list[Numbers | None] = []
     at = 0

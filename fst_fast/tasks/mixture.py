@@ -1,5 +1,4 @@
-"""Several tasks combined into one: used to verify a run with several stages (config: `stages`), and as a task (`task:
-mixture`).
+"""Several tasks combined into one: used to verify a run with several stages (config: `stages`), and as a task (`task: mixture`).
 
 Every problem id is prefixed with the index of its part. So ids stay unique if two parts are the same task, and a
 verdict comes from the part that the problem belongs to.

@@ -1,5 +1,4 @@
-"""Star graph: find the one arm that ends at the goal. The paper's planning task (arXiv 2605.12484, star-graph
-experiment).
+"""Star graph: find the one arm that ends at the goal. The paper's planning task (arXiv 2605.12484, star-graph experiment).
 
 A start node has `arms` chains of equal length; one of them, the gold path of `path` nodes, ends at the goal. All edges
 are shuffled and printed as `u,v u,v ...`. From the start all arms look alike, so a walk that looks only one edge ahead
@@ -33,8 +32,7 @@ _NODE = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Graph:
-    """One star graph: `chains[0]` is the gold path, every chain begins with the start node; `edges` are in printed
-    order."""
+    """One star graph: `chains[0]` is the gold path, every chain begins with the start node; `edges` are in printed order."""
 
     chains: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, int], ...]
@@ -195,8 +193,7 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
 
 
 def _between(a: int, b: int, edges: set[tuple[int, int]]) -> list[int]:
-    """The nodes strictly between a and b on the way from a to b; empty if b is not reachable. Every node but the start
-    has one parent."""
+    """The nodes strictly between a and b on the way from a to b; empty if b is not reachable. Every node but the start has one parent."""
     parent = {v: u for u, v in edges}
     nodes: list[int] = []
     at = parent.get(b)

@@ -21,8 +21,7 @@ def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
 
     The gold response is `task.gold(problem)` if the task has that method, else str(problem.answer) if
     problem.meta["check_gold"] is set; otherwise the grader is trusted. `n` evenly spaced problems of each split are
-    verified in the child processes. Ids are compared over the first 20,000 problems of each split, since a generator
-    may have millions."""
+    verified in the child processes. Ids are compared over the first 20,000 problems of each split, since a generator may have millions."""
     seen: dict[str, str] = {}
     items: list[tuple[Problem, str]] = []
     for split in SPLITS:

@@ -51,8 +51,7 @@ _CHILD_ENV = {
 
 
 class VerifierPool:
-    """`workers` child processes that hold the task `spec`, built with `args`. Use as a context manager, or call
-    close().
+    """`workers` child processes that hold the task `spec`, built with `args`. Use as a context manager, or call close().
 
     timeouts, failures: number of verdicts with reward None because of the time limit, or because the grader raised,
     crashed or returned no valid verdict. A grader that returns reward None itself counts in neither. replaced: children
@@ -92,8 +91,7 @@ class VerifierPool:
                 self._serve_once(_Batch([], []))
 
     def verify(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """One verdict per (problem, response), in order. A failed verification has reward None and the reason as
-        feedback."""
+        """One verdict per (problem, response), in order. A failed verification has reward None and the reason as feedback."""
         batch = _Batch(
             [_pickled(problem, response) for problem, response in items], [problem.id for problem, _ in items]
         )
@@ -237,8 +235,7 @@ class _Batch:
 
 
 class _Worker:
-    """One child behind its supervisor, and its two pipes. Both are non-blocking, so a child that stops reading cannot
-    block the trainer.
+    """One child behind its supervisor, and its two pipes. Both are non-blocking, so a child that stops reading cannot block the trainer.
 
     todo: indices of the items sent and not yet answered, in order. taken: the child has read them; if it dies earlier,
     no item is to blame. leaving: it has announced that it exits after this reply."""

@@ -3,8 +3,7 @@
 For task authors, to be called in `verify`. The program runs in its own interpreter without site-packages, which
 confines itself before the first line (confinement.py): no network, no files except the standard library, no processes
 or threads, an empty environment, bounded memory, time and output. This works for an ordinary user, also in a container:
-seccomp filters and Landlock need neither namespaces nor privileges and cost no set-up time. docs/own_reward.md lists
-what they do not hide.
+seccomp filters and Landlock need neither namespaces nor privileges and cost no set-up time. docs/own_reward.md lists what they do not hide.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class IsolationError(RuntimeError):
 class CodeResult:
     """status: `ok` (exit code 0), `error` (another exit code or a signal), `timeout`, or `output` (killed after
     printing more than OUTPUT_LIMIT). exit_code: as in subprocess, negative for a signal; None for the last two. stdout,
-    stderr: at most OUTPUT_LIMIT each; a traceback shows only the program's own frames. missing: isolation layers that
-    this system lacks."""
+    stderr: at most OUTPUT_LIMIT each; a traceback shows only the program's own frames. missing: isolation layers that this system lacks."""
 
     status: Literal["ok", "error", "timeout", "output"]
     exit_code: int | None
@@ -132,8 +130,7 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
 
 @functools.cache
 def missing_layers() -> str:
-    """The isolation layers that run_code lacks on this system, with the reasons; "" if none. Found by running a
-    program, once."""
+    """The isolation layers that run_code lacks on this system, with the reasons; "" if none. Found by running a program, once."""
     if sys.platform != "linux":
         return f"seccomp and Landlock: {sys.platform} has neither"
     probe = run_code("print('here')", timeout_s=60)

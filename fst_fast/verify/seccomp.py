@@ -1,5 +1,4 @@
-"""System call filters: small programs in classic BPF that the kernel runs before each system call of a process
-(seccomp(2)).
+"""System call filters: small programs in classic BPF that the kernel runs before each system call of a process (seccomp(2)).
 
 There are two. `program_filter`, for untrusted programs, allows what an interpreter needs to compute and refuses
 everything else; a deny list would be out of date with the next kernel. `grader_filter`, for graders, allows everything
@@ -88,8 +87,7 @@ def program_filter(pid: int) -> bytes:
 
 
 def grader_filter(protected: Iterable[int]) -> bytes:
-    """Starting a process notifies the listener; a signal to a process id or group in `protected`, or to all, is
-    refused."""
+    """Starting a process notifies the listener; a signal to a process id or group in `protected`, or to all, is refused."""
     thread: list[_Test] = [(_argument(0), _ANY_BIT, _CLONE_THREAD, True)]
     body = [
         *_rule("clone", thread, _ALLOW, _NOTIFY),

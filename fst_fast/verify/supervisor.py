@@ -1,5 +1,4 @@
-"""The process between the trainer and a verifying child: when the child exits, it kills everything that the child
-started.
+"""The process between the trainer and a verifying child: when the child exits, it kills everything that the child started.
 
 A process group is not enough. A grandchild that started its own session, or whose parent has exited, escapes the group
 and may live for days. The supervisor is a subreaper (prctl(2)): orphans below it become its children, so it finds all

@@ -40,8 +40,7 @@ _MEMORY_SHARE = 0.75  # of the memory limit; beyond it the child is replaced
 
 
 def main(trainer: int, control: int) -> None:
-    """Serve until the trainer closes the pipe. trainer: its process id. control: the descriptor of the supervisor's
-    socket."""
+    """Serve until the trainer closes the pipe. trainer: its process id. control: the descriptor of the supervisor's socket."""
     fork_supervised(socket.socket(fileno=control), trainer)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_RDWR)

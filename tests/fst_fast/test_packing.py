@@ -275,7 +275,7 @@ def test_load_model_gives_the_saved_weights_in_the_type_asked_for(tmp_path: Path
         (Gemma2Config(), "caps attention scores .attn_logit_softcapping=50.0"),
         (GptOssConfig(), "attention sinks"),
         (AutoConfig.for_model("llama4_text"), "layers of type chunked_attention"),
-        (Gemma3TextConfig(use_bidirectional_attention=True), "see later ones"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "is bidirectional"),
         (AutoConfig.for_model("olmo2"), "not been tested as a forest; tested are gemma3_text, llama"),
         (MambaConfig(), "linear_attention|recurrent state|swapped"),
         (AutoConfig.for_model("deepseek_v3"), "v_head_dim=128"),

@@ -86,8 +86,7 @@ def split_sentences(context: str) -> list[str]:
 def _edit(
     sentences: list[str], problem: str, feedback: str, rng: np.random.Generator
 ) -> tuple[list[str], str]:
-    """Add (0.5), replace (0.3), drop (0.1) or move (0.1) one sentence; impossible edits become an addition or a
-    replacement."""
+    """Add (0.5), replace (0.3), drop (0.1) or move (0.1) one sentence; impossible edits become an addition or a replacement."""
     toss = rng.random()
     at = int(rng.integers(len(sentences))) if sentences else 0
     if toss >= 0.9 and len(sentences) > 1:

@@ -1,5 +1,4 @@
-"""A reflector that is a Python function: the user's `file.py:function`, called with a ReflectionPrompt, or the mini
-world's rules.
+"""A reflector that is a Python function: the user's `file.py:function`, called with a ReflectionPrompt, or the mini world's rules.
 
 The function returns its reply as a language model would write it, with the new context in a fenced block. An exception
 becomes the error of that reply; the other prompts of the batch continue.
@@ -51,8 +50,7 @@ def unseeded(function: Callable[[ReflectionPrompt], Any]) -> Seeded:
 
 
 def load_function(spec: str) -> Callable[[ReflectionPrompt], Any]:
-    """Load the function named by `path/to/file.py:function`. Raises UserError if the file or the function does not
-    exist."""
+    """Load the function named by `path/to/file.py:function`. Raises UserError if the file or the function does not exist."""
     path_text, _, name = spec.rpartition(":")
     path = Path(path_text)
     if not path.is_file():

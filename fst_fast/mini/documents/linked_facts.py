@@ -1,7 +1,6 @@
 """Linked facts: any city; with the method, first every fact of the chain.
 
-A drill repeats the facts in another order, with the loss on the looked-up number only; the number of facts starts
-small.
+A drill repeats the facts in another order, with the loss on the looked-up number only; the number of facts starts small.
 """
 
 from __future__ import annotations

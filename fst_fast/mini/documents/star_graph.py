@@ -1,8 +1,7 @@
 """Star graphs: a walk forward on a random arm; with the method, first the path traced back from the goal.
 
 A drill repeats the edges in another order, forwards (`u , v`) and backwards (`v < u`), with the loss on the looked-up
-node only. Its edges form short chains instead of a star, so that every look-up has one answer, and their number can
-start small.
+node only. Its edges form short chains instead of a star, so that every look-up has one answer, and their number can start small.
 """
 
 from __future__ import annotations
