@@ -211,7 +211,7 @@ def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh
 
     def run(most: int) -> tuple[int, Tensor, list[float]]:
         """With another process that has `most` micro-batches: how many this one runs, its weights and numbers afterwards."""
-        monkeypatch.setattr(distributed, "maximum", lambda own: max(own, most))
+        monkeypatch.setattr(distributed, "all_reduce_max", lambda own: max(own, most))
         policy, count = TrainedPolicy(config), []
         forward_backward = policy.forward_backward
         monkeypatch.setattr(
