@@ -57,7 +57,7 @@ def test_a_run_trains_weights_and_contexts_and_leaves_its_figures(whole: tuple[P
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5]
     assert [c["step"] for c in cycles] == [0, 2, 4]
     assert any(s["grad_norm"] > 0 for s in steps)
-    assert "weights only" in printed
+    assert "weights: trained weights, seed context" in printed
     contexts = json.loads((folder / "contexts.json").read_text())
     assert len(contexts["population"]) == 2
     assert set(contexts["population"]) <= set(contexts["contexts"])
