@@ -14,14 +14,7 @@ from torch import Tensor
 pytest.importorskip("transformers")  # scripts/gpu_check.sh loads this file on machines that may lack it
 
 from fst_fast.rollout.graphs import EAGER_STEPS, StepGraph
-from tests.fst_fast.test_rollout import (
-    assert_same,
-    forest,
-    make_model,
-    padded,
-    requests_of,
-    sample,
-)
+from tests.fst_fast.test_rollout import assert_same, forest, make_model, padded, requests_of, sample
 
 
 def recording(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

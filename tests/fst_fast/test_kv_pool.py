@@ -20,14 +20,7 @@ from fst_fast.rollout import cascade, prefill
 from fst_fast.rollout.kv_pool import KVPool, Span
 from fst_kernels import cascade_decode_attention
 from fst_kernels.tree_attention import tree_attention
-from tests.fst_fast.test_rollout import (
-    assert_same,
-    forest,
-    make_model,
-    padded,
-    requests_of,
-    sample,
-)
+from tests.fst_fast.test_rollout import assert_same, forest, make_model, padded, requests_of, sample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAYERS = 2

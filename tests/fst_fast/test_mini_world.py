@@ -165,9 +165,8 @@ def test_a_faithful_response_is_right_and_one_at_once_is_luck(kind: world.Kind) 
 @pytest.mark.parametrize("role", world.HARMFUL)
 def test_a_harmful_sentence_dominates_the_helpful_ones(kind: world.Kind, role: world.Role) -> None:
     law = world.law(sentences(kind, "method", "box", "check", role), kind)
-    luck = (
-        0.25 if kind == "formula_choice" and role != "twist" else 0.0
-    )  # any letter is right one time in four
+    # any letter is right one time in four
+    luck = 0.25 if kind == "formula_choice" and role != "twist" else 0.0
     assert rewards(kind, law, 800)[0] < 0.12 + luck
 
 

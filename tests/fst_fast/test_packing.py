@@ -113,9 +113,8 @@ def random_leaves(seed: int) -> list[Leaf]:
     ]
     problems = [rng.integers(1, VOCAB, rng.integers(1, 6)) for _ in range(rng.integers(1, 4))]
     leaves = [
-        Leaf(
-            np.concatenate([c, p]), rng.integers(1, 3, rng.integers(0, 7))
-        )  # two ids only: responses often agree
+        # two ids only: responses often agree
+        Leaf(np.concatenate([c, p]), rng.integers(1, 3, rng.integers(0, 7)))
         for c in contexts
         for p in problems
         for _ in range(rng.integers(1, 4))
@@ -143,9 +142,8 @@ def test_forest_and_padded_batches_have_the_same_loss_and_gradient(
     assert loss == pytest.approx(expected, abs=1e-5)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
-        assert name.endswith("k_proj.bias") or grad.abs().max() > 1e-5, (
-            name
-        )  # a bias of all keys moves no softmax
+        # a bias of all keys moves no softmax
+        assert name.endswith("k_proj.bias") or grad.abs().max() > 1e-5, name
         torch.testing.assert_close(
             grad, expected_grads[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -232,9 +230,8 @@ class Through:
         return q.transpose(1, 2)
 
 
-@pytest.mark.parametrize(
-    "architecture", [name for name in CONFIGS if name != "qwen3_moe"]
-)  # whose routing counts
+# except qwen3_moe, whose routing reads counts back from the device
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "qwen3_moe"])
 def test_a_forward_does_not_synchronise_with_the_device(architecture: str) -> None:
     tree, _ = models(architecture)
     for shape in ((1, 6), (6, 1)):  # a forest, a decode step

@@ -185,23 +185,18 @@ def cover_everything(scores, k):
 @pytest.mark.parametrize(
     ("kinds", "better_by"),
     [
-        (
-            [(0.02, 0.02), (0.05, 0.05), (0.12, 0.12), (0.3, 0.3), (0.35, 0.35), (0.5, 0.5)],
-            0.05,
-        ),  # one is good
-        (
-            [(0.0, 0.6), (0.8, 0.02), (0.0, 0.5), (0.0, 0.4), (0.0, 0.1), (0.1, 0.3), (0.02, 0.02)],
-            0.0,
-        ),  # a rare specialist
+        # one is good
+        ([(0.02, 0.02), (0.05, 0.05), (0.12, 0.12), (0.3, 0.3), (0.35, 0.35), (0.5, 0.5)], 0.05),
+        # a rare specialist
+        ([(0.0, 0.6), (0.8, 0.02), (0.0, 0.5), (0.0, 0.4), (0.0, 0.1), (0.1, 0.3), (0.02, 0.02)], 0.0),
     ],
 )
 def test_the_thresholds_keep_better_contexts_and_cover_as_much(kinds, better_by):
     rng = np.random.default_rng(11)
     difference = []
     for _ in range(200):
-        true = np.where(
-            rng.random(32) < 0.15, *(np.array(kinds).T[..., None])
-        )  # [C, 32]: first number: the rare kind of problem
+        # [C, 32]: first number: the rare kind of problem
+        true = np.where(rng.random(32) < 0.15, *(np.array(kinds).T[..., None]))
         rewards = (rng.random((*true.shape, 2)) < true[..., None]).astype(float)
         scores = rewards.mean(axis=2)
         ours, plain = (

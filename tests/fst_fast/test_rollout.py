@@ -333,9 +333,8 @@ def test_counters_add_up_over_calls(model, plain_model):
     ours, plain = forest(model, eos=()), padded(plain_model, eos=())
     for engine in (ours, ours, plain):
         sample(engine, requests, 10)
-    assert (
-        ours.tokens_computed == len(distinct) + 2 * 9 * n
-    )  # the last token is never fed; the second call has the prompts
+    # the last token is never fed; the second call has the prompts
+    assert ours.tokens_computed == len(distinct) + 2 * 9 * n
     assert ours.tokens_reused == len(distinct)
     assert ours.tokens_unshared == 2 * (prompt_tokens + 10 * n)
     assert plain.tokens_unshared == prompt_tokens + 10 * n

@@ -12,15 +12,7 @@ from fst_fast.rollout.decode import ForestDecoder, slots_that_fit
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.prompt_tree import prompt_tree
 from tests.compiler import needs_a_compiler
-from tests.fst_fast.test_rollout import (
-    assert_same,
-    forest,
-    ids,
-    make_model,
-    padded,
-    requests_of,
-    sample,
-)
+from tests.fst_fast.test_rollout import assert_same, forest, ids, make_model, padded, requests_of, sample
 
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # k and v, layers, kv heads, dim, float32
 
@@ -76,9 +68,8 @@ def test_prompts_that_share_parts_of_earlier_ones_take_these_over(model, plain):
     engine = forest(model, prefill_tokens=6)
     sample(engine, first, 4)
     assert_same(sample(engine, requests, 6), sample(padded(plain), requests, 6))
-    assert (
-        engine.tokens_reused == 35 - 1 - 0
-    )  # a and b whole, less the last token of b[:7], computed for its logits
+    # a and b whole, less the last token of b[:7], computed for its logits
+    assert engine.tokens_reused == 35 - 1 - 0
 
 
 def test_changed_weights_and_forget_end_the_reuse():
@@ -157,9 +148,8 @@ def test_nodes_are_freed_one_by_one_when_memory_is_short(model, monkeypatch):
     engine = forest(model, max_batch=4, prefill_tokens=30, kv_bytes=100 * TOKEN_BYTES)
     sample(engine, requests, 4)
     assert len(held) > 3
-    assert all(
-        h <= 2 * n for h, n in zip(held, needed, strict=True)
-    )  # padding within a block at most doubles
+    # padding within a block at most doubles
+    assert all(h <= 2 * n for h, n in zip(held, needed, strict=True))
 
 
 @pytest.mark.parametrize(
