@@ -31,7 +31,7 @@ import torch
 
 from fst_fast import mini
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Sampled, Verdict
+from fst_fast.contracts import Context, Problem, ScoredRollout, Verdict
 from fst_fast.rollout.prompt import load_tokenizer, messages_with_context, render_prompt
 from fst_fast.tasks.registry import load_task
 
@@ -79,11 +79,13 @@ def reward(ids: Any) -> float:
 def ours(steps: int) -> list[tuple[float, float]]:
     """(wall-clock, CPU) seconds of each step."""
     from fst_fast import distributed
-    from fst_fast.policy import trained as policy_engine
+    from fst_fast.policy import trained
+    from fst_fast.policy.scoring import Batching
     from fst_fast.rollout.engine import Request
     from fst_fast.rollout.sampler import Sampler
     from fst_fast.slow.groups import make_groups
-    from fst_fast.slow.update import optimise, sequences
+    from fst_fast.slow.slow_phase import objective_of
+    from fst_fast.slow.update import Reference, optimise, sequences
 
     config = Config.model_validate(
         {
@@ -101,9 +103,9 @@ def ours(steps: int) -> list[tuple[float, float]]:
     distributed.init()
     out = []
     with Sampler.open(config) as sampler:
-        policy, reference = policy_engine.Policy(config), policy_engine.load(config)
+        policy, reference = trained.TrainedPolicy(config), trained.load(config)
         engine = sampler.engine(policy.rollout_model)
-        prompts = {}
+        prompts, batching = {}, Batching.of(config, sampler.pad_id)
         for step, chosen in enumerate(problems(steps)):
             clock = time.perf_counter(), time.process_time()
             requests = []
@@ -117,12 +119,11 @@ def ours(steps: int) -> list[tuple[float, float]]:
             rollouts = engine.generate(
                 requests, max_response_tokens=NEW_TOKENS, temperature=1.0, policy_version=step
             )
-            sampled = [Sampled(r, Verdict(reward(r.response_ids)), "") for r in rollouts]
+            sampled = [ScoredRollout(r, Verdict(reward(r.response_ids)), "") for r in rollouts]
             groups = [g for g in make_groups(sampled, 1e-6) if g.advantages is not None]
-            of = [[prompts[m.rollout.problem_id, m.rollout.context_id] for m in g.sampled] for g in groups]
-            optimise(
-                policy, reference, sequences(groups, of, "problem"), config, step=step, pad_id=sampler.pad_id
-            )
+            of = [[prompts[m.rollout.problem_id, m.rollout.context_id] for m in g.members] for g in groups]
+            data = sequences(groups, of, "problem")
+            optimise(policy, Reference(reference), data, objective_of(config.slow), batching, step=step)
             policy.hand_over()
             out.append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
     return out

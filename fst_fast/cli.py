@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fst_fast import mini
 from fst_fast.errors import UserError
-from fst_fast.run.environment import keep_freed_memory
+from fst_fast.run.environment import prepare_environment, usable_cores
 
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
 OPTIONS = {
@@ -214,7 +215,7 @@ def _train(args: argparse.Namespace) -> None:
     saved = args.run_dir / "config.yaml" if args.run_dir else None
     if args.config is None and args.resume and saved and saved.is_file():
         args.config = saved
-    config = config_load.load(args.config or default_config(), args.overrides)
+    config = config_load.load(args.config or mini.default_config(), args.overrides)
     if args.dry_run:
         if _is_first():
             print(config_load.dump(config), end="")
@@ -231,12 +232,12 @@ def _train(args: argparse.Namespace) -> None:
     ended = train(config, args.run_dir, resume=args.resume, allow_config_change=args.allow_config_change)
     if ended is not None and _is_first():
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
-    distributed.leave()
+    distributed.shut_down()
 
 
 def _eval(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.evaluate import evaluate_run
+    from fst_fast.commands.evaluate import evaluate_run
     from fst_fast.run.console import Console
     from fst_fast.run.folder import disk_errors, write_atomic
 
@@ -253,7 +254,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _probe(args: argparse.Namespace) -> None:
     from fst_fast import config_load
 
-    config = config_load.load(args.config or default_config(), args.overrides)
+    config = config_load.load(args.config or mini.default_config(), args.overrides)
     prepare_environment()
     from fst_fast.commands.probe import probe
 
@@ -281,7 +282,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _replay(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.slow.nonfinite import replay
+    from fst_fast.commands.replay import replay
 
     replay(args.dump, print)
 
@@ -326,38 +327,6 @@ def _doctor(args: argparse.Namespace) -> None:
 
     for line in findings():
         print(line)
-
-
-def default_config() -> Path:
-    """The mini star graph's file, shipped with the package (in a clone it is a link to configs/mini/star_graph.yaml)."""
-    return Path(__file__).parent / "mini" / "star_graph.yaml"
-
-
-def prepare_environment() -> None:
-    """Settings that libraries read when they are loaded; what the user has set stays. Call before torch and deepspeed are imported.
-
-    No network look-ups of models; quiet libraries; processes of one machine share its cores; DeepSpeed told that there is no GPU, which
-    it would otherwise find out with a page of warnings.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-    if processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
-    keep_freed_memory()
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, which a container or taskset can make fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(sentence: str, debug: bool) -> int:

@@ -38,7 +38,7 @@ def device() -> torch.device:
 def init(timeout_s: float = 1800.0) -> None:
     """Start torch.distributed (nccl with GPUs, gloo without); a lone process becomes a world of one.
 
-    timeout_s: the longest a process waits for the others in a collective; then it raises what `lost_one` knows."""
+    timeout_s: the longest a process waits for the others in a collective; then it raises what `is_lost_peer` knows."""
     if dist.is_initialized():
         return
     where = device()
@@ -67,7 +67,7 @@ def limit_waiting(timeout_s: float) -> None:
         distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
 
-def lost_one(error: BaseException | None) -> bool:
+def is_lost_peer(error: BaseException | None) -> bool:
     """Whether this error means that another process has ended or does not answer."""
     if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
@@ -111,13 +111,13 @@ def on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
     return from_rank_zero(on_rank_zero(action))
 
 
-def total(values: Sequence[float]) -> list[float]:
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Elementwise sum over the processes, added in rank order (so it is the same number everywhere)."""
     rows = all_gather([float(v) for v in values])
     return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def largest(value: int) -> int:
+def maximum(value: int) -> int:
     return max(all_gather(value))
 
 
@@ -126,7 +126,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def leave() -> None:
+def shut_down() -> None:
     """The end of a run that ended well, for all of its processes: without it threads of torch.distributed are cut off at exit, and a process
     whose work is done may end with an error. A lone process stays as it is, able to run again."""
     if world_size() == 1:
@@ -134,38 +134,38 @@ def leave() -> None:
     try:
         dist.barrier()
     except RuntimeError as error:
-        if not lost_one(error):
+        if not is_lost_peer(error):
             raise
         return  # the others are gone; this one's work is done
     dist.destroy_process_group()
 
 
-def mine(items: Sequence[T]) -> list[T]:
+def share(items: Sequence[T]) -> list[T]:
     """The share of this process: a run of neighbours, as long as any other process's by one at most. Waves stand in the order of the prompt
-    tree, so samples of one prompt stay together and no prompt but those at the seams is computed twice. Undone by `joined`."""
+    tree, so samples of one prompt stay together and no prompt but those at the seams is computed twice. Undone by `join_shares`."""
     here, world = rank(), world_size()
     return list(items[len(items) * here // world : len(items) * (here + 1) // world])
 
 
-def mine_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
-    """The share of this process where every process holds all items and some cost more than others: in their order, see `deal`."""
-    homes = deal([costs, *[[]] * (world_size() - 1)])[0]
+def share_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """The share of this process where every process holds all items and some cost more than others: in their order, see `assign`."""
+    homes = assign([costs, *[[]] * (world_size() - 1)])[0]
     return [item for item, home in zip(items, homes, strict=True) if home == rank()]
 
 
-def joined(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Put the processes' shares (see `mine`) back into the original order."""
+def join_shares(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Put the processes' shares (see `share`) back into the original order."""
     return [item for share in shares for item in share]
 
 
-def level(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+def rebalance(items: Sequence[T], costs: Sequence[int]) -> list[T]:
     """The items of all processes dealt anew, so that no process has much more to do than the others; in one order whoever had them before.
 
     costs: of each item, in any unit. Only items that move travel (pickled). All processes must call it.
     """
     if world_size() == 1:
         return list(items)
-    homes = deal(all_gather([int(cost) for cost in costs]))
+    homes = assign(all_gather([int(cost) for cost in costs]))
     here = rank()
     leaving = [
         (home, at, item)
@@ -182,7 +182,7 @@ def level(items: Sequence[T], costs: Sequence[int]) -> list[T]:
     return [item for _, _, item in sorted(arriving + staying, key=lambda entry: entry[:2])]
 
 
-def deal(costs: Sequence[Sequence[int]]) -> list[list[int]]:
+def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:
     """Where each item of each process goes, its costs given: the dearest first, each to whoever has least so far. All stay where they are
     if the longest load gets no shorter by it."""
     load = [0] * len(costs)

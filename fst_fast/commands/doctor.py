@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from fst_fast import config_load
-from fst_fast.cli import default_config, usable_cores
 from fst_fast.config import Config
+from fst_fast.mini import default_config
+from fst_fast.run.environment import usable_cores
 from fst_fast.verify.run_code import isolation
 from fst_fast.verify.supervisor import MAX_PROCESSES, why_unlimited
 

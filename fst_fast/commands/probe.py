@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 
 from fst_fast.config import Config
-from fst_fast.contracts import Context
+from fst_fast.contracts import Context, RolloutRequest
 from fst_fast.errors import UserError
 from fst_fast.policy.trained import load
 from fst_fast.rollout.sampler import Sampler
@@ -25,7 +25,7 @@ def probe(config: Config, *, context: str | None, problems: int, samples: int, s
     with Sampler.open(config) as sampler:
         sampled = sampler.local(
             sampler.engine(load(config)),
-            [(phi, problem, sample) for problem in chosen for sample in range(samples)],
+            [RolloutRequest(phi, problem, sample) for problem in chosen for sample in range(samples)],
             stream=(config.seed, "probe"),
             policy_version=0,
             temperature=config.rollout.temperature,

@@ -1,7 +1,7 @@
-"""The tasks that a run goes through, one after the other. A run with one task is a run of one stage.
+"""Stages: the tasks of a run, one after the other. A run with one task has one stage.
 
 A change of task changes the data stream and nothing else (arXiv 2605.12484, Algorithm 1): weights, optimiser and contexts go on. The step
-number decides the stage, so a resumed run needs to know nothing more.
+number decides the stage, so nothing else has to be saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ class Stage:
     validation: list[Problem]
 
     def distils(self, step: int) -> bool:
+        """Whether the step after `step` is one of distillation."""
         return step >= self.distils_from
+
+    def local_step(self, step: int) -> int:
+        """Steps done in this stage: the cursor in its data."""
+        return step - self.first
 
 
 def make_stages(config: Config, task: Task) -> list[Stage]:

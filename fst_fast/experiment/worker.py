@@ -129,8 +129,9 @@ def _child(run: Callable[[Sequence[str]], int], words: Sequence[str], log: str, 
 def main() -> None:
     """Import what training and exporting need, then serve."""
     from fst_fast import cli
+    from fst_fast.run.environment import prepare_environment
 
-    cli.prepare_environment()
+    prepare_environment()
     import fst_fast.commands.export
     import fst_fast.trainer  # noqa: F401
 

@@ -1,17 +1,17 @@
-"""One fast phase: carry the population over, evolve it for a few narrow generations, keep K contexts.
+"""Evolve the contexts: carry the population over, propose and test edits for a few generations, keep K contexts.
 
 The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Phi"), its evolution GEPA's (arXiv 2507.19457): parents from
 the per-problem Pareto front, edits proposed by reflection on failures. What differs from GEPA, and why:
 
 - it starts from a population and from a policy that has moved: every carried context is scored afresh, on the same problems and samples as
   its children, in one batch;
-- the waves are wide (all reflections one batch, all children one batch), since a rollout engine is fast on many prompts at once;
-- a child enters by a paired test against its parent (`pareto.admits`), not by a bare comparison of two noisy sums;
-- the budget is a hard cap: a wave takes as many children as it can still pay for in full.
+- all reflections of a generation are one batch and so are all its children, since a rollout engine is fast on many prompts at once;
+- a child is admitted by a paired test against its parent (`pareto.admits`), not by comparing two noisy sums;
+- the budget is a hard cap: a generation takes as many children as it can still pay for in full.
 
 Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness comes from (seed, cycle,
-wave): processes that see the same scores and replies decide alike, and a resumed run repeats itself. `score` and `reflect` are called
-once a wave with the whole batch, so they are the only places where processes have to talk.
+generation): processes that see the same scores and replies decide alike, and a resumed run repeats itself. `score` and `reflect` are
+called once per generation with the whole batch; they are the only places where processes communicate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.config import FastConfig
-from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
 from fst_fast.fast.population import FastState, Lineage, Scores, Shown
 from fst_fast.fast.reflection import (
@@ -41,6 +41,7 @@ from fst_fast.fast.reflection import (
     extract,
 )
 from fst_fast.fast.scoring import ScoreFn
+from fst_fast.run.callbacks import Admission, Proposal
 
 Log = Callable[[str], None]
 
@@ -60,7 +61,7 @@ class FastResult:
 
     state: FastState
     population: list[Context]
-    sampled: list[Sampled]
+    sampled: list[ScoredRollout]
     record: dict[str, Any]
 
 
@@ -92,7 +93,7 @@ def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
     return Size(problems, min(config.samples, config.rollout_budget // (contexts * problems)))
 
 
-def fast_phase(
+def evolve(
     state: FastState,
     *,
     anchor: Sequence[Problem],
@@ -105,12 +106,15 @@ def fast_phase(
     seed: int,
     log: Log,
     fits: Callable[[Context], bool] = lambda context: True,
+    emit: Callable[..., None] = lambda kind, **fields: None,
 ) -> FastResult:
-    """Run one fast phase. anchor: the problems contexts are compared on; an id that occurs twice counts once. fits: whether a context
-    leaves room for every problem it may meet; one that does not is refused as too long.
+    """Evolve the population for one cycle.
 
-    cycle 0 is the first and runs config.first_generations waves, later ones config.generations. Never uses more than
-    config.rollout_budget rollouts. A reflector that is down costs the wave its proposals and nothing else.
+    anchor: the problems on which contexts are compared; an id that occurs twice counts once. fits: whether a context leaves room for
+    every problem that it may meet; one that does not is refused as too long. emit: receives the Proposal and Admission events.
+
+    Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more than
+    config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase goes on.
     """
     if config.adaptive and state.rest:
         log(f"fast phase of cycle {cycle} left out: the last {state.idle} admitted no child (fast.adaptive)")
@@ -160,14 +164,16 @@ def fast_phase(
             text = extract(
                 reply, known_texts=tried, count_tokens=count_tokens, max_tokens=config.max_context_tokens
             )
-            if isinstance(text, Refusal):
-                refused[text.reason] += 1
-                continue
-            tried.add(text)
-            if not fits(Context.of(text)):
-                refused["too_long"] += 1
+            reason = text.reason if isinstance(text, Refusal) else ""
+            if isinstance(text, str):
+                tried.add(text)
+                reason = "" if fits(Context.of(text)) else "too_long"
+            if reason or isinstance(text, Refusal):
+                refused[reason] += 1
+                emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
                 continue
             line = _birth(Context.of(text, parent=parent.id, born=cycle), failures, reply)
+            emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
             line = lineage.setdefault(
                 line.context.id, line
             )  # tried under an earlier policy: keeps its place in the tree
@@ -179,6 +185,10 @@ def fast_phase(
             born.append(child.id)
             if admitted:
                 archive.append(child)
+            means = [round.mean(context.id)[0] for context in (child, parent)]
+            emit(
+                Admission, cycle=cycle, context=child, parent=parent, admitted=admitted, mean=means[0], parent_mean=means[1]
+            )  # fmt: skip
     assert round.spent <= config.rollout_budget
 
     for context_id in round.rewards:
@@ -224,9 +234,9 @@ class _Round:
         self.score = score
         self.rewards: dict[str, NDArray[np.float64]] = {}  # context id -> [N, S], NaN where unjudged
         self.failures: dict[
-            str, list[Sampled]
+            str, list[ScoredRollout]
         ] = {}  # context id -> the first failed sample of each failed problem
-        self.sampled: list[Sampled] = []
+        self.sampled: list[ScoredRollout] = []
         self.unjudged = 0
 
     @property
@@ -235,7 +245,12 @@ class _Round:
 
     def judge(self, contexts: Sequence[Context]) -> None:
         """Score these contexts on every problem and sample, as one batch."""
-        items = [(c, p, k) for c in contexts for p in self.problem.values() for k in range(self.samples)]
+        items = [
+            RolloutRequest(c, p, k)
+            for c in contexts
+            for p in self.problem.values()
+            for k in range(self.samples)
+        ]
         if not items:
             return
         answers = self.score(items)
@@ -288,10 +303,10 @@ def _choose_parents(
 
 def _choose_failures(
     round: _Round, parents: list[Context], shown: int, rng: np.random.Generator
-) -> list[list[Sampled]]:
+) -> list[list[ScoredRollout]]:
     """For each parent's children, in random order, the next `shown` of its failed problems: siblings see different ones as far as
     there are enough, then the order starts over."""
-    order: dict[str, list[Sampled]] = {}
+    order: dict[str, list[ScoredRollout]] = {}
     used: Counter[str] = Counter()
     chosen = []
     for parent in parents:
@@ -306,11 +321,11 @@ def _choose_failures(
     return chosen
 
 
-def _prompt(round: _Round, parent: Context, failures: Sequence[Sampled]) -> ReflectionPrompt:
+def _prompt(round: _Round, parent: Context, failures: Sequence[ScoredRollout]) -> ReflectionPrompt:
     return ReflectionPrompt(parent.text, [_failure(round.problem[s.rollout.problem_id], s) for s in failures])
 
 
-def _failure(problem: Problem, sampled: Sampled) -> Failure:
+def _failure(problem: Problem, sampled: ScoredRollout) -> Failure:
     assert sampled.verdict.reward is not None
     text = "\n\n".join(
         m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}" for m in problem.messages
@@ -318,7 +333,7 @@ def _failure(problem: Problem, sampled: Sampled) -> Failure:
     return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
 
 
-def _birth(child: Context, failures: Sequence[Sampled], reply: Reply) -> Lineage:
+def _birth(child: Context, failures: Sequence[ScoredRollout], reply: Reply) -> Lineage:
     shown = (Shown(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures)
     text = (reply.text or "").encode(errors="replace").decode()  # what any UTF-8 file can hold
     return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, ask, extract
 from fst_fast.fast.scoring import ScoreFn
 
@@ -33,8 +33,8 @@ def score_with(adapter: Any, *, component: str, policy_version: int) -> ScoreFn:
     reused for training.
     """
 
-    def score(items: Sequence[tuple[Context, Problem, int]]) -> list[Sampled]:
-        answers: dict[int, Sampled] = {}
+    def score(items: Sequence[RolloutRequest]) -> list[ScoredRollout]:
+        answers: dict[int, ScoredRollout] = {}
         for context in {context.id: context for context, _, _ in items}.values():
             places = [i for i, item in enumerate(items) if item[0].id == context.id]
             candidate = {component: context.text}
@@ -49,7 +49,7 @@ def score_with(adapter: Any, *, component: str, policy_version: int) -> ScoreFn:
                 )
                 nothing = (np.zeros(0, np.int64), np.zeros(0, np.float32))
                 rollout = Rollout(problem.id, context.id, sample, *nothing, "stop", policy_version, 1.0)
-                answers[i] = Sampled(
+                answers[i] = ScoredRollout(
                     rollout, Verdict(float(reward), str(record.get("Feedback", ""))), str(output)
                 )
         return [answers[i] for i in range(len(items))]
@@ -76,7 +76,7 @@ class GepaBridge:
         from gepa.core.adapter import EvaluationBatch
 
         context = Context.of(candidate[self.component])
-        answers = self.score([(context, problem, 0) for problem in batch])
+        answers = self.score([RolloutRequest(context, problem, 0) for problem in batch])
         return EvaluationBatch(
             outputs=[answer.response for answer in answers],
             scores=[answer.verdict.reward or 0.0 for answer in answers],

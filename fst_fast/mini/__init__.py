@@ -17,3 +17,8 @@ from pathlib import Path
 def path() -> Path:
     """The folder of the shipped base model, for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained."""
     return Path(__file__).parent / "data"
+
+
+def default_config() -> Path:
+    """The configuration of the mini star graph, shipped with the package (in a clone a link to configs/mini/star_graph.yaml)."""
+    return Path(__file__).parent / "star_graph.yaml"

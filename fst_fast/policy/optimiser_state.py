@@ -102,7 +102,7 @@ def save(engine: Any, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     held = fragments(engine)
     if engine.zero_optimization_stage() == 0:  # every process holds everything: they take turns
-        held = distributed.mine(held)
+        held = distributed.share(held)
     adam = _adam(engine)
     batch: dict[str, Tensor] = {}
     number = 0

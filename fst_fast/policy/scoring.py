@@ -1,13 +1,14 @@
 """Forward passes that only score: a forest (or padded batch) of rollouts through a model, log-probs and exact KL out.
 
 Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Also the one place where leaves become
-micro-batches, so that training and scoring cut a forest in the same way. Where a model can take the lean forward of the CPU, it does.
+micro-batches, so that training and scoring cut a forest in the same way. Where a model can take the fast forward of the CPU, it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,28 @@ from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, pad
 from fst_kernels import LogprobOutput
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How leaves become micro-batches and how the head reads them.
+
+    tokens: of one micro-batch on one process. head_rows: rows of logits that exist at one time. temperature: of all log-probs.
+    pad_id: fills padded batches."""
+
+    packing: Literal["forest", "padded"]
+    tokens: int
+    head_rows: int
+    temperature: float
+    pad_id: int
+
+    @classmethod
+    def of(cls, config: Config, pad_id: int) -> Batching:
+        """As training is configured."""
+        slow = config.slow
+        return cls(
+            config.policy.packing, slow.tokens_per_micro_batch, slow.head_chunk_rows, config.rollout.temperature, pad_id
+        )  # fmt: skip
+
+
 @dataclass
 class MicroBatch:
     """Some leaves, packed. `leaves` are their indices in the caller's list; the batch's own `leaf` counts within the micro-batch."""
@@ -31,16 +54,15 @@ class MicroBatch:
     at: head.Labels
 
 
-def micro_batches(leaves: Sequence[Leaf], config: Config, pad_id: int) -> list[MicroBatch]:
-    """Cut by subtree under `slow.tokens_per_micro_batch` and pack (forest), or cut in order and pad (padded)."""
-    forest = config.policy.packing == "forest"
-    budget = config.slow.tokens_per_micro_batch
-    parts = split(leaves, budget) if forest else _padded_parts(leaves, budget)
+def micro_batches(leaves: Sequence[Leaf], batching: Batching) -> list[MicroBatch]:
+    """Cut by subtree under `batching.tokens` and pack (forest), or cut in order and pad (padded)."""
+    forest = batching.packing == "forest"
+    parts = split(leaves, batching.tokens) if forest else _padded_parts(leaves, batching.tokens)
     out = []
     for part in parts:
         chosen = [leaves[i] for i in part]
         batch = forest_batch(chosen, share="prompts", device=distributed.device()) if forest else padded_batch(
-            chosen, pad_id=pad_id, device=distributed.device()
+            chosen, pad_id=batching.pad_id, device=distributed.device()
         )  # fmt: skip
         out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels, distributed.device())))
     return out
@@ -70,13 +92,13 @@ def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def logprobs(model: nn.Module, micro: MicroBatch, *, temperature: float, chunk_rows: int) -> Tensor:
-    """Log-prob of every label under `model` at `temperature`: [M] fp32."""
-    return _score(model, micro, head.ScoreJob(micro.at, temperature, chunk_rows)).logprob
+def logprobs(model: nn.Module, micro: MicroBatch, batching: Batching) -> Tensor:
+    """Log-prob of every label under `model` at the batching's temperature: [M] fp32."""
+    return _score(model, micro, head.ScoreJob(micro.at, batching.temperature, batching.head_rows)).logprob
 
 
 def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
-    """The job's result in the model's head, where a partitioned weight is whole, or after the lean forward, which needs no such thing."""
+    """The job's result in the model's head, where a partitioned weight is whole, or after the CPU forward, which needs no such thing."""
     if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
         rows = hidden_rows(model, micro)
         lm_head = model.get_output_embeddings()  # type: ignore[operator]
@@ -91,14 +113,14 @@ def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOu
 
 @torch.no_grad()
 def kl_to_reference(
-    model: nn.Module, reference: nn.Module, leaves: Sequence[Leaf], config: Config, pad_id: int
+    model: nn.Module, reference: nn.Module, leaves: Sequence[Leaf], batching: Batching
 ) -> tuple[float, int]:
     """Exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`, and their number."""
     ref_head = reference.get_output_embeddings()  # type: ignore[operator]
     total, count = 0.0, 0
-    for micro in micro_batches(leaves, config, pad_id):
+    for micro in micro_batches(leaves, batching):
         job = head.ScoreJob(
-            micro.at, config.rollout.temperature, config.slow.head_chunk_rows,
+            micro.at, batching.temperature, batching.head_rows,
             ref_hidden=hidden_rows(reference, micro), ref_weight=ref_head.weight, ref_bias=ref_head.bias,
         )  # fmt: skip
         scored = _score(model, micro, job)

@@ -95,7 +95,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
-class Policy:
+class TrainedPolicy:
     """The trained model: forward/backward over micro-batches, the optimiser step, the rollouts' copy, checkpoints."""
 
     def __init__(self, config: Config, base: nn.Module | None = None):
@@ -171,7 +171,7 @@ class Policy:
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
         bad_loss = int(not all(map(math.isfinite, losses)))
-        loss_bad, grads_bad = distributed.total([bad_loss, bad_grads])
+        loss_bad, grads_bad = distributed.sum_over_ranks([bad_loss, bad_grads])
         if loss_bad or grads_bad:
             raise NonFiniteError(
                 f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients",

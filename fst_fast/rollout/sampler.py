@@ -1,13 +1,12 @@
-"""One wave: (context, problem, sample) triples go in, judged rollouts come out in the same order.
+"""Requests in, judged rollouts out, in the same order.
 
-Every sequence has a random stream of its own, derived from what it is and not from where it runs, so a wave gives the same rollouts
-on one process or on many, whole or in parts.
+Every sequence has a random stream of its own, derived from its request and not from where it runs, so the same requests give the same
+rollouts on one process or on many, in one batch or in several.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,30 +15,29 @@ from torch import nn
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Sampled
+from fst_fast.contracts import RolloutRequest, ScoredRollout
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
 from fst_fast.rollout.server import ServerEngine
+from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.registry import task_spec
 from fst_fast.verify.pool import VerifierPool
 
-Triple = tuple[Context, Problem, int]
-
 
 @dataclass
 class Sampler:
-    """Samples and verifies on this process; `spread` shares a wave over all of them."""
+    """Samples and verifies on this process (`local`), or shares the work over all of them (`spread`)."""
 
     config: Config
     tokenizer: Any
     prompts: PromptCache
     pool: VerifierPool
     pad_id: int
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
@@ -114,17 +112,17 @@ class Sampler:
     def local(
         self,
         engine: RolloutEngine | ServerEngine,
-        wave: Sequence[Triple],
+        requests: Sequence[RolloutRequest],
         *,
         stream: tuple[object, ...],
         policy_version: int,
         temperature: float,
         top_p: float | None = None,
         paired: bool = False,
-    ) -> list[Sampled]:
-        """Sample and judge `wave` here. `paired`: streams leave out the context, so that two contexts meet the same random numbers."""
+    ) -> list[ScoredRollout]:
+        """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers."""
         started = time.perf_counter()
-        requests = [
+        prompts = [
             Request(
                 problem_id=problem.id,
                 context_id=context.id,
@@ -132,11 +130,11 @@ class Sampler:
                 prompt_ids=self.prompts.ids(context, problem),
                 seed=stream_seed(*stream, "" if paired else context.id, problem.id, sample),
             )
-            for context, problem, sample in wave
+            for context, problem, sample in requests
         ]
         try:
             rollouts = engine.generate(
-                requests,
+                prompts,
                 max_response_tokens=self.config.rollout.max_response_tokens,
                 temperature=temperature,
                 top_p=None if top_p in (None, 1.0) else top_p,
@@ -150,21 +148,27 @@ class Sampler:
         sampled_at = time.perf_counter()
         reach("verification")
         verdicts = self.pool.verify(
-            [(problem, text) for (_, problem, _), text in zip(wave, texts, strict=True)]
+            [(problem, text) for (_, problem, _), text in zip(requests, texts, strict=True)]
         )
-        self.seconds["rollout_s"] += sampled_at - started
-        self.seconds["verify_s"] += time.perf_counter() - sampled_at
-        return [Sampled(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
+        self.stopwatch.add("rollout_s", sampled_at - started)
+        self.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
+        return [ScoredRollout(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, no special ones added."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def unverified(self) -> dict[str, int]:
         """Verifications since the last call that timed out or failed, over all processes. All processes must call it."""
         now = (self.pool.timeouts, self.pool.failures)
-        new = distributed.total([a - b for a, b in zip(now, self._troubles, strict=True)])
+        new = distributed.sum_over_ranks([a - b for a, b in zip(now, self._troubles, strict=True)])
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
     def spread(
-        self, engine: RolloutEngine | ServerEngine, wave: Sequence[Triple], **how: Any
-    ) -> list[Sampled]:
+        self, engine: RolloutEngine | ServerEngine, requests: Sequence[RolloutRequest], **how: Any
+    ) -> list[ScoredRollout]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
-        return distributed.joined(distributed.all_gather(self.local(engine, distributed.mine(wave), **how)))
+        return distributed.join_shares(
+            distributed.all_gather(self.local(engine, distributed.share(requests), **how))
+        )

@@ -19,7 +19,7 @@ FOLDER = "processes"
 _PATIENCE_S = 2.0  # a socket may be seen to close before the lock of the same process is dropped
 
 
-class Presence:
+class Liveness:
     """This process's sign of life; close it in the end."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
@@ -29,9 +29,9 @@ class Presence:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             with contextlib.suppress(OSError):  # a file system without locks: nobody is named, nothing else
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.at("starting")
+        self.report("starting")
 
-    def at(self, doing: str) -> None:
+    def report(self, doing: str) -> None:
         """What this process does from now on."""
         with contextlib.suppress(OSError):  # never a reason to stop a run
             os.ftruncate(self._file, 0)
@@ -44,7 +44,7 @@ class Presence:
             self._file = -1
 
 
-def missing(run_dir: Path, *, rank: int, world: int) -> str:
+def describe_missing(run_dir: Path, *, rank: int, world: int) -> str:
     """Which of the other processes has ended, as the beginning of a sentence; where none has, what each is at."""
     others = [other for other in range(world) if other != rank]
     until = time.monotonic() + _PATIENCE_S

@@ -13,18 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fst_fast import distributed
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _asked = False
 
 
-def asked() -> bool:
-    """Whether this process has been told to stop."""
-    return _asked
+def stop_requested() -> bool:
+    """Whether a signal has told any process of the run to stop. All processes call it."""
+    return any(distributed.all_gather(_asked))
 
 
 @contextmanager
-def listening(*, speak: bool) -> Iterator[None]:
+def stop_on_signals(*, speak: bool) -> Iterator[None]:
     """While open, a signal is noted instead of ending the process. Only the main thread can listen; elsewhere nothing changes."""
     global _asked
     _asked = False

@@ -1,4 +1,6 @@
-"""The batch of a step that gave NaN or Inf, written so that `fst replay` can repeat the step exactly: its tokens and numbers, and the weights.
+"""What happens to a step that gives NaN or Inf: its batch is dumped, then the run stops or leaves the step out (on_nonfinite).
+
+`fst replay` repeats a dumped step exactly from its tokens, numbers and weights:
 
     RUN/dumps/step-000012/
         dump.json              step, reason, loss of every micro-batch, what each sequence answers and its reward
@@ -16,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +31,42 @@ from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.forest import Leaf
 from fst_fast.policy import lora
-from fst_fast.policy.trained import NonFiniteError, Policy, load
+from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 from fst_fast.slow.groups import Group
-from fst_fast.slow.update import Sequences, check_finite, micro_jobs
+from fst_fast.slow.update import Sequences, skipped
 
 FORMAT = 1
 KEPT = 2  # dumps, each with the weights
 
 
-def write(
+def skip_or_stop(
+    error: NonFiniteError,
+    dump: Path | None,
+    on_nonfinite: Literal["stop", "skip"],
+    policy: TrainedPolicy,
+    step: int,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """on_nonfinite=stop: raise UserError. skip: discard the gradients and return the numbers of a step that was left out.
+
+    dump: folder of the dumped batch, None for a step of distillation, which is not dumped."""
+    if on_nonfinite == "stop":
+        batch = (
+            f"The batch is in {dump}, which `fst replay` repeats; "
+            if dump
+            else "A step of distillation is not dumped; "
+        )
+        raise UserError(
+            f"step {step}: {error}; the weights were not touched, on_nonfinite=stop. {batch}"
+            "lower slow.lr or skip such batches, and continue with --resume --allow-config-change"
+        ) from None
+    policy.discard()
+    note(f"step {step} is left out: {error}" + (f"; the batch is in {dump}" if dump else ""))
+    return {**skipped(policy.lr(step)), "skipped": True}
+
+
+def write_dump(
     run_dir: Path,
     error: NonFiniteError,
     data: Sequences,
@@ -53,7 +81,7 @@ def write(
     folder = run_dir / "dumps" / f"step-{step:06d}"
     tmp = folder.with_name(f".tmp-{folder.name}")
     losses = distributed.all_gather([repr(loss) for loss in error.losses])
-    sequences = distributed.all_gather([_line(m) for g in groups for m in g.sampled])
+    sequences = distributed.all_gather([_line(m) for g in groups for m in g.members])
     with disk_errors(f"{folder} cannot be written"):
         if distributed.rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -77,12 +105,10 @@ def write(
     return folder
 
 
-def replay(folder: Path, say: Callable[[str], None]) -> bool:
-    """Repeat the dumped step on this process, saying every micro-batch's loss beside the dumped one. Returns whether all are the same.
-
-    Raises UserError where `folder` is no dump."""
+def read_dump(folder: Path) -> tuple[dict[str, Any], list[Sequences]]:
+    """dump.json, and the sequences of every process. Raises UserError where `folder` is no whole dump."""
     try:
-        tree = json.loads((folder / "dump.json").read_text())
+        tree: dict[str, Any] = json.loads((folder / "dump.json").read_text())
         shares = [
             arrays_to_sequences(load_file(folder / f"rank-{rank}.safetensors"))
             for rank in range(len(tree["losses"]))
@@ -95,33 +121,7 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
         raise UserError(
             f"{folder / 'dump.json'} has format {tree['format']!r}, this version of fst reads {FORMAT}"
         )
-    config = config_load.load(folder / "config.yaml")
-    distributed.init()
-    if distributed.world_size() > 1:
-        raise UserError("fst replay runs on one process; start it without a launcher")
-    reference = load(config)
-    if config.policy.lora is None:
-        at = config.model.model_copy(update={"path": str(folder / "model")})
-        policy = Policy(config.model_copy(update={"model": at}))
-    else:
-        policy = Policy(config, reference)
-        policy.load_adapters(folder)
-    say(f"step {tree['step']}, dumped because of {tree['reason']}")
-    dumped = [loss for share in tree["losses"] for loss in share]
-    reason, losses = "", []
-    try:
-        for share in shares:
-            check_finite(share)
-        jobs = [job for share in shares for job in micro_jobs(share, config, reference, tree["pad_id"])[1]]
-        policy.forward_backward(jobs)
-    except NonFiniteError as again:
-        reason, losses = str(again), [repr(loss) for loss in again.losses]
-    for i, (now, then) in enumerate(zip(losses, dumped, strict=False)):
-        say(f"micro-batch {i}: loss {now}, dumped as {then}")
-    say(f"now: {reason or 'every loss and gradient is finite'}")
-    same = losses == dumped and reason == tree["reason"]
-    say("the same numbers" if same else "NOT the same numbers")
-    return same
+    return tree, shares
 
 
 def _line(sampled: Any) -> dict[str, Any]:

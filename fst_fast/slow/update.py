@@ -7,7 +7,7 @@ when the tokens were sampled (arXiv 2605.12484, Eq. 4: rho = pi_theta / pi_behav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fst_fast import distributed
-from fst_fast.config import Config
 from fst_fast.forest import Leaf
 from fst_fast.policy import head
 from fst_fast.policy.packing import model_inputs, send
-from fst_fast.policy.scoring import MicroBatch, hidden_rows, logprobs, micro_batches
-from fst_fast.policy.trained import NonFiniteError, Policy
+from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs, micro_batches
+from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.slow.groups import Group, token_weights
 from fst_kernels import PolicyObjective, PolicyStats
 from fst_kernels.linear_policy_loss.objective import SUMS
-
-ReferenceRows = Callable[[MicroBatch], Tensor]
-"""Hidden states [R, H] of the reference for a micro-batch's labelled rows."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +38,28 @@ class Sequences:
     behaviour: NDArray[np.float32]  # [T], log-probs as sampled
 
 
-def objective(config: Config) -> PolicyObjective:
-    slow = config.slow
-    return PolicyObjective(
-        kind=slow.objective,
-        ratio_cap=slow.ratio_cap,
-        clip_low=slow.clip_low,
-        clip_high=slow.clip_high,
-        kl=_kl(config),
-        kl_coef=slow.kl_coef,
-        entropy_coef=slow.entropy_coef,
-    )
+class Reference:
+    """The frozen model that the KL term compares the policy with. It reads the policy's own prompts; a subclass may read others.
 
+    tokens, unshared: computed so far, and the same work without sharing."""
 
-def _kl(config: Config) -> Any:
-    return None if config.slow.kl == "none" or config.slow.kl_coef == 0 else config.slow.kl
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tokens = self.unshared = 0
+
+    def hidden(self, micro: MicroBatch) -> Tensor:
+        """Hidden states of the micro-batch's labelled rows: [R, H]."""
+        self.count(micro)
+        return hidden_rows(self.model, micro)
+
+    def logprobs(self, micro: MicroBatch, batching: Batching) -> Tensor:
+        """Log-probs of the micro-batch's labels: [M] fp32."""
+        self.count(micro)
+        return logprobs(self.model, micro, batching)
+
+    def count(self, micro: MicroBatch) -> None:
+        self.tokens += micro.batch.tokens
+        self.unshared += micro.batch.unshared
 
 
 def sequences(
@@ -64,12 +67,12 @@ def sequences(
 ) -> Sequences:
     """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it."""
     weights, denominator = token_weights(groups, aggregation)
-    [denominator] = distributed.total([denominator])
+    [denominator] = distributed.sum_over_ranks([denominator])
     leaves, a, n, old = [], [], [], []
     for group, group_prompts, group_weights in zip(groups, prompts, weights, strict=True):
         assert group.advantages is not None
         for member, prompt, advantage, weight in zip(
-            group.sampled, group_prompts, group.advantages, group_weights, strict=True
+            group.members, group_prompts, group.advantages, group_weights, strict=True
         ):
             length = len(member.rollout.response_ids)
             leaves.append(Leaf(prompt, member.rollout.response_ids))
@@ -88,35 +91,34 @@ def sequences(
 
 
 def optimise(
-    policy: Policy,
-    reference: nn.Module | None,
+    policy: TrainedPolicy,
+    reference: Reference | None,
     data: Sequences,
-    config: Config,
+    objective: PolicyObjective,
+    batching: Batching,
     *,
     step: int,
-    pad_id: int,
-    reference_rows: ReferenceRows | None = None,
 ) -> dict[str, Any]:
     """Forward, backward and update on `data`; returns the step's numbers, summed over processes. All processes must call it.
 
-    With no sequence anywhere (every group had zero variance) nothing is updated and the loss is 0. reference_rows: the reference's hidden
-    states where it reads other prompts than the policy; None: the same.
+    reference: needed where the objective has a KL term. With no sequence anywhere (every group had zero variance) nothing is updated and
+    the loss is 0. `tokens` and `unshared` count this process's work, the reference's included. Raises NonFiniteError.
     """
-    [anywhere] = distributed.total([len(data.leaves)])
+    [anywhere] = distributed.sum_over_ranks([len(data.leaves)])
     if not anywhere:
         return {"grad_norm": 0.0, "lr": policy.lr(step), "tokens": 0, "unshared": 0, **_means(None)}
     check_finite(data)
-    micros, jobs = micro_jobs(data, config, reference, pad_id, reference_rows)
+    micros, jobs = micro_jobs(data, reference, objective, batching)
+    tokens = sum(m.batch.tokens for m in micros) + (reference.tokens if reference else 0)
+    unshared = sum(m.batch.unshared for m in micros) + (reference.unshared if reference else 0)
     # Every process runs the same number of micro-batches: ZeRO's collectives are inside them. A filler has zero weight.
-    filler = Leaf(np.array([pad_id]), np.array([pad_id]))
-    for _ in range(distributed.largest(len(micros)) - len(micros)):
-        [micro] = micro_batches([filler], config, pad_id)
-        jobs.append(_job(micro, _filler_data(filler), config, reference, None))
+    filler = Leaf(np.array([batching.pad_id]), np.array([batching.pad_id]))
+    for _ in range(distributed.maximum(len(micros)) - len(micros)):
+        [micro] = micro_batches([filler], batching)
+        plain = None if reference is None else Reference(reference.model)
+        jobs.append(_job(micro, _filler_data(filler), plain, objective, batching))
     policy.forward_backward(jobs)
     grad_norm = policy.step(policy.lr(step))
-    passes = 1 if _kl(config) is None else 2
-    tokens = passes * sum(m.batch.tokens for m in micros)
-    unshared = passes * sum(m.batch.unshared for m in micros)
     stats = None
     for _, job in jobs:
         assert job.stats is not None
@@ -132,7 +134,9 @@ def optimise(
 
 def check_finite(data: Sequences) -> None:
     """Raises NonFiniteError, on all processes, where a log-prob or an advantage of any of them is NaN or Inf. All processes call it."""
-    bad = distributed.total([float((~np.isfinite(x)).sum()) for x in (data.behaviour, data.advantages)])
+    bad = distributed.sum_over_ranks(
+        [float((~np.isfinite(x)).sum()) for x in (data.behaviour, data.advantages)]
+    )
     if any(bad):
         raise NonFiniteError(
             f"{int(bad[0])} non-finite log-probs of sampled tokens, {int(bad[1])} tokens with a non-finite advantage"
@@ -140,15 +144,11 @@ def check_finite(data: Sequences) -> None:
 
 
 def micro_jobs(
-    data: Sequences,
-    config: Config,
-    reference: nn.Module | None,
-    pad_id: int,
-    reference_rows: ReferenceRows | None = None,
+    data: Sequences, reference: Reference | None, objective: PolicyObjective, batching: Batching
 ) -> tuple[list[MicroBatch], list[tuple[dict[str, Any], head.LossJob]]]:
-    """This process's micro-batches, and the forward/backward jobs they are."""
-    micros = micro_batches(data.leaves, config, pad_id) if data.leaves else []
-    return micros, [_job(micro, data, config, reference, reference_rows) for micro in micros]
+    """This process's micro-batches, and for each the model's inputs and the job of its head."""
+    micros = micro_batches(data.leaves, batching) if data.leaves else []
+    return micros, [_job(micro, data, reference, objective, batching) for micro in micros]
 
 
 def skipped(lr: float) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def _filler_data(leaf: Leaf) -> Sequences:
 def _job(
     micro: MicroBatch,
     data: Sequences,
-    config: Config,
-    reference: nn.Module | None,
-    reference_rows: ReferenceRows | None,
+    reference: Reference | None,
+    objective: PolicyObjective,
+    batching: Batching,
 ) -> tuple[dict[str, Any], head.LossJob]:
     device = micro.at.labels.device
     leaf = np.asarray(micro.leaves)[micro.batch.leaf.numpy()]
@@ -177,26 +177,20 @@ def _job(
 
     job = head.LossJob(
         at=micro.at,
-        objective=objective(config),
+        objective=objective,
         advantages=tokens(data.advantages),
         token_weight=tokens(data.weights),
         old_logprob=tokens(data.behaviour),
-        temperature=config.rollout.temperature,
-        chunk_rows=config.slow.head_chunk_rows,
+        temperature=batching.temperature,
+        chunk_rows=batching.head_rows,
     )
-    form = _kl(config)
-    if form is not None:
-        assert reference is not None
-        if form == "k3":
-            job.ref_logprob = logprobs(
-                reference,
-                micro,
-                temperature=config.rollout.temperature,
-                chunk_rows=config.slow.head_chunk_rows,
-            )
+    if objective.kl is not None:
+        assert reference is not None, f"kl={objective.kl} needs a reference"
+        if objective.kl == "k3":
+            job.ref_logprob = reference.logprobs(micro, batching)
         else:
-            ref_head = reference.get_output_embeddings()  # type: ignore[operator]
-            job.ref_hidden = reference_rows(micro) if reference_rows else hidden_rows(reference, micro)
+            ref_head = reference.model.get_output_embeddings()  # type: ignore[operator]
+            job.ref_hidden = reference.hidden(micro)
             job.ref_weight, job.ref_bias = ref_head.weight.detach(), ref_head.bias
     return model_inputs(micro.batch), job
 
@@ -204,7 +198,7 @@ def _job(
 def _means(stats: PolicyStats | None) -> dict[str, float]:
     """The logged means over all processes' tokens."""
     sums = torch.zeros(len(SUMS), dtype=torch.float64) if stats is None else stats.sums.cpu()
-    everywhere = PolicyStats(torch.tensor(distributed.total(sums.tolist()), dtype=torch.float64))
+    everywhere = PolicyStats(torch.tensor(distributed.sum_over_ranks(sums.tolist()), dtype=torch.float64))
     return {
         "loss": float(everywhere.loss),
         "kl": float(everywhere.kl),

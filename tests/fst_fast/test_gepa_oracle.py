@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fst_fast.config import FastConfig
-from fst_fast.contracts import Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.fast import pareto
-from fst_fast.fast.evolution import fast_phase
+from fst_fast.fast.evolution import evolve
 from fst_fast.fast.gepa_adapter import GepaBridge, problems_of, score_with
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import Reply
@@ -42,7 +42,7 @@ def reward(text, problem):
 def score(items):
     nothing = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     return [
-        Sampled(
+        ScoredRollout(
             Rollout(p.id, c.id, k, *nothing, "stop", 0, 1.0),
             Verdict(reward(c.text, p), f"wants {WORDS[p.answer]}"),
             "r",
@@ -117,7 +117,7 @@ def test_the_fast_phase_with_one_child_a_wave_accepts_by_the_same_rule(texts):
     config = FastConfig(
         population=1, children=1, samples=1, first_generations=len(texts), admit_z=0, rollout_budget=10**4
     )
-    result = fast_phase(
+    result = evolve(
         FastState.initial(SEED), anchor=PROBLEMS, score=score, reflect=Proposals(texts), config=config,
         count_tokens=lambda text: len(text.split()), cycle=0, policy_version=0, seed=1, log=quiet,
     )  # fmt: skip
@@ -224,7 +224,7 @@ def test_a_gepa_adapter_scores_for_the_fast_phase():
             for p in prompts
         ]
 
-    result = fast_phase(
+    result = evolve(
         FastState.initial("go"), anchor=problems_of(WORDS), score=score_with(adapter, component="system", policy_version=0),
         reflect=reflect, config=FastConfig(population=2, children=2, samples=1, failures_shown=3, first_generations=3),
         count_tokens=lambda text: len(text.split()), cycle=0, policy_version=0, seed=0, log=quiet,

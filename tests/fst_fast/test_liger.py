@@ -22,7 +22,7 @@ from fst_fast.policy import liger
 from fst_fast.policy.attention import NAME
 from fst_fast.policy.cpu_forward import why_not
 from fst_fast.policy.packing import forest_batch
-from fst_fast.policy.trained import Policy, load
+from fst_fast.policy.trained import TrainedPolicy, load
 from tests.fst_fast.test_kv_pool import assert_same, forest, make_model, padded, requests_of, sample
 from tests.fst_fast.test_packing import gradients, random_leaves, tiny_config
 
@@ -113,7 +113,7 @@ def test_rollouts_say_the_same(monkeypatch):
 def test_every_model_of_a_run_has_them(lora):
     distributed.init()
     config = Config.model_validate({"policy": {"liger": True, "lora": lora}})
-    for model in (load(config), Policy(config).module):
+    for model in (load(config), TrainedPolicy(config).module):
         assert "another forward" in str(why_not(model))
 
 

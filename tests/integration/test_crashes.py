@@ -304,9 +304,9 @@ def test_a_killed_run_continues_on_another_number_of_processes_under_another_zer
 
 def draw_from_the_global_generators() -> None:
     """Advantages with noise from every generator that code which is not ours may draw from."""
-    from fst_fast import trainer
+    from fst_fast.slow import slow_phase
 
-    sequences = trainer.sequences
+    sequences = slow_phase.sequences
 
     def noisy(*given: Any) -> Any:
         data = sequences(*given)
@@ -314,7 +314,7 @@ def draw_from_the_global_generators() -> None:
         data.advantages[:] += 0.1 * noise.astype(np.float32)
         return data
 
-    trainer.sequences = noisy
+    slow_phase.sequences = noisy
 
 
 @pytest.mark.chaos

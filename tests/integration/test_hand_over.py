@@ -49,12 +49,12 @@ RELEASED = """
 import json, sys
 from fst_fast.config import Config
 from fst_fast import distributed
-from fst_fast.policy.trained import Policy, checksum, load
+from fst_fast.policy.trained import TrainedPolicy, checksum, load
 
 distributed.init()
 config = Config.model_validate({"policy": {"zero_stage": int(sys.argv[1]), "lora": json.loads(sys.argv[2])}})
 base = load(config)
-policy = Policy(config, base)
+policy = TrainedPolicy(config, base)
 
 def held(model=policy.rollout_model):
     return sum(p.numel() for p in model.parameters()), checksum(model)

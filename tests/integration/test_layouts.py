@@ -66,7 +66,7 @@ def go(root: Path, model: str, layouts: list[Layout], loads: list[tuple[Layout, 
     batches = torch.randint(13, (BEFORE + AFTER, 4, 8), generator=generator)
 
     def policy(layout: Layout) -> Any:
-        return trained.Policy(Config(
+        return trained.TrainedPolicy(Config(
             model=ModelConfig(path=model, dtype=layout.dtype),
             policy=PolicyConfig(packing="padded", attention="sdpa", zero_stage=layout.stage, offload_optimizer=layout.offload),
             slow=SlowConfig(lr=1e-2, weight_decay=0.1, warmup_steps=0),

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from fst_fast import distributed
-from fst_fast.cli import prepare_environment
 from fst_fast.config import Config
 from fst_fast.contracts import Context
-from fst_fast.policy.trained import Policy
+from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.sampler import Sampler
+from fst_fast.run.environment import prepare_environment
 from fst_fast.tasks.registry import load_task
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     contexts = [Context.of("solve the problem ."), Context.of("start at the goal and go back to the start .")]
     waves = []
     with Sampler.open(config) as sampler:
-        policy = Policy(config)
+        policy = TrainedPolicy(config)
         policy.hand_over()
         engine = sampler.engine(policy.rollout_model)
         for size in (1, 7, 0):  # a process without work, more than the other, and none at all
@@ -58,7 +58,7 @@ def main() -> None:
             said = str(error)
     everybody = distributed.all_gather((waves, said))
     unequal = [(distributed.rank(), i, "x" * 1000) for i in range(1 + 6 * distributed.rank())]
-    dealt = distributed.level(unequal, [10] * len(unequal))
+    dealt = distributed.rebalance(unequal, [10] * len(unequal))
     assert dealt == sorted(dealt)
     shares = distributed.all_gather(dealt)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1, [len(share) for share in shares]
@@ -67,7 +67,7 @@ def main() -> None:
     )
     if distributed.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(everybody))
-    distributed.leave()
+    distributed.shut_down()
     assert torch.distributed.is_initialized() == (distributed.world_size() == 1)
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_fast.config import FastConfig
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.fast import pareto
-from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, Size, affordable, fast_phase
+from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, Size, affordable, evolve
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import Reply
 
@@ -61,7 +61,9 @@ class World:
                 1.0,
             )
             answers.append(
-                Sampled(rollout, Verdict(reward, f"feedback on {problem.id}"), f"response to {problem.id}")
+                ScoredRollout(
+                    rollout, Verdict(reward, f"feedback on {problem.id}"), f"response to {problem.id}"
+                )
             )
         return answers
 
@@ -89,7 +91,7 @@ def numbered():
 
 
 def run(state, world, reflect, config, *, anchor=None, cycle=0, seed=0, log=None):
-    return fast_phase(
+    return evolve(
         state,
         anchor=problems(8) if anchor is None else anchor,
         score=world,
@@ -192,7 +194,7 @@ def test_without_a_budget_the_population_is_carried_and_nothing_is_asked():
         raise AssertionError("reflected without a budget")
 
     lines: list[str] = []
-    result = fast_phase(
+    result = evolve(
         start(), anchor=problems(4), score=no_score, reflect=no_reflection, config=FastConfig(population=3, rollout_budget=0),
         count_tokens=len, cycle=0, policy_version=0, seed=0, log=lines.append,
     )  # fmt: skip
@@ -359,7 +361,7 @@ def test_under_a_frozen_policy_counts_add_up():
 def test_a_rollout_of_another_policy_is_refused():
     world = World(half, version=3)
     with pytest.raises(AssertionError, match="another policy"):
-        fast_phase(
+        evolve(
             start(), anchor=problems(2), score=world, reflect=numbered(), config=FastConfig(), count_tokens=len,
             cycle=0, policy_version=4, seed=0, log=print,
         )  # fmt: skip
@@ -537,7 +539,7 @@ def test_lineage_keeps_parent_failures_and_reply_cut_to_size():
     class Loud(World):
         def __call__(self, items):
             return [
-                Sampled(s.rollout, Verdict(s.verdict.reward, "x" * 5000), s.response)
+                ScoredRollout(s.rollout, Verdict(s.verdict.reward, "x" * 5000), s.response)
                 for s in super().__call__(items)
             ]
 
@@ -670,7 +672,7 @@ def test_the_right_sentences_are_found_among_useless_and_harmful_ones_within_the
 
 
 def test_a_child_that_leaves_no_room_for_a_problem_is_refused_and_counted():
-    result = fast_phase(
+    result = evolve(
         start(),
         anchor=problems(8),
         score=World(half),

@@ -1,4 +1,4 @@
-"""What a session refuses before anything is written, and the account of rollouts that RL groups may claim."""
+"""What is refused before a run begins, and what its parts hold while it goes on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from fst_fast import trainer
 from fst_fast.cli import main
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Context, Problem
 from fst_fast.rollout.sampler import Sampler
-from fst_fast.session import Session
+from fst_fast.run.recorder import Recorder
+from fst_fast.slow import slow_phase
 
 SHORT = [
     "--slow.steps=1",
@@ -174,49 +173,20 @@ def test_damaged_weights_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     assert "cannot be loaded" in capsys.readouterr().err
 
 
-def sampled(context: Context, problem: str, reward: float | None, sample: int = 0) -> Sampled:
-    rollout = Rollout(problem, context.id, sample, np.array([1]), np.zeros(1, np.float32), "stop", 0, 1.0)
-    return Sampled(rollout, Verdict(reward), "")
-
-
-def test_a_rollout_is_claimed_once_and_only_under_its_own_context_and_problem() -> None:
-    a, b, gone = Context.of("a"), Context.of("b"), Context.of("gone")
-    problem = Problem("p", [{"role": "user", "content": "?"}], None)
-    offered = [
-        sampled(a, "p", 1.0, 0),
-        sampled(a, "p", 0.0, 1),
-        sampled(b, "q", 1.0),
-        sampled(gone, "p", 1.0),
-        sampled(a, "p", None),
-    ]
-    session: Any = types.SimpleNamespace(
-        config=Config(), state=types.SimpleNamespace(population=[a, b], reusable=[])
-    )
-    session.state.reusable = Session.reusable(session, offered)
-    assert session.state.reusable == offered[:3]  # judged, and under a context that was kept
-    plan = [(a, problem, 0), (a, problem, 1), (a, problem, 2), (b, problem, 0)]
-    assert Session.claim(session, plan) == [offered[0], offered[1], None, None]
-    assert session.state.reusable == [offered[2]]
-    assert Session.claim(session, plan) == [None] * 4
-
-
 def test_a_context_that_leaves_no_room_for_the_longest_problem_does_not_fit() -> None:
     from fst_fast import mini
+    from fst_fast.fast.fast_phase import leaves_room
     from fst_fast.rollout.prompt import PromptCache, load_tokenizer
 
     tokenizer = load_tokenizer(mini.path())
     short, long = (Problem(str(n), [{"role": "user", "content": "1 " * n}], None) for n in (5, 30))
     seed = Context.of("solve the problem .")
     room = len(PromptCache(tokenizer, max_prompt_tokens=999).ids(seed, long)) + 1
-    config = Config.model_validate({"rollout": {"max_prompt_tokens": room}})
-    session: Any = types.SimpleNamespace(
-        config=config, stage=types.SimpleNamespace(validation=[]), seed_context=seed
-    )
-    session.sampler = types.SimpleNamespace(
+    sampler: Any = types.SimpleNamespace(
         tokenizer=tokenizer, prompts=PromptCache(tokenizer, max_prompt_tokens=room)
     )
-    assert Session.fits(session, Context.of("solve the problem . ."), [short, long])
-    assert not Session.fits(session, Context.of("solve the problem . . ."), [short, long])
+    assert leaves_room(Context.of("solve the problem . ."), seed, [short, long], sampler)
+    assert not leaves_room(Context.of("solve the problem . . ."), seed, [short, long], sampler)
 
 
 def test_a_kernel_path_that_cannot_run_here_is_refused_before_anything_is_written(
@@ -230,13 +200,16 @@ def test_a_kernel_path_that_cannot_run_here_is_refused_before_anything_is_writte
 
 def test_a_mismatch_beyond_the_band_is_said_on_fresh_rollouts_only() -> None:
     notes: list[str] = []
-    s: Any = types.SimpleNamespace(
-        config=Config(), state=types.SimpleNamespace(step=7), console=types.SimpleNamespace(note=notes.append)
-    )
+    recorder: Any = types.SimpleNamespace(note=notes.append)
+
+    def warn(value: float | None, reused: int) -> None:
+        report: Any = types.SimpleNamespace(numbers={"mismatch_kl": value}, reused=reused)
+        Recorder.warn_of_mismatch(recorder, report, step=7, limit=0.01)
+
     for value, reused in ((0.009, 0), (None, 0), (0.5, 3)):
-        Session.warn_of_mismatch(s, value, reused)
+        warn(value, reused)
     assert notes == []
-    Session.warn_of_mismatch(s, 0.0123, 0)
+    warn(0.0123, 0)
     assert notes == [
         "warning, step 7: mismatch_kl=0.0123 nats per token between rollout engine and trainer on rollouts of these very weights; "
         "slow.mismatch_warning=0.01"
@@ -247,7 +220,7 @@ def test_while_a_step_is_computed_no_engine_holds_what_sampling_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, held = [], []
-    engine_of, optimise = Sampler.engine, trainer.optimise
+    engine_of, optimise = Sampler.engine, slow_phase.optimise
 
     def engine(*args: Any) -> Any:
         made.append(engine_of(*args))
@@ -258,7 +231,7 @@ def test_while_a_step_is_computed_no_engine_holds_what_sampling_took(
         return optimise(*args, **how)
 
     monkeypatch.setattr(Sampler, "engine", engine)
-    monkeypatch.setattr(trainer, "optimise", step)
+    monkeypatch.setattr(slow_phase, "optimise", step)
     assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT]) == 0
     assert held
     assert set(held) == {(0, None)}

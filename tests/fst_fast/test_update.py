@@ -13,11 +13,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Rollout, Sampled, Verdict
+from fst_fast.contracts import Rollout, ScoredRollout, Verdict
 from fst_fast.policy import trained
-from fst_fast.policy.trained import NonFiniteError, Policy
+from fst_fast.policy.scoring import Batching
+from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.slow.groups import make_groups
-from fst_fast.slow.update import Sequences, micro_jobs, optimise, sequences
+from fst_fast.slow.slow_phase import objective_of
+from fst_fast.slow.update import Reference, Sequences, micro_jobs, optimise, sequences
 
 VOCABULARY = 50
 
@@ -46,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folders[0], folders[1]
 
 
-def rollouts(seed: int = 0) -> tuple[list[Sampled], dict[str, np.ndarray[Any, Any]]]:
+def rollouts(seed: int = 0) -> tuple[list[ScoredRollout], dict[str, np.ndarray[Any, Any]]]:
     """Two problems with four rollouts each, off policy, and the problems' prompts."""
     rng = np.random.default_rng(seed)
     prompts = {p: rng.integers(0, VOCABULARY, 7) for p in ("p", "q")}
@@ -56,14 +58,22 @@ def rollouts(seed: int = 0) -> tuple[list[Sampled], dict[str, np.ndarray[Any, An
             n = int(rng.integers(2, 6))
             behaviour = (-np.log(VOCABULARY) + rng.normal(size=n)).astype(np.float32)
             rollout = Rollout(problem, "c", j, rng.integers(0, VOCABULARY, n), behaviour, "stop", 0, 1.0)
-            out.append(Sampled(rollout, Verdict(reward), ""))
+            out.append(ScoredRollout(rollout, Verdict(reward), ""))
     return out, prompts
 
 
-def data(config: Config, sampled: list[Sampled], prompts: dict[str, np.ndarray[Any, Any]]) -> Sequences:
+def data(config: Config, sampled: list[ScoredRollout], prompts: dict[str, np.ndarray[Any, Any]]) -> Sequences:
     groups = [g for g in make_groups(sampled, config.slow.advantage_eps) if g.advantages is not None]
-    per_group = [[prompts[m.rollout.problem_id] for m in g.sampled] for g in groups]
+    per_group = [[prompts[m.rollout.problem_id] for m in g.members] for g in groups]
     return sequences(groups, per_group, config.slow.aggregation)
+
+
+def take_step(
+    config: Config, policy: TrainedPolicy, reference: nn.Module, batch: Sequences
+) -> dict[str, Any]:
+    return optimise(
+        policy, Reference(reference), batch, objective_of(config.slow), Batching.of(config, 0), step=0
+    )
 
 
 def config_of(models: tuple[Path, Path], **slow: Any) -> Config:
@@ -73,12 +83,12 @@ def config_of(models: tuple[Path, Path], **slow: Any) -> Config:
 
 
 def plain_loss(
-    config: Config, policy: nn.Module, reference: nn.Module, sampled: list[Sampled], prompts: Any
+    config: Config, policy: nn.Module, reference: nn.Module, sampled: list[ScoredRollout], prompts: Any
 ) -> Tensor:
     """The loss of FST.md with whole logits, one sequence at a time, and autograd."""
     slow = config.slow
     per_problem: dict[str, list[Tensor]] = {}
-    by_problem: dict[str, list[Sampled]] = {}
+    by_problem: dict[str, list[ScoredRollout]] = {}
     for s in sampled:
         by_problem.setdefault(s.rollout.problem_id, []).append(s)
     for problem, members in by_problem.items():
@@ -135,13 +145,8 @@ def test_a_step_has_the_loss_and_gradient_of_the_plain_formula(
     expected = plain_loss(config, plain, Qwen3ForCausalLM.from_pretrained(models[1]), sampled, prompts)
     expected.backward()
     norm = float(torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm())
-    got = optimise(
-        Policy(config),
-        trained.load(config, models[1]),
-        data(config, sampled, prompts),
-        config,
-        step=0,
-        pad_id=0,
+    got = take_step(
+        config, TrainedPolicy(config), trained.load(config, models[1]), data(config, sampled, prompts)
     )
     assert norm > 0.1
     assert got["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
@@ -153,10 +158,8 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(models: tuple[Path, P
     weights = []
     for budget in (8192, 16):
         config = config_of(models, tokens_per_micro_batch=budget)
-        policy = Policy(config)
-        got = optimise(
-            policy, trained.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
-        )
+        policy = TrainedPolicy(config)
+        got = take_step(config, policy, trained.load(config, models[1]), data(config, sampled, prompts))
         weights.append((torch.cat([p.detach().flatten() for p in policy.module.parameters()]), got["loss"]))
     assert weights[0][1] == pytest.approx(weights[1][1], rel=1e-6)
     torch.testing.assert_close(
@@ -165,11 +168,16 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(models: tuple[Path, P
 
 
 def gradient(
-    config: Config, sampled: list[Sampled], prompts: dict[str, np.ndarray[Any, Any]], reference: Path
+    config: Config, sampled: list[ScoredRollout], prompts: dict[str, np.ndarray[Any, Any]], reference: Path
 ) -> tuple[int, dict[str, Tensor]]:
     """How many micro-batches a step took, and the gradient of every parameter."""
-    policy = Policy(config)
-    micros, jobs = micro_jobs(data(config, sampled, prompts), config, trained.load(config, reference), 0)
+    policy = TrainedPolicy(config)
+    micros, jobs = micro_jobs(
+        data(config, sampled, prompts),
+        Reference(trained.load(config, reference)),
+        objective_of(config.slow),
+        Batching.of(config, 0),
+    )
     policy.forward_backward(jobs)
     grads = {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None}
     assert grads.keys() == dict(policy.module.named_parameters()).keys()
@@ -203,15 +211,13 @@ def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh
 
     def run(most: int) -> tuple[int, Tensor, list[float]]:
         """With another process that has `most` micro-batches: how many this one runs, its weights and numbers afterwards."""
-        monkeypatch.setattr(distributed, "largest", lambda own: max(own, most))
-        policy, count = Policy(config), []
+        monkeypatch.setattr(distributed, "maximum", lambda own: max(own, most))
+        policy, count = TrainedPolicy(config), []
         forward_backward = policy.forward_backward
         monkeypatch.setattr(
             policy, "forward_backward", lambda jobs: count.append(len(jobs)) or forward_backward(jobs)
         )
-        got = optimise(
-            policy, trained.load(config, models[1]), data(config, sampled, prompts), config, step=0, pad_id=0
-        )
+        got = take_step(config, policy, trained.load(config, models[1]), data(config, sampled, prompts))
         weights = torch.cat([p.detach().flatten() for p in policy.module.parameters()])
         return count[0], weights, [got["loss"], got["grad_norm"], got["tokens"]]
 
@@ -223,13 +229,11 @@ def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh
 
 def test_a_step_without_reward_variance_leaves_the_weights(models: tuple[Path, Path]) -> None:
     config = config_of(models)
-    policy = Policy(config)
+    policy = TrainedPolicy(config)
     before = trained.checksum(policy.module)
     sampled, prompts = rollouts()
-    same = [Sampled(s.rollout, Verdict(1.0), "") for s in sampled]
-    got = optimise(
-        policy, trained.load(config, models[1]), data(config, same, prompts), config, step=0, pad_id=0
-    )
+    same = [ScoredRollout(s.rollout, Verdict(1.0), "") for s in sampled]
+    got = take_step(config, policy, trained.load(config, models[1]), data(config, same, prompts))
     assert (got["loss"], got["grad_norm"], got["tokens"]) == (0, 0, 0)
     assert trained.checksum(policy.module) == before
 
@@ -239,7 +243,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     models: tuple[Path, Path], factor: float
 ) -> None:
     config = config_of(models)
-    policy = Policy(config)
+    policy = TrainedPolicy(config)
     reference = trained.load(config, models[1])
     sampled, prompts = rollouts()
     parameter = next(policy.module.parameters())
@@ -247,7 +251,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     before = trained.checksum(policy.module)
     parameter.register_hook(policy._watch)  # hooks run in order: this one sees what the optimiser would
     with pytest.raises(NonFiniteError, match="non-finite gradients"):
-        optimise(policy, reference, data(config, sampled, prompts), config, step=0, pad_id=0)
+        take_step(config, policy, reference, data(config, sampled, prompts))
     assert trained.checksum(policy.module) == before
 
 
@@ -263,11 +267,11 @@ def test_a_reward_log_prob_or_loss_that_is_not_finite_never_reaches_the_weights(
     models: tuple[Path, Path], spoil: str, message: str
 ) -> None:
     config = config_of(models)
-    policy = Policy(config)
+    policy = TrainedPolicy(config)
     reference = trained.load(config, models[1])
     sampled, prompts = rollouts()
     if spoil == "reward":
-        sampled[0] = Sampled(sampled[0].rollout, Verdict(float("nan")), "")
+        sampled[0] = ScoredRollout(sampled[0].rollout, Verdict(float("nan")), "")
     batch = data(config, sampled, prompts)
     if spoil == "logprob":
         batch.behaviour[0] = np.inf
@@ -275,10 +279,10 @@ def test_a_reward_log_prob_or_loss_that_is_not_finite_never_reaches_the_weights(
         batch.weights[:] = 3e38
     before = trained.checksum(policy.module)
     with pytest.raises(NonFiniteError, match=message):
-        optimise(policy, reference, batch, config, step=0, pad_id=0)
+        take_step(config, policy, reference, batch)
     assert trained.checksum(policy.module) == before
 
 
 def test_the_learning_rate_warms_up_and_stays(models: tuple[Path, Path]) -> None:
-    policy = Policy(config_of(models, lr=1.0, warmup_steps=4))
+    policy = TrainedPolicy(config_of(models, lr=1.0, warmup_steps=4))
     assert [policy.lr(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
