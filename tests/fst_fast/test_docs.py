@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
+import fst_fast
 from fst_fast import Config, cli
 from fst_fast.run.faults import POINTS
 
@@ -202,3 +205,40 @@ def test_every_extension_point_of_the_table_has_an_example_of_at_least_one_block
     titles = {title.lower().replace(" ", "-"): found for title, found in examples().items() if title}
     assert set(linked) == set(titles)
     assert all(titles.values())
+
+
+def python_blocks() -> list[tuple[Path, str]]:
+    return [(page, body) for page in PRESENT for language, body in blocks(page) if language == "python"]
+
+
+@pytest.mark.parametrize(
+    ("page", "body"), python_blocks(), ids=lambda part: name(part) if isinstance(part, Path) else ""
+)
+def test_what_python_examples_import_exists(page: Path, body: str) -> None:
+    for node in ast.walk(ast.parse(body, name(page))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, imported) for imported in names), f"{name(page)}: {ast.unparse(node)}"
+        else:
+            for imported in names:
+                importlib.import_module(imported)
+
+
+def test_the_task_and_the_graders_of_the_how_tos_judge_as_they_say() -> None:
+    def run(page: str, number: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        exec([body for language, body in blocks(ROOT / "docs" / page) if language == "python"][number], found)
+        return found
+
+    task = run("own_task.md", 0)["Sums"](largest=20)
+    for split in ("train", "validation"):
+        problem = task.problems(split)[3]
+        assert task.verify(problem, task.gold(problem)).reward == 1
+        assert task.verify(problem, "no").feedback
+    problem = fst_fast.Problem("1", [], "5", {"input": "2 3"})
+    grade = run("own_reward.md", 0)["grade"]
+    assert [grade(problem, response)["reward"] for response in ("it is 5", "it is 6")] == [1, 0]
+    run_and_compare = run("own_reward.md", 1)["grade"]
+    assert run_and_compare(problem, "print(sum(map(int, input().split())))") == 1
+    assert run_and_compare(problem, "print(1 / 0)")["feedback"].startswith("error: ")
