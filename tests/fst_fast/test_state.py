@@ -42,7 +42,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
     assert again.fast.to_json() == state.fast.to_json()
     assert again.base_rewards == state.base_rewards
     [s] = again.reusable.rollouts
-    assert s.verdict == state.reusable[0].verdict
+    assert s.verdict == state.reusable.rollouts[0].verdict
     assert s.rollout.logprobs.dtype == np.float32
     np.testing.assert_array_equal(s.rollout.logprobs, logprobs)
     np.testing.assert_array_equal(s.rollout.response_ids, rollout.response_ids)
