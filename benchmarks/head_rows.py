@@ -197,23 +197,21 @@ def child_calls(work: Work, name: str, variant: str, size: list[int]) -> tuple[m
 
 
 def compare_full_size(module: str, ours: str, size: Size, rounds: int) -> measure.Row:
-    """`ours` versus eager PyTorch, forward and backward, alternating, each in a fresh process: peak memory and time of the same run."""
-    reports: dict[str, list[measure.ChildReport]] = {ours: [], "torch eager": []}
+    """`ours` against eager PyTorch, forward and backward, alternating, each in a fresh process: time, and in another one peak memory.
+
+    time_ratio, cpu_time_ratio: medians of the rounds' ratios ours / eager, [smallest, largest] in *_range.
+    """
+    found: dict[str, list[dict[str, Any]]] = {ours: [], "torch eager": []}
     for _ in range(rounds):
-        for name, found in reports.items():
-            found.append(measure.in_child(module, "in_child", name, "step", size))
+        for name, reports in found.items():
+            timed = measure.in_child(module, "in_child", name, "step", size, for_time=True)
+            held = measure.in_child(module, "in_child", name, "step", size)
+            reports.append(timed._asdict() | {"peak_bytes": held.peak_bytes})
     row: measure.Row = {"size": list(size), "rounds": rounds}
-    for name, found in reports.items():
-        row[name] = {
-            key: [getattr(r, key) for r in found] for key in ("peak_bytes", "seconds", "cpu_seconds")
-        }
-
-    def ratio(key: str) -> float:
-        a, b = (statistics.median(getattr(r, key) for r in reports[name]) for name in reports)
-        return float(a / b)
-
-    return row | {
-        "memory_ratio": ratio("peak_bytes"),
-        "time_ratio": ratio("seconds"),
-        "cpu_time_ratio": ratio("cpu_seconds"),
-    }
+    for name, reports in found.items():
+        row[name] = {key: [r[key] for r in reports] for key in ("peak_bytes", "seconds", "cpu_seconds")}
+    keys = {"memory_ratio": "peak_bytes", "time_ratio": "seconds", "cpu_time_ratio": "cpu_seconds"}
+    for name, key in keys.items():
+        ratios = [a / b for a, b in zip(row[ours][key], row["torch eager"][key], strict=True)]
+        row |= {name: statistics.median(ratios), f"{name}_range": [min(ratios), max(ratios)]}
+    return row

@@ -123,12 +123,14 @@ class ChildReport(NamedTuple):
     cpu_seconds: float
 
 
-def in_child(module: str, function: str, *arguments: Any) -> ChildReport:
-    """Call module.function(*arguments) in a fresh process and run its two results: the warm-up, then the measured call.
-    RuntimeError with the child's last lines.
+def in_child(module: str, function: str, *arguments: Any, for_time: bool = False) -> ChildReport:
+    """Runs module.function(*arguments)'s second result in a fresh process, after its first; RuntimeError with the child's last lines.
 
-    The child's heap returns large blocks as soon as they are freed, so that memory kept for later does not hide a peak."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+    The heap gives large blocks back as soon as they are freed, so that memory kept for later does not hide a peak. That costs time, and
+    more of it where more is allocated: for_time=True leaves the allocator as it is, and its peak is not to be used.
+    """
+    give_back = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+    environment = os.environ | ({} if for_time else give_back)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
     command = [sys.executable, "-m", "benchmarks.measure", module, function, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
