@@ -199,9 +199,37 @@ def test_duplicate_requests_are_refused(model):
 
 def test_half_of_the_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = engine_module._half_of_free_memory(torch.device("cpu"))
+    alone = engine_module._half_of_free_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert 0 < engine_module._half_of_free_memory(torch.device("cpu")) < alone / 3
+    assert 0 < engine_module._half_of_free_memory() < alone / 3
+
+
+def test_what_the_allocator_holds_back_and_what_keys_and_values_take_is_room_too(monkeypatch):
+    """The second step of a run has the memory of the first, though torch has kept all that the first one used."""
+    gpu = torch.device("cuda", 0)
+
+    def room(free, reserved, allocated, held, other=5):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 141))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
+        return engine_module._room_on_device(gpu, held, other)
+
+    first = room(free=100, reserved=40, allocated=40, held=0)
+    assert first == 90
+    assert room(free=20, reserved=120, allocated=40, held=0) == first
+    assert room(free=20, reserved=120, allocated=70, held=30) == first
+    assert room(free=100, reserved=40, allocated=40, held=0, other=30) == 70
+    assert room(free=100, reserved=40, allocated=40, held=0, other=1000) == 50
+
+
+def test_the_room_is_asked_for_once_a_call(model, monkeypatch):
+    engine = forest(model)
+    engine.kv_bytes = None
+    asked = []
+    half = engine_module._half_of_free_memory
+    monkeypatch.setattr(engine_module, "_half_of_free_memory", lambda: (asked.append(1), half())[1])
+    sample(engine, requests_of())
+    assert len(asked) == 1
 
 
 def test_a_stop_text_ends_a_response_wherever_its_tokens_begin(model):
