@@ -11,13 +11,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Finish = Literal["stop", "length", "abort"]
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+CELLS = {
+    "neither": "base weights, seed context",
+    "context": "base weights, evolved contexts",
+    "weights": "trained weights, seed context",
+    "both": "trained weights, evolved contexts",
+}
+"""The four cells of an evaluation in the order in which they are shown: name -> label."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,17 @@ class Rollout:
     temperature: float
 
 
+class RolloutRequest(NamedTuple):
+    """Ask for one response. `sample` numbers the samples of one problem under one context and selects the random stream."""
+
+    context: Context
+    problem: Problem
+    sample: int
+
+
 @dataclass(frozen=True)
-class Sampled:
-    """A rollout, what its task said of it, and its text as the verifier read it."""
+class ScoredRollout:
+    """A rollout, its verdict, and its text as the verifier read it."""
 
     rollout: Rollout
     verdict: Verdict

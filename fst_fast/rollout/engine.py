@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import token_bytes
-from fst_fast.rollout.lean import LeanForward, why_not
 from fst_fast.rollout.logits import float32_logits
 from fst_fast.rollout.padded import decode_padded
-from fst_fast.rollout.prefixes import Prefixes
+from fst_fast.rollout.prefixes import PrefixCache
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS
 from fst_fast.rollout.responses import Responses, Sampling
 from fst_fast.rollout.stops import StopTexts
@@ -99,7 +99,7 @@ class RolloutEngine:
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
         self.most_kv_bytes = 0  # held at a time, ever
         self._noted: set[tuple[int, int]] = set()
-        self._prefixes = Prefixes()
+        self._prefixes = PrefixCache()
         self._pool = KVPool()
         self._forward: Forward | None = None
         self._weights: list[float] = []
@@ -174,7 +174,7 @@ class RolloutEngine:
             self._weights = weights
         if self._forward is None:
             self._forward = (
-                transformers_forward(self.model) if why_not(self.model) else LeanForward(self.model)
+                transformers_forward(self.model) if unsupported_reason(self.model) else CpuForward(self.model)
             )
         head = self.model.get_output_embeddings().weight
         each = self.token_bytes()

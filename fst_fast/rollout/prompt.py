@@ -6,6 +6,7 @@ the context first, a blank line, then the data's text. An empty context adds not
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from fst_fast.contracts import Context, Message, Problem
+from fst_fast.contracts import Context, Message, Problem, Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import model_folder
 
@@ -120,3 +121,11 @@ class PromptCache:
                 del self._ids[next(iter(self._ids))]
             self._ids[key] = ids
         return self._ids[key]
+
+    def of_rollouts(
+        self, contexts: Sequence[Context], problems: Sequence[Problem]
+    ) -> Callable[[Rollout], NDArray[np.int64]]:
+        """A function from a rollout, under one of these contexts on one of these problems, to the ids of its prompt."""
+        context_of = {context.id: context for context in contexts}
+        problem_of = {problem.id: problem for problem in problems}
+        return lambda rollout: self.ids(context_of[rollout.context_id], problem_of[rollout.problem_id])

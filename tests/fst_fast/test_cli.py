@@ -10,6 +10,7 @@ import pytest
 
 from fst_fast import cli
 from fst_fast.errors import UserError
+from fst_fast.run import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,12 +214,12 @@ def test_only_the_first_process_prints_the_dry_run(monkeypatch, capsys):
 
 
 def test_processes_of_one_machine_share_its_cores_unless_the_user_says_otherwise(monkeypatch):
-    monkeypatch.setattr(cli, "usable_cores", lambda: 12)
+    monkeypatch.setattr(environment, "usable_cores", lambda: 12)
     monkeypatch.setenv("LOCAL_SIZE", "4")
-    cli.prepare_environment()
+    environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    cli.prepare_environment()
+    environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 

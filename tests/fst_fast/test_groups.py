@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.slow.groups import advantages, cost, make_groups, plan_group, token_weights
 
 PROBLEM = Problem("p", [{"role": "user", "content": "?"}], None)
 
 
-def sampled(problem: str, reward: float | None, context: str = "c", tokens: int = 3) -> Sampled:
+def sampled(problem: str, reward: float | None, context: str = "c", tokens: int = 3) -> ScoredRollout:
     rollout = Rollout(problem, context, 0, np.arange(tokens), np.zeros(tokens, np.float32), "stop", 0, 1.0)
-    return Sampled(rollout, Verdict(reward), "")
+    return ScoredRollout(rollout, Verdict(reward), "")
 
 
 def test_a_group_is_spread_evenly_over_the_contexts() -> None:
@@ -43,7 +43,7 @@ def test_advantages_are_the_rewards_in_units_of_the_population_deviation(rewards
 
 def test_rollouts_of_one_problem_are_one_group_across_contexts() -> None:
     groups = make_groups([sampled("p", 1.0, "c1"), sampled("q", 0.0, "c1"), sampled("p", 0.0, "c2")], 1e-6)
-    assert [(g.problem_id, len(g.sampled)) for g in groups] == [("p", 2), ("q", 1)]
+    assert [(g.problem_id, len(g.members)) for g in groups] == [("p", 2), ("q", 1)]
     assert groups[0].advantages is not None
     np.testing.assert_allclose(groups[0].advantages, [1, -1], rtol=1e-5)
     assert groups[1].advantages is None
@@ -61,10 +61,10 @@ def test_within_a_context_rollouts_are_compared_with_each_other_alone() -> None:
 
 def test_an_unjudged_rollout_is_no_sample_and_not_a_zero() -> None:
     [group] = make_groups([sampled("p", 1.0), sampled("p", None), sampled("p", 1.0)], 1e-6)
-    assert len(group.sampled) == 2
+    assert len(group.members) == 2
     assert group.advantages is None  # with a 0 in the place of None there would be variance
     [empty] = make_groups([sampled("p", None)], 1e-6)
-    assert empty.sampled == []
+    assert empty.members == []
     assert empty.advantages is None
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fst_fast.contexts.reflection import (
+from fst_fast.fast.reflection import (
     SHOWN_CHARS,
     Failure,
     ReflectionPrompt,

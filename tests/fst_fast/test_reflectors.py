@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fst_fast.contexts.reflection import Failure, ReflectionPrompt, Refusal, Reply, extract
-from fst_fast.contexts.reflectors import make_reflector
 from fst_fast.errors import UserError
+from fst_fast.fast.reflection import Failure, ReflectionPrompt, Refusal, Reply, extract
+from fst_fast.fast.reflectors import make_reflector
 
 KEY = "sk-very-secret-0123456789"
 PROMPT = ReflectionPrompt("solve it", [Failure("2+2?", "five", "no", 0.0)])

@@ -17,8 +17,8 @@ from fst_fast.contracts import Context
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import load_model
 from fst_fast.rollout.engine import Request
+from fst_fast.rollout.sampler import Sampler
 from fst_fast.rollout.server import ServerArgs, ServerEngine
-from fst_fast.rollout.wave import Sampler
 from fst_fast.tasks.registry import load_task
 
 EOS = 5

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fst_fast.contexts.population import FastState
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
+from fst_fast.data.stream import anchor_set, lookahead, minibatch
 from fst_fast.errors import UserError
-from fst_fast.state import Counters, State, anchor_set, lookahead, minibatch
+from fst_fast.fast.population import FastState
+from fst_fast.rollout.reuse import ReusePool
+from fst_fast.run.counters import Counters
+from fst_fast.state import State
 
 PROBLEMS = [Problem(str(i), [{"role": "user", "content": "?"}], None) for i in range(10)]
 
@@ -25,7 +28,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
         step=7,
         cycle=2,
         counters=Counters(1, 2, 3, 4, 5),
-        reusable=[Sampled(rollout, Verdict(0.5, "so so", {"m": 1.0}), "text")],
+        reusable=ReusePool([ScoredRollout(rollout, Verdict(0.5, "so so", {"m": 1.0}), "text")]),
         base_rewards={"c": {"p/0": 0.1}},
     )
     state.save(tmp_path / "state.json")
@@ -38,8 +41,8 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
     )
     assert again.fast.to_json() == state.fast.to_json()
     assert again.base_rewards == state.base_rewards
-    [s] = again.reusable
-    assert s.verdict == state.reusable[0].verdict
+    [s] = again.reusable.rollouts
+    assert s.verdict == state.reusable.rollouts[0].verdict
     assert s.rollout.logprobs.dtype == np.float32
     np.testing.assert_array_equal(s.rollout.logprobs, logprobs)
     np.testing.assert_array_equal(s.rollout.response_ids, rollout.response_ids)

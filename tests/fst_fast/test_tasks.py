@@ -1,4 +1,4 @@
-"""Tasks by name, from a user's file, from JSONL: what loads, and the one sentence for what does not."""
+"""Tasks by name, from a user's file, from JSONL: what loads, and the error for what does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 
 from fst_fast.contracts import Problem, Task, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.registry import check_gold, load_task
+from fst_fast.tasks.registry import load_task
+from fst_fast.verify.gold import check_gold
 
 ROOT = Path(__file__).parents[2]
 GRADER = "def right(problem, response):\n    return response == problem.answer\n"
@@ -46,6 +47,24 @@ def test_a_built_in_task_loads_by_name_with_its_arguments() -> None:
     )
     assert len(task.problems("train")) == 4
     assert isinstance(task, Task)
+
+
+def test_problems_made_on_demand_index_like_a_list_and_a_mixture_keeps_each_parts_ids() -> None:
+    sizes = {"train": 3, "validation": 2, "ood": 1}
+    part = load_task("linked_facts", sizes)
+    mixture = load_task("mixture", {"tasks": [{"task": "linked_facts", "task_args": sizes}] * 2})
+    for problems, ids in (
+        (part.problems("train"), [f"linked_facts/train/{i}" for i in range(3)]),
+        (mixture.problems("train"), [f"{p}/linked_facts/train/{i}" for p in range(2) for i in range(3)]),
+    ):
+        n = len(ids)
+        assert [p.id for p in problems] == [problems[i].id for i in range(n)] == ids
+        assert [problems[i].id for i in range(-n, 0)] == ids
+        assert [p.id for p in problems[::-2]] == ids[::-2]
+        for index in (n, -n - 1):
+            with pytest.raises(IndexError, match=f"problem {index} does not exist; there are {n}"):
+                problems[index]
+    assert mixture.verify(mixture.problems("train")[4], part.gold(part.problems("train")[1])).reward == 1  # type: ignore[attr-defined]
 
 
 def test_an_unknown_name_is_refused_with_what_is_allowed() -> None:
@@ -199,7 +218,7 @@ def _grader(tmp_path: Path) -> str:
         ("__import__('fst_fast.contracts').contracts.Verdict(None, 'unclear')", None, "unclear"),
     ],
 )
-def test_a_grader_function_may_return_what_is_natural(
+def test_a_grader_function_may_return_a_verdict_a_number_a_bool_or_a_dict(
     tmp_path: Path, returned: str, reward: float | None, feedback: str
 ) -> None:
     verify = write(tmp_path / "g.py", f"def f(problem, response): return {returned}") + ":f"
@@ -300,7 +319,7 @@ def test_a_jsonl_grader_is_tried_with_the_answer_a_template_or_the_gold_of_the_l
 
 
 def test_tasks_and_their_registry_do_not_import_torch() -> None:
-    code = "import sys, fst_fast.tasks as t; t.load_task('star_graph', {}); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, fst_fast.tasks.registry as t, fst_fast.verify.pool; t.load_task('star_graph', {}); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     path = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=path)
     assert done.stdout.strip() == "[]"
