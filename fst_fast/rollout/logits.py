@@ -33,11 +33,12 @@ def float32_logits(model: Any) -> Iterator[None]:
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
-    before = vars(head).get("forward")
-    head.forward = lambda x: float32_product(x, head.weight, head.bias)  # type: ignore[method-assign]
+    module: Any = head
+    before = vars(module).get("forward")
+    module.forward = lambda x: float32_product(x, module.weight, module.bias)
     try:
         yield
     finally:
-        del head.forward
+        del module.forward
         if before is not None:
-            head.forward = before
+            module.forward = before
