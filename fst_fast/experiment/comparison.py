@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fst_fast.contracts import REWARD_ROUNDING
 from fst_fast.experiment import figures, statistics
 from fst_fast.experiment.curves import AXES, Curve
 from fst_fast.experiment.lab import Lab
@@ -189,7 +190,7 @@ def channels(lab: Lab) -> Result:
             "gain": over_seeds(gain),
         }
         table.rows.append([family, *(plus_minus(numbers[family][name], 100, 1) for name in (*names, "gain"))])
-        if np.mean(gain) > 2 * statistics.standard_error(gain):
+        if np.mean(gain) > max(2 * statistics.standard_error(gain), REWARD_ROUNDING):
             good.append(family)
     claims = [] if lab.dry else [
         Claim("both channels beat each alone on three families by more than two standard errors", ", ".join(good) or "none",

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.config import FastConfig
-from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
+from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
 from fst_fast.fast.population import FastState, Lineage, Scores, Shown
 from fst_fast.fast.reflection import (
@@ -274,7 +274,7 @@ class _Round:
                 continue
             self.rewards[context.id][column[problem.id], sample] = reward
             self.scores.add(context.id, problem.id, reward)
-            if reward < 1.0 and (context.id, problem.id) not in failed:
+            if reward < FULL_REWARD and (context.id, problem.id) not in failed:
                 failed.add((context.id, problem.id))
                 self.failures[context.id].append(answer)
 

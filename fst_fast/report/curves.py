@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 
+from fst_fast.contracts import REWARD_ROUNDING
 from fst_fast.report.load import Cell, Eval, Run, Step
 
 AXES = {
@@ -141,7 +142,7 @@ def difference(a: Cell, b: Cell) -> Difference | None:
         return None
     error = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else 0.0
     value = a.mean - b.mean
-    return Difference(value, value / error if error > 0 else None)
+    return Difference(value, value / error if error > REWARD_ROUNDING else None)
 
 
 @dataclass(frozen=True)

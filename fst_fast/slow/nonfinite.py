@@ -81,7 +81,9 @@ def write_dump(
     folder = run_dir / "dumps" / f"step-{step:06d}"
     tmp = folder.with_name(f".tmp-{folder.name}")
     losses = distributed.all_gather([repr(loss) for loss in error.losses])
-    sequences = distributed.all_gather([_line(m) for g in groups for m in g.members])
+    sequences = distributed.all_gather(
+        [_line(m) for g in groups for m in g.members if len(m.rollout.response_ids)]
+    )
     with disk_errors(f"{folder} cannot be written"):
         if distributed.rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)

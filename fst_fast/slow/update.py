@@ -65,7 +65,9 @@ class Reference:
 def sequences(
     groups: Sequence[Group], prompts: Sequence[Sequence[NDArray[np.int64]]], aggregation: str
 ) -> Sequences:
-    """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it."""
+    """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it.
+
+    A response without tokens has nothing to train and becomes no sequence."""
     weights, denominator = token_weights(groups, aggregation)
     [denominator] = distributed.sum_over_ranks([denominator])
     leaves, a, n, old = [], [], [], []
@@ -75,6 +77,8 @@ def sequences(
             group.members, group_prompts, group.advantages, group_weights, strict=True
         ):
             length = len(member.rollout.response_ids)
+            if not length:
+                continue
             leaves.append(Leaf(prompt, member.rollout.response_ids))
             a.append(np.full(length, advantage, np.float32))
             n.append(np.full(length, weight / denominator, np.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fst_fast.contracts import Problem, Task
+from fst_fast.contracts import FULL_REWARD, Problem, Task
 from fst_fast.errors import UserError
 from fst_fast.tasks.jsonl import find_message_error
 from fst_fast.tasks.user import call_user
@@ -52,7 +52,7 @@ def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
             raise UserError(
                 f"the grader cannot judge the gold response {gold[:200]!r} of problem {problem.id!r}{said}"
             )
-        if verdict.reward != 1:
+        if verdict.reward < FULL_REWARD:
             raise UserError(
                 f"the grader fails its own gold: it gives the gold response {gold[:200]!r} of problem {problem.id!r} "
                 f"reward {verdict.reward:g} instead of 1{said}; a JSONL task says what its gold looks like with task_args.gold"
