@@ -7,7 +7,7 @@ from typing import Any
 
 from fst_fast.contracts import FULL_REWARD, Problem, Task
 from fst_fast.errors import UserError
-from fst_fast.tasks.jsonl import find_message_error
+from fst_fast.tasks.jsonl import find_message_error, is_text
 from fst_fast.tasks.user import call_user
 from fst_fast.verify.pool import VerifierPool
 
@@ -75,6 +75,8 @@ def _check_shape(problem: Any, place: str) -> None:
         raise UserError(f"{place} is a {type(problem).__name__}; it must be a fst_fast.contracts.Problem")
     if not isinstance(problem.id, str) or not problem.id:
         raise UserError(f"{place} has the id {problem.id!r}; it must be a text that is not empty")
+    if not is_text(problem.id):
+        raise UserError(f"{place} has the id {problem.id!r}, which holds half a surrogate pair")
     wrong = find_message_error(problem.messages)
     if wrong:
         raise UserError(f"{place} (id {problem.id!r}): {wrong}")
