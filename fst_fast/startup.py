@@ -165,7 +165,7 @@ def build_run(
         reference = trained.load(config)
         lora.check(reference, config)
         base = sampler.engine(reference, console.note)
-        server = sampler.server(reference)
+        server = sampler.server(reference, console.note)
         if server and config.method == "fst" and config.fast.reuse_rollouts:
             distributed.on_rank_zero(lambda: server.check_training(config.rollout.temperature))
         reflect = shared_reflector(config, base, sampler.tokenizer)
