@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 from fst_fast.config import Config, Section
 from fst_fast.errors import UserError
 
-COMMAND_OPTIONS = ("run-dir", "resume", "allow-config-change", "dry-run", "debug")
+COMMAND_OPTIONS = ("run-dir", "resume", "allow-config-change", "allow-data-change", "dry-run", "debug")
 """Words that `fst train` takes beside the keys: a misspelt one looks like an unknown key."""
 
 
