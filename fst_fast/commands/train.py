@@ -152,7 +152,7 @@ def read_metrics(run_dir: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
     with open(run_dir / METRICS, encoding="utf-8") as lines:
         for line in map(json.loads, lines):
             kind = line.pop("kind")
-            numbers = {name.removeprefix("/"): value for name, value in numbers_of(line, "").items()}
+            numbers = {name.removeprefix("/"): value for name, value in numbers_of(line, "", missing=np.nan).items()}
             rows.setdefault(kind, []).append(numbers)
     return {
         kind: {

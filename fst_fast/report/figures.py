@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from fst_fast.report import curves
 from fst_fast.report.load import CELLS, Cell, Run
@@ -64,6 +65,7 @@ STYLE: dict[Any, Any] = {
 DPI = 140
 
 Drawn = Figure | str
+Floats = NDArray[np.float64]
 
 
 def png(figure: Figure) -> bytes:
@@ -96,7 +98,7 @@ def name(run: Run) -> str:
 
 def _reward_limits(axes: Sequence[Axes], values: Sequence[float]) -> None:
     """One scale from 0 for all panels: rewards lie in [0, 1], and a cut axis makes a small gain look large."""
-    top = min(1.04, max([0.05, *values]) * 1.12)
+    top = min(1.04, max([0.05, *(value for value in values if not np.isnan(value))]) * 1.12)
     for ax in axes:
         ax.set_ylim(0, top)
 
@@ -109,6 +111,14 @@ def _label_x(ax: Axes, axis: str) -> None:
     else:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _line(ax: Axes, x: Floats, y: Floats, **style: Any) -> None:
+    """A line with gaps where y is NaN; a point between two gaps, which a line does not show, is a dot."""
+    ax.plot(x, y, **style)
+    gap = np.concatenate([[True], np.isnan(y), [True]])
+    alone = ~gap[1:-1] & gap[:-2] & gap[2:]
+    ax.plot(x[alone], y[alone], ls="", marker=".", **{key: style[key] for key in style if key != "lw"})
 
 
 def _legend(figure: Figure, handles: list[Any], columns: int = 3) -> None:
@@ -229,8 +239,9 @@ def training(runs: Sequence[Run]) -> Drawn:
         for i, run in shown:
             series = curves.training(run, axis)
             values += [*series.y]
-            ax.plot(series.x, series.y, color=_colour(i), lw=0.8, alpha=0.35)
-            ax.plot(series.x, curves.smooth(series.y, max(3, len(series) // 12)), color=_colour(i), lw=1.8)
+            _line(ax, series.x, series.y, color=_colour(i), lw=0.8, alpha=0.35)
+            smooth = curves.smooth(series.y, max(3, len(series) // 12))
+            _line(ax, series.x, smooth, color=_colour(i), lw=1.8)
         _label_x(ax, axis)
         if not any(len(curves.training(run, axis)) for _, run in shown):
             ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color="#777777")
@@ -254,10 +265,11 @@ def kl_against_reward(runs: Sequence[Run]) -> Drawn:
         both = curves.kl_against_reward(run, "both")
         style: dict[str, Any] = {"color": _colour(i), "marker": _marker(i)}
         ax.errorbar(both.x, both.y, yerr=both.error, lw=1.4, elinewidth=0.8, **style)
-        if len(both) and both.x[-1] > 0:
+        known = both.measured()
+        if len(known) and known.x[-1] > 0:
             ax.annotate(
                 "end",
-                (both.x[-1], both.y[-1]),
+                (known.x[-1], known.y[-1]),
                 (5, 9),
                 textcoords="offset points",
                 color=_colour(i),
@@ -301,7 +313,7 @@ def diagnostics(runs: Sequence[Run]) -> Drawn:
             series = curves.diagnostic(run, key)
             if len(series):
                 shown.add(i)
-                ax.plot(series.x, series.y, color=_colour(i), lw=1.2)
+                _line(ax, series.x, series.y, color=_colour(i), lw=1.2)
         ax.set_title(DIAGNOSTICS[key], loc="left")
         ax.set_xlabel(curves.AXES["steps"])
         ax.set_xlim(left=0)
@@ -371,7 +383,7 @@ def fast_phase(runs: Sequence[Run]) -> Drawn:
     for i, run in shown:
         for key, style in (("best_mean", "-"), ("seed_mean", "--")):
             points = [
-                (cycle.cycle, value) for cycle in run.cycles if (value := getattr(cycle, key)) is not None
+                (cycle.cycle, np.nan if (value := getattr(cycle, key)) is None else value) for cycle in run.cycles
             ]
             values += [value for _, value in points]
             hollow = "white" if style == "--" else None

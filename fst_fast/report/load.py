@@ -23,6 +23,9 @@ CELLS = ("neither", "context", "weights", "both")
 EDGE_ROLLOUTS = 64  # rollouts kept from each end of each phase: examples come from these
 
 
+OF_TRAINED_TOKENS = ("kl", "entropy", "grad_norm", "ratio_mean", "clipped_fraction", "mismatch_kl")
+
+
 class Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -75,6 +78,14 @@ class Step(Counters):
     response_tokens: float | None = None
     groups: float | None = None
     groups_kept: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_trained(cls, value: Any) -> Any:
+        """Earlier versions wrote 0 for what a step without a kept group had not measured."""
+        if not isinstance(value, dict) or value.get("groups_kept") != 0:
+            return value
+        return {**value, **dict.fromkeys(OF_TRAINED_TOKENS)}
 
 
 class FailureShown(Record):

@@ -34,7 +34,7 @@ from fst_fast.policy import lora
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 from fst_fast.slow.groups import Group
-from fst_fast.slow.update import Sequences, skipped
+from fst_fast.slow.update import Sequences, unmeasured
 
 FORMAT = 1
 KEPT = 2  # dumps, each with the weights
@@ -63,7 +63,7 @@ def skip_or_stop(
         ) from None
     policy.discard()
     note(f"step {step} is left out: {error}" + (f"; the batch is in {dump}" if dump else ""))
-    return {**skipped(policy.lr(step)), "skipped": True}
+    return {**unmeasured(policy.lr(step)), "skipped": True}
 
 
 def write_dump(
