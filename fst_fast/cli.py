@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -304,10 +305,12 @@ def _replay(args: argparse.Namespace) -> None:
 def _experiment(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from fst_fast.experiment import EXPERIMENTS, Lab, run
-    from fst_fast.experiment.page import markdown
-    from fst_fast.experiment.runs import FAMILIES, FULL, QUICK
+    from fst_fast.experiments.experiments import EXPERIMENTS
+    from fst_fast.experiments.page import QUESTIONS, markdown, run
+    from fst_fast.experiments.runner import Runner
+    from fst_fast.experiments.runs import FAMILIES, FULL, QUICK
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end after their step
     budget = QUICK if args.quick else FULL
     if args.seeds:
         budget = replace(budget, seeds=args.seeds)
@@ -316,14 +319,14 @@ def _experiment(args: argparse.Namespace) -> None:
         if family not in FAMILIES:
             raise UserError(f"--families: {family!r} is not known; allowed are {', '.join(FAMILIES)}")
     names = list(EXPERIMENTS) if args.name == "all" else args.name.split(",")
-    lab = Lab(args.out, budget, families, args.workers or usable_cores(), dry=args.dry_run)
-    results = run(names, lab)
+    runner = Runner(args.out, budget, families, args.workers or usable_cores(), dry_run=args.dry_run)
+    results = run(names, runner)
     if args.dry_run:
-        for planned in lab.planned:
+        for planned in runner.planned:
             print(planned.name)
         return
     for name, result in results.items():
-        print(f"\n## {name}\n{result.question}\n\n{markdown(result)}")
+        print(f"\n## {name}\n{QUESTIONS[name]}\n\n{markdown(result)}")
     print(f"\n{args.out / 'report.html'}")
 
 

@@ -95,7 +95,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if any(key == "task" and _value(key, text) != tree.get("task") for key, text in given):
         tree.pop("task_args", None)  # they are the other task's
     for key, text in given:
-        _assign(tree, key, _value(key, text))
+        assign(tree, key, _value(key, text))
     return check(tree, "" if path is None else f"{path}: ", {key for key, _ in given})
 
 
@@ -201,7 +201,8 @@ def _value(key: str, text: str) -> Any:
         raise UserError(f"--{key}={text}: the value is not valid YAML: {_yaml_problem(error)}") from None
 
 
-def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at a dotted key, making the sections above it. Raises UserError where one of these is a plain value."""
     *parents, last = key.split(".")
     node = tree
     for i, part in enumerate(parents):

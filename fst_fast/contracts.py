@@ -26,6 +26,14 @@ _UNIT_ROUNDING = 1e-15  # what a subtraction in float64 leaves of rewards up to 
 Finish = Literal["stop", "length", "abort"]
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
+CELLS = {
+    "neither": "base weights, seed context",
+    "context": "base weights, evolved contexts",
+    "weights": "trained weights, seed context",
+    "both": "trained weights, evolved contexts",
+}
+"""The four cells of an evaluation in the order in which they are shown: name -> label."""
+
 
 @dataclass(frozen=True)
 class Problem:
