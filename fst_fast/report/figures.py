@@ -113,7 +113,8 @@ def _line(ax: Axes, x: Floats, y: Floats, **style: Any) -> None:
     ax.plot(x, y, **style)
     gap = np.concatenate([[True], np.isnan(y), [True]])
     alone = ~gap[1:-1] & gap[:-2] & gap[2:]
-    ax.plot(x[alone], y[alone], ls="", marker=".", **{key: style[key] for key in style if key != "lw"})
+    if alone.any():
+        ax.plot(x[alone], y[alone], ls="", marker=".", **{key: style[key] for key in style if key != "lw"})
 
 
 def _handles(runs: Iterable[tuple[int, Run]], *, suffix: str = "", **style: Any) -> list[Line2D]:
