@@ -75,7 +75,7 @@ class State:
                 base_rewards=tree["base_rewards"],
                 data=_checked_fingerprint(tree.get("data")),
             )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not the state of a run: {type(error).__name__}: {str(error)[:200]}"
             ) from error

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from fst_fast.errors import UserError
+from fst_fast.run.metrics_schema import VERSION
 
 MARKER = "fst-run.json"
 FORMAT = 1
@@ -138,7 +139,7 @@ def _mark(path: Path, config_yaml: str, config_hash: str) -> None:
 
 def _write_config(path: Path, config_yaml: str, config_hash: str) -> None:
     write_atomic(path / CONFIG, config_yaml.encode())
-    write_json(path / MARKER, {"format": FORMAT, "config_hash": config_hash})
+    write_json(path / MARKER, {"format": FORMAT, "metrics": VERSION, "config_hash": config_hash})
 
 
 def _take_lock(path: Path) -> int:
@@ -171,14 +172,15 @@ def _check_config(
         marker = json.loads((path / MARKER).read_text())
         old_text = (path / CONFIG).read_text()
         old = yaml.safe_load(old_text)
-        known = marker["format"] == FORMAT
+        known = marker["format"] == FORMAT and marker.get("metrics", VERSION) == VERSION
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
             f"--resume: {path / MARKER} or {path / CONFIG} is damaged ({error}); the run cannot be continued"
         ) from error
     if not known:
         raise UserError(
-            f"--resume: {path} was written in format {marker['format']}, this version of fst reads format {FORMAT}"
+            f"--resume: {path} was written in format {marker['format']} with metrics of version {marker.get('metrics', VERSION)}, this version "
+            f"of fst reads format {FORMAT} and metrics of version {VERSION}"
         )
     if marker.get("config_hash") == config_hash:
         return []

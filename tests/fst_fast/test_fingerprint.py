@@ -23,6 +23,7 @@ import fst_fast
 from fst_fast.contracts import Problem
 from fst_fast.data.fingerprint import STREAMED, changes, of_problems
 from fst_fast.errors import UserError
+from fst_fast.run.metrics_schema import check_record
 from fst_fast.startup import _check_data, shared_fingerprint
 from fst_fast.tasks.mixture import Mixture
 
@@ -213,6 +214,8 @@ def test_a_run_does_not_go_on_with_other_data_unless_told_to_and_forgets_what_it
     assert result.summary is not None
     assert result.summary["channels"]["neither"]["mean"] == 1.0, "the old rewards were 0"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        check_record(record)
     [change] = [r for r in records if r["kind"] == "config"]
     assert change["changes"][0] == "the train split has other problems, 8 as before"
     assert "not as it was: the train split has other problems" in capsys.readouterr().out
