@@ -103,7 +103,7 @@ def _feed(value: Any, update: Callable[[bytes], object], above: tuple[int, ...])
         all_of(f"D{type(value).__qualname__}", fields, len(fields))
     elif hasattr(value, "__dict__") and not callable(value):
         all_of(f"o{type(value).__qualname__}", [vars(value)], 1)
-    elif type(value).__repr__ is not object.__repr__ and not callable(value):
+    elif not callable(value) and " at 0x" not in repr(value):
         all_of(f"r{type(value).__qualname__}", [repr(value)], 1)  # Decimal, Fraction, datetime, Path, ...
     else:
         all_of("t", [getattr(value, "__qualname__", type(value).__qualname__)], 1)

@@ -59,13 +59,14 @@ def read_answer(answer: Any, expected: Expected) -> Answer:
         what = f"{len(choices)} choices" if isinstance(choices, list) else "no list of choices"
         raise NonsenseError(f"has {what} where one is due")
     choice = choices[0]
-    finish = getattr(choice, "finish_reason", None)
-    if finish in GIVEN_UP:
-        return Answer(np.zeros(0, np.int64), np.zeros(0, np.float32), "abort", reason=finish)
-    if finish not in ("stop", "length"):
+    said = getattr(choice, "finish_reason", None)
+    if said in GIVEN_UP:
+        return Answer(np.zeros(0, np.int64), np.zeros(0, np.float32), "abort", reason=said)
+    if said not in ("stop", "length"):
         raise NonsenseError(
-            f"says finish_reason={_shown(finish)}; stop, length and, to be tried again, {', '.join(GIVEN_UP)} are known"
+            f"says finish_reason={_shown(said)}; stop, length and, to be tried again, {', '.join(GIVEN_UP)} are known"
         )
+    finish: Literal["stop", "length"] = "stop" if said == "stop" else "length"
     _check_prompt(answer, choice, expected)
     given = getattr(choice, "logprobs", None)
     spelt, values = (getattr(given, name, None) for name in ("tokens", "token_logprobs"))
