@@ -172,4 +172,6 @@ def _unknown(count: int) -> NDArray[np.float32]:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else f"{value!r:.60}"
+    """The value whole, or its kind: half of it could be half of the key that a server echoes, which nothing would recognise."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__} of {len(text)} characters"

@@ -318,6 +318,26 @@ def test_a_server_that_changes_the_prompt_or_fails_is_named(monkeypatch: pytest.
     assert "sk-secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("before", ["", "x" * 30, "x" * 55])
+def test_a_key_that_a_server_echoes_is_not_shown_not_even_in_part(
+    monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    echoed = before + "sk-secret-0123456789"
+    for change in (
+        {"finish_reason": echoed},
+        {"token_ids": [echoed]},
+        {"token_ids": echoed},
+        {"logprobs": {"token_logprobs": [echoed, -1.0]}},
+    ):
+        with (
+            serving(lambda body, change=change: echo(body, **change)) as (engine, _),
+            pytest.raises(UserError) as caught,
+        ):  # type: ignore[misc]
+            generate(engine)
+        assert "sk-s" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
