@@ -20,6 +20,8 @@ from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
 from fst_fast.contracts import Context, Problem
+from fst_fast.data.fingerprint import Fingerprint, fingerprint
+from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
 from fst_fast.data.stream import minibatch
 from fst_fast.errors import UserError
@@ -148,6 +150,7 @@ def build_run(
     *,
     resume: bool,
     allow_config_change: bool = False,
+    allow_data_change: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
@@ -160,12 +163,13 @@ def build_run(
     console = Console(total_steps=config.slow.steps, enabled=is_main)
     task = load_task(*task_spec(config))
     sampler = Sampler.open(config, console.note)
+    folder: RunFolder | None = None
     try:
         check_gold(task, sampler.pool)
         reference = trained.load(config)
         lora.check(reference, config)
         base = sampler.engine(reference, console.note)
-        server = sampler.server(reference)
+        server = sampler.server(reference, console.note)
         if server and config.method == "fst" and config.fast.reuse_rollouts:
             distributed.on_rank_zero(lambda: server.check_training(config.rollout.temperature))
         reflect = shared_reflector(config, base, sampler.tokenizer)
@@ -176,6 +180,7 @@ def build_run(
             first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
             evaluated = stage.validation[: config.eval.final_problems]
             check_lengths(config, base, sampler, seed_context, [*first, *evaluated])
+        data = shared_fingerprint(stages)
         folder = distributed.on_rank_zero(
             lambda: open_run(
                 run_dir,
@@ -193,7 +198,7 @@ def build_run(
         run = Run(
             config=config,
             run_dir=run_dir,
-            state=State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
+            state=State(FastState.initial(config.fast.seed_context), [seed_context], data=data),
             stages=stages,
             seed_context=seed_context,
             sampler=sampler,
@@ -213,22 +218,28 @@ def build_run(
             ),
             folder=folder,
         )
-        _start_or_resume(run, resume)
+        _start_or_resume(run, resume, allow_data_change)
     except BaseException:
         sampler.close()
         console.close()
+        if folder:
+            folder.close()  # a program that catches the refusal may try again
         raise
     return run
 
 
-def _start_or_resume(run: Run, resume: bool) -> None:
+def _start_or_resume(run: Run, resume: bool, allow_data_change: bool) -> None:
     """Load the newest whole checkpoint, where there is one, and open the metrics files."""
     config, state, recorder_ = run.config, run.state, run.recorder
     found = distributed.broadcast_result(lambda: str(checkpoint.latest(run.run_dir) or "")) if resume else ""
     changes = list(run.folder.changes) if run.folder else []
     if found:
         run.resumed = True
+        data = state.data
+        assert data is not None, "a new run has a fingerprint"
         state = run.state = State.load(Path(found) / "state.json")
+        changes += _check_data(run, data, allow_data_change)
+        state.data = data
         before, now = checkpoint.written_by(Path(found)), writer(config)
         if before["config_hash"] != now["config_hash"]:
             state.base_rewards.clear()  # measured under the old configuration
@@ -249,6 +260,36 @@ def _start_or_resume(run: Run, resume: bool) -> None:
             )
         if not found:
             recorder_.metrics.write("start", **identity(config), versions=versions())
+
+
+def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:
+    """The fingerprint of the data. Raises UserError where another process has been given other problems. All processes call it."""
+    everywhere = distributed.all_gather(fingerprint(stages))
+    for rank, other in enumerate(everywhere):
+        if other != everywhere[0]:
+            raise UserError(
+                f"process {rank} has been given other problems than process 0 ({'; '.join(data_changes(everywhere[0], other))}); "
+                "a task must give the same problems in every process"
+            )
+    return everywhere[0]
+
+
+def _check_data(run: Run, now: Fingerprint, allowed: bool) -> list[str]:
+    """What of the task's data is not as the checkpoint knows it. Raises UserError unless that is allowed; then drops what was measured on it."""
+    if run.state.data is None:
+        run.recorder.note(
+            "the checkpoint is of a version that kept no fingerprint of the data: whether they have changed since is not known"
+        )
+        return []
+    found = data_changes(run.state.data, now)
+    if found and not allowed:
+        raise UserError(
+            f"--resume: the data of the task are not those of the run in {run.run_dir}: {'; '.join(found)}; "
+            "--allow-data-change continues with the new ones"
+        )
+    if found:
+        run.state.forget_data()
+    return found
 
 
 def _load_weights(run: Run, found: Path) -> None:

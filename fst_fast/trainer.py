@@ -39,6 +39,7 @@ def train(
     *,
     resume: bool = False,
     allow_config_change: bool = False,
+    allow_data_change: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
     """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None if a signal stopped it.
@@ -47,7 +48,12 @@ def train(
     with (
         signals.stop_on_signals(announce=distributed.rank() == 0),
         build_run(
-            config, run_dir, resume=resume, allow_config_change=allow_config_change, callbacks=callbacks
+            config,
+            run_dir,
+            resume=resume,
+            allow_config_change=allow_config_change,
+            allow_data_change=allow_data_change,
+            callbacks=callbacks,
         ) as run,
     ):
         state, send = run.state, run.recorder.callbacks.send

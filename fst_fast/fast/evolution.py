@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import Size, affordable
-from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
+from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
 from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
 from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, Reply, ask, cut, extract
@@ -247,7 +247,7 @@ class _Evaluations:
                 continue
             self.rewards[context.id][column[problem.id], sample] = reward
             self.scores.add(context.id, problem.id, reward)
-            if reward < 1.0 and (context.id, problem.id) not in failed:
+            if reward < FULL_REWARD and (context.id, problem.id) not in failed:
                 failed.add((context.id, problem.id))
                 self.failures[context.id].append(answer)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout, Verdict
+from fst_fast.contracts import FULL_REWARD, Context, Problem, Rollout, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, ask, extract
 from fst_fast.fast.scoring import ScoreFn
 
@@ -93,7 +93,7 @@ class GepaBridge:
                 "Reward": answer.verdict.reward or 0.0,
             }
             for problem, answer in eval_batch.trajectories
-            if (answer.verdict.reward or 0.0) < 1.0
+            if (answer.verdict.reward or 0.0) < FULL_REWARD
         ]
         return dict.fromkeys(components_to_update, records)
 

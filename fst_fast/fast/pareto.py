@@ -14,11 +14,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fst_fast.contracts import REWARD_ROUNDING
+
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_TIE = 1e-9
-"""Scores closer than this are equal: sums of the same rewards in a different order differ in the last bits."""
+_TIE = REWARD_ROUNDING
+"""Scores, in [0, 1], closer than this are equal: sums of the same rewards in another order differ in the last bits."""
 
 CLEARLY_WORSE_Z = 2.0
 """A context further below the best than this, in standard errors of the paired difference, is kept only for problems it alone wins."""
@@ -147,5 +149,5 @@ def _by_mean(scores: Matrix) -> list[int]:
     means = row_means(scores)
     return sorted(
         range(len(scores)),
-        key=lambda row: (np.isnan(means[row]), -round(float(np.nan_to_num(means[row])), 9), row),
+        key=lambda row: (np.isnan(means[row]), -round(float(np.nan_to_num(means[row])), 6), row),
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import RolloutRequest, ScoredRollout
+from fst_fast.contracts import RolloutRequest, ScoredRollout, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.graphs import StepGraph
@@ -98,15 +98,19 @@ class Sampler:
             note=note,
         )
 
-    def server(self, model: nn.Module) -> ServerEngine | None:
-        """The server that rollout.backend=openai names, or None. model: whose end-of-response tokens it uses."""
+    def server(self, model: nn.Module, note: Callable[[str], None] = print) -> ServerEngine | None:
+        """The server that rollout.backend=openai names, or None. model: whose vocabulary and end-of-response tokens it uses. note: told what the
+        server did not answer."""
         if self.config.rollout.backend == "native":
             return None
         return ServerEngine.from_args(
             self.config.rollout.backend_args,
             eos_ids=end_ids(self.tokenizer, model),
             stop=self.config.rollout.stop,
+            vocab_size=model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
+            decode=self.tokenizer.decode,
             encode=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            note=note,
         )
 
     def local(
@@ -120,7 +124,9 @@ class Sampler:
         top_p: float | None = None,
         paired: bool = False,
     ) -> list[ScoredRollout]:
-        """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers."""
+        """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers.
+
+        A response that the server gave up (finish `abort`) is not judged: its reward is None."""
         started = time.perf_counter()
         prompts = [
             Request(
@@ -147,9 +153,20 @@ class Sampler:
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         sampled_at = time.perf_counter()
         reach("verification")
-        verdicts = self.pool.verify(
-            [(problem, text) for (_, problem, _), text in zip(requests, texts, strict=True)]
+        whole = [r.finish != "abort" for r in rollouts]
+        judged = iter(
+            self.pool.verify(
+                [
+                    (problem, text)
+                    for (_, problem, _), text, is_whole in zip(requests, texts, whole, strict=True)
+                    if is_whole
+                ]
+            )
         )
+        verdicts = [
+            next(judged) if is_whole else Verdict(None, "the server gave the response up")
+            for is_whole in whole
+        ]
         self.stopwatch.add("rollout_s", sampled_at - started)
         self.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
         return [ScoredRollout(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]

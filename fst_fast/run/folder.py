@@ -22,6 +22,7 @@ from typing import Any
 
 from fst_fast.config.yaml_text import YamlProblem, read_yaml
 from fst_fast.errors import UserError
+from fst_fast.run.metrics_schema import VERSION
 
 MARKER = "fst-run.json"
 FORMAT = 1
@@ -133,7 +134,7 @@ def _initialise(path: Path, config_yaml: str, config_hash: str) -> None:
 
 def _write_config(path: Path, config_yaml: str, config_hash: str) -> None:
     write_atomic(path / CONFIG, config_yaml.encode())
-    write_json(path / MARKER, {"format": FORMAT, "config_hash": config_hash})
+    write_json(path / MARKER, {"format": FORMAT, "metrics": VERSION, "config_hash": config_hash})
 
 
 def _take_lock(path: Path) -> int:
@@ -166,14 +167,15 @@ def _check_config(
         marker = json.loads((path / MARKER).read_text())
         old_text = (path / CONFIG).read_text()
         old = read_yaml(old_text)
-        known = marker["format"] == FORMAT
+        known = marker["format"] == FORMAT and marker.get("metrics", VERSION) == VERSION
     except (OSError, ValueError, KeyError, TypeError, YamlProblem) as error:
         raise UserError(
             f"--resume: {path / MARKER} or {path / CONFIG} is damaged ({error}); the run cannot be continued"
         ) from error
     if not known:
         raise UserError(
-            f"--resume: {path} was written in format {marker['format']}, this version of fst reads format {FORMAT}"
+            f"--resume: {path} was written in format {marker['format']} with metrics of version {marker.get('metrics', VERSION)}, this version "
+            f"of fst reads format {FORMAT} and metrics of version {VERSION}"
         )
     if marker.get("config_hash") == config_hash:
         return []

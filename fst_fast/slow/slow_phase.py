@@ -136,7 +136,7 @@ def distillation_step(
     )
     shown = distillation.teacher_contexts(len(problems), step * len(problems), population)
     read = {p.id: sampler.prompts.ids(context, p) for p, context in zip(problems, shown, strict=True)}
-    prompts = [read[m.rollout.problem_id] for g in groups for m in g.members]
+    prompts = [read[m.rollout.problem_id] for g in groups for m in g.members if len(m.rollout.response_ids)]
     leaves = [Leaf(ids, leaf.response_ids) for ids, leaf in zip(prompts, data.leaves, strict=True)]
     batching = Batching.of(config, sampler.pad_id)
     try:

@@ -65,7 +65,9 @@ class Reference:
 def sequences(
     groups: Sequence[Group], prompts: Sequence[Sequence[NDArray[np.int64]]], aggregation: str
 ) -> Sequences:
-    """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it."""
+    """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it.
+
+    A response without tokens has nothing to train and becomes no sequence."""
     weights, denominator = token_weights(groups, aggregation)
     [denominator] = distributed.all_reduce_sum([denominator])
     leaves, a, n, old = [], [], [], []
@@ -75,6 +77,8 @@ def sequences(
             group.members, group_prompts, group.advantages, group_weights, strict=True
         ):
             length = len(member.rollout.response_ids)
+            if not length:
+                continue
             leaves.append(Leaf(prompt, member.rollout.response_ids))
             a.append(np.full(length, advantage, np.float32))
             n.append(np.full(length, weight / denominator, np.float32))
@@ -102,11 +106,11 @@ def optimise(
     """Forward, backward and update on `data`; returns the step's numbers, summed over processes. All processes must call it.
 
     reference: needed where the objective has a KL term. With no sequence anywhere (every group had zero variance) nothing is updated and
-    the loss is 0. `tokens` and `unshared` count this process's work, the reference's included. Raises NonFiniteError.
+    nothing measured. A number that was not measured is None, the KL of an objective without one too. `tokens` and `unshared` count this process's work, the reference's included. Raises NonFiniteError.
     """
     [anywhere] = distributed.all_reduce_sum([len(data.leaves)])
     if not anywhere:
-        return {"grad_norm": 0.0, "lr": policy.lr(step), "tokens": 0, "unshared": 0, **_means(None)}
+        return unmeasured(policy.lr(step))
     check_finite(data)
     micros, jobs = micro_jobs(data, reference, objective, batching)
     tokens = sum(m.batch.tokens for m in micros) + (reference.tokens if reference else 0)
@@ -128,7 +132,7 @@ def optimise(
         "lr": policy.lr(step),
         "tokens": tokens,
         "unshared": unshared,
-        **_means(stats),
+        **_means(stats, objective),
     }
 
 
@@ -151,9 +155,9 @@ def micro_jobs(
     return micros, [_job(micro, data, reference, objective, batching) for micro in micros]
 
 
-def skipped(lr: float) -> dict[str, Any]:
-    """The numbers of a step that was not taken: none."""
-    return {"grad_norm": None, "lr": lr, "tokens": 0, "unshared": 0, **dict.fromkeys(_means(None))}
+def unmeasured(lr: float) -> dict[str, Any]:
+    """The numbers of a step in which nothing was trained, or which was left out: none."""
+    return {"grad_norm": None, "lr": lr, "tokens": 0, "unshared": 0, **dict.fromkeys(MEANS)}
 
 
 def _filler_data(leaf: Leaf) -> Sequences:
@@ -195,15 +199,19 @@ def _job(
     return model_inputs(micro.batch), job
 
 
-def _means(stats: PolicyStats | None) -> dict[str, float]:
-    """The logged means over all processes' tokens."""
+MEANS = ("loss", "kl", "entropy", "ratio_mean", "clipped_fraction", "mismatch_kl")
+
+
+def _means(stats: PolicyStats | None, objective: PolicyObjective) -> dict[str, float | None]:
+    """The logged means over all processes' tokens, by the names of MEANS; None where there is no token to take one over."""
     sums = torch.zeros(len(SUMS), dtype=torch.float64) if stats is None else stats.sums.cpu()
     everywhere = PolicyStats(torch.tensor(distributed.all_reduce_sum(sums.tolist()), dtype=torch.float64))
-    return {
-        "loss": float(everywhere.loss),
-        "kl": float(everywhere.kl),
-        "entropy": float(everywhere.entropy),
-        "ratio_mean": float(everywhere.ratio),
-        "clipped_fraction": float(everywhere.clipped_fraction),
-        "mismatch_kl": float(everywhere.mismatch_kl),
-    }
+    if not everywhere.count:
+        return dict.fromkeys(MEANS)
+    means = (
+        everywhere.loss, everywhere.kl, everywhere.entropy, everywhere.ratio, everywhere.clipped_fraction, everywhere.mismatch_kl,
+    )  # fmt: skip
+    found: dict[str, float | None] = {name: float(mean) for name, mean in zip(MEANS, means, strict=True)}
+    if objective.kl is None:
+        found["kl"] = None
+    return found

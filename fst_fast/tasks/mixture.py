@@ -58,11 +58,17 @@ class Mixture:
         return self.parts[int(number)], replace(problem, id=own_id)
 
 
+def in_memory(problems: Sequence[Problem]) -> bool:
+    """Whether looking at every problem of a split costs nothing but the looking: they are not made or read anew."""
+    return bool(getattr(problems, "in_memory", isinstance(problems, list | tuple)))
+
+
 class _Numbered(LazyProblems):
     """The problems of one part, with the part's number prefixed to their ids."""
 
     def __init__(self, problems: Sequence[Problem], number: int) -> None:
         self._problems, self._number = problems, number
+        self.in_memory = in_memory(problems)
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -77,6 +83,7 @@ class _Joined(LazyProblems):
 
     def __init__(self, parts: Sequence[Sequence[Problem]]) -> None:
         self._parts = parts
+        self.in_memory = all(map(in_memory, parts))
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))

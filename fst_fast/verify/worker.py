@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 import os
 import pickle
 import resource
@@ -21,11 +20,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from fst_fast.contracts import Task, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.user import describe
+from fst_fast.tasks.verdicts import plain_number
 from fst_fast.verify import supervisor
 from fst_fast.verify.supervisor import fork_supervised
 
@@ -156,35 +154,42 @@ def judge(task: Task, item: bytes) -> dict[str, Any]:
 
 
 def check(verdict: Any) -> dict[str, Any]:
-    """The reply for what `verify` returned; a reward or metric that is no finite number, or a reward outside [0, 1], is a failure."""
+    """The reply for what `verify` returned; a reward or metric that is no finite number, or a reward outside [0, 1], is a failure.
+
+    Numbers are taken as tasks/verdicts.py says. No feedback (None) is an empty one, a metric that is None was not measured."""
     if not isinstance(verdict, Verdict):
         return _wrong(f"a {type(verdict).__name__}; it must return a Verdict")
     given: dict[str, Any] = vars(verdict)  # whatever the annotations say
-    if not isinstance(given["feedback"], str):
-        return _wrong(f"feedback of type {type(given['feedback']).__name__}; it must be a text")
-    if not isinstance(given["metrics"], Mapping):
-        return _wrong(f"metrics of type {type(given['metrics']).__name__}; it must be a dict of numbers")
-    if len(given["metrics"]) > METRICS_LIMIT:
-        return _wrong(f"{len(given['metrics'])} metrics; at most {METRICS_LIMIT} are taken")
+    feedback = "" if given["feedback"] is None else given["feedback"]
+    if not isinstance(feedback, str):
+        return _wrong(f"feedback of type {type(feedback).__name__}; it must be a text")
+    measured = {} if given["metrics"] is None else given["metrics"]
+    if not isinstance(measured, Mapping):
+        return _wrong(f"metrics of type {type(measured).__name__}; it must be a dict of numbers")
+    if len(measured) > METRICS_LIMIT:
+        return _wrong(f"{len(measured)} metrics; at most {METRICS_LIMIT} are taken")
     metrics: dict[str, float] = {}
-    for name, value in given["metrics"].items():
-        number = _number(value)
+    for name, value in measured.items():
+        if value is None:
+            continue
+        number = plain_number(value)
         if number is None or not math.isfinite(number):
             return _wrong(f"metrics[{name!r}]={value!r:.80}; it must be a finite number")
-        metrics[str(name)[:NAME_LIMIT]] = number
-    reward = _number(given["reward"])
+        metrics[_text(str(name)[:NAME_LIMIT])] = number
+    reward = plain_number(given["reward"])
     if reward is None and given["reward"] is not None:
         return _wrong(f"reward={given['reward']!r:.80}; it must be a number in [0, 1] or None")
     if reward is not None and not 0 <= reward <= 1:  # NaN fails this too
         return _wrong(f"reward={reward}; it must be in [0, 1]")
-    feedback = verdict.feedback.encode("utf-8", "replace").decode()
+    feedback = _text(feedback)
     if len(feedback) > FEEDBACK_LIMIT:
         feedback = feedback[:FEEDBACK_LIMIT] + " [cut]"
     return {"reward": reward, "feedback": feedback, "metrics": metrics}
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, numbers.Real | np.bool_) else None
+def _text(text: str) -> str:
+    """Text that any UTF-8 file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _wrong(what: str) -> dict[str, Any]:

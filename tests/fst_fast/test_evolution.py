@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -599,7 +599,9 @@ def do_nothing_pairs(p, draws, *, spread):
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.3, 0.5, 0.9])
 def test_a_child_that_does_nothing_is_admitted_as_rarely_as_documented(p, spread):
     child, parent = do_nothing_pairs(p, 4000, spread=spread)
-    accepted = {z: float((pareto.lower_bound(child, parent, z) > 1e-9).mean()) for z in (0.0, 1.0, 2.0)}
+    accepted = {
+        z: float((pareto.lower_bound(child, parent, z) > pareto._TIE).mean()) for z in (0.0, 1.0, 2.0)
+    }
     assert 0.2 < accepted[0.0] < 0.5, "gepa's strict rule"
     assert accepted[1.0] < 0.18
     assert accepted[2.0] < 0.04
@@ -621,7 +623,7 @@ def test_the_best_of_twenty_identical_children_looks_less_good_than_under_a_bare
     means, true = rewards.mean(axis=(2, 3)), difficulty.mean(axis=(1, 2, 3))
     inflation = {}
     for z in (0.0, 1.0, 2.0):
-        admitted = pareto.lower_bound(rewards[:, 1:], rewards[:, :1], z) > 1e-9
+        admitted = pareto.lower_bound(rewards[:, 1:], rewards[:, :1], z) > pareto._TIE
         best = np.maximum(means[:, 0], np.where(admitted, means[:, 1:], 0.0).max(axis=1))
         inflation[z] = float((best - true).mean())
     assert inflation[0.0] == pytest.approx(0.084, abs=0.006)
@@ -691,3 +693,30 @@ def test_a_child_that_leaves_no_room_for_a_problem_is_refused_and_counted():
     assert result.record["refused"] == {"too_long": result.record["proposed"]}
     assert result.record["proposed"] > 0
     assert result.record["fast_rollouts"] == 8 * FastConfig().samples
+
+
+# -- rounding ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("z", [0.0, 1.0])
+def test_a_child_whose_rewards_differ_by_rounding_is_not_admitted(z):
+    parent = np.full((8, 2), 0.3)
+    for better in (0.1 + 0.2, float(np.float32(0.1) + np.float32(0.2))):
+        child = np.full((8, 2), better)
+        assert not pareto.admits(child, parent, z)
+        scores = np.stack([parent.mean(1), child.mean(1)])
+        assert not pareto.wins(scores).any()
+        assert pareto.select(scores, np.stack([parent, child]), 1, seed=None) == [0], "of equals the older"
+    assert pareto.admits(parent + 1e-4, parent, z)
+
+
+def test_a_reward_that_is_one_but_for_rounding_is_no_failure():
+    class Constant(World):
+        def __call__(self, items):
+            return [replace(s, verdict=Verdict(self.probability)) for s in World(lambda *_: 1.0)(items)]
+
+    reflect = numbered()
+    run(start(), Constant(sum([0.1] * 10)), reflect, FastConfig())
+    assert not reflect.batches, "nothing fails, so there is nothing to reflect on"
+    run(start(), Constant(0.999), reflect, FastConfig())
+    assert reflect.batches

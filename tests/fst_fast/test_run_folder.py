@@ -48,7 +48,7 @@ def test_a_new_run_gets_a_folder_with_marker_and_configuration(tmp_path: Path) -
     with start(path) as run:
         assert (run.path, run.resumed) == (path, False)
     assert (path / "config.yaml").read_text() == CONFIG
-    assert json.loads((path / "fst-run.json").read_text()) == {"format": 1, "config_hash": "h1"}
+    assert json.loads((path / "fst-run.json").read_text()) == {"format": 1, "metrics": 1, "config_hash": "h1"}
     assert sorted(p.name for p in path.iterdir()) == ["config.yaml", "fst-run.json", "lock"]
 
 
@@ -194,6 +194,16 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     start(tmp_path).close()
     write_json(tmp_path / "fst-run.json", {"format": 2, "config_hash": "h1"})
     assert "format 2" in refusal(tmp_path, resume=True)
+    write_json(tmp_path / "fst-run.json", {"format": 1, "metrics": 2, "config_hash": "h1"})
+    assert "metrics of version 2, this version of fst reads format 1 and metrics of version 1" in refusal(
+        tmp_path, resume=True
+    )
+
+
+def test_a_folder_of_before_the_metrics_had_a_version_is_continued(tmp_path: Path) -> None:
+    start(tmp_path).close()
+    write_json(tmp_path / "fst-run.json", {"format": 1, "config_hash": "h1"})
+    start(tmp_path, resume=True).close()
 
 
 def test_two_runs_cannot_use_one_folder_and_a_killed_one_does_not_block_it(tmp_path: Path) -> None:

@@ -21,16 +21,27 @@ from fst_fast.tasks.registry import load_task
 from fst_fast.verify.gold import check_gold
 from fst_fast.verify.pool import VerifierPool, _parsed
 from fst_fast.verify.supervisor import MAX_PROCESSES, children, unlimited_reason
+from fst_fast.verify.worker import check
 
 ROOT = Path(__file__).parents[2]
 ARGS = {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 30, "validation": 4}
 
 # The response says what the grader does.
 GRADER = """
-import os, sys, time
+import decimal, fractions, os, sys, time
+import numpy
 from fst_fast.contracts import Problem, Verdict
 
 kept = []
+
+class Tensor:
+    # as those of torch: a shape and an item
+
+    def __init__(self, shape, value):
+        self.shape, self.value = shape, value
+
+    def item(self):
+        return self.value
 
 class Grader:
     def problems(self, split):
@@ -234,7 +245,28 @@ def test_the_limit_works_from_any_thread_and_against_c_code_that_holds_the_lock(
         ("return Verdict(2.0)", "verify returned reward=2.0; it must be in [0, 1]"),
         ("return Verdict(1e999)", "verify returned reward=inf; it must be in [0, 1]"),
         ("return Verdict('1.0')", "verify returned reward='1.0'; it must be a number"),
-        ("return Verdict(1.0, None)", "verify returned feedback of type NoneType"),
+        ("return Verdict('0.5')", "verify returned reward='0.5'; it must be a number"),
+        ("return Verdict(b'1')", "verify returned reward=b'1'; it must be a number"),
+        ("return Verdict([1.0])", "verify returned reward=[1.0]; it must be a number"),
+        ("return Verdict(1j)", "verify returned reward=1j; it must be a number"),
+        ("return Verdict(numpy.array('1'))", "verify returned reward=array('1'"),
+        ("return Verdict(numpy.zeros(2))", "verify returned reward=array([0., 0.]); it must be a number"),
+        ("return Verdict(numpy.zeros(0))", "verify returned reward=array([]"),
+        ("return Verdict(numpy.float32('nan'))", "verify returned reward=nan; it must be in [0, 1]"),
+        ("return Verdict(decimal.Decimal('NaN'))", "verify returned reward=nan; it must be in [0, 1]"),
+        ("return Verdict(decimal.Decimal('sNaN'))", "verify returned reward=nan; it must be in [0, 1]"),
+        ("return Verdict(10 ** 400)", "verify returned reward=inf; it must be in [0, 1]"),
+        (
+            "return Verdict(-fractions.Fraction(10 ** 400))",
+            "verify returned reward=-inf; it must be in [0, 1]",
+        ),
+        ("return Verdict(decimal.Decimal('1.5'))", "verify returned reward=1.5; it must be in [0, 1]"),
+        ("return Verdict(1, b'bytes')", "verify returned feedback of type bytes"),
+        ("return Verdict(1.0, '', {'a': '1'})", "verify returned metrics['a']='1'"),
+        (
+            "return Verdict(1.0, '', {'a': decimal.Decimal('Infinity')})",
+            "verify returned metrics['a']=Decimal",
+        ),
         ("return Verdict(1.0, '', {'a': float('nan')})", "verify returned metrics['a']=nan"),
         ("return Verdict(1.0, '', {'a': object()})", "verify returned metrics['a']=<object object"),
         ("return Verdict(1.0, '', {i: 1 for i in range(101)})", "verify returned 101 metrics; at most 100"),
@@ -383,15 +415,45 @@ def test_feedback_is_valid_text_of_bounded_length(shared: VerifierPool) -> None:
     assert long.feedback == "x" * 8000 + " [cut]"
 
 
-def test_numbers_of_numpy_and_bools_are_rewards(shared: VerifierPool) -> None:
-    verdicts = ask(
-        shared,
-        "return Verdict(True)",
-        "return Verdict(__import__('numpy').float32(0.5))",
-        "return Verdict(0)",
-    )
-    assert [v.reward for v in verdicts] == [1.0, 0.5, 0.0]
-    assert all(type(v.reward) is float for v in verdicts)
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        ("True", 1.0),
+        ("False", 0.0),
+        ("0", 0.0),
+        ("numpy.float32(0.5)", 0.5),
+        ("numpy.float16(0.25)", 0.25),
+        ("numpy.bool_(True)", 1.0),
+        ("numpy.array(0.75)", 0.75),
+        ("numpy.array(1, dtype='int8')", 1.0),
+        ("numpy.array([[0.5]])", 0.5),
+        ("numpy.array(decimal.Decimal('0.5'), dtype=object)", 0.5),
+        ("decimal.Decimal('0.625')", 0.625),
+        ("fractions.Fraction(1, 3)", 1 / 3),
+        ("Tensor((), 0.5)", 0.5),
+        ("Tensor((1,), True)", 1.0),
+    ],
+)
+def test_a_number_is_taken_where_its_value_is_plain(shared: VerifierPool, value: str, number: float) -> None:
+    before = shared.failures
+    [verdict] = ask(shared, f"return Verdict({value}, None, {{'m': {value}, 'none': None}})")
+    assert verdict == Verdict(number, "", {"m": number})
+    assert type(verdict.reward) is float
+    assert ask(shared, f"return Verdict({value}, 'said', None)") == [Verdict(number, "said")]
+    assert shared.failures == before
+
+
+def test_scalars_of_torch_are_numbers() -> None:
+    torch = pytest.importorskip("torch")
+    for value in (torch.tensor(0.5, requires_grad=True), torch.tensor([[0.5]], dtype=torch.bfloat16)):
+        assert check(Verdict(value, "", {"m": value})) == {
+            "reward": 0.5,
+            "feedback": "",
+            "metrics": {"m": 0.5},
+        }
+    assert check(Verdict(torch.tensor(True)))["reward"] == 1.0
+    for value in (torch.zeros(2), torch.zeros(0), torch.tensor(0.5, device="meta"), torch.tensor(1j)):
+        assert "it must be a number" in check(Verdict(value))["failure"]
 
 
 def test_a_child_does_not_import_torch(shared: VerifierPool) -> None:
