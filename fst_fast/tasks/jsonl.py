@@ -1,8 +1,8 @@
 """A task from a JSONL file and a function: the shortest way to train on one's own data.
 
 One object a line: {"messages": [{"role", "content"}, ...] or "prompt": text, "answer": anything, and optionally "id", "split", "meta",
-"gold": a response that must get reward 1}. The grader is `task_args.verify = grader.py:function`, function(problem, response), and
-returns a Verdict, a number in [0, 1], a bool, or {"reward", "feedback", "metrics"}.
+"gold": a response that must get reward 1}. The grader is `task_args.verify`: a built-in one (graders/__init__.py), or
+`grader.py:function`, function(problem, response), which returns a Verdict, a number in [0, 1], a bool, or {"reward", "feedback", "metrics"}.
 
 Without `split` fields a validation set is chosen by a hash of the ids: the same lines always give the same split, and other orders too
 where the lines carry ids.
@@ -19,7 +19,7 @@ from typing import Any
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.user import load_object
+from fst_fast.tasks.graders import BUILT_IN, Function, gold_of, make_grader
 from fst_fast.tasks.verdicts import as_verdict
 
 KEYS = ("id", "messages", "prompt", "answer", "split", "meta", "gold")
@@ -30,34 +30,33 @@ TOO_DEEP = f"is nested too deep; at most {MAX_DEPTH} levels are read"
 
 
 class JsonlTask:
-    """verify: `grader.py:function`. validation_fraction: share of the lines held out where the file says no split. gold: the response
-    that must get reward 1, with {answer} in the place of the line's answer; an empty text switches this check off, for graders that
-    no fixed response can satisfy. A line's own `gold` goes first. Raises UserError, for a bad line with file:line."""
+    """verify: the grader. validation_fraction: share of the lines held out where the file says no split. gold: the response that must get
+    reward 1, with {answer} in the place of the line's answer; None: the grader's own, for a function the answer itself; an empty text
+    switches this check off, for graders that no fixed response can satisfy. A line's own `gold` goes first.
+    Raises UserError, for a bad line with file:line."""
 
     def __init__(
         self,
         path: str,
-        verify: str = "",
+        verify: str | Mapping[str, Any] | Sequence[Any] = "",
         validation_fraction: float = 0.1,
-        gold: str = "{answer}",
+        gold: str | None = None,
         *,
         read: bool = True,
     ) -> None:
-        if not verify or not isinstance(verify, str):
-            raise UserError(f"task={path} needs a grader: set task_args.verify to grader.py:function")
+        if not verify:
+            raise UserError(
+                f"task={path} needs a grader: set task_args.verify to grader.py:function or one of {', '.join(BUILT_IN)}"
+            )
         if not isinstance(validation_fraction, int | float) or not 0 < validation_fraction < 1:
             raise UserError(
                 f"task_args.validation_fraction={validation_fraction!r} must be a number between 0 and 1, both excluded"
             )
-        if not isinstance(gold, str):
+        if gold is not None and not isinstance(gold, str):
             raise UserError(
                 f"task_args.gold={gold!r} must be a text in which {{answer}} stands for the answer, or an empty text"
             )
-        self.grader = load_object(verify, "task_args.verify")
-        if not callable(self.grader):
-            raise UserError(
-                f"task_args.verify={verify} is a {type(self.grader).__name__}; it must be a function of (problem, response)"
-            )
+        self.grader = make_grader(verify)
         self._gold_template = gold
         self._splits: dict[str, list[Problem]] = {}
         self._golds: dict[str, str] = {}
@@ -74,14 +73,18 @@ class JsonlTask:
         """A response that must get reward 1, None where there is none."""
         if problem.id in self._golds:
             return self._golds[problem.id]
-        if not self._gold_template:
+        template = self._gold_template
+        if template is None and not isinstance(self.grader, Function):
+            return gold_of(self.grader, problem)
+        template = "{answer}" if template is None else template
+        if not template:
             return None
         answer = (
             problem.answer
             if isinstance(problem.answer, str)
             else json.dumps(problem.answer, ensure_ascii=False)
         )
-        return self._gold_template.replace("{answer}", answer)
+        return template.replace("{answer}", answer)
 
     def _read(self, path: Path, fraction: float) -> None:
         try:

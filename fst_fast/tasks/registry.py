@@ -1,6 +1,6 @@
 """Maps a task's name to its implementation.
 
-A spec is a built-in name, `file.py:Class`, or `data.jsonl` (then args["verify"] names the grader). A new built-in task
+A spec is a built-in name, `file.py:Class`, `reasoning_gym:NAME`, or `data.jsonl` (then args["verify"] is the grader). A new built-in task
 is one file and one line in BUILT_IN; a module is imported only when its task is used.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from fst_fast.config import Config
 from fst_fast.contracts import Task
 from fst_fast.errors import UserError
+from fst_fast.tasks import gym
 from fst_fast.tasks.jsonl import JsonlTask
 from fst_fast.tasks.user import load_object, make_task
 
@@ -42,6 +43,8 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
     if spec in BUILT_IN:
         module, _, name = BUILT_IN[spec].partition(":")
         return make_task(getattr(importlib.import_module(module), name), args, where)
+    if spec.startswith(gym.PREFIX):
+        return gym.ReasoningGym(spec.removeprefix(gym.PREFIX), **args)
     if spec.endswith(".jsonl"):
         _refuse_unknown_args(args, where)
         return JsonlTask(spec, **args, read=problems)
@@ -51,7 +54,7 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
     hint = (
         f"did you mean {near[0]}?"
         if near
-        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, or data.jsonl"
+        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, data.jsonl, or {gym.PREFIX}NAME"
     )
     raise UserError(f"task={spec!r} is not known; {hint}")
 

@@ -253,3 +253,21 @@ def test_a_wrong_grader_is_one_sentence(spec: Any, sentence: str) -> None:
     with pytest.raises(UserError) as refused:
         make_grader(spec)
     assert sentence in str(refused.value)
+
+
+def test_a_jsonl_task_takes_a_built_in_grader_and_its_gold(tmp_path: Path) -> None:
+    from fst_fast.tasks.registry import load_task
+
+    rows = [{"id": str(i), "prompt": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(4)]
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    boxed: Any = load_task(str(data), {"verify": {"grader": "exact", "read": "box"}})
+    first = boxed.problems("train")[0]
+    assert boxed.gold(first) == f"\\boxed{{{first.answer}}}"
+    assert boxed.verify(first, boxed.gold(first)).reward == 1
+    short: Any = load_task(str(data), {"verify": [{"grader": "length", "limit": 3}]})
+    assert short.gold(first) is None
+    templated: Any = load_task(str(data), {"verify": "exact", "gold": "{answer}"})
+    assert templated.gold(first) == first.answer
+    with pytest.raises(UserError, match="task_args.verify=exatc is not known"):
+        load_task(str(data), {"verify": "exatc"})

@@ -22,9 +22,10 @@ from typing import Any
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.user import load_object
+from fst_fast.tasks.verdicts import as_verdict, plain_number
 
 Grade = Callable[[Problem, str], Any]
-"""Returns what `as_verdict` of tasks/jsonl.py takes."""
+"""Returns what `as_verdict` of tasks/verdicts.py takes."""
 
 BUILT_IN = {
     "exact": "text:Exact",
@@ -76,7 +77,7 @@ def _one(spec: dict[str, Any], key: str) -> Grade:
             raise UserError(
                 f"{key}={name} takes no arguments, got {', '.join(spec)}; only built-in graders do"
             )
-        return _function(name, key)
+        return Function(name, key)
     module, _, class_name = BUILT_IN[name].partition(":")
     made: type = getattr(importlib.import_module(f"fst_fast.tasks.graders.{module}"), class_name)
     fields = inspect.signature(made).parameters
@@ -94,22 +95,23 @@ def _one(spec: dict[str, Any], key: str) -> Grade:
     return grader
 
 
-def _function(spec: str, key: str) -> Grade:
-    found = load_object(spec, key)
-    if not callable(found):
-        raise UserError(
-            f"{key}={spec} is a {type(found).__name__}; it must be a function of (problem, response)"
-        )
+class Function:
+    """A user's function of (problem, response), plain or async."""
 
-    def grade(problem: Problem, response: str) -> Any:
-        value = found(problem, response)
+    def __init__(self, spec: str, key: str) -> None:
+        self._call = load_object(spec, key)
+        if not callable(self._call):
+            raise UserError(
+                f"{key}={spec} is a {type(self._call).__name__}; it must be a function of (problem, response)"
+            )
+
+    def __call__(self, problem: Problem, response: str) -> Any:
+        value = self._call(problem, response)
         return asyncio.run(value) if inspect.iscoroutine(value) else value
-
-    return grade
 
 
 def _weighted(specs: Sequence[Any], key: str) -> Grade:
-    parts = []
+    parts: list[tuple[str, float, Grade]] = []
     for i, spec in enumerate(specs):
         fields = (
             {"grader": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else None
@@ -135,16 +137,21 @@ class Weighted:
         self.parts = parts
 
     def __call__(self, problem: Problem, response: str) -> Verdict:
-        from fst_fast.tasks.jsonl import as_verdict
-
         verdicts = [
             (name, weight, as_verdict(grade(problem, response))) for name, weight, grade in self.parts
         ]
+        rewards: dict[str, float] = {}
         for name, _, verdict in verdicts:
-            if verdict.reward is None:
-                return Verdict(None, f"{name}: {verdict.feedback}")
+            reward = plain_number(verdict.reward)
+            if reward is None or not 0 <= reward <= 1:
+                said = (
+                    verdict.feedback
+                    if verdict.reward is None
+                    else f"reward={verdict.reward!r} is not in [0, 1]"
+                )
+                return Verdict(None, f"{name}: {said}")
+            rewards[name] = reward
         total = sum(weight for _, weight, _ in verdicts)
-        rewards = {name: verdict.reward for name, _, verdict in verdicts if verdict.reward is not None}
         reward = sum(weight * rewards[name] for name, weight, _ in verdicts) / total
         metrics = {f"reward/{name}": reward for name, reward in rewards.items()}
         for _, _, verdict in verdicts:

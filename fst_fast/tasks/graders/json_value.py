@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,11 @@ class JsonEqual:
     alone: nothing but the JSON value is allowed. keys: only these keys of an object are compared, and the share that is right is the reward."""
 
     alone: bool = True
-    keys: tuple[str, ...] = ()
+    keys: Sequence[str] = ()
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.keys, str):
+        if not isinstance(self.keys, list | tuple):
             raise ValueError(f"keys={self.keys!r}; it must be a list of keys")
 
     def __call__(self, problem: Problem, response: str) -> Verdict:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
 from fst_fast.tasks.graders.text import quoted
 
 
@@ -41,7 +41,7 @@ class Math:
         if self.boxed:
             try:
                 given = last_box(response, "the final answer")
-            except Unboxed as error:
+            except NoBoxedAnswer as error:
                 return Verdict(0.0, str(error))
         found = parse(_latex(given) if self.boxed else given, parsing_timeout=None)
         if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fst_fast.contracts import Problem, Verdict
@@ -18,12 +19,12 @@ class Format:
     starts: str = ""
     ends: str = ""
     pattern: str = ""
-    once: tuple[str, ...] = ()
-    forbidden: tuple[str, ...] = ()
+    once: Sequence[str] = ()
+    forbidden: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("once", "forbidden"):
-            if isinstance(getattr(self, name), str):
+            if not isinstance(getattr(self, name), list | tuple):
                 raise ValueError(f"{name} must be a list of texts")
         if not (self.starts or self.ends or self.pattern or self.once or self.forbidden):
             raise ValueError("no demand is given; one of starts, ends, pattern, once, forbidden is needed")

@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fst_fast.contracts import Problem, Verdict
-from fst_fast.tasks.boxed import Unboxed, last_box
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
 
 Read = Literal["all", "last_line", "box"]
 _READ = ("all", "last_line", "box")
 
 
 def answer_part(response: str, read: str) -> str:
-    """The part of a response that holds the answer. Raises Unboxed, with feedback, where there is none."""
+    """The part of a response that holds the answer. Raises NoBoxedAnswer, with feedback, where there is none."""
     match read:
         case "all":
             return response.strip()
         case "last_line":
             lines = [line.strip() for line in response.splitlines() if line.strip()]
             if not lines:
-                raise Unboxed("the response is empty: the last line must hold the answer.")
+                raise NoBoxedAnswer("the response is empty: the last line must hold the answer.")
             return lines[-1]
         case _:
             return last_box(response, "the answer")
@@ -61,7 +61,7 @@ class Exact:
     def __call__(self, problem: Problem, response: str) -> Verdict:
         try:
             given = answer_part(response, self.read)
-        except Unboxed as error:
+        except NoBoxedAnswer as error:
             return Verdict(0.0, str(error))
         expected = answers_of(problem)
         if normal(given, case=self.case) in {normal(text, case=self.case) for text in expected}:
@@ -183,7 +183,7 @@ class MultipleChoice:
     def _given(self, response: str) -> str | None:
         try:
             boxed = last_box(response, "the letter")
-        except Unboxed:
+        except NoBoxedAnswer:
             boxed = ""
         letter = re.fullmatch(
             r"(?:\\(?:text|mathrm|mathbf)\{)?\s*\(?([A-Za-z])\)?[.:]?\s*\}?(?:\s.*)?", boxed, re.DOTALL
