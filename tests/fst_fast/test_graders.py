@@ -269,5 +269,5 @@ def test_a_jsonl_task_takes_a_built_in_grader_and_its_gold(tmp_path: Path) -> No
     assert short.gold(first) is None
     templated: Any = load_task(str(data), {"verify": "exact", "gold": "{answer}"})
     assert templated.gold(first) == first.answer
-    with pytest.raises(UserError, match="task_args.verify=exatc is not known"):
+    with pytest.raises(UserError, match=r"task_args\.verify=exatc is not known"):
         load_task(str(data), {"verify": "exatc"})
