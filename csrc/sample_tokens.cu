@@ -54,7 +54,25 @@ struct Choice {
     uint32_t bin;
 };
 
+struct Rules {  // of this row
+    double top_p;
+    float log_min_p;
+    int32_t top_k;
+
+    FST_DEVICE bool truncate() const { return top_k > 0 || top_p < 1 || log_min_p > -INFINITY; }
+};
+
+FST_DEVICE Rules rules_of(const FstSampleTokens& p, int64_t row) {
+    if ((p.temperature != nullptr ? p.temperature[row] : p.temperature_of_all) == 0) return {1, -INFINITY, 1};
+    return {
+        p.row_top_p != nullptr ? p.row_top_p[row] : p.top_p,
+        p.row_log_min_p != nullptr ? p.row_log_min_p[row] : p.log_min_p,
+        p.row_top_k != nullptr ? p.row_top_k[row] : p.top_k,
+    };
+}
+
 struct Scratch {
+    Rules rules;  // in a register for the whole kernel they would spill
     Sum<Peak> peak;
     Sum<Mass> total, nucleus, kept;
     uint64_t histogram[2][kBins];  // of this block; one is filled while the other may still be read by the neighbours
@@ -247,7 +265,10 @@ FST_KERNEL void FST_BOUNDS(kMaxThreads, 2) sample_tokens(FstSampleTokens p) {
     auto& scratch = *reinterpret_cast<Scratch*>(shared_memory());
     In* kept_row = reinterpret_cast<In*>(shared_memory() + kScratchBytes) - begin;
     for (int bin = thread; bin < kBins; bin += block_threads()) scratch.histogram[0][bin] = 0;
-    if (thread == 0) scratch.listed = 0;
+    if (thread == 0) {
+        scratch.listed = 0;
+        scratch.rules = rules_of(p, at);
+    }
     int buffer = 0;
 
     // The row comes in: its maximum, and this thread's own.
@@ -274,8 +295,8 @@ FST_KERNEL void FST_BOUNDS(kMaxThreads, 2) sample_tokens(FstSampleTokens p) {
         return;
     }
     const float given = p.temperature != nullptr ? p.temperature[at] : p.temperature_of_all;
-    const bool greedy = given == 0;
-    Row row{peak.top, greedy ? 1 : given, 1, key_of(peak.top)};
+    Row row{peak.top, given == 0 ? 1 : given, 1, key_of(peak.top)};
+    const Rules& rules = scratch.rules;
     row.inverse_temperature = 1 / row.temperature < 3.0e38f ? 1 / row.temperature : 3.0e38f;
     const Slice<In> slice{kResident ? kept_row : logits, first, last, kResident || whole};
 
@@ -285,25 +306,23 @@ FST_KERNEL void FST_BOUNDS(kMaxThreads, 2) sample_tokens(FstSampleTokens p) {
 
     // What is kept.
     Kept kept;
-    const int top_k = greedy ? 1 : p.top_k;
-    const bool by_mass = !greedy && p.top_p < 1, truncated = top_k > 0 || by_mass || p.log_min_p > -INFINITY;
-    if (top_k == 1) {
+    if (rules.top_k == 1) {
         kept.threshold = row.top;
         kept.ties = 1;
-    } else if (top_k > 0 || by_mass) {
+    } else if (rules.top_k > 0 || rules.top_p < 1) {
         // Candidates: at least the k-th largest of the threads' maxima, or too probable for all that is less to matter for top-p.
         float least = -INFINITY, lowest = -INFINITY;
         const auto one = [](float) { return uint64_t{1}; };
-        if (top_k == 0) {
+        if (rules.top_k == 0) {
             // V tokens that weigh less than this are less than 1 - top_p of the whole; one unit is for their rounding.
-            const float share = static_cast<float>((1 - p.top_p) * static_cast<double>(total.above)) / vocabulary - 1;
+            const float share = static_cast<float>((1 - rules.top_p) * static_cast<double>(total.above)) / vocabulary - 1;
             if (share > 0) {
                 lowest = row.temperature * (logf(share / kOne) - 0.01f);
                 least = row.top + 1.0001f * lowest - 1e-5f * (fabsf(row.top) + 1);
             }
-        } else if (top_k <= block_threads() * blocks) {
+        } else if (rules.top_k <= block_threads() * blocks) {
             const auto maxima = [&](auto f) { f(own_top); };
-            least = at_rank(search(scratch, buffer, row, maxima, one, top_k, 32, 2).rank, row);
+            least = at_rank(search(scratch, buffer, row, maxima, one, rules.top_k, 32, 2).rank, row);
         }
         const auto candidate = [&](float x) { return x >= least && x - row.top >= lowest; };
         slice.each([&](float x) {
@@ -324,19 +343,19 @@ FST_KERNEL void FST_BOUNDS(kMaxThreads, 2) sample_tokens(FstSampleTokens p) {
         };
         const int bits = bits_needed(rank_of(least, row));
         uint64_t nucleus = total.above;
-        if (top_k > 0) {
-            const Found found = search(scratch, buffer, row, each, one, top_k, bits, 4);
+        if (rules.top_k > 0) {
+            const Found found = search(scratch, buffer, row, each, one, rules.top_k, bits, 4);
             kept.threshold = at_rank(found.rank, row);
             kept.ties = found.short_of;
             kept.weight_of_tie = weight_of(kept.threshold, row);
-            if (by_mass) {
+            if (rules.top_p < 1) {
                 Mass mine;
                 each([&](float x) { mine = merge(mine, kept.of(x, row)); });
                 nucleus = kept.through(cluster_total(mine, scratch.nucleus));
             }
         }
-        if (by_mass) {
-            uint64_t goal = static_cast<uint64_t>(ceil(p.top_p * static_cast<double>(nucleus)));
+        if (rules.top_p < 1) {
+            uint64_t goal = static_cast<uint64_t>(ceil(rules.top_p * static_cast<double>(nucleus)));
             goal = goal < 1 ? 1 : goal < nucleus ? goal : nucleus;
             const Found found = search(scratch, buffer, row, each, [&](float x) { return weight_of(x, row); }, goal, bits, 4);
             kept.threshold = at_rank(found.rank, row);
@@ -345,14 +364,14 @@ FST_KERNEL void FST_BOUNDS(kMaxThreads, 2) sample_tokens(FstSampleTokens p) {
         }
     }
     kept.weight_of_tie = weight_of(kept.threshold, row);
-    if (!greedy) kept.lowest = row.temperature * p.log_min_p;
+    kept.lowest = row.temperature * rules.log_min_p;
     Mass all = total;
-    if (truncated) {
+    if (rules.truncate()) {
         Mass mine;
         slice.each([&](float x) { mine = merge(mine, kept.of(x, row)); });
         all = cluster_total(mine, scratch.kept);
     }
-    const Sum<Mass>& sums = truncated ? scratch.kept : scratch.total;
+    const Sum<Mass>& sums = rules.truncate() ? scratch.kept : scratch.total;
 
     // The first token whose cumulative weight exceeds the target: first its warp, then its tile and thread.
     const uint64_t mass = kept.through(all);

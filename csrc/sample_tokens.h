@@ -16,6 +16,9 @@ struct FstSampleTokens {
     int64_t stride;      // of a row, in elements
     const float* temperature;  // [rows], or null: temperature_of_all. 0 is greedy
     const int64_t *seeds, *positions;  // [rows]
+    const int32_t* row_top_k;          // [rows] each, or null: the one number of all rows below; the values mean the same
+    const double* row_top_p;
+    const float* row_log_min_p;
     int64_t* ids;                      // [rows]
     float *logprob, *untruncated;      // [rows]; NaN in both: the row holds NaN or +inf, or only -inf
     double top_p;      // 1: no such rule

@@ -5,8 +5,9 @@
 `FusedGRPOTrainer` is what to copy: it needs torch, TRL 1.16 and fst_kernels. Generation, rewards, advantages, batching, logging and
 checkpoints stay TRL's. Two methods are replaced, and neither ever has logits of more than a chunk of rows:
 
-    _compute_loss                       the training pass: linear_policy_loss, which makes the gradients in its forward
-    _get_per_token_logps_and_entropies  old and reference log-probabilities: linear_logprob, the same arithmetic
+    _get_per_token_logps_and_entropies  log-probabilities and entropies, differentiable: linear_logprob
+    _compute_loss                       the training pass: linear_policy_loss, which makes the gradients in its forward, for the losses that
+                                        it knows; for all others TRL's own formulas, on what linear_logprob returns
 
 Both run inside the forward of the model's own lm_head, where the weight is whole also under DeepSpeed ZeRO-3. What TRL offers and this
 trainer does not reproduce is refused by name when it is made. docs/kernels/own_trainer.md explains the mapping.
@@ -24,48 +25,60 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 import fst_fast.mini
 from fst_fast.mini.world import best_context
 from fst_fast.tasks.star_graph import StarGraph
-from fst_kernels import PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss, policy_loss
+from fst_kernels import PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss
 
-LOSS_TYPES = ("cispo", "grpo", "bnpo", "dr_grpo", "dapo")
+FUSED = ("cispo", "grpo", "bnpo", "dr_grpo", "dapo")
+LOSS_TYPES = (*FUSED, "sapo", "luspo", "vespo")
 
-# GRPOConfig field -> the only value of it whose loss is reproduced.
-ONLY: dict[str, object] = {
+# GRPOConfig field -> its value in a loss that linear_policy_loss computes; any other is TRL's formula on linear_logprob.
+PLAIN: dict[str, object] = {
+    "importance_sampling_level": "token",
     "delta": None,
     "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,
     "off_policy_mask_threshold": None,
-    "cast_lm_head_to_fp32": False,
-    "use_liger_kernel": False,
 }
-# Entries of a model's configuration with which its logits are not what its lm_head returns.
-CHANGED_LOGITS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
 
 Job = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
+class Untouched(tuple):
+    """Results of a job. What a model does to its logits after its lm_head, scaling and soft-capping, leaves them as they are."""
+
+    def _same(self, *_: Any) -> Untouched:
+        return self
+
+    __mul__ = __rmul__ = __truediv__ = _same
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Untouched:
+        return next(x for x in args if isinstance(x, cls))  # torch.tanh(logits)
+
+
 @contextmanager
-def head_computes(model: nn.Module, job: Job) -> Iterator[None]:
-    """While open, model(...).logits is job(hidden [B, T, H], weight [V, H], bias [V] | None)."""
+def head_computes(model: nn.Module, job: Job, fp32: bool = False) -> Iterator[None]:
+    """While open, model(...).logits is job(hidden [B, T, H], weight [V, H], bias [V] | None). fp32: whatever autocast says."""
     head = model.get_output_embeddings()
     before = head.__dict__.get("forward")  # None: that of its class
 
-    def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(hidden: Tensor) -> Untouched:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-        return job(hidden.to(dtype), head.weight.to(dtype), head.bias)
+        dtype = torch.float32 if fp32 else dtype
+        return Untouched(job(hidden.to(dtype), head.weight.to(dtype), head.bias))
 
     head.forward = forward
     try:
@@ -76,51 +89,53 @@ def head_computes(model: nn.Module, job: Job) -> Iterator[None]:
             head.forward = before
 
 
+def head_arguments(config: PretrainedConfig, temperature: float) -> dict[str, float]:
+    """What a model does to its logits behind its lm_head, softcap(scale x), and the temperature, as arguments of the operations, by
+    c tanh(s x / c) / t = (c / s) tanh(x / (c / s)) / (t / s). ValueError: a scale that is no number > 0."""
+    scale, name = 1.0, "logits_scaling"
+    if getattr(config, name, None) is not None:  # HyperCLOVA X multiplies by it, the others divide
+        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    for other in ("lm_head_multiplier", "output_multiplier", "logit_scale"):
+        if getattr(config, other, None) is not None:
+            scale, name = getattr(config, other), other
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise ValueError(f"model.config.{name} scales the logits by {scale!r}; allowed: a number > 0")
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return {"temperature": temperature / scale} | ({} if softcap is None else {"softcap": softcap / scale})
+
+
 class FusedGRPOTrainer(GRPOTrainer):
     """GRPOTrainer for text models whose loss comes from fst_kernels; ValueError where its arguments ask for what is not reproduced.
 
-    Metrics are TRL's, except that `entropy` and `kl` weight tokens as the loss does, `cispo_clip_ratio` also counts tokens with a
-    negative advantage, and of `clip_ratio/*` there is region_mean only.
+    Metrics are TRL's; only, where linear_policy_loss computes the loss, `entropy` and `kl` weight tokens as the loss does, and of
+    `clip_ratio/*` the minimum and the maximum over sequences are left out.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}; allowed: {', '.join(LOSS_TYPES)}")
-        for name, value in ONLY.items():
-            if getattr(self.args, name) != value:
-                raise ValueError(f"{name}={getattr(self.args, name)!r}; allowed: {value!r}")
-        config = self.model.config.get_text_config()
-        for name in CHANGED_LOGITS:
-            if getattr(config, name, None) not in (None, 1.0):
-                raise ValueError(
-                    f"model.config.{name}={getattr(config, name)}; allowed: a model whose logits are what its lm_head returns"
-                )
+        if self.args.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True; allowed: False")
+        self.head_arguments = head_arguments(self.model.config.get_text_config(), self.temperature)
         if self._is_vlm:
             raise ValueError(
                 "processing_class is a processor; allowed: a tokenizer, this trainer is for text models"
             )
         if self.aux_loss_enabled:
             raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef}; allowed: 0.0")
-        if self.importance_sampling_level == "sequence" and (self.loss_type == "cispo" or self.corrects_kl):
-            raise ValueError(
-                "importance_sampling_level='sequence' with loss_type='cispo', or with beta != 0 and use_bias_correction_kl=True; "
-                "allowed: 'token', or another loss_type and use_bias_correction_kl=False"
-            )
-        self.objective()  # refuses impossible clips and caps now, not after the first generation
-
-    @property
-    def corrects_kl(self) -> bool:
-        """Whether the KL term is multiplied with the importance ratio: TRL's default where beta != 0."""
-        return self.beta != 0.0 and self.args.use_bias_correction_kl
+        self.is_fused = self.loss_type in FUSED and all(getattr(self.args, n) == x for n, x in PLAIN.items())
+        if self.is_fused:
+            self.objective()  # refuses impossible clips and caps now, not after the first generation
 
     def objective(self) -> PolicyObjective:
         """epsilon_high is cispo's absolute cap of the ratio, and the upper half of the others' clip around 1."""
-        kl = {"kl": "k3", "kl_coef": self.beta, "kl_unbiased": self.corrects_kl} if self.beta != 0.0 else {}
+        kl = {}
+        if self.beta != 0.0:
+            kl = {"kl": "k3", "kl_coef": self.beta, "kl_unbiased": self.args.use_bias_correction_kl}
         if self.loss_type == "cispo":
             return PolicyObjective("cispo", ratio_cap=self.epsilon_high, **kl)
-        kind = "gspo" if self.importance_sampling_level == "sequence" else "grpo"
-        return PolicyObjective(kind, clip_low=self.epsilon_low, clip_high=self.epsilon_high, **kl)
+        return PolicyObjective("grpo", clip_low=self.epsilon_low, clip_high=self.epsilon_high, **kl)
 
     def token_weight(self, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """One over what TRL divides the loss of each token by, gradient accumulation included: mask [B, C] bool -> [B, C]."""
@@ -144,11 +159,14 @@ class FusedGRPOTrainer(GRPOTrainer):
         def of_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             return job(hidden[:, :-1][mask], weight, bias)  # a row predicts the token after it
 
-        with self.accelerator.autocast(), head_computes(self.accelerator.unwrap_model(model), of_tokens):
+        unwrapped, fp32 = self.accelerator.unwrap_model(model), self.args.cast_lm_head_to_fp32
+        with self.accelerator.autocast(), head_computes(unwrapped, of_tokens, fp32):
             keep = mask.shape[1] + 1
             return model(input_ids=ids, attention_mask=attention, logits_to_keep=keep, use_cache=False).logits
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if not self.is_fused:
+            return super()._compute_loss(model, inputs)
         mask = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()  # [B, C]
 
         def of_tokens(x: Tensor | None) -> Tensor | None:  # [B], [B, 1] or [B, C] -> [M]
@@ -158,34 +176,32 @@ class FusedGRPOTrainer(GRPOTrainer):
         n = of_tokens(self.token_weight(mask, inputs))
         old = of_tokens(inputs.get("old_per_token_logps"))  # None: the policy has not moved since it sampled
         ref = of_tokens(inputs.get("ref_per_token_logps"))
-        objective = self.objective()
-        of_loss = {"objective": objective, "token_weight": n, "old_logprob": old, "ref_logprob": ref}
+        of_loss = {"objective": self.objective(), "token_weight": n, "old_logprob": old, "ref_logprob": ref}
         if self.use_vllm and self.vllm_importance_sampling_correction:
             of_loss["rollout_weight"] = of_tokens(inputs["importance_sampling_ratio"])
 
         def fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             loss, stats = linear_policy_loss(
-                hidden, weight, labels, advantages, bias=bias, temperature=self.temperature, **of_loss
+                hidden, weight, labels, advantages, bias=bias, **self.head_arguments, **of_loss
             )
             return loss, stats.sums
 
-        def composed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            """Ratios of whole sequences, which the fused loss does not see: one more product with the head."""
-            out = linear_logprob(hidden, weight, labels, bias=bias, temperature=self.temperature)
-            loss, stats = policy_loss(out, labels, advantages, sequence=mask.nonzero()[:, 0], **of_loss)
-            return loss, stats.sums
-
-        job = composed if objective.kind == "gspo" else fused
         ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)
         attention = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
-        loss, sums = self.at_head(model, ids, attention, mask, job)
+        loss, sums = self.at_head(model, ids, attention, mask, fused)
         stats = PolicyStats(self.accelerator.reduce(sums, reduction="sum"))
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["entropy"].append(stats.entropy.item())
         if self.beta != 0.0:
             metrics["kl"].append(stats.kl.item())
-        clipped = "cispo_clip_ratio" if self.loss_type == "cispo" else "clip_ratio/region_mean"
-        metrics[clipped].append(stats.clipped_fraction.item())
+        low, high, region = (
+            stats.clipped_low_fraction,
+            stats.clipped_high_fraction,
+            stats.clipped_region_fraction,
+        )
+        clipped = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": region}
+        for name, fraction in ({"cispo_clip_ratio": high} if self.loss_type == "cispo" else clipped).items():
+            metrics[name].append(fraction.item())
         return loss
 
     def _get_per_token_logps_and_entropies(
@@ -207,7 +223,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             def score(
                 hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor = labels
             ) -> tuple[Tensor, Tensor]:
-                out = linear_logprob(hidden, weight, labels, bias=bias, temperature=self.temperature)
+                out = linear_logprob(hidden, weight, labels, bias=bias, **self.head_arguments)
                 return out.logprob, out.entropy
 
             for x, done in zip(

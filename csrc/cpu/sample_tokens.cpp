@@ -19,6 +19,19 @@ using namespace fst;
 constexpr float NONE = -std::numeric_limits<float>::infinity(), NAN_ = std::numeric_limits<float>::quiet_NaN();
 constexpr int64_t FIRST_LOOK = 256;  // of the most probable tokens, sorted at first for top_p; four times as many where they are too few
 
+struct Rules {  // of one row
+    int64_t top_k;
+    double top_p;
+    float log_min_p;
+
+    Rules(const FstSampleTokens& p, int64_t at)
+        : top_k(p.row_top_k ? p.row_top_k[at] : p.top_k),
+          top_p(p.row_top_p ? p.row_top_p[at] : p.top_p),
+          log_min_p(p.row_log_min_p ? p.row_log_min_p[at] : p.log_min_p) {}
+
+    bool truncate() const { return top_k > 0 || top_p < 1 || log_min_p > NONE; }
+};
+
 struct Row {
     std::vector<float> logits, weights;  // padded to whole vectors: -infinity, 0
     std::vector<int32_t> order;
@@ -71,9 +84,9 @@ struct Row {
     }
 
     // Only the tokens that the rules leave keep their weights.
-    void truncate(const FstSampleTokens& p, float temperature) {
+    void truncate(const Rules& p, float temperature) {
         order.clear();
-        int64_t kept = p.top_k > 0 ? std::min<int64_t>(p.top_k, vocabulary) : vocabulary;
+        int64_t kept = p.top_k > 0 ? std::min(p.top_k, vocabulary) : vocabulary;
         if (p.top_p < 1) {
             double all = mass;
             int64_t sorted = 0;
@@ -128,10 +141,11 @@ void sample(const FstSampleTokens& p, Row& row, int64_t at) {
     const float given = p.temperature ? p.temperature[at] : p.temperature_of_all, temperature = given == 0 ? 1 : given;
     row.weigh(temperature);
     const double all = row.mass;
-    const bool truncated = p.top_k > 0 || p.top_p < 1 || p.log_min_p > NONE;
+    const Rules rules(p, at);
+    const bool truncated = rules.truncate();
     int64_t id = row.best;
     if (given != 0) {
-        if (truncated) row.truncate(p, temperature);
+        if (truncated) row.truncate(rules, temperature);
         id = row.draw(random_word(p.seeds[at], p.positions[at]) * 0x1p-32);
     }
     const double score = (row.logits[id] - row.top) / static_cast<double>(temperature);

@@ -43,6 +43,11 @@ def check_tensor(
         raise ValueError(f"{name} is on {x.device}; it must be on {device} like the other tensors")
 
 
+def adjacent(x: Tensor) -> Tensor:
+    """x itself where the elements of its last dimension lie side by side in memory, as kernels that take pointers read them; else a copy."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
 def check_finite(name: str, x: Tensor, where: Tensor) -> None:
     """Every x[where] is finite; `where` holds indices. Waits for the device."""
     bad = where[~torch.isfinite(x[where])]

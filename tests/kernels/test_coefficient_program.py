@@ -98,7 +98,7 @@ def test_the_kernel_holds_log_ratios_beyond_twenty_and_not_at_twenty():
 
 def test_an_objective_that_the_kernels_cannot_run_is_an_error():
     with pytest.raises(
-        RuntimeError, match=r"policy_terms uses .*sin.*, which the kernels' programs do not have"
+        RuntimeError, match=r"label_terms uses .*sin.*, which the kernels' programs do not have"
     ):
         compile_program(lambda logprob, **_: torch.sin(logprob), frozenset())
 

@@ -48,7 +48,9 @@ def naive_loss(case, objective, hidden, weight, bias, sequence=None):
         bounded = rho.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantage
         policy = -torch.minimum(rho * advantage, bounded)
     term = case["rollout_weight"][live] * policy - objective.entropy_coef * -(p.exp() * p).sum(1)
-    if objective.kl == "k3":
+    if objective.kl == "k3" and objective.kl_ratio == "sequence":
+        term = term + objective.kl_coef * rho * ((ref_logprob - logprob).exp() - (ref_logprob - logprob) - 1)
+    elif objective.kl == "k3":
         k3 = (ref_logprob - logprob).exp() - (ref_logprob - logprob) - 1
         token_rho = (logprob - (logprob.detach() if case["old"] is None else case["old"][live])).exp()
         term = term + objective.kl_coef * k3 * (token_rho if objective.kl_unbiased else 1)
@@ -152,14 +154,18 @@ def test_both_modes_equal_autograd_of_the_dense_formula(kind, kl):
             assert_same(gradients(loss, inputs), want)
 
 
-def test_gspo_equals_autograd_of_the_sequence_formula_and_is_refused_by_the_fused_loss():
-    objective = PolicyObjective("gspo", clip_low=0.3, clip_high=0.4, kl="k3", kl_coef=0.2)
+@pytest.mark.parametrize("kl_ratio", [None, "token", "sequence"])
+def test_gspo_equals_autograd_of_the_sequence_formula_and_is_refused_by_the_fused_loss(kl_ratio):
+    objective = PolicyObjective(
+        "gspo", clip_low=0.3, clip_high=0.4, kl="k3", kl_coef=0.2, kl_unbiased=kl_ratio is not None, kl_ratio=kl_ratio
+    )  # fmt: skip
     case = make_case()
     sequence = torch.arange(16) // 4
     inputs = leaves(case)
     naive = naive_loss(case, objective, *inputs, sequence=sequence)
-    loss, _ = composed_loss(case, objective, *inputs, sequence=sequence)
+    loss, stats = composed_loss(case, objective, *inputs, sequence=sequence)
     torch.testing.assert_close(loss, naive)
+    torch.testing.assert_close(stats.loss, naive.detach())
     assert_same(gradients(loss, inputs), gradients(naive, inputs))
     with pytest.raises(ValueError, match=r"gspo.*use linear_logprob"):
         fused_loss(case, objective, *inputs)
@@ -457,8 +463,16 @@ def test_no_rows():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ratio_cap": 0.9}, "ratio_cap=0.9; allowed: >= 1"),
+        ({"ratio_cap": 0.0}, "ratio_cap=0.0; allowed: > 0, an absolute cap"),
+        ({"ratio_cap": -1.0}, "ratio_cap=-1.0; allowed: > 0"),
         ({"ratio_cap": float("nan")}, "ratio_cap=nan"),
+        ({"kl_unbiased": True}, "kl_unbiased=True with kl=None; allowed: kl='k3'"),
+        (
+            {"kind": "gspo", "kl": "k3", "kl_unbiased": True},
+            "kl_unbiased=True with kind='gspo' needs kl_ratio: 'token', .* or 'sequence', as in TRL and Liger",
+        ),
+        ({"kl_ratio": "sequence"}, "kl_ratio='sequence' with kind='cispo'; allowed: None or 'token'"),
+        ({"kl_ratio": "batch"}, "kl_ratio='batch'; allowed: None, 'token', 'sequence'"),
         ({"kind": "trpo"}, "kind='trpo'; allowed: 'cispo'"),
         ({"kl": "k1"}, "kl='k1'; allowed: None, 'k3'"),
         ({"clip_low": 1.0}, "clip_low=1.0"),

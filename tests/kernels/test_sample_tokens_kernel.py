@@ -181,6 +181,27 @@ def test_temperature_per_row_and_greedy_rows():
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=NAMES)
+def test_rules_per_row_are_those_of_each_row_in_every_launch(launch):
+    """Rows of one batch go all the ways through the kernel: none, greedy, by count, by mass, both, min_p, more than a block can list."""
+    logits = 2 * torch.randn(7, 301, generator=torch.Generator().manual_seed(12))
+    s, p = numbers(7)
+    temperature = torch.tensor([1.0, 0.0, 0.7, 1.5, 1.0, 1.0, 2.0])
+    top_k = torch.tensor([301, 9, 5, 400, 40, 1, 301])
+    top_p = torch.tensor([1.0, 0.5, 1.0, 0.8, 0.9, 1.0, 1.0], dtype=torch.float64)
+    min_p = torch.tensor([0.0, 0.1, 0.0, 0.0, 0.05, 0.0, 0.02], dtype=torch.float64)
+    whole = launched(logits, temperature, top_k, top_p, min_p, s, p, launch)
+    for i in range(7):
+        k = None if top_k[i] >= 301 else int(top_k[i])
+        own = (temperature[i : i + 1].clone(), k, top_p[i].item(), min_p[i].item())
+        alone = launched(logits[i : i + 1].clone(), *own, s[i : i + 1].clone(), p[i : i + 1].clone(), launch)
+        assert same_bits([x[i : i + 1] for x in whole], alone), i
+    want = reference.sample(logits, temperature, top_k, top_p, min_p, s, p)
+    assert torch.equal(whole[0], want[0])
+    for a, b in zip(whole[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=NAMES)
 def test_reruns_and_neighbours_do_not_change_a_bit(launch):
     logits = 2 * torch.randn(5, 301, generator=torch.Generator().manual_seed(2))
     s, p = numbers(5)
@@ -245,10 +266,13 @@ def test_no_rows_one_token_and_what_is_refused():
         sample_tokens(wide, seeds=s, positions=p, backend="host")
 
 
+@pytest.mark.parametrize("top_k", [5, torch.tensor([5, 2, 40])], ids=["one number", "per row"])
 @pytest.mark.parametrize("backend", ["host", "reference"])
-def test_a_compiled_model_can_hold_the_operation_in_one_graph(backend):
+def test_a_compiled_model_can_hold_the_operation_in_one_graph(backend, top_k):
     def step(x, s, p):
-        return sample_tokens(x * 2, top_k=5, seeds=s, positions=p, backend=backend)
+        return sample_tokens(
+            x * 2, top_k=top_k, top_p=torch.full((3,), 0.9), seeds=s, positions=p, backend=backend
+        )
 
     x, (s, p) = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)), numbers(3)
     assert same_bits(torch.compile(step, fullgraph=True, backend="aot_eager")(x, s, p), step(x, s, p))
@@ -257,7 +281,7 @@ def test_a_compiled_model_can_hold_the_operation_in_one_graph(backend):
 def test_the_operation_holds_what_torch_asks_of_one():
     x, (s, p) = torch.randn(3, 40), numbers(3)
     torch.library.opcheck(
-        cuda.sample_tokens_op, (x, torch.ones(3), 1.0, 5, None, None, s, p, "host"), test_utils=("test_schema", "test_faketensor")
+        cuda.sample_tokens_op, (x, 1.0, 5, None, None, torch.ones(3), None, torch.ones(3), None, s, p, "host"), test_utils=("test_schema", "test_faketensor")
     )  # fmt: skip
 
 

@@ -155,6 +155,69 @@ def test_temperature_per_row_equals_row_by_row():
         torch.testing.assert_close(one.untruncated_logprob[0], whole.untruncated_logprob[i])
 
 
+ROW_RULES = {
+    "top_k": torch.tensor([1, 2, 20, 3, 7, 500, 4]),
+    "top_p": torch.tensor([0.9, 0.2, 1.0, 0.5, 1.0, 1.0, 0.99], dtype=torch.float64),
+    "min_p": torch.tensor([0.0, 0.1, 0.3, 0.0, 1.0, 0.0, 0.02], dtype=torch.float64),
+}
+ROW_TEMPERATURE = torch.tensor([1.0, 0.5, 2.0, 0.0, 0.7, 1.0, 1.3])
+
+
+@pytest.mark.parametrize(
+    "names", [("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p"), tuple(ROW_RULES)], ids="+".join
+)
+def test_rules_per_row_sample_each_row_as_a_call_with_its_numbers(names):
+    """Bit for bit, log-probs too; row 5 is left whole, row 3 is greedy."""
+    x = 2 * torch.randn(7, 20, generator=torch.Generator().manual_seed(8))
+    rules = {name: ROW_RULES[name] for name in names}
+    for temperature in (0.8, ROW_TEMPERATURE):
+        whole = sample_tokens(x, temperature=temperature, seeds=seeds(7), positions=positions(7), **rules)
+        for i in range(7):
+            own = {name: rule[i].item() for name, rule in rules.items()}
+            t = temperature if isinstance(temperature, float) else temperature[i : i + 1]
+            one = sample_tokens(x[i : i + 1], temperature=t, seeds=seeds(1), positions=positions(1, i), **own)
+            assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, one, strict=True)), i
+        assert whole.logprob[5] == whole.untruncated_logprob[5]
+        assert (whole.logprob != whole.untruncated_logprob).sum() >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_number_for_all_rows_and_the_same_in_every_row_draw_the_same_bits(dtype):
+    g = torch.Generator().manual_seed(2)
+    x, s = 3 * torch.randn(300, 40, generator=g), torch.randint(-(2**62), 2**62, (300,), generator=g)
+    numbers = {
+        "top_k": 9,
+        "top_p": torch.tensor(0.8, dtype=dtype).item(),
+        "min_p": torch.tensor(0.05, dtype=dtype).item(),
+    }
+    tensors = {
+        "top_k": torch.full((300,), 9, dtype=torch.int32), "top_p": torch.full((300,), 0.8, dtype=dtype),
+        "min_p": torch.full((300,), 0.05, dtype=dtype),
+    }  # fmt: skip
+    want = sample_tokens(x, seeds=s, positions=positions(300), **numbers)
+    got = sample_tokens(x, seeds=s, positions=positions(300), **tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not torch.equal(want.ids, sample_tokens(x, seeds=s, positions=positions(300)).ids)
+
+
+def test_rules_per_row_follow_the_distributions_of_their_rows():
+    """A row of its own kind for each of four sets of rules, drawn 5000 times side by side."""
+    row, draws = 1.5 * torch.randn(12, generator=torch.Generator().manual_seed(3)), 20000
+    several = [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 6, "top_p": 0.8, "min_p": 0.1}]
+    off = {"top_k": 12, "top_p": 1.0, "min_p": 0.0}
+    kind = torch.arange(draws) % 4
+    rules = {name: torch.tensor([one.get(name, none) for one in several])[kind] for name, none in off.items()}
+    out = sample_tokens(row.expand(draws, -1), seeds=seeds(draws), positions=positions(draws), **rules)
+    for i, one in enumerate(several):
+        p, mine = truncated(row, **one), kind == i
+        counts, kept = torch.bincount(out.ids[mine], minlength=12).double(), p > 0
+        assert (counts[~kept] == 0).all()
+        freedom, many = int(kept.sum()) - 1, int(mine.sum())
+        chi_square = ((counts - many * p)[kept] ** 2 / (many * p[kept])).sum()
+        assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
+        torch.testing.assert_close(out.logprob[mine], p[out.ids[mine]].log().float())
+
+
 def test_temperature_zero_takes_the_first_of_the_most_probable_tokens():
     x = torch.tensor([[0.0, 2.0, 2.0, 1.0], [5.0, 1.0, 0.0, -torch.inf]])
     out = sample_tokens(x, temperature=0.0, seeds=seeds(2), positions=positions(2))
@@ -217,6 +280,14 @@ def test_unusable_logits_are_refused_with_their_row(bad, rules):
         ({"top_p": 0.0}, r"top_p=0\.0; allowed"),
         ({"top_p": 1.1}, r"top_p=1\.1; allowed"),
         ({"min_p": -0.1}, r"min_p=-0\.1; allowed"),
+        ({"top_k": torch.tensor([3, 0, 1])}, r"top_k\[1\]=0; allowed: integers >= 1"),
+        ({"top_k": torch.ones(3)}, "top_k has dtype float32; allowed: int64, int32"),
+        ({"top_k": torch.ones(2, dtype=torch.int64)}, r"top_k has shape \[2\]; allowed: \[3\]"),
+        ({"top_p": torch.tensor([0.5, 1.0, 0.0])}, r"top_p\[2\]=0\.0; allowed: numbers in \(0, 1\]"),
+        ({"top_p": torch.tensor([0.5, math.nan, 0.1])}, r"top_p\[1\]=nan; allowed"),
+        ({"min_p": torch.tensor([-0.5, 1.0, 0.0])}, r"min_p\[0\]=-0\.5; allowed: numbers in \[0, 1\]"),
+        ({"min_p": torch.ones(3, 1)}, r"min_p has shape \[3, 1\]; allowed: \[3\]"),
+        ({"min_p": torch.ones(3, device="meta")}, "min_p is on meta; it must be on cpu"),
         ({"seeds": torch.zeros(3)}, "seeds has dtype float32; allowed: int64"),
         ({"positions": torch.zeros(4, dtype=torch.int64)}, r"positions has shape \[4\]; allowed: \[3\]"),
         ({"logits": torch.zeros(3)}, r"logits has shape \[3\]; allowed: \[S, V\]"),

@@ -46,6 +46,90 @@ def test_a_shared_prefix_is_seen_by_each_suffix_and_suffixes_do_not_see_each_oth
         TreeMask.shared_prefixes([(4, [-1])])
 
 
+@pytest.mark.parametrize(
+    ("parents", "order", "ends"),
+    [
+        (
+            [-1, 0, 0, 1],
+            [0, 1, 3, 2],
+            [4, 3, 3, 4],
+        ),  # insertion order: token 3 belongs to the branch begun by token 1
+        ([2, 2, -1, -1, 1], [2, 0, 1, 4, 3], [4, 2, 4, 4, 5]),  # roots behind their children
+        ([-1, -1, 0, 1, 0, 1], [0, 2, 4, 1, 3, 5], [3, 2, 3, 6, 5, 6]),  # two trees, mixed
+        ([-1, 0, 1, 0, -1], [0, 1, 2, 3, 4], [4, 3, 3, 4, 5]),  # preorder already
+        ([-1], [0], [1]),
+        ([], [], []),
+    ],
+)
+def test_parents_in_any_order_are_brought_into_preorder(
+    parents: list[int], order: list[int], ends: list[int]
+) -> None:
+    for given_ in (
+        parents,
+        torch.tensor(parents, dtype=torch.int32),
+        torch.tensor(parents, dtype=torch.int64),
+    ):
+        mask, found = TreeMask.from_parents(given_)
+        assert found.dtype == torch.int64
+        assert found.tolist() == order
+        assert mask.subtree_end.tolist() == [ends]
+
+
+def test_insertion_order_taken_as_preorder_is_another_tree_and_from_parents_is_not() -> None:
+    """What each token sees, from its parents alone."""
+    parents = [-1, 0, 0, 1, 2, 1]
+    paths = [{i} for i in range(6)]
+    for i, parent in enumerate(parents[1:], 1):
+        paths[i] |= paths[parent]
+    mask, order = TreeMask.from_parents(parents)
+    for at, row in enumerate(visible_pairs(mask.subtree_end)[0]):
+        assert set(order[row].tolist()) == paths[int(order[at])]
+    taken = visible_pairs(from_parents(parents))
+    assert any(set(row.nonzero()[:, 0].tolist()) != path for row, path in zip(taken, paths, strict=True))
+
+
+@few
+@given(st.integers(0, 10**6), st.integers(1, 40))
+def test_attention_over_shuffled_parents_is_that_of_the_tree(seed: int, n: int) -> None:
+    """A random forest, its tokens shuffled: every token's output is attention over its own ancestors, in the caller's order."""
+    g = torch.Generator().manual_seed(seed)
+    grown = [int(torch.randint(-1, i, (), generator=g)) if i else -1 for i in range(n)]
+    place = torch.randperm(n, generator=g).tolist()  # where the shuffle puts each grown token
+    parents = [0] * n
+    for i, parent in enumerate(grown):
+        parents[place[i]] = -1 if parent < 0 else place[parent]
+    mask, order = TreeMask.from_parents(torch.tensor(parents))
+    q, k, v = (x.detach() for x in qkv(1, n, torch.float64, heads=1, kv_heads=1, dim=2))
+    out = tree_attention(q[:, :, order], k[:, :, order], v[:, :, order], mask)[:, :, order.argsort()]
+    for token in range(n):
+        path = [token]
+        while parents[path[-1]] >= 0:
+            path.append(parents[path[-1]])
+        weight = (k[0, 0, path] @ q[0, 0, token] / 2**0.5).softmax(0)
+        torch.testing.assert_close(out[0, 0, token], weight @ v[0, 0, path])
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [
+        (
+            [-1, 2, 1],
+            r"parents has a cycle: following them from token 1, whose parent is 2, never reaches a root \(-1\)",
+        ),
+        ([0], "parents has a cycle: following them from token 0, whose parent is 0,"),
+        ([-1, 0, 4, 2, 3, 4], "parents has a cycle: following them from token 2, whose parent is 4,"),
+        ([-1, 7], r"parents\[1\]=7; allowed: -1 \(a root\) to 1"),
+        ([0, -2, -1], r"parents\[1\]=-2; allowed: -1 \(a root\) to 2"),
+        ([-1.0, 0.0], r"parents has dtype torch.float32 and shape \[2\]; \[N\] of int32 or int64 is needed"),
+        (torch.tensor([[-1, 0]]), r"parents has dtype torch.int64 and shape \[1, 2\]"),
+    ],
+)
+def test_what_is_no_forest_is_refused_in_one_sentence(parents: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        TreeMask.from_parents(parents)  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
+
+
 @few
 @given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.2, 0.9]))
 def test_depth_follows_from_subtree_end_and_one_that_differs_is_refused(

@@ -70,6 +70,8 @@ def cascade_decode_attention(
     """
     check_tensor("q", q, (plan.sequences, "Hq", "D"), FLOATS, plan.suffix_lengths.device)
     sequences, heads, dim = q.shape
+    if not dim:
+        raise ValueError(f"q has shape {list(q.shape)}; heads of at least 1 number are needed")
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         check_tensor(name, pool, ("slots", "Hkv", dim), (q.dtype,), q.device)
         if pool.shape[:2] != k_pool.shape[:2] or pool.shape[1] < 1 or heads % pool.shape[1]:

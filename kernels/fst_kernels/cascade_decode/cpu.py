@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fst_kernels.cascade_decode.plan import CascadePlan
+from fst_kernels.checks import adjacent
 from fst_kernels.cpu import TreeAttention, attend
 
 
@@ -55,10 +56,9 @@ def cascade_decode(
     if "cpu" not in plan.prepared:
         plan.prepared["cpu"] = _arguments(plan)
     arguments: TreeAttention = plan.prepared["cpu"]
-    q = q if q.stride(2) == 1 else q.contiguous()
     out = torch.empty(q.shape)
     lse = torch.empty(q.shape[:2])
-    wrong = attend(arguments, q, k_pool, v_pool, out, lse, scale, window)
+    wrong = attend(arguments, adjacent(q), k_pool, v_pool, out, lse, scale, window)
     if wrong >= 0:
         plan.check_suffixes(len(k_pool))
         raise AssertionError(f"the kernel refuses the suffix of sequence {wrong}, the plan does not")

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fst_kernels.checks import adjacent
+
 
 def partial_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over part of the keys: out [B, H, Q, D] and lse [B, H, Q], in float32 at least off the CPU.
 
-    q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1 or Q, L]. On the CPU torch's flash attention, which returns the lse.
+    q [B, H, Q, D], k and v [B, H, L, D], mask additive [B, 1, 1 or Q, L]. On the CPU torch's flash attention, which returns the lse
+    and reads the last dimension as if its numbers lay side by side.
     """
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask, scale=scale
+            adjacent(q), adjacent(k), adjacent(v), attn_mask=mask, scale=scale
         )
         return out, lse
     return plain_partial_attention(q, k, v, scale, mask)

@@ -158,7 +158,7 @@ class CascadePlan:
             order=order, ranked=order.int().to(device), node=node, level=level, first=first, count=count, length=length, part=part,
             above=above, past=each.sum(1).int().to(device),
             suffix_part=suffix_part, total_parts=suffix_part + sequences * -(-suffix_capacity // chunk),
-            node_slots=(slots if node_page else slots[:, None]).int().to(device),
+            node_slots=(slots if node_page else slots[:, None]).int().contiguous().to(device),
             suffix_slots=suffix_slots if suffix_page else suffix_slots[:, None], suffix_lengths=suffix_lengths, suffix_capacity=suffix_capacity,
             node_page=node_page, suffix_page=suffix_page, chunk=chunk, last_slot=int((ends + extent).max()) - 1 if len(node) else -1,
         )  # fmt: skip

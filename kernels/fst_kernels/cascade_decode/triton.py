@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fst_kernels.cascade_decode import triton_kernels
 from fst_kernels.cascade_decode.plan import TILES, CascadePlan
+from fst_kernels.checks import adjacent
 
 LOG2E = 1 / math.log(2)
 LARGEST_DIM = 256
@@ -76,7 +77,7 @@ def cascade_decode(
         raise ValueError(
             f"head size {dim}: the triton backend computes up to {LARGEST_DIM}, backend='reference' any"
         )
-    q = q if q.stride(2) == 1 else q.contiguous()
+    q = adjacent(q)
     kv_heads, wide = k_pool.shape[1], padded(dim)
     out = torch.empty((sequences, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((sequences, heads), dtype=torch.float32, device=q.device)

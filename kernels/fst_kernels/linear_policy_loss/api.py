@@ -14,8 +14,8 @@ from fst_kernels.linear_policy_loss.objective import (
     PolicyObjective,
     PolicyStats,
     check_label_values,
+    label_terms,
     policy_sums,
-    policy_terms,
 )
 from fst_kernels.linear_policy_loss.op import PER_LABEL, default_chunk_rows, linear_policy_loss_op
 
@@ -139,7 +139,7 @@ def policy_loss(
     if sequence is not None:
         of["sequence"] = torch.where(live, sequence.long(), torch.iinfo(torch.int64).min)
     n = of.pop("token_weight")
-    terms = policy_terms(logprob.detach(), objective=objective, token_weight=n, **of)
+    terms = label_terms(logprob.detach(), objective=objective, token_weight=n, **of)
     kl = output.kl if exact else None
     with torch.no_grad():
         sums = policy_sums(

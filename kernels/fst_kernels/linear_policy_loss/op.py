@@ -1,6 +1,6 @@
 """The torch operator of mode B, `fst_kernels::linear_policy_loss`: the gradient is computed in the forward, while a chunk's logits exist.
 
-Per chunk of rows the backend evaluates them (log-probs, entropy, KL), policy_terms turns the labels' log-probs into loss and
+Per chunk of rows the backend evaluates them (log-probs, entropy, KL), label_terms turns the labels' log-probs into loss and
 coefficients, the backend turns those into dLoss/dlogits, and two products take that to the hidden states and the weight. Saved for
 the backward are dLoss/dhidden, dLoss/dweight and dLoss/dbias only (the weight is not), which the backward scales. Mode A composed with
 policy_loss and this function are the same mathematics, written once.
@@ -37,8 +37,8 @@ from fst_kernels.linear_policy_loss.objective import (
     SUMS,
     PolicyObjective,
     check_label_values,
+    label_terms,
     policy_sums,
-    policy_terms,
 )
 
 # Per label, in the operator's order; those behind the first two may be missing.
@@ -151,7 +151,7 @@ def linear_policy_loss_op(
             if objective.kl == "k3" and values.ref_logprob is not None:
                 of["ref_logprob"] = values.ref_logprob
             n = of.pop("token_weight")
-            terms = policy_terms(values.logprob, objective=objective, token_weight=n, **of)
+            terms = label_terms(values.logprob, objective=objective, token_weight=n, **of)
             exact = None if values.kl is None else values.kl[here]
             sums += policy_sums(terms, objective, n, of.get("rollout_weight"), values.entropy[here], exact)
             if not needed:

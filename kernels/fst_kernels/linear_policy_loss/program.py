@@ -1,7 +1,7 @@
-"""dLoss/d(log-prob of a label) as a program that a kernel runs once per label, made from policy_terms itself.
+"""dLoss/d(log-prob of a label) as a program that a kernel runs once per label, made from label_terms itself.
 
 A fused kernel needs the derivative between reading a row and writing its gradient, where no Python can run. Writing the objectives a
-second time in C++ is how two implementations of one loss drift apart. So policy_terms is called with symbols in place of tensors
+second time in C++ is how two implementations of one loss drift apart. So label_terms is called with symbols in place of tensors
 (torch.fx), and what it did to them becomes a list of instructions over fp32 numbers. A label costs some thirty of them, a row of a
 vocabulary of 150,000 a million operations. An operation that the kernels do not know is an error here, not a wrong gradient.
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fst_kernels.linear_policy_loss.objective import PolicyObjective, policy_terms
+from fst_kernels.linear_policy_loss.objective import PolicyObjective, label_terms
 
 INPUTS = ("logprob", "token_weight", "advantages", "old_logprob", "rollout_weight", "ref_logprob")
 MAX_INSTRUCTIONS = 64
@@ -61,12 +61,12 @@ _OPS: dict[Any, Op] = {
 
 @functools.lru_cache(maxsize=64)
 def coefficient_program(objective: PolicyObjective, given: frozenset[str]) -> tuple[Instruction, ...]:
-    """PolicyTerms.coefficient from INPUTS; given: those of the optional ones that policy_terms gets. RuntimeError: unknown operation."""
+    """PolicyTerms.coefficient from INPUTS; given: those of the optional ones that label_terms gets. RuntimeError: unknown operation."""
     return compile_program(functools.partial(policy_coefficient, objective), given)
 
 
 def policy_coefficient(objective: PolicyObjective, **inputs: Any) -> Any:
-    return policy_terms(objective=objective, **inputs).coefficient
+    return label_terms(objective=objective, **inputs).coefficient
 
 
 def compile_program(function: Callable[..., Any], given: frozenset[str]) -> tuple[Instruction, ...]:
@@ -113,11 +113,11 @@ def compile_program(function: Callable[..., Any], given: frozenset[str]) -> tupl
         elif node.target in _OPS and not node.kwargs:
             at[node] = emit(_OPS[node.target], *(value(x) for x in node.args))
         else:
-            raise RuntimeError(f"policy_terms uses {node.target}, which the kernels' programs do not have")
+            raise RuntimeError(f"label_terms uses {node.target}, which the kernels' programs do not have")
     answer = at[result.node]
     program = program[: answer + 1] if answer < len(program) - 1 else program
     if len(program) > MAX_INSTRUCTIONS:
         raise RuntimeError(
-            f"policy_terms takes {len(program)} operations per label; the kernels run {MAX_INSTRUCTIONS}"
+            f"label_terms takes {len(program)} operations per label; the kernels run {MAX_INSTRUCTIONS}"
         )
     return tuple(program)

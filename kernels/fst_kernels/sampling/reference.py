@@ -8,7 +8,7 @@ its batch neighbours are, in whatever order the batch is, and after a resume. Ev
 from __future__ import annotations
 
 import functools
-import math
+import operator
 
 import torch
 from torch import Tensor
@@ -52,9 +52,9 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 def sample(
     logits: Tensor,  # [S, V]
     temperature: float | Tensor,  # > 0 or 0; [S]
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
+    top_k: int | Tensor | None,  # [S]
+    top_p: float | Tensor | None,  # [S]
+    min_p: float | Tensor | None,  # [S]
     seeds: Tensor,  # [S]
     positions: Tensor,  # [S]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,8 +77,8 @@ def sample(
         untruncated = log_p.gather(1, ids.unsqueeze(1)).squeeze(1)
         return ids, torch.where(untruncated.isnan(), untruncated, 0.0), untruncated
     p = log_p.exp()
-    truncated = top_k is not None or top_p is not None or bool(min_p)
-    if truncated:
+    truncated = _truncated(logits.shape[1], top_k, top_p, min_p)
+    if truncated is not False:
         p = p * _kept(logits, p, temperature, top_k, top_p, min_p)
     cumulative = p.cumsum(-1, dtype=torch.float64)  # [S, V]
     mass = cumulative[:, -1]
@@ -88,19 +88,42 @@ def sample(
     if greedy is not None:
         ids = torch.where(greedy.unsqueeze(1), log_p.argmax(-1, keepdim=True), ids)
     untruncated = log_p.gather(1, ids.clamp_(max=log_p.shape[1] - 1)).squeeze(1)  # clamp: unusable rows only
-    logprob = untruncated - mass.log().float() if truncated else untruncated
+    logprob = untruncated
+    if truncated is not False:
+        logprob = torch.where(
+            torch.as_tensor(truncated, device=mass.device), untruncated - mass.log().float(), untruncated
+        )
     if greedy is not None:
         logprob = torch.where(greedy & ~untruncated.isnan(), 0.0, logprob)
     return ids.squeeze(1), logprob, untruncated
+
+
+def _truncated(
+    vocabulary: int, top_k: int | Tensor | None, top_p: float | Tensor | None, min_p: float | Tensor | None
+) -> bool | Tensor:
+    """Whether a rule applies, [S] where a rule is given row by row: a row that all of them leave whole is sampled as without them."""
+    rules: list[bool | Tensor] = []
+    if top_k is not None:
+        rules.append(top_k < vocabulary)
+    if top_p is not None:
+        rules.append(top_p < 1)
+    if min_p is not None:
+        rules.append(min_p > 0)
+    return functools.reduce(operator.or_, rules, False)
+
+
+def log_min_p(min_p: float | Tensor) -> Tensor:
+    """fp32, of the shape of min_p; -inf: no such rule."""
+    return torch.as_tensor(min_p, dtype=torch.float64).log().float()
 
 
 def _kept(
     logits: Tensor,  # [S, V] fp32
     p: Tensor,  # [S, V] their probabilities
     temperature: float | Tensor,  # [S, 1]
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
+    top_k: int | Tensor | None,  # [S]
+    top_p: float | Tensor | None,  # [S]
+    min_p: float | Tensor | None,  # [S]
 ) -> Tensor:
     """The tokens that survive, [S, V] bool. In the order of their logits (ties: lower id first) they are a prefix for each of the three rules.
 
@@ -110,15 +133,25 @@ def _kept(
     if top_k is not None or top_p is not None:
         order = torch.sort(logits, dim=-1, descending=True, stable=True).indices  # [S, V]
         if top_k is not None:
-            keep[:, top_k:] = False
+            keep &= torch.arange(logits.shape[1], device=logits.device) < _column(top_k)
         if top_p is not None:
+            share = _column(top_p)
             candidates = p.gather(1, order)
             candidates = candidates if top_k is None else candidates * keep
             cumulative = candidates.cumsum(-1, dtype=torch.float64)
             # left: the mass of the more probable ones
-            keep &= cumulative - candidates < top_p * cumulative[:, -1:]
+            nucleus = cumulative - candidates < share * cumulative[:, -1:]
+            keep &= nucleus | (share >= 1) if isinstance(share, Tensor) else nucleus
         keep = torch.zeros_like(keep).scatter_(1, order, keep)
-    if min_p:  # p >= min_p * max p, in float32: x - max x >= T log(min_p)
-        lowest = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device) * math.log(min_p)
-        keep &= logits - logits.amax(1, keepdim=True) >= lowest
+    if isinstance(min_p, Tensor) or min_p:  # p >= min_p * max p, in float32: x - max x >= T log(min_p)
+        t = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
+        least = log_min_p(min_p)
+        keep &= logits - logits.amax(1, keepdim=True) >= t * (least.unsqueeze(1) if least.ndim else least)
     return keep
+
+
+def _column(x: float | Tensor) -> float | Tensor:
+    """[S] -> [S, 1], in float64 unless integers; a number for all rows stays one."""
+    if not isinstance(x, Tensor) or not x.ndim:
+        return x
+    return (x.double() if x.is_floating_point() else x).unsqueeze(1)

@@ -58,9 +58,9 @@ def tree_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which key i is visible to query j iff i <= j < subtree_end[i] and, with a window, depth[j] - depth[i] < window.
 
-    q [B,Hq,N,D], k and v [B,Hkv,N,D] of one float type, Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv));
+    q [B,Hq,N,D], k and v [B,Hkv,N,D] of one float type, in any layout, Hq a multiple of Hkv (query head h reads key head h // (Hq / Hkv));
     subtree_end int32 [N] (the same for every row) or [B,N], or the TreeMask of one, which saves the analysis where many layers share a
-    forest. scale: default D ** -0.5. window: a sliding window by depth, a token's own position included (window=1: itself only). depth:
+    forest; tokens lie in depth-first preorder (TreeMask.from_parents brings any order into it). scale: default D ** -0.5. window: a sliding window by depth, a token's own position included (window=1: itself only). depth:
     [N] or [B,N], a token's number of ancestors; it follows from subtree_end, and one that is given is checked. Returns out [B,Hq,N,D], with
     `return_lse` also lse [B,Hq,N] float32 (natural log of the sum of the exponentials of the scaled scores; not differentiable).
     Differentiable once in q, k and v. For one and the same forest shape the result of a token depends on the tokens it sees alone, bitwise.
@@ -95,6 +95,8 @@ def tree_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; a tensor is needed")
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; [B, heads, N, D] is needed")
         if x.dtype not in FLOATS or x.dtype != q.dtype:
@@ -110,9 +112,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> None:
         raise ValueError(
             f"q, k, v have shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; they may differ in heads of q only"
         )
-    if not k.shape[1] or heads % k.shape[1]:
+    if not dim:
+        raise ValueError("q, k, v have heads of size 0; at least 1 is needed")
+    if not k.shape[1] or not heads or heads % k.shape[1]:
         raise ValueError(
-            f"q has {heads} heads and k has {k.shape[1]}; the heads of q must be a multiple of those of k"
+            f"q has {heads} heads and k has {k.shape[1]}; the heads of q must be a positive multiple of those of k"
         )
     if ends.shape[1] != n:
         raise ValueError(f"subtree_end has {ends.shape[1]} tokens and q has {n}; they must be equal")

@@ -20,8 +20,7 @@ def forward(
     if "cpu" not in mask.prepared:
         mask.prepared["cpu"] = _arguments(mask)
     batch, heads, n, dim = q.shape
-    rows = [token_major(x) for x in (q, k, v)]
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in rows)
+    q, k, v = (token_major(x) for x in (q, k, v))
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
     wrong = attend(mask.prepared["cpu"], q, k, v, out, lse, scale, mask.binding(window))
     assert wrong < 0, f"token {wrong} of a mask that was checked"

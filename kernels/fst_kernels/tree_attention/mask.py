@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fst_kernels.checks import look_at_values
+from fst_kernels.checks import INTS, look_at_values
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class TreeMask:
     ) -> TreeMask:
         """Check and analyse subtree_end, int32 [N] or [R, N], for attention on `device` (None: where it lies).
 
+        Tokens lie in depth-first preorder: a node, then the whole subtree of its first child, then that of the next. subtree_end[i] is one
+        behind the last token of token i's subtree. Where the tree is known as a parent of each token, in whatever order, take from_parents:
+        ranges made from parents in another order than preorder can be those of another forest, and then nothing shows it.
+
         A host tensor is checked and analysed on the host, and sent to the device without waiting for it. A device tensor is looked at
         with FST_CHECK=1 only, because that waits for the device. `depth` (integer, of the same shape) is not needed; one that is given must agree.
 
@@ -79,7 +83,7 @@ class TreeMask:
             )
         check_subtree_end(subtree_end)
         rows = subtree_end.detach()
-        rows = rows[None] if rows.ndim == 1 else rows
+        rows = (rows[None] if rows.ndim == 1 else rows).contiguous()  # as the kernels read it
         target = rows.device if device is None else torch.device(device)
         if not look_at_values(rows.device):
             mask = cls(rows.to(target, copy=True), _depth_on_device(rows).to(target), None)
@@ -91,6 +95,33 @@ class TreeMask:
         if depth is not None:
             mask.check_depth(depth)
         return mask
+
+    @classmethod
+    def from_parents(
+        cls, parents: Tensor | Sequence[int], *, device: torch.device | str | None = None
+    ) -> tuple[TreeMask, Tensor]:
+        """The mask of the forest in which token i hangs on token parents[i] (-1: a root), and the order in which its tokens must lie.
+
+        parents: [N] integers, a tensor or a list, in any order: as the tokens were added, parents behind their children, trees mixed. Returns
+        (mask, order), order int64 [N] on `device` (None: where parents lie, the CPU for a list): token order[j] of the caller's comes
+        at place j, so q[:, :, order] is what the mask is for, and out[:, :, order.argsort()] is back in the caller's. Children of one
+        node, and roots, keep the order in which the caller has them; parents in preorder give order = 0 .. N-1.
+
+        Waits for the device. ValueError: no integers of one dimension, a parent outside -1 .. N-1, a token that is its own ancestor.
+        """
+        given = (
+            torch.as_tensor(parents)
+            if isinstance(parents, Tensor) or len(parents)
+            else torch.empty(0, dtype=torch.int64)
+        )
+        if given.dtype not in INTS or given.ndim != 1:
+            raise ValueError(
+                f"parents has dtype {given.dtype} and shape {list(given.shape)}; [N] of int32 or int64 is needed"
+            )
+        target = given.device if device is None else torch.device(device)
+        order, ends = _preorder(given.tolist())
+        mask = cls.from_subtree_end(torch.tensor(ends, dtype=torch.int32), device=target)
+        return mask, torch.tensor(order, dtype=torch.int64).to(target)
 
     @classmethod
     def causal(cls, n: int, *, device: torch.device | str = "cpu") -> TreeMask:
@@ -169,7 +200,8 @@ _LIVE: WeakValueDictionary[Any, TreeMask] = WeakValueDictionary()  # by the plac
 
 def _key(subtree_end: Tensor) -> tuple[Any, ...]:
     version = 0 if subtree_end.is_inference() else subtree_end._version
-    return subtree_end.device, subtree_end.data_ptr(), tuple(subtree_end.shape), version
+    shape, strides = tuple(subtree_end.shape), subtree_end.stride()
+    return subtree_end.device, subtree_end.data_ptr(), shape, strides, version
 
 
 def mask_of(subtree_end: Tensor) -> TreeMask:
@@ -180,6 +212,40 @@ def mask_of(subtree_end: Tensor) -> TreeMask:
     """
     found = _LIVE.get(_key(subtree_end)) if subtree_end.numel() else None
     return TreeMask.from_subtree_end(subtree_end) if found is None else found
+
+
+def _preorder(parents: list[int]) -> tuple[list[int], list[int]]:
+    """The tokens in depth-first preorder, siblings as they come, and the end of the subtree of each of these places."""
+    n = len(parents)
+    below: list[list[int]] = [
+        [] for _ in range(n + 1)
+    ]  # the children of each token; at -1, the last, the roots
+    for token, parent in enumerate(parents):
+        if not -1 <= parent < n:
+            raise ValueError(f"parents[{token}]={parent}; allowed: -1 (a root) to {n - 1}")
+        below[parent].append(token)
+    order: list[int] = []
+    ends = [0] * n
+    open_: list[
+        tuple[int, int]
+    ] = []  # places whose subtree goes on, and how many tokens waited when it began
+    waiting = below[-1][::-1]
+    while waiting:
+        token = waiting.pop()
+        while open_ and open_[-1][1] > len(waiting):
+            ends[open_.pop()[0]] = len(order)
+        open_.append((len(order), len(waiting)))
+        order.append(token)
+        waiting += below[token][::-1]
+    for place, _ in open_:
+        ends[place] = len(order)
+    if len(order) < n:
+        seen = set(order)
+        token = next(token for token in range(n) if token not in seen)
+        raise ValueError(
+            f"parents has a cycle: following them from token {token}, whose parent is {parents[token]}, never reaches a root (-1)"
+        )
+    return order, ends
 
 
 def check_subtree_end(subtree_end: Tensor) -> None:

@@ -32,6 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fst_kernels.checks import adjacent
 from fst_kernels.tree_attention.mask import TreeMask
 
 LAUNCH_PAIRS = 2048  # (query, key) pairs that cost about as much as launching one block more
@@ -375,8 +376,9 @@ def kernel_for(q: Tensor) -> Kernel:
 
 
 def token_major(x: Tensor) -> Tensor:
-    """[B,H,N,D] -> [B*N,H,D]: a view for the layout that transformers' projections leave."""
-    return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3])
+    """[B,H,N,D] -> [B*N,H,D], the D numbers side by side, as flash attention takes them without looking at their stride: a view for
+    the layout that transformers' projections leave."""
+    return adjacent(x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3]))
 
 
 def forward(
