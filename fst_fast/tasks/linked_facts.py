@@ -18,7 +18,7 @@ import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
+from fst_fast.tasks.boxed import Unboxed, last_box, work_before
 from fst_fast.tasks.generated import Generated
 from fst_fast.tasks.star_graph import MINI_IDS
 
@@ -130,7 +130,7 @@ class LinkedFacts(Generated[Web]):
 def judge(web: Web, response: str) -> Verdict:
     """Compare the last \\boxed{} with the city. Metrics: boxed, hops (every fact of the chain is written out)."""
     chain = web.chain()
-    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))
+    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", work_before(response)))
     written = [re.search(rf"(?<![0-9]){worded(fact)}(?![0-9])", work) is not None for fact in chain]
 
     def wrong(feedback: str, boxed: bool = True) -> Verdict:

@@ -18,7 +18,7 @@ import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
+from fst_fast.tasks.boxed import Unboxed, last_box, work_before
 from fst_fast.tasks.generated import Generated
 from fst_fast.tasks.star_graph import MINI_IDS
 
@@ -167,7 +167,7 @@ def judge(program: Program, response: str) -> Verdict:
 
 def _written(program: Program, response: str) -> list[Numbers | None]:
     """The list that stands behind each operation's name in the response, in the program's order; None where a step is not written."""
-    words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", response.partition("\\boxed")[0])
+    words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", work_before(response))
     found: list[Numbers | None] = []
     at = 0
     for name in program.operations:
