@@ -154,7 +154,9 @@ class OpenAIReflector:
         if not choices:
             return Reply(None, "error", "the endpoint's answer has no choices", read, written)
         text = getattr(getattr(choices[0], "message", None), "content", None)
-        finish = str(getattr(choices[0], "finish_reason", None) or "stop")
+        finish = str(
+            getattr(choices[0], "finish_reason", None) or "none"
+        )  # an end that is not said is not taken for one
         if not isinstance(text, str):
             return Reply(None, finish, f"the endpoint's answer has no text (finish: {finish})", read, written)
         return Reply(self._without_key(text), finish, None, read, written)
