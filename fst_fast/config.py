@@ -24,6 +24,12 @@ class ModelConfig(Section):
     """Type of the weights during training."""
     trust_remote_code: bool = False
     """Whether code found in the model's folder may run."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) to use instead of the model's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}; one that the template does not read is refused."""
+    system: Literal["auto", "system", "user"] = "auto"
+    """Where a context goes: the system message, or before the first user message. `auto`: the system message where the chat template takes one."""
 
 
 class LoraConfig(Section):

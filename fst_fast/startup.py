@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +31,7 @@ from fst_fast.policy import lora, trained
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import SamplingModels
-from fst_fast.rollout.prompt import render_prompt
+from fst_fast.rollout.prompt import Chat, read_template, response_text
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.run import checkpoint, recorder
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
@@ -95,6 +96,7 @@ class Run:
                     self.teacher.save_pretrained(tmp / TEACHER)  # type: ignore[operator]
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
                 lora.save(self.models.policy_module, tmp)
+                self.sampler.save_text(tmp / "model")
                 reach("save.model")
             keep = self.config.checkpoint
             final = checkpoint.commit(
@@ -159,8 +161,19 @@ def build_run(
     watchers = Callbacks(callbacks, run_dir, is_main=is_main)
     console = Console(total_steps=config.slow.steps, enabled=is_main)
     task = load_task(*task_spec(config))
-    sampler = Sampler.open(config, console.note)
+    found = _newest_checkpoint(run_dir) if resume else None
+    began = distributed.from_rank_zero(datetime.now().isoformat(timespec="seconds"))
+    state = State.load(found / "state.json") if found else None
+    if state and state.date:
+        began = state.date
+    sampler = Sampler.open(
+        config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
+    )
     try:
+        for line in (sampler.template.line, *sampler.template.warnings):
+            console.note(line)
+        if found and config.model.chat_template:
+            _compare_template(config.model.chat_template, sampler.tokenizer, console)
         check_gold(task, sampler.pool)
         reference = trained.load(config)
         lora.check(reference, config)
@@ -168,7 +181,7 @@ def build_run(
         server = sampler.server(reference)
         if server and config.method == "fst" and config.fast.reuse_rollouts:
             distributed.on_rank_zero(lambda: server.check_training(config.rollout.temperature))
-        reflect = shared_reflector(config, base, sampler.tokenizer)
+        reflect = shared_reflector(config, base, sampler.prompts.chat)
         check_trackers(config.track)
         seed_context = Context.of(config.fast.seed_context)
         stages = make_stages(config, task)
@@ -193,7 +206,7 @@ def build_run(
         run = Run(
             config=config,
             run_dir=run_dir,
-            state=State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
+            state=state or State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
             stages=stages,
             seed_context=seed_context,
             sampler=sampler,
@@ -213,7 +226,8 @@ def build_run(
             ),
             folder=folder,
         )
-        _start_or_resume(run, resume)
+        run.state.date = began
+        _start_or_resume(run, found)
     except BaseException:
         sampler.close()
         console.close()
@@ -221,24 +235,36 @@ def build_run(
     return run
 
 
-def _start_or_resume(run: Run, resume: bool) -> None:
-    """Load the newest whole checkpoint, where there is one, and open the metrics files."""
+def _compare_template(file: str, tokenizer: Any, console: Console) -> None:
+    """A resumed run keeps the template of its checkpoint; say so where the file is another now."""
+    try:
+        same = read_template(file) == tokenizer.chat_template
+    except UserError:
+        same = False
+    if not same:
+        console.note(
+            f"model.chat_template={file} is gone or not what the run began with; it keeps the template of its checkpoint"
+        )
+
+
+def _newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint, the same on all processes. All processes call it."""
+    found = distributed.on_rank_zero_everywhere(lambda: str(checkpoint.latest(run_dir) or ""))
+    return Path(found) if found else None
+
+
+def _start_or_resume(run: Run, found: Path | None) -> None:
+    """Load the weights of the checkpoint, where there is one, and open the metrics files."""
     config, state, recorder_ = run.config, run.state, run.recorder
-    found = (
-        distributed.on_rank_zero_everywhere(lambda: str(checkpoint.latest(run.run_dir) or ""))
-        if resume
-        else ""
-    )
     changes = list(run.folder.changes) if run.folder else []
     if found:
         run.resumed = True
-        state = run.state = State.load(Path(found) / "state.json")
-        before, now = checkpoint.written_by(Path(found)), writer(config)
+        before, now = checkpoint.written_by(found), writer(config)
         if before["config_hash"] != now["config_hash"]:
             state.base_rewards.clear()  # measured under the old configuration
         # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
         changes += [d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))]
-        _load_weights(run, Path(found))
+        _load_weights(run, found)
     if run.folder:
         recorder_.metrics = MetricsWriter(
             run.run_dir, resume_at_step=state.step if found else None, track=config.track
@@ -301,7 +327,7 @@ def check_lengths(
         sampler.prompts.ids(seed_context, problem)
 
 
-def shared_reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Reflector:
+def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
     """The configured reflector; rank 0 asks it and broadcasts its replies."""
 
     def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
@@ -310,8 +336,8 @@ def shared_reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Ref
                 problem_id="reflection",
                 context_id="",
                 sample=i,
-                prompt_ids=render_prompt(
-                    tokenizer, Context.of(""), Problem("", [{"role": "user", "content": text}], None)
+                prompt_ids=chat.prompt(
+                    Context.of(""), Problem("", [{"role": "user", "content": text}], None)
                 ),
                 seed=seed,
             )
@@ -323,7 +349,7 @@ def shared_reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Ref
         rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
         return [
             Reply(
-                tokenizer.decode(r.response_ids, skip_special_tokens=True),
+                response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
                 r.finish,
                 prompt_tokens=len(q.prompt_ids),
                 completion_tokens=len(r.response_ids),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,15 @@ class State:
     counters: Counters = field(default_factory=Counters)
     reusable: ReusePool = field(default_factory=ReusePool)
     base_rewards: dict[str, dict[str, float]] = field(default_factory=dict)  # see evaluate.evaluate
+    date: str = (
+        ""  # when the run began, as ISO 8601: today, for a chat template; "" in a state of an earlier version
+    )
 
     def save(self, path: Path) -> None:
         """Write the whole state as one JSON file."""
         tree = {
             "format": FORMAT,
+            "date": self.date,
             "step": self.step,
             "cycle": self.cycle,
             "counters": asdict(self.counters),
@@ -64,6 +69,7 @@ class State:
                 counters=Counters(**tree["counters"]),
                 reusable=ReusePool([scored_from_json(s) for s in tree["reusable"]]),
                 base_rewards=tree["base_rewards"],
+                date=datetime.fromisoformat(tree["date"]).isoformat() if tree.get("date") else "",
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def evaluate_run(
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
     state = State.load(found / "state.json")
     distributed.init()
-    with Sampler.open(config) as sampler:
+    date = datetime.fromisoformat(state.date) if state.date else None
+    with Sampler.open(config, saved=found / "model", date=date) as sampler:
         base = load(config)
         policy = base if config.method == "gepa" else load(config, found / "model")
         own = sampler.engine(base)
