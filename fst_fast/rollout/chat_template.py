@@ -90,9 +90,9 @@ class ChatTemplate:
     @property
     def is_random(self) -> bool:
         """Whether it draws random numbers."""
-        return "lipsum" in self.reads or any(
-            f.name == "random" for f in self._tree.find_all(jinja2.nodes.Filter)
-        )
+        names = {n.name for n in self._tree.find_all(jinja2.nodes.Name)}
+        filters = {f.name for f in self._tree.find_all(jinja2.nodes.Filter)}
+        return "lipsum" in names or "random" in filters
 
     @cached_property
     def _tree(self) -> jinja2.nodes.Template:

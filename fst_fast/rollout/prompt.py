@@ -159,6 +159,7 @@ class Chat:
         """Token ids [P] of the prompt, up to where the assistant's turn begins, or to the end of the last message where that is the
         assistant's, which the response then continues. Raises UserError."""
         try:
+            _check(problem.messages)
             messages = messages_with_context(context, problem, self.system)
             return np.asarray(self.ids(messages), dtype=np.int64)
         except UserError as error:
@@ -168,15 +169,7 @@ class Chat:
 
     def text(self, messages: Sequence[Message]) -> str:
         """The prompt as the string that is encoded."""
-        for message in messages:
-            if message.get("role") not in ROLES:
-                raise UserError(
-                    f"a message has the role {message.get('role')!r}; allowed are {', '.join(sorted(ROLES))}"
-                )
-            if not isinstance(message.get("content"), str):
-                raise UserError(
-                    f"the content of a message is {type(message.get('content')).__name__}; it must be a text"
-                )
+        _check(messages)
         last = bool(messages) and messages[-1]["role"] == "assistant"
         return self.template.render(messages, continue_last=last)
 
@@ -193,9 +186,13 @@ class Chat:
             ids = self.special.encode(text, spans)
             if self.special.sequence(ids) == wanted:
                 return ids
+        why = (
+            "the chat template changes it so that it cannot be told from the template's own"
+            if self.special.backend is not None
+            else f"a tokenizer of the class {type(self.tokenizer).__name__} cannot encode it as text; use one with a tokenizer.json"
+        )
         raise UserError(
-            f"the text {min(suspects, key=len)[:60]!r} spells a special token of the tokenizer, and the chat template changes it so that "
-            "it cannot be told from the template's own; take the token out of the text"
+            f"the text {min(suspects, key=len)[:60]!r} spells a special token, and {why}, or take the token out of the text"
         )
 
     def _touches(self, value: object) -> bool:
@@ -216,6 +213,8 @@ class Chat:
                     s = s.replace(word, f"{_OPEN}{word}{_CLOSE}")
             return s
 
+        if self.special.backend is None:
+            return [[]]
         found = []
         for mark in (mark_whole, mark_words):
             spans, plain = _marked(self.text(_each_text(messages, mark)))
@@ -253,6 +252,16 @@ class Chat:
 def _wrap(text: str) -> str:
     inner = text.strip()
     return text.replace(inner, f"{_OPEN}{inner}{_CLOSE}", 1) if inner else text
+
+
+def _check(messages: Sequence[Message]) -> None:
+    """Raise UserError where a message is none."""
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise UserError(f"a message has the role {role!r}; allowed are {', '.join(sorted(ROLES))}")
+        if not isinstance(content, str):
+            raise UserError(f"the content of a message is {type(content).__name__}; it must be a text")
 
 
 def _each_text(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:

@@ -75,18 +75,22 @@ class SpecialTokens:
         return [i for i in ids if i in self.words and i != self.unknown]
 
     def encode_text(self, text: str) -> list[int]:
-        """The ids of a text that nobody but a user, a data file, an environment or a model has written: no special token is among them."""
-        if self.spelt(text) is None:
-            return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        return self.encode(text, [(0, len(text))])
+        """The ids of a text that nobody but a user, a data file, an environment or a model has written: no special token is among them.
+
+        Raises UserError where the tokenizer cannot do that."""
+        word = self.spelt(text)
+        if word is not None and self.backend is None:
+            raise UserError(
+                f"the text {text[:60]!r} spells the special token {word!r}, and a tokenizer of the class {type(self.tokenizer).__name__} "
+                "cannot encode it as text; use one with a tokenizer.json"
+            )
+        return self.encode(text, [] if word is None else [(0, len(text))])
 
     def encode(self, text: str, spans: Sequence[Span]) -> list[int]:
-        """The ids of `text`, where special tokens that touch one of `spans` (character positions) are encoded as text."""
-        if self.backend is None:
-            raise UserError(
-                f"the text {text[:60]!r} spells the special token {self.spelt(text)!r}, and a tokenizer of the class "
-                f"{type(self.tokenizer).__name__} cannot encode it as text; use one with a tokenizer.json, or take the token out of the text"
-            )
+        """The ids of `text`, where special tokens that touch one of `spans` (character positions) are encoded as text. Spans need a tokenizer
+        with a tokenizer.json (`backend`)."""
+        if not spans:
+            return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         return [number for number, _, _ in self.locate(text, spans)]
 
     def locate(self, text: str, spans: Sequence[Span]) -> list[tuple[int, int, int]]:
