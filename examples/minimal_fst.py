@@ -36,8 +36,8 @@ GROUP = 8  # G: rollouts of one problem, G/K under each context
 
 CONFIG = Config.model_validate(
     {
-        "task": "star_graph",
-        "task_args": {"form": "mini", "arms": 5, "path": 4, "ids": 40},
+        "task": "formula_choice",
+        "task_args": {"level": "hard"},
         "model": {"path": "mini"},
         "rollout": {"max_response_tokens": 32},
         "slow": {"lr": 3e-4, "warmup_steps": 4, "group_size": GROUP},

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fst_fast import mini
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, one_line
 from fst_fast.run.environment import prepare_environment, usable_cores
 
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
@@ -153,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
-    probe.add_argument("--context", metavar="TEXT", help="default: fast.seed_context")
+    probe.add_argument("--context", type=_text, metavar="TEXT", help="default: fast.seed_context")
     probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
     probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
     probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
@@ -207,8 +209,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fst_fast import config_load
-    from fst_fast.batches import derived
+    from fst_fast.config import load as config_load
+    from fst_fast.config.derived import derived
 
     if args.allow_config_change and not args.resume:
         raise UserError("--allow-config-change goes with --resume")
@@ -252,7 +254,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
-    from fst_fast import config_load
+    from fst_fast.config import load as config_load
 
     config = config_load.load(args.config or mini.default_config(), args.overrides)
     prepare_environment()
@@ -290,10 +292,12 @@ def _replay(args: argparse.Namespace) -> None:
 def _experiment(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from fst_fast.experiment import EXPERIMENTS, Lab, run
-    from fst_fast.experiment.page import markdown
-    from fst_fast.experiment.runs import FAMILIES, FULL, QUICK
+    from fst_fast.experiments.experiments import EXPERIMENTS
+    from fst_fast.experiments.page import QUESTIONS, markdown, run
+    from fst_fast.experiments.runner import Runner
+    from fst_fast.experiments.runs import FAMILIES, FULL, QUICK
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end after their step
     budget = QUICK if args.quick else FULL
     if args.seeds:
         budget = replace(budget, seeds=args.seeds)
@@ -302,14 +306,14 @@ def _experiment(args: argparse.Namespace) -> None:
         if family not in FAMILIES:
             raise UserError(f"--families: {family!r} is not known; allowed are {', '.join(FAMILIES)}")
     names = list(EXPERIMENTS) if args.name == "all" else args.name.split(",")
-    lab = Lab(args.out, budget, families, args.workers or usable_cores(), dry=args.dry_run)
-    results = run(names, lab)
+    runner = Runner(args.out, budget, families, args.workers or usable_cores(), dry_run=args.dry_run)
+    results = run(names, runner)
     if args.dry_run:
-        for planned in lab.planned:
+        for planned in runner.planned:
             print(planned.name)
         return
     for name, result in results.items():
-        print(f"\n## {name}\n{result.question}\n\n{markdown(result)}")
+        print(f"\n## {name}\n{QUESTIONS[name]}\n\n{markdown(result)}")
     print(f"\n{args.out / 'report.html'}")
 
 
@@ -337,7 +341,7 @@ def _refuse(sentence: str, debug: bool) -> int:
         sentence = f"process {os.environ['RANK']}: {sentence}"
     if debug:
         traceback.print_exc()
-    print(f"fst: {sentence}", file=sys.stderr, flush=True)
+    print(f"fst: {one_line(sentence)}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -346,9 +350,18 @@ def _is_first() -> bool:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: a whole number >= 1")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        shown = repr(text) if len(text) <= 40 else f"a text of {len(text):,} characters"
+        raise argparse.ArgumentTypeError(
+            f"{shown} is refused; allowed: a whole number >= 1 of at most 18 digits"
+        )
     return int(text)
+
+
+def _text(text: str) -> str:
+    if re.search("[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: text in UTF-8")
+    return text
 
 
 def _version() -> str:

@@ -19,6 +19,14 @@ from numpy.typing import NDArray
 Finish = Literal["stop", "length", "abort"]
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
+CELLS = {
+    "neither": "base weights, seed context",
+    "context": "base weights, evolved contexts",
+    "weights": "trained weights, seed context",
+    "both": "trained weights, evolved contexts",
+}
+"""The four cells of an evaluation in the order in which they are shown: name -> label."""
+
 
 @dataclass(frozen=True)
 class Problem:

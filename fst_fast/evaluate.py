@@ -10,20 +10,18 @@ so is each sample of the base model: its weights and random numbers are the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, RolloutRequest
+from fst_fast.contracts import CELLS, Context, Problem, RolloutRequest
 from fst_fast.forest import Leaf
 from fst_fast.policy.scoring import Batching, kl_to_reference
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
-
-CELLS = ("neither", "context", "weights", "both")
 
 
 def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float | int]:
@@ -67,7 +65,7 @@ def evaluate(
     population: Sequence[Context],
     policy_version: int,
     base_rewards: dict[str, dict[str, float]] | None = None,
-    cells: Sequence[str] = CELLS,
+    cells: Collection[str] = CELLS,
 ) -> dict[str, Any]:
     """Sample and judge the cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}. The KL under
     the seed context belongs to the cell `weights`, that under the evolved ones to `both`; without its cell it is None.

@@ -19,7 +19,7 @@ from torch import nn
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.config_load import config_hash, dump
+from fst_fast.config.load import config_hash, dump
 from fst_fast.contracts import Context, Problem
 from fst_fast.data.stages import Stage, make_stages
 from fst_fast.data.stream import minibatch

@@ -18,10 +18,10 @@ from typing import Any
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Rollout
+from fst_fast.contracts import CELLS, Rollout
 from fst_fast.data.stages import Stage, stage_at
 from fst_fast.data.stream import lookahead, minibatch
-from fst_fast.evaluate import CELLS, evaluate
+from fst_fast.evaluate import evaluate
 from fst_fast.fast.fast_phase import fast_phase
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.run import signals

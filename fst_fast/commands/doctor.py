@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from fst_fast import config_load
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.mini import default_config
 from fst_fast.run.environment import usable_cores
 from fst_fast.verify.run_code import isolation

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast import config_load, mini
+from fst_fast import mini
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.contracts import Context
 from fst_fast.errors import UserError
 from fst_fast.run.callbacks import Callback
@@ -87,10 +88,10 @@ def resolve_config(
     elif isinstance(config, Mapping):
         tree = dict(config)
     else:
-        tree = config_load.read_yaml(Path(config))
+        tree = config_load.read_file(Path(config))
     if task is not None:
         name = task if isinstance(task, str) else _task_spec(task)
-        if name != tree.get("task"):
+        if name != tree.get("task", Config.model_fields["task"].default):
             tree.pop("task_args", None)  # they are the other task's
         tree["task"] = name
     tree = merged(tree, changes or {})

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.config import FastConfig
+from fst_fast.config.derived import Size, affordable
 from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
 from fst_fast.fast.population import FastState, Lineage, Scores, Shown
@@ -66,31 +67,6 @@ class FastResult:
 
 
 MOST_REST = 3  # cycles that fast.adaptive leaves out in a row
-
-
-@dataclass(frozen=True)
-class Size:
-    """What scoring one context costs: problems x samples rollouts."""
-
-    problems: int
-    samples: int
-
-    @property
-    def rollouts(self) -> int:
-        return self.problems * self.samples
-
-
-def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
-    """How much of the anchor set a budget pays for: the carried contexts and one full generation of children must fit.
-
-    If they do not, first the samples shrink, then the anchor set (to its first problems): breadth over problems tells more than repetition.
-    0 problems: the budget does not even pay one rollout for each of them, so the phase does nothing.
-    """
-    contexts = members + config.children
-    if anchor == 0 or contexts > config.rollout_budget:
-        return Size(0, 0)
-    problems = min(anchor, config.rollout_budget // contexts)
-    return Size(problems, min(config.samples, config.rollout_budget // (contexts * problems)))
 
 
 def evolve(

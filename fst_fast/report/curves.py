@@ -22,8 +22,11 @@ AXES = {
     "steps": "optimiser steps",
     "rollouts": "rollouts, fast phase included",
     "tokens": "tokens computed",
+    "unshared": "tokens, had no prefix been shared",
     "seconds": "time (s)",
 }
+FIGURE_AXES = ("steps", "rollouts", "tokens", "seconds")
+"""The axes of the figures; the tables of the experiments have all of AXES."""
 PHASES = {
     "rollout_s": "rollouts",
     "verify_s": "verification",
@@ -63,6 +66,8 @@ def position(run: Run, line: Step | Eval, axis: str) -> float | None:
             return line.rollouts
         case "tokens":
             return line.tokens_computed
+        case "unshared":
+            return line.tokens_unshared
         case "seconds":
             at = [row.step for row in run.timing]
             first, after = bisect_left(at, line.step), bisect_right(at, line.step)
@@ -113,13 +118,13 @@ def smooth(y: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 
 def phases_overlap(run: Run) -> bool:
-    """Whether the phases claim more than the time that passed; their shares then mean little."""
+    """Whether the phases add up to more than the time that passed."""
     claimed = sum(getattr(row, key) or 0.0 for row in run.timing for key in PHASES)
     return bool(run.timing) and claimed > 1.01 * run.timing[-1].seconds
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Seconds by phase. `other` is what no phase claims: start-up, checkpoints, work done again after a resume."""
+    """Seconds by phase. `other` is the rest: start-up, checkpoints, work done again after a resume."""
     if not run.timing:
         return {}
     spent = {name: sum(getattr(row, key) or 0.0 for row in run.timing) for key, name in PHASES.items()}
@@ -129,14 +134,14 @@ def time_split(run: Run) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two cells lie apart; `sigmas` is the difference in standard errors, None where there is no error to divide by."""
+    """Difference of two cells; `sigmas` is the difference in standard errors, None where there is no error to divide by."""
 
     value: float
     sigmas: float | None
 
 
 def difference(a: Cell, b: Cell) -> Difference | None:
-    """a - b. The two errors are added as if independent; the cells share their problems, so this errs on the careful side."""
+    """a - b. The two errors are added as if independent; the cells share their problems, so this overstates the error."""
     if a.mean is None or b.mean is None:
         return None
     error = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else 0.0
@@ -202,27 +207,16 @@ def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
     rmse, values, covariance = best
     a, b, mid = (float(value) for value in values)
     error = float(np.sqrt(covariance[0, 0]))
-    bounded = [
-        name
-        for value, lo, hi, name in zip(values, low, high, ("A", "B", "Cmid"), strict=True)
-        if _at(value, lo, hi)
-    ]
+    limits = zip(("A", "B", "Cmid"), values, low, high, strict=True)
+    bounded = [name for name, value, lo, hi in limits if _at(value, lo, hi)]
     if bounded:
         note = f"{', '.join(bounded)} at the limit of what is allowed: the data do not determine the curve"
     elif mid > 1:
         note = "half of the gain lies beyond the last evaluation: A is extrapolated"
     else:
         note = ""
-    return Fit(
-        a,
-        error if math.isfinite(error) and not bounded else None,
-        b,
-        mid * float(top),
-        start,
-        rmse,
-        len(x),
-        note,
-    )
+    asymptote_error = error if math.isfinite(error) and not bounded else None
+    return Fit(a, asymptote_error, b, mid * float(top), start, rmse, len(x), note)
 
 
 def _at(value: float, low: float, high: float) -> bool:
@@ -244,17 +238,13 @@ class Reached:
     at: dict[str, float | None]
 
 
-def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
-    """Where each run's `both` cell first reaches the target. gepa takes no optimiser steps, so it has no place on that axis."""
+def cost_to_reach(runs: Sequence[Run], target: float) -> list[Reached]:
+    """The first evaluation of each run whose `both` cell is at the target or above. gepa takes no optimiser steps: None on that axis."""
     table = []
     for run in runs:
-        hits = [
-            line
-            for line in run.evals
-            if (mean := line.channels.get("both", Cell()).mean) is not None and mean >= target
-        ]
-        at = {axis: position(run, hits[0], axis) for axis in AXES} if hits else {}
-        if hits and run.start.method == "gepa":
+        line = next((line for line, mean in _both(run) if mean >= target), None)
+        at = {axis: position(run, line, axis) for axis in FIGURE_AXES} if line else {}
+        if line and run.start.method == "gepa":
             at["steps"] = None
         table.append(Reached(run.label, at))
     return table
@@ -262,7 +252,10 @@ def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
 
 def peak(run: Run) -> float | None:
     """Best validation reward of the `both` cell over the run."""
-    return max(
-        (mean for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None),
-        default=None,
-    )
+    return max((mean for _, mean in _both(run)), default=None)
+
+
+def _both(run: Run) -> list[tuple[Eval, float]]:
+    """The evaluations that measured the cell `both`, with its mean."""
+    means = [(line, line.channels.get("both", Cell()).mean) for line in run.evals]
+    return [(line, mean) for line, mean in means if mean is not None]

@@ -2,7 +2,7 @@
 
 Only files are read: metrics.jsonl (required), timing.jsonl, summary.json, contexts.json, rollouts.jsonl and config.yaml. The run may
 still be going: what is not there yet is None or empty, and a torn last line is left out and said. Anything else that is not as the
-trainer writes it is refused with file and line, since a report drawn from damaged figures looks as good as a right one.
+trainer writes it is refused with file and line, since a report drawn from damaged data looks as good as a right one.
 Keys and kinds of line that this page does not show are ignored.
 """
 
@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fst_fast.errors import UserError
 
-CELLS = ("neither", "context", "weights", "both")
 EDGE_ROLLOUTS = 64  # rollouts kept from each end of each phase: examples come from these
 
 
@@ -269,7 +268,7 @@ def _load(folder: Path, label: str) -> Run:
         cycles=cycles,
         evals=sorted(_last_of_each_step(evals).values(), key=lambda line: line.step),
         ended=ended,
-        timing=_standing(timing),
+        timing=_without_repeated(timing),
         summary=_whole(Summary, folder / "summary.json"),
         contexts=_whole(Contexts, folder / "contexts.json"),
         examples=_edges(folder / "rollouts.jsonl", notes),
@@ -283,8 +282,8 @@ def _last_of_each_step(lines: Sequence[S]) -> dict[int, S]:
     return {line.step: line for line in lines}
 
 
-def _standing(rows: Sequence[Timing]) -> list[Timing]:
-    """Rows of the work that stands: where the steps go back, a resume has done them again."""
+def _without_repeated(rows: Sequence[Timing]) -> list[Timing]:
+    """Without rows of steps that a resume has done again: where the steps go back."""
     kept: list[Timing] = []
     for row in rows:
         if kept and row.step < kept[-1].step:

@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fst_fast.config.yaml_text import YamlProblem, read_yaml
 from fst_fast.errors import UserError
 
 MARKER = "fst-run.json"
@@ -170,9 +169,9 @@ def _check_config(
     try:
         marker = json.loads((path / MARKER).read_text())
         old_text = (path / CONFIG).read_text()
-        old = yaml.safe_load(old_text)
+        old = read_yaml(old_text)
         known = marker["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, YamlProblem) as error:
         raise UserError(
             f"--resume: {path / MARKER} or {path / CONFIG} is damaged ({error}); the run cannot be continued"
         ) from error
@@ -182,14 +181,14 @@ def _check_config(
         )
     if marker.get("config_hash") == config_hash:
         return []
-    changes = changed_keys(_over(defaults, old), yaml.safe_load(config_yaml))
+    changes = changed_keys(_over(defaults, old), read_yaml(config_yaml))
     if changes and not allow_change:
         raise UserError(
             f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}; "
             "--allow-config-change continues with the new one"
         )
     fixed = [change for change in changes if change.startswith(FIXED)]
-    before, now = _over(defaults, old).get("stages") or [], yaml.safe_load(config_yaml).get("stages") or []
+    before, now = _over(defaults, old).get("stages") or [], read_yaml(config_yaml).get("stages") or []
     if before != now[: len(before)] or bool(before) != bool(now):
         fixed += [
             change for change in changes if change.startswith("stages ")

@@ -8,7 +8,7 @@ from typing import Any
 
 from fst_fast import __version__, distributed
 from fst_fast.config import Config
-from fst_fast.config_load import config_hash
+from fst_fast.config.load import config_hash
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fst_fast.policy import cpu_forward, head
 from fst_fast.policy.attention import NAME
 from fst_fast.policy.cpu_forward import LeanForward, why_not
 from fst_fast.policy.packing import forest_batch, model_inputs
-from fst_fast.policy.scoring import MicroBatch, hidden_rows, logprobs
+from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs
 from tests.fst_fast.test_rollout import (
     CLASSES,
     SHAPE,
@@ -119,9 +119,10 @@ def test_scoring_with_it_gives_the_logprobs_and_hidden_states_of_the_model(monke
     model, b = make_model(), batch()
     head.install(model)
     micro = MicroBatch([], b, head.Labels.of(b.rows, b.labels))
-    ours = logprobs(model, micro, temperature=0.8, chunk_rows=5), hidden_rows(model, micro)
+    batching = Batching("forest", tokens=999, head_rows=5, temperature=0.8, pad_id=0)
+    ours = logprobs(model, micro, batching), hidden_rows(model, micro)
     monkeypatch.setattr("fst_fast.policy.scoring.why_not", lambda _: "no")
-    theirs = logprobs(model, micro, temperature=0.8, chunk_rows=5), hidden_rows(model, micro)
+    theirs = logprobs(model, micro, batching), hidden_rows(model, micro)
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e, atol=2e-5, rtol=1e-5)
         assert a.abs().sum() > 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from fst_fast import evaluate as module
-from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
+from fst_fast.config import Config, EvalConfig
+from fst_fast.contracts import CELLS, Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.evaluate import cell, evaluate, requests_of
 from fst_fast.rollout.models import SamplingModels
 
@@ -24,6 +24,13 @@ def sampled(problem: str, reward: float | None, context: str = "c") -> ScoredRol
         Verdict(reward),
         "",
     )
+
+
+def test_the_configuration_allows_exactly_the_four_cells() -> None:
+    field = EvalConfig.model_fields["cells"]
+    (allowed,) = get_args(field.annotation)
+    assert get_args(allowed) == tuple(CELLS)
+    assert field.default == list(CELLS)
 
 
 def test_a_cell_is_the_mean_over_problems_with_its_standard_error_and_pass_at_k() -> None:

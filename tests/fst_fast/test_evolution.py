@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_fast.config import FastConfig
+from fst_fast.config.derived import Size, affordable
 from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.fast import pareto
-from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, Size, affordable, evolve
+from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, evolve
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import Reply
 

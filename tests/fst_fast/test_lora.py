@@ -209,8 +209,8 @@ def test_a_run_interrupted_and_resumed_is_the_run_that_went_through(whole: Path,
 def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
     whole: Path, tmp_path: Path
 ) -> None:
+    from fst_fast.commands.evaluate import evaluate_run
     from fst_fast.commands.export import export
-    from fst_fast.evaluate import evaluate_run
 
     reported = json.loads((whole / "summary.json").read_text())
     assert reported["kl_seed"] > 0

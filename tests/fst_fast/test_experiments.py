@@ -1,10 +1,10 @@
-"""The experiments: statistics on known answers, curves from run folders, the lab that makes the runs, verdicts on planted curves."""
+"""The experiments: statistics on known answers, curves from run folders, the runner that makes the runs, verdicts on planted curves."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,22 @@ from hypothesis import strategies as st
 
 from fst_fast.cli import main
 from fst_fast.errors import UserError
-from fst_fast.experiment import ablations, comparison, experiments, figures, page, sequels, statistics
-from fst_fast.experiment.curves import AXES, Curve, read, stage_ends
-from fst_fast.experiment.lab import Lab
-from fst_fast.experiment.runs import FAMILIES, FULL, QUICK, Budget, Run
+from fst_fast.experiments import (
+    ablations,
+    comparison,
+    experiments,
+    figures,
+    page,
+    plasticity,
+    statistics,
+    worker,
+)
+from fst_fast.experiments.curves import AXES, Curve, load_curve, stage_ends
+from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.runs import FAMILIES, FULL, QUICK, Budget, Run
 from fst_fast.report.figures import png
 from fst_fast.report.load import Cell
+from tests.fst_fast import stub_runs
 
 SMALL = Budget(steps=4, eval_every=2, eval_problems=2, final_problems=2, seeds=2)
 
@@ -27,11 +37,29 @@ SMALL = Budget(steps=4, eval_every=2, eval_problems=2, final_problems=2, seeds=2
 # --- statistics
 
 
-def test_a_level_is_reached_at_an_evaluation_or_never() -> None:
-    x, y = np.array([0.0, 10.0, 20.0]), np.array([0.0, 0.5, 0.4])
-    assert statistics.reach(x, y, 0.25) == 10.0
-    assert statistics.reach(x, y, 0.0) == 0.0
-    assert statistics.reach(x, y, 0.6) == np.inf
+def test_a_level_is_reached_at_an_evaluation_after_the_base_or_never() -> None:
+    reward = np.array([0.3, 0.0, 0.5, 0.4])
+    curve = Curve("rl", 0, {"tokens": np.array([0.0, 5.0, 10.0, 20.0])}, reward, reward, reward, {})
+    assert curve.cost_to_reach("tokens", 0.25) == 10.0
+    assert curve.cost_to_reach("tokens", 0.0) == 5.0
+    assert curve.cost_to_reach("tokens", 0.6) == np.inf
+
+
+@given(st.lists(st.floats(-5, 5) | st.just(np.inf), min_size=1, max_size=50))
+def test_quantiles_are_the_ranks_that_the_published_results_were_computed_with(values: list[float]) -> None:
+    ordered = sorted(values)
+    n = len(ordered)
+    low, high = ordered[int(0.025 * (n - 1))], ordered[int(np.ceil(0.975 * (n - 1)))]
+    assert statistics.percentiles(np.array(values)) == (low, high)
+    assert statistics.median(np.array(values)) == ordered[(n - 1) // 2]
+
+
+def test_the_draws_of_a_bootstrap_are_those_of_the_published_results() -> None:
+    values, rng = np.array([0.2, np.inf, 0.3, 0.9, 0.1]), np.random.default_rng(0)
+    drawn = sorted(sorted(values[rng.integers(5, size=5)])[2] for _ in range(statistics.DRAWS))
+    found = statistics.bootstrap(values.tolist(), statistics.median)
+    assert (found.low, found.value, found.high) == (drawn[49], 0.3, drawn[1950])
+    assert found.high == np.inf
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=9))
@@ -110,143 +138,104 @@ def write_run(
 
 def test_a_run_folder_becomes_a_curve_whose_seconds_leave_evaluations_out(tmp_path: Path) -> None:
     write_run(tmp_path / "run", [0.0, 0.3, 0.6])
-    curve = read(tmp_path / "run")
-    assert curve.at["steps"].tolist() == [0, 1, 2]
-    assert curve.at["rollouts"].tolist() == [0, 10, 20]
-    assert curve.at["seconds"].tolist() == [0, 1, 2], "3 seconds a step, 2 of them evaluation"
+    curve = load_curve(tmp_path / "run")
+    assert curve.cost["steps"].tolist() == [0, 1, 2]
+    assert curve.cost["rollouts"].tolist() == [0, 10, 20]
+    assert curve.cost["seconds"].tolist() == [0, 1, 2], "3 seconds a step, 2 of them evaluation"
     assert curve.smooth() == pytest.approx([0.15, 0.3, 0.45])
     assert curve.kl.tolist() == [0, 0.05, 0.1]
     assert stage_ends(tmp_path / "run") == {(1, 0): 0.25}
 
 
-# --- the lab
-
-STUB = """
-import json, os, signal, sys, time
-from pathlib import Path
-from fst_fast import config_load
-from fst_fast.experiment.worker import serve
-from fst_fast.run.folder import MARKER
-
-print("an import says something")
-state = []
-
-def fst(words):
-    assert not state, "what one run leaves behind meets another"
-    state.append(words)
-    if words[0] == "export":
-        Path(words[2]).mkdir(parents=True)
-        return 0
-    if words[0] == "eval":
-        out = Path(words[words.index("--out") + 1])
-        asked = json.loads(out.read_text())["asked"] if out.exists() else 0
-        out.write_text(json.dumps({"split": words[words.index("--split") + 1], "asked": asked + 1}))
-        return 0
-    run = Path(words[words.index("--run-dir") + 1])
-    config = config_load.load(Path(words[1]), [w for w in words[4:] if w != "--resume"])
-    assert os.environ["OMP_NUM_THREADS"] == "1"
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "asked", "a") as asked:
-        asked.write("resume " if "--resume" in words else "new ")
-    (run / MARKER).write_text("{}")
-    (run / "config.yaml").write_text(config_load.dump(config))
-    if config.seed == 1 and not (run / "again").exists():
-        (run / "again").touch()
-        print("no luck")
-        return 1
-    if config.seed == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if config.seed == 3:
-        raise RuntimeError("an unforeseen error")
-    if config.seed == 4:
-        signal.signal(signal.SIGTERM, lambda *_: (run / "told to stop").touch() or sys.exit(0))
-        time.sleep(60)
-    if config.seed == 5:
-        os.kill(os.getppid(), signal.SIGKILL)
-    (run / "summary.json").write_text("{}")
-    return 0
-
-serve(fst, int(sys.argv[1]))
-"""
+# --- the runner
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Lab:
-    stub = tmp_path / "stub.py"
-    stub.write_text(STUB)
-    return Lab(
-        tmp_path / "out", SMALL, list(FAMILIES), 2, say=lambda line: None, command=(sys.executable, str(stub))
-    )
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    for name in ("train", "export", "evaluate"):
+        monkeypatch.setattr(worker, name, getattr(stub_runs, name))
+    return Runner(tmp_path / "out", SMALL, list(FAMILIES), 2, say=lambda line: None)
 
 
-def test_the_lab_makes_each_run_once_goes_on_with_what_failed_and_names_it(lab: Lab) -> None:
-    first = Run("star_graph", "rl", 0, (("slow.lr", "1e-3"),))
-    unlucky = Run("star_graph", "rl", 1)
-    after = Run("linked_facts", "rl", 0, after=first)
+def test_each_run_is_trained_once_and_one_that_failed_is_named_and_goes_on(runner: Runner) -> None:
+    first = Run("star_graph", "rl", 0, {"slow.lr": 1e-3})
+    unlucky = Run("star_graph", "rl", stub_runs.FAILS_ONCE)
+    later = [Run(family, "rl", 0, after=first) for family in ("linked_facts", "formula_choice")]
     with pytest.raises(
-        UserError, match=r"1 of 2 runs failed; what they said is in .*star_graph-rl-seed=1\.log"
+        UserError,
+        match=r"1 of 2 runs failed, .*seed=1 \(failed with exit code 1\): .*star_graph-rl-seed=1\.log",
     ):
-        lab.make([first, unlucky, first])
-    assert (lab.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "no luck\n"
-    lab.make([first, unlucky, after])
-    asked = {run: (lab.folder(run) / "asked").read_text() for run in (first, unlucky, after)}
-    assert asked == {first: "new ", unlucky: "new resume ", after: "new "}
-    assert (lab.out / "models" / first.name).is_dir()
-    assert str(lab.out / "models" / first.name) in (lab.folder(after) / "config.yaml").read_text()
+        runner.train([first, unlucky, first])
+    assert (runner.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "fst: no luck\n"
+    runner.train([first, unlucky, *later])
+    asked = [(runner.folder(run) / "asked").read_text() for run in (first, unlucky, *later)]
+    assert asked == ["new ", "new resume ", "new ", "new "]
+    weights = runner.out / "models" / first.name
+    assert weights.is_dir(), "exported once for both"
+    assert str(weights) in (runner.folder(later[0]) / "config.yaml").read_text()
 
 
-def test_a_finished_run_is_evaluated_once_unless_it_was_made_again(lab: Lab) -> None:
+def test_a_finished_run_is_evaluated_once_unless_it_was_trained_again(runner: Runner) -> None:
     run = Run("star_graph", "rl", 0)
-    lab.make([run])
-    lab.evaluate([run, run], "ood")
-    lab.evaluate([run], "ood")
-    assert lab.evaluated(run, "ood") == {"split": "ood", "asked": 1}
-    (lab.folder(run) / "summary.json").touch()
-    lab.evaluate([run], "ood")
-    assert lab.evaluated(run, "ood")["asked"] == 2
+    runner.train([run])
+    runner.evaluate([run, run], "ood")
+    runner.evaluate([run], "ood")
+    assert runner.evaluation(run, "ood") == {"split": "ood", "asked": 1}
+    (runner.folder(run) / "summary.json").touch()
+    runner.evaluate([run], "ood")
+    assert runner.evaluation(run, "ood")["asked"] == 2
 
 
-def test_a_run_that_dies_or_raises_is_a_failed_one_and_its_worker_goes_on(lab: Lab) -> None:
-    lab.workers = 1
-    killed, raising, good = (Run("star_graph", "rl", seed) for seed in (2, 3, 0))
-    with pytest.raises(UserError, match=r"2 of 3 runs failed"):
-        lab.make([killed, raising, good])
-    assert (lab.folder(good) / "summary.json").is_file()
-    said = (lab.out / "logs" / f"{raising.name}.log").read_text()
-    assert "RuntimeError: an unforeseen error" in said
-    assert (lab.out / "logs" / "worker-0.log").read_text() == "an import says something\n"
+def test_a_run_that_dies_or_raises_does_not_stop_the_others_and_is_named(runner: Runner) -> None:
+    runner.workers = 1
+    killed, raising, good = (Run("star_graph", "rl", s) for s in (stub_runs.KILLED, stub_runs.RAISES, 0))
+    with pytest.raises(UserError, match=r"2 of 3 runs failed, .*seed=2 \(killed by SIGKILL\): .*seed=2\.log"):
+        runner.train([killed, raising, good])
+    assert (runner.folder(good) / "summary.json").is_file()
+    log = (runner.out / "logs" / f"{raising.name}.log").read_text()
+    assert "RuntimeError: an unforeseen error" in log
 
 
-def test_an_interrupted_suite_tells_its_runs_to_stop(lab: Lab) -> None:
-    """A child that sleeps a minute is told by SIGTERM, as `fst train` is, which then ends after its step with a checkpoint."""
-    slow, quick = Run("star_graph", "rl", 4), Run("star_graph", "rl", 0)
+def test_a_run_is_forked_from_a_server_without_threads_that_has_loaded_torch(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "train", stub_runs.describe_process)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # whatever it is here
+    run = Run("star_graph", "rl", 0)
+    runner.train([run])
+    log = json.loads((runner.out / "logs" / f"{run.name}.log").read_text())
+    assert log == {"loaded": True, "threads": 1, "server": 1}
+
+
+def test_an_interrupted_suite_tells_its_runs_to_stop(runner: Runner) -> None:
+    slow, quick = Run("star_graph", "rl", stub_runs.WAITS), Run("star_graph", "rl", 0)
+    runner.out.mkdir()
+    os.mkfifo(runner.out / "waiting")
 
     def interrupt(line: str) -> None:
-        while not (lab.folder(slow) / "config.yaml").is_file():
-            time.sleep(0.05)
-        time.sleep(0.3)
+        (runner.out / "waiting").read_text()
         raise KeyboardInterrupt
 
-    lab.say = interrupt  # called when the quick one is done
-    began = time.monotonic()
+    runner.say = interrupt  # called when the quick one is done
     with pytest.raises(KeyboardInterrupt):
-        lab.make([slow, quick])
-    assert time.monotonic() - began < 40
-    assert (lab.folder(slow) / "told to stop").is_file()
+        runner.train([slow, quick])
+    assert (runner.folder(slow) / "told to stop").is_file()
 
 
-def test_a_worker_that_is_gone_is_named(lab: Lab) -> None:
-    lab.workers = 1
-    with pytest.raises(UserError, match=r"has ended \(exit code -9\); what it said is in .*worker-0\.log"):
-        lab.make([Run("star_graph", "rl", 5)])
+def test_a_killed_fork_server_fails_its_runs_and_is_started_again_for_later_ones(runner: Runner) -> None:
+    with pytest.raises(UserError, match=r"1 of 1 runs failed, .*seed=5 \(failed with exit code 255\)"):
+        runner.train([Run("star_graph", "rl", stub_runs.KILLS_THE_SERVER)])
+    good = Run("star_graph", "rl", 0)
+    runner.train([good])
+    assert (runner.folder(good) / "summary.json").is_file()
 
 
-def test_a_folder_of_another_suite_is_refused_by_name(lab: Lab) -> None:
+def test_a_folder_of_another_suite_is_refused_by_name(runner: Runner) -> None:
     run = Run("star_graph", "rl", 0)
-    lab.make([run])
-    lab.budget = Budget(**{**vars(SMALL), "steps": 8})
-    with pytest.raises(UserError, match=r"star_graph-rl-seed=0 was made with another configuration"):
-        lab.make([run])
+    runner.train([run])
+    runner.budget = Budget(**{**vars(SMALL), "steps": 8})
+    with pytest.raises(UserError, match=r"star_graph-rl-seed=0 has another configuration"):
+        runner.train([run])
 
 
 # --- experiments on planted curves
@@ -263,7 +252,7 @@ def planted(method: str, seed: int, mid: float, top: float, cost: float) -> Curv
 
 
 @pytest.fixture
-def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> Lab:
+def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> Runner:
     kinds = {"rl": (60.0, 0.6, 100.0), "fst": (10.0, 0.95, 250.0), "gepa": (5.0, 0.4, 100.0)}
     curves = {
         family: {
@@ -271,12 +260,12 @@ def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> La
         }
         for family in SHOWN
     }
-    monkeypatch.setattr(comparison, "main_runs", lambda lab: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
-    monkeypatch.setattr(comparison, "made", lambda lab, runs: curves)
-    return Lab(tmp_path, SMALL, list(SHOWN), 1)
+    monkeypatch.setattr(comparison, "main_runs", lambda runner: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: curves)
+    return Runner(tmp_path, SMALL, list(SHOWN), 1)
 
 
-def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Lab) -> None:
+def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Runner) -> None:
     results = page.run(["efficiency", "drift", "channels"], suite)
     claims = {c.text: c.holds for r in results.values() for c in r.claims}
     assert len(claims) == 6
@@ -295,19 +284,19 @@ def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Lab) -> None:
 
 
 def test_generalisation_shows_every_method_on_both_splits(
-    suite: Lab, monkeypatch: pytest.MonkeyPatch
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tops = {"rl": 0.2, "gepa": 0.3, "fst": 0.7}
     runs = {f: {m: [Run(f, m, seed) for seed in range(3)] for m in tops} for f in SHOWN}
     asked: list[tuple[Run, str]] = []
 
-    def evaluated(run: Run, split: str) -> dict[str, object]:
+    def evaluation(run: Run, split: str) -> dict[str, object]:
         shift = {"neither": -0.2, "context": -0.1, "weights": -0.15, "both": 0.0}
         return {"channels": {n: {"mean": tops[run.method] + x + run.seed / 100} for n, x in shift.items()}}
 
-    monkeypatch.setattr(comparison, "main_runs", lambda lab: runs)
+    monkeypatch.setattr(comparison, "main_runs", lambda runner: runs)
     monkeypatch.setattr(suite, "evaluate", lambda some, split: asked.extend((r, split) for r in some))
-    monkeypatch.setattr(suite, "evaluated", evaluated)
+    monkeypatch.setattr(suite, "evaluation", evaluation)
     found = page.run(["generalisation"], suite)["generalisation"]
     assert len(asked) == 27
     assert {split for _, split in asked} == {"ood"}
@@ -318,7 +307,7 @@ def test_generalisation_shows_every_method_on_both_splits(
     assert (suite.out / "figures" / "generalisation.png").stat().st_size > 5000
 
 
-def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gain_no_claim_holds(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     same = {
         f: {m: [planted("rl", s, 60.0, 0.6, 100.0) for s in range(3)] for m in ("rl", "fst", "gepa")}
         for f in SHOWN
@@ -326,7 +315,7 @@ def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPat
     for methods in same.values():
         for c in methods["fst"]:
             c.cells["both"] = c.cells["context"]
-    monkeypatch.setattr(comparison, "made", lambda lab, runs: same)
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: same)
     results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
     assert sum(len(r.claims) for r in results) == 6
     assert not any(c.holds for r in results for c in r.claims)
@@ -338,7 +327,7 @@ def test_without_a_gain_no_claim_holds(suite: Lab, monkeypatch: pytest.MonkeyPat
     ids=["as the paper says", "the other way round"],
 )
 def test_plasticity_is_judged_by_the_mean_over_tasks(
-    suite: Lab,
+    suite: Runner,
     monkeypatch: pytest.MonkeyPatch,
     after_rl: tuple[float, float],
     after_fst: tuple[float, float],
@@ -346,11 +335,13 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
 ) -> None:
     asked: list[Run] = []
 
-    def make(runs: list[Run]) -> None:
+    def train(runs: list[Run]) -> None:
         asked.extend(runs)
 
-    def made(lab: Lab, runs: dict[str, dict[str, list[Run]]]) -> dict[str, dict[str, list[Curve]]]:
-        lab.make([run for starts in runs.values() for several in starts.values() for run in several])
+    def train_and_load(
+        runner: Runner, runs: dict[str, dict[str, list[Run]]]
+    ) -> dict[str, dict[str, list[Curve]]]:
+        runner.train([run for starts in runs.values() for several in starts.values() for run in several])
         tops = {"base": (0.5, 0.5), "after rl": after_rl, "after fst": after_fst}
         return {
             family: {
@@ -359,33 +350,33 @@ def test_plasticity_is_judged_by_the_mean_over_tasks(
             for i, (family, starts) in enumerate(runs.items())
         }
 
-    monkeypatch.setattr(sequels, "strongest_rl", lambda lab: {f: (("slow.lr", f),) for f in SHOWN})
-    monkeypatch.setattr(sequels, "made", made)
-    monkeypatch.setattr(suite, "make", make)
-    found = sequels.plasticity(suite)
+    monkeypatch.setattr(plasticity, "strongest_rl", lambda runner: {f: {"slow.lr": f} for f in SHOWN})
+    monkeypatch.setattr(plasticity, "train_and_load", train_and_load)
+    monkeypatch.setattr(suite, "train", train)
+    found = plasticity.plasticity(suite)
     assert [claim.holds for claim in found.claims] == holds
     for i, family in enumerate(SHOWN[1:]):
         assert found.numbers[family]["after fst"]["mean"] == pytest.approx(after_fst[i], abs=0.03)
         for run in (run for run in asked if run.after and run.family == family):
-            assert run.changes == (("slow.lr", family),)  # the rate that is best for RL from the base
+            assert run.changes == {"slow.lr": family}  # the rate that is best for RL from the base
             assert run.after in asked[: asked.index(run)]  # and what it begins with was asked for before
     assert len(found.tables[0].rows) == 9  # three starts: two tasks and their mean
     assert len({run for run in asked if run.after}) == 2 * 2 * suite.budget.seeds
 
 
-def test_plasticity_needs_a_second_task(suite: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequels, "strongest_rl", lambda lab: {f: () for f in lab.families})
-    suite.families = [sequels.BEFORE]
-    assert "left out" in sequels.plasticity(suite).numbers
+def test_plasticity_needs_a_second_task(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plasticity, "strongest_rl", lambda runner: {f: {} for f in runner.families})
+    suite.families = [plasticity.FIRST]
+    assert "skipped" in plasticity.plasticity(suite).numbers
 
 
-def test_the_other_figures_can_be_drawn(suite: Lab) -> None:
+def test_the_other_figures_can_be_drawn(suite: Runner) -> None:
     some = [planted("rl", seed, 60.0, 0.6, 100.0) for seed in range(2)]
     draw = figures
     for figure in (
-        draw.starts({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
-        draw.staircase({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
-        draw.bars({"as configured": some, "never there": some}, 0.9),
+        draw.plasticity({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
+        draw.continual({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
+        draw.ablation({"as configured": some, "never there": some}, 0.9),
     ):
         assert png(figure).startswith(b"\x89PNG")
 
@@ -400,6 +391,15 @@ def test_a_dry_run_names_the_runs_and_makes_none(tmp_path: Path, capsys: pytest.
     assert len(set(names)) == len(names) > 20
     assert {"star_graph-fst-seed=0", "list_programs-gepa-seed=1"} <= set(names)
     assert not out.exists()
+
+
+def test_sigterm_ends_a_suite_as_ctrl_c_does(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        main(["experiment", "drift", "--dry-run", "--out", str(tmp_path)])
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
