@@ -7,7 +7,7 @@ build the same run; only rank 0 has a run folder, a metrics writer and a console
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,11 +28,13 @@ from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.policy import lora, trained
+from fst_fast.policy.base_weights import check_base, weights_hash
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.prompt import Chat, read_template, response_text
 from fst_fast.rollout.sampler import Sampler
+from fst_fast.rollout.template import missing_messages
 from fst_fast.run import checkpoint, recorder
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
@@ -166,6 +168,14 @@ def build_run(
     state = State.load(found / "state.json") if found else None
     if state and state.date:
         began = state.date
+    base_weights = distributed.on_rank_zero_everywhere(
+        lambda: (
+            check_base(config.model.path, state.base_weights, run_dir)
+            if state
+            else weights_hash(config.model.path)
+        )
+    )
+    moved = ("model.path",) if state and state.base_weights else ()
     sampler = Sampler.open(
         config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
     )
@@ -189,6 +199,7 @@ def build_run(
             first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
             evaluated = stage.validation[: config.eval.final_problems]
             check_lengths(config, base, sampler, seed_context, [*first, *evaluated])
+            check_messages(sampler, first[0], console.note)
         folder = distributed.on_rank_zero(
             lambda: open_run(
                 run_dir,
@@ -197,6 +208,7 @@ def build_run(
                 config_hash=config_hash(config),
                 allow_config_change=allow_config_change,
                 defaults=Config().model_dump(mode="json"),
+                moved=moved,
             )
         )
         liveness = Liveness(run_dir, distributed.rank()) if distributed.world_size() > 1 else None
@@ -226,7 +238,7 @@ def build_run(
             ),
             folder=folder,
         )
-        run.state.date = began
+        run.state.date, run.state.base_weights = began, base_weights
         _start_or_resume(run, found)
     except BaseException:
         sampler.close()
@@ -325,6 +337,15 @@ def check_lengths(
         )
     for problem in problems:
         sampler.prompts.ids(seed_context, problem)
+
+
+def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], None]) -> None:
+    """Say which messages of a problem the chat template leaves out of its prompt."""
+    for i in missing_messages(sampler.prompts.chat, problem):
+        role = problem.messages[i]["role"]
+        note(
+            f"warning: the chat template leaves message {i} (role {role}) of problem {problem.id} out of the prompt"
+        )
 
 
 def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:

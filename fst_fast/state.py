@@ -35,15 +35,15 @@ class State:
     counters: Counters = field(default_factory=Counters)
     reusable: ReusePool = field(default_factory=ReusePool)
     base_rewards: dict[str, dict[str, float]] = field(default_factory=dict)  # see evaluate.evaluate
-    date: str = (
-        ""  # when the run began, as ISO 8601: today, for a chat template; "" in a state of an earlier version
-    )
+    date: str = ""  # when the run began (ISO 8601): a chat template's today
+    base_weights: str = ""  # see policy/base_weights.py. Both are "" in a state of an earlier version
 
     def save(self, path: Path) -> None:
         """Write the whole state as one JSON file."""
         tree = {
             "format": FORMAT,
             "date": self.date,
+            "base_weights": self.base_weights,
             "step": self.step,
             "cycle": self.cycle,
             "counters": asdict(self.counters),
@@ -62,6 +62,7 @@ class State:
             if tree["format"] != FORMAT:
                 raise UserError(f"{path} has format {tree['format']!r}; this version reads {FORMAT}")
             return cls(
+                base_weights=str(tree.get("base_weights", "")),
                 fast=FastState.from_json(tree["fast"]),
                 population=[Context(**c) for c in tree["population"]],
                 step=tree["step"],

@@ -12,14 +12,12 @@ import os
 import shutil
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.policy import lora
-from fst_fast.rollout.prompt import load_tokenizer
-from fst_fast.rollout.template import open_chat
+from fst_fast.rollout.template import configured_chat
 from fst_fast.run import checkpoint
 from fst_fast.run.folder import MARKER, disk_errors
 from fst_fast.state import State
@@ -42,29 +40,14 @@ def newest(run_dir: Path) -> tuple[Config, Path]:
     return config_load.load(run_dir / "config.yaml"), found
 
 
-def saved_tokenizer(config: Config, found: Path) -> Any:
-    """The tokenizer of a checkpoint; one of an earlier version has none, then that of the base model."""
-    folder = found / "model"
-    here = (folder / "tokenizer_config.json").is_file()
-    return load_tokenizer(
-        folder if here else config.model.path,
-        trust_remote_code=config.model.trust_remote_code,
-        chat_template=None if here else config.model.chat_template,
-    )
-
-
 def export(run_dir: Path, out: Path) -> Path:
     """Write the trained model, its tokenizer and contexts.json to the new folder `out`, whole or not at all."""
     config, found = newest(run_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose a new folder")
     state = State.load(found / "state.json")
-    chat, _ = open_chat(
-        saved_tokenizer(config, found),
-        system=config.model.system,
-        variables=config.model.chat_template_kwargs,
-        date=datetime.fromisoformat(state.date) if state.date else None,
-    )
+    date = datetime.fromisoformat(state.date) if state.date else None
+    chat, _ = configured_chat(config.model, saved=found / "model", date=date)
     contexts = {
         "population": [{"id": c.id, "text": c.text} for c in state.population],
         "seed": config.fast.seed_context,

@@ -22,9 +22,9 @@ from fst_fast.contracts import RolloutRequest, ScoredRollout
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.graphs import StepGraph
-from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer, response_text
+from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
 from fst_fast.rollout.server import ServerEngine
-from fst_fast.rollout.template import Findings, open_chat
+from fst_fast.rollout.template import Findings, configured_chat
 from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
@@ -68,20 +68,8 @@ class Sampler:
                 raise UserError(
                     f"verify.isolation=required, but this system cannot isolate a program: {missing}; allowed here is available"
                 )
-        if saved is not None and not (saved / "tokenizer_config.json").is_file():
-            saved = None  # a checkpoint of an earlier version
-        tokenizer = load_tokenizer(
-            saved or config.model.path,
-            trust_remote_code=config.model.trust_remote_code,
-            chat_template=None if saved else config.model.chat_template,
-        )
-        chat, findings = open_chat(
-            tokenizer,
-            system=config.model.system,
-            variables=config.model.chat_template_kwargs,
-            date=date,
-            where="the chat template of " + (config.model.chat_template or f"model {config.model.path}"),
-        )
+        chat, findings = configured_chat(config.model, saved=saved, date=date)
+        tokenizer = chat.tokenizer
         prompts = PromptCache(chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
         generation = (
             GenerationConfig.from_pretrained(saved)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
+from fst_fast.config import ModelConfig
 from fst_fast.contracts import Context, Message, Problem
 from fst_fast.errors import UserError
 from fst_fast.rollout.chat_template import ALWAYS_GIVEN, TemplateError
-from fst_fast.rollout.prompt import Chat, System, messages_with_context
+from fst_fast.rollout.prompt import Chat, System, load_tokenizer, messages_with_context
 
 CONTEXTS = ("amber lanterns hum", "seven quiet rivers bend")
 """Two contexts and two problems that no template has a reason to treat in different ways."""
@@ -28,6 +30,26 @@ class Findings:
 
     line: str
     warnings: tuple[str, ...] = ()
+
+
+def configured_chat(
+    config: ModelConfig, *, saved: Path | None = None, date: datetime | None = None
+) -> tuple[Chat, Findings]:
+    """The chat template of a configuration, checked. saved: the model's folder in a checkpoint of the run, whose tokenizer and template are then
+    used if it holds them. Raises UserError."""
+    here = saved is not None and (saved / "tokenizer_config.json").is_file()  # earlier versions saved none
+    tokenizer = load_tokenizer(
+        saved if saved and here else config.path,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=None if here else config.chat_template,
+    )
+    return open_chat(
+        tokenizer,
+        system=config.system,
+        variables=config.chat_template_kwargs,
+        date=date,
+        where=f"the chat template of {config.chat_template or f'model {config.path}'}",
+    )
 
 
 def open_chat(
@@ -146,15 +168,19 @@ def _problem(text: str) -> Problem:
 
 def missing_messages(chat: Chat, problem: Problem) -> list[int]:
     """Which of a problem's messages do not get into its prompt: their numbers, from 0."""
-    whole = chat.ids(problem.messages)
-    found = []
-    for i, message in enumerate(problem.messages):
-        if not message["content"].strip():
-            continue
-        other = [*problem.messages[:i], {**message, "content": PROBLEMS[0]}, *problem.messages[i + 1 :]]
-        if chat.ids(other) == whole:
-            found.append(i)
-    return found
+
+    def ids(messages: Sequence[Message]) -> list[int]:
+        alone = Problem(problem.id, messages, None)
+        return chat.prompt(Context.of(""), alone).tolist()  # type: ignore[no-any-return]
+
+    whole = ids(problem.messages)
+    return [
+        i
+        for i, message in enumerate(problem.messages)
+        if message["content"].strip()
+        and ids([*problem.messages[:i], {**message, "content": PROBLEMS[0]}, *problem.messages[i + 1 :]])
+        == whole
+    ]
 
 
 def frozen(chat: Chat, date: datetime) -> Chat:

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,13 @@ def open_run(
     config_hash: str,
     allow_config_change: bool = False,
     defaults: Mapping[str, Any] | None = None,
+    moved: Collection[str] = (),
 ) -> RunFolder:
     """Make a new run folder, or with `resume` open the one that is there. Raises UserError where that cannot be done.
 
     config_hash decides whether the configuration is the same; where it differs, the two YAML trees name the keys. allow_config_change:
-    take the new one, unless a key of FIXED differs. defaults: what keys mean that the run's tree does not have, since they came later."""
+    take the new one, unless a key of FIXED differs. defaults: what keys mean that the run's tree does not have, since they came later.
+    moved: keys that name the same thing at another place, whose change needs no permission."""
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
@@ -101,7 +103,9 @@ def open_run(
         changes: list[str] = []
         try:
             if ours:
-                changes = _check_config(path, config_yaml, config_hash, allow_config_change, defaults or {})
+                changes = _check_config(
+                    path, config_yaml, config_hash, allow_config_change, defaults or {}, moved
+                )
             elif (path / MARKER).exists():
                 raise UserError(f"--run-dir {path} was made by another run just now; choose another folder")
             else:
@@ -164,7 +168,12 @@ def _take_lock(path: Path) -> int:
 
 
 def _check_config(
-    path: Path, config_yaml: str, config_hash: str, allow_change: bool, defaults: Mapping[str, Any]
+    path: Path,
+    config_yaml: str,
+    config_hash: str,
+    allow_change: bool,
+    defaults: Mapping[str, Any],
+    moved: Collection[str],
 ) -> list[str]:
     try:
         marker = json.loads((path / MARKER).read_text())
@@ -182,12 +191,14 @@ def _check_config(
     if marker.get("config_hash") == config_hash:
         return []
     changes = changed_keys(_over(defaults, old), read_yaml(config_yaml))
-    if changes and not allow_change:
+    harmless = tuple(f"{key} " for key in moved)
+    real = [change for change in changes if not (harmless and change.startswith(harmless))]
+    if real and not allow_change:
         raise UserError(
-            f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}; "
+            f"--resume: the configuration is not that of the run in {path}: {'; '.join(real)}; "
             "--allow-config-change continues with the new one"
         )
-    fixed = [change for change in changes if change.startswith(FIXED)]
+    fixed = [change for change in real if change.startswith(FIXED)]
     before, now = _over(defaults, old).get("stages") or [], read_yaml(config_yaml).get("stages") or []
     if before != now[: len(before)] or bool(before) != bool(now):
         fixed += [
