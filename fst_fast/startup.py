@@ -34,7 +34,7 @@ from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.prompt import Chat, read_template, response_text
 from fst_fast.rollout.sampler import Sampler
-from fst_fast.rollout.template import missing_messages
+from fst_fast.rollout.template import missing_messages, turn_end
 from fst_fast.run import checkpoint, recorder
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
@@ -192,6 +192,12 @@ def build_run(
         if server and config.method == "fst" and config.fast.reuse_rollouts:
             distributed.on_rank_zero(lambda: server.check_training(config.rollout.temperature))
         reflect = shared_reflector(config, base, sampler.prompts.chat)
+        end = turn_end(sampler.prompts.chat)
+        if end is not None and end not in base.eos_ids:
+            console.note(
+                f"warning: the chat template closes an assistant's turn with {sampler.prompts.chat.special.words[end]!r}, which does not end a "
+                "response: neither the tokenizer's eos token nor the generation config names it"
+            )
         check_trackers(config.track)
         seed_context = Context.of(config.fast.seed_context)
         stages = make_stages(config, task)

@@ -166,6 +166,23 @@ def _problem(text: str) -> Problem:
     return Problem("", [{"role": "user", "content": text}], None)
 
 
+def turn_end(chat: Chat) -> int | None:
+    """The special token that the template writes behind an assistant's message; None where it writes none there."""
+    asked = _problem(PROBLEMS[0]).messages
+    try:
+        text = chat.template.render(
+            [*asked, {"role": "assistant", "content": CONTEXTS[1]}, *asked], add_generation_prompt=False
+        )
+    except TemplateError:
+        return None
+    before, said, _ = text.partition(CONTEXTS[1])
+    if not said or chat.special.backend is None:
+        return None
+    located = chat.special.locate(text, [])
+    behind = [i for i, start, _ in located if start >= len(before) + len(said) and i in chat.special.words]
+    return behind[0] if behind else None
+
+
 def missing_messages(chat: Chat, problem: Problem) -> list[int]:
     """Which of a problem's messages do not get into its prompt: their numbers, from 0."""
 

@@ -10,7 +10,7 @@ from fst_fast.contracts import Context, Problem
 from fst_fast.errors import UserError
 from fst_fast.rollout.chat_template import ChatTemplate, TemplateError
 from fst_fast.rollout.prompt import Chat, messages_with_context
-from fst_fast.rollout.template import frozen, missing_messages, open_chat
+from fst_fast.rollout.template import frozen, missing_messages, open_chat, turn_end
 from tests.fst_fast.families import CHATML, FAMILIES, make
 
 CONTEXT = Context.of("Be brief.")
@@ -315,3 +315,10 @@ def test_the_view_of_a_prompt_names_who_wrote_each_token(family):
     assert {text for _, text, whose in pieces if whose == "special"} >= {
         word for word in chat.special.words.values() if word in chat.text(messages) and word != "<think>"
     } - {"<|user|>\n"} or family == "phi"
+
+
+def test_the_token_that_closes_a_turn_is_known(family):
+    chat = chat_of(family)
+    words = {"phi": "<|end|>", "skips_system": "<|im_end|>", "no_turn": "<|im_end|>"}
+    expected = words.get(family, chat.tokenizer.eos_token)
+    assert chat.special.words[turn_end(chat)] == expected
