@@ -27,6 +27,7 @@ OPTIONS = {
     "--run-dir": True,
     "--resume": False,
     "--allow-config-change": False,
+    "--allow-data-change": False,
     "--dry-run": False,
     "--debug": False,
     "--help": False,
@@ -131,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         help="with --resume: continue although CONFIG or overrides differ from the run's own configuration",
     )
     train.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="with --resume: continue although the task gives other problems than the run has met; what was measured on the old ones is dropped",
+    )
+    train.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved configuration and its batch numbers, do nothing",
@@ -223,6 +229,8 @@ def _train(args: argparse.Namespace) -> None:
 
     if args.allow_config_change and not args.resume:
         raise UserError("--allow-config-change goes with --resume")
+    if args.allow_data_change and not args.resume:
+        raise UserError("--allow-data-change goes with --resume")
     saved = args.run_dir / "config.yaml" if args.run_dir else None
     if args.config is None and args.resume and saved and saved.is_file():
         args.config = saved
@@ -240,7 +248,13 @@ def _train(args: argparse.Namespace) -> None:
     from fst_fast import distributed
     from fst_fast.trainer import train
 
-    ended = train(config, args.run_dir, resume=args.resume, allow_config_change=args.allow_config_change)
+    ended = train(
+        config,
+        args.run_dir,
+        resume=args.resume,
+        allow_config_change=args.allow_config_change,
+        allow_data_change=args.allow_data_change,
+    )
     if ended is not None and _is_first():
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
     distributed.shut_down()

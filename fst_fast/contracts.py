@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+REWARD_ROUNDING = 4 * float(np.finfo(np.float32).eps)
+"""Rewards that differ by no more than this share of their magnitude are the same number: graders compute in float32 too, and 0.1 + 0.2 is
+not 0.3 in any type."""
+FULL_REWARD = 1.0 - REWARD_ROUNDING
+"""A reward from here on is the full one: ten times 0.1 is 0.9999999999999999."""
+_UNIT_ROUNDING = 1e-15  # what a subtraction in float64 leaves of rewards up to 1 that cancel
 
 Finish = Literal["stop", "length", "abort"]
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -83,6 +90,14 @@ class Rollout:
     finish: Finish
     policy_version: int
     temperature: float
+
+
+def alike(rewards: ArrayLike) -> bool:
+    """Whether rewards, at least one, are equal up to rounding (REWARD_ROUNDING). NaN is like nothing, infinity like itself alone."""
+    r = np.asarray(rewards, dtype=np.float64)
+    if not np.isfinite(r).all():
+        return bool((r == r.flat[0]).all())
+    return bool(np.ptp(r) <= max(REWARD_ROUNDING * float(np.abs(r).max()), _UNIT_ROUNDING))
 
 
 class RolloutRequest(NamedTuple):

@@ -17,25 +17,27 @@ import numpy as np
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import CELLS, Context, Problem, RolloutRequest
+from fst_fast.contracts import CELLS, FULL_REWARD, Context, Problem, RolloutRequest, alike
 from fst_fast.forest import Leaf
 from fst_fast.policy.scoring import Batching, kl_to_reference
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
 
 
-def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float | int]:
+def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float | int | None]:
     """mean@k with its standard error (over problems), pass@k, and the number of problems judged, of (problem id, reward). Unjudged samples
-    (None) do not count."""
+    (None) do not count. None: not measured, without a judged problem all of them, with one the standard error."""
     by_problem: dict[str, list[float]] = {}
     for problem_id, reward in rewards:
         if reward is not None:
             by_problem.setdefault(problem_id, []).append(reward)
     means = np.array([np.mean(r) for r in by_problem.values()])
     if not len(means):
-        return {"mean": 0.0, "stderr": 0.0, "pass_at_k": 0.0, "n": 0, "k": k}
-    stderr = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
-    solved = [max(r) >= 1.0 for r in by_problem.values()]
+        return {"mean": None, "stderr": None, "pass_at_k": None, "n": 0, "k": k}
+    stderr = None
+    if len(means) > 1:
+        stderr = 0.0 if alike(means) else float(means.std(ddof=1) / math.sqrt(len(means)))
+    solved = [max(r) >= FULL_REWARD for r in by_problem.values()]
     return {
         "mean": float(means.mean()),
         "stderr": stderr,
@@ -158,12 +160,13 @@ def kl(
     problems: Sequence[Problem],
     contexts: Sequence[Context],
     policy_version: int,
-) -> float:
-    """KL(train||base), exact over the vocabulary, mean over the tokens sampled from the trained policy, at training temperature.
+) -> float | None:
+    """KL(train||base), exact over the vocabulary, mean over the tokens sampled from the trained policy, at training temperature; None where
+    no token was sampled.
 
     Base and trained model both see the context.
     """
-    plan = distributed.share(requests_of(problems, contexts, 1))
+    plan = distributed.local_shard(requests_of(problems, contexts, 1))
     sampled = sampler.local(
         models.policy,
         plan,
@@ -175,11 +178,12 @@ def kl(
     leaves = [
         Leaf(sampler.prompts.ids(c, p), s.rollout.response_ids)
         for (c, p, _), s in zip(plan, sampled, strict=True)
+        if len(s.rollout.response_ids)
     ]
     summed, count = 0.0, 0
     if leaves:
         summed, count = kl_to_reference(
             models.policy_module, models.base_module, leaves, Batching.of(config, sampler.pad_id)
         )
-    summed, tokens = distributed.sum_over_ranks([summed, count])
-    return summed / max(tokens, 1.0)
+    summed, tokens = distributed.all_reduce_sum([summed, count])
+    return summed / tokens if tokens else None

@@ -21,6 +21,8 @@ from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
 from fst_fast.contracts import Context, Problem
+from fst_fast.data.fingerprint import Fingerprint, fingerprint
+from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
 from fst_fast.data.stream import minibatch
 from fst_fast.errors import UserError
@@ -82,7 +84,7 @@ class Run:
         """Write the whole run; on disk it is there whole or not at all. All processes call it."""
         step = self.state.step
         self.recorder.begin("checkpoint", step)
-        tmp = Path(distributed.on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, step))))
+        tmp = Path(distributed.broadcast_result(lambda: str(checkpoint.begin(self.run_dir, step))))
         failure = f"the checkpoint of step {step} cannot be written to {tmp}"
         with disk_errors(failure):
             if self.policy is not None:
@@ -111,14 +113,14 @@ class Run:
             )
             return str(final)
 
-        path = Path(distributed.on_rank_zero_everywhere(write))
+        path = Path(distributed.broadcast_result(write))
         self.recorder.callbacks.send(CheckpointWritten, step=step, path=path)
 
     def distillation_teacher(self) -> nn.Module:
         """The frozen weights that are distilled from: a copy of the policy, made at the first call. All processes call it."""
         if self.teacher is None:
             self.teacher = trained.load(self.config)
-            self.teacher.load_state_dict(lora.plain_state(self.models.policy_module))
+            self.teacher.load_state_dict(lora.merged_state_dict(self.models.policy_module))
         return self.teacher
 
     def __enter__(self) -> Run:
@@ -152,6 +154,7 @@ def build_run(
     *,
     resume: bool,
     allow_config_change: bool = False,
+    allow_data_change: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
@@ -164,11 +167,11 @@ def build_run(
     console = Console(total_steps=config.slow.steps, enabled=is_main)
     task = load_task(*task_spec(config))
     found = _newest_checkpoint(run_dir) if resume else None
-    began = distributed.from_rank_zero(datetime.now().isoformat(timespec="seconds"))
+    began = distributed.broadcast(datetime.now().isoformat(timespec="seconds"))
     state = State.load(found / "state.json") if found else None
     if state and state.date:
         began = state.date
-    base_weights = distributed.on_rank_zero_everywhere(
+    base_weights = distributed.broadcast_result(
         lambda: (
             check_base(config.model.path, state.base_weights, run_dir)
             if state
@@ -179,6 +182,7 @@ def build_run(
     sampler = Sampler.open(
         config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
     )
+    folder: RunFolder | None = None
     try:
         for line in (sampler.template.line, *sampler.template.warnings):
             console.note(line)
@@ -188,7 +192,7 @@ def build_run(
         reference = trained.load(config)
         lora.check(reference, config)
         base = sampler.engine(reference, console.note)
-        server = sampler.server(reference)
+        server = sampler.server(reference, console.note)
         if server and config.method == "fst" and config.fast.reuse_rollouts:
             distributed.on_rank_zero(lambda: server.check_training(config.rollout.temperature))
         reflect = shared_reflector(config, base, sampler.prompts.chat)
@@ -206,6 +210,7 @@ def build_run(
             evaluated = stage.validation[: config.eval.final_problems]
             check_lengths(config, base, sampler, seed_context, [*first, *evaluated])
             check_messages(sampler, first[0], console.note)
+        data = shared_fingerprint(stages)
         folder = distributed.on_rank_zero(
             lambda: open_run(
                 run_dir,
@@ -224,7 +229,7 @@ def build_run(
         run = Run(
             config=config,
             run_dir=run_dir,
-            state=state or State(fast=FastState.initial(config.fast.seed_context), population=[seed_context]),
+            state=state or State(FastState.initial(config.fast.seed_context), [seed_context]),
             stages=stages,
             seed_context=seed_context,
             sampler=sampler,
@@ -245,10 +250,12 @@ def build_run(
             folder=folder,
         )
         run.state.date, run.state.base_weights = began, base_weights
-        _start_or_resume(run, found)
+        _start_or_resume(run, found, data, allow_data_change)
     except BaseException:
         sampler.close()
         console.close()
+        if folder:
+            folder.close()  # a program that catches the refusal may try again
         raise
     return run
 
@@ -267,22 +274,24 @@ def _compare_template(file: str, tokenizer: Any, console: Console) -> None:
 
 def _newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint, the same on all processes. All processes call it."""
-    found = distributed.on_rank_zero_everywhere(lambda: str(checkpoint.latest(run_dir) or ""))
+    found = distributed.broadcast_result(lambda: str(checkpoint.latest(run_dir) or ""))
     return Path(found) if found else None
 
 
-def _start_or_resume(run: Run, found: Path | None) -> None:
+def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data_change: bool) -> None:
     """Load the weights of the checkpoint, where there is one, and open the metrics files."""
     config, state, recorder_ = run.config, run.state, run.recorder
     changes = list(run.folder.changes) if run.folder else []
     if found:
         run.resumed = True
+        changes += _check_data(run, data, allow_data_change)
         before, now = checkpoint.written_by(found), writer(config)
         if before["config_hash"] != now["config_hash"]:
             state.base_rewards.clear()  # measured under the old configuration
         # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
         changes += [d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))]
         _load_weights(run, found)
+    state.data = data
     if run.folder:
         recorder_.metrics = MetricsWriter(
             run.run_dir, resume_at_step=state.step if found else None, track=config.track
@@ -297,6 +306,36 @@ def _start_or_resume(run: Run, found: Path | None) -> None:
             )
         if not found:
             recorder_.metrics.write("start", **identity(config), versions=versions())
+
+
+def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:
+    """The fingerprint of the data. Raises UserError where another process has been given other problems. All processes call it."""
+    everywhere = distributed.all_gather(fingerprint(stages))
+    for rank, other in enumerate(everywhere):
+        if other != everywhere[0]:
+            raise UserError(
+                f"process {rank} has been given other problems than process 0 ({'; '.join(data_changes(everywhere[0], other))}); "
+                "a task must give the same problems in every process"
+            )
+    return everywhere[0]
+
+
+def _check_data(run: Run, now: Fingerprint, allowed: bool) -> list[str]:
+    """What of the task's data is not as the checkpoint knows it. Raises UserError unless that is allowed; then drops what was measured on it."""
+    if run.state.data is None:
+        run.recorder.note(
+            "the checkpoint is of a version that kept no fingerprint of the data: whether they have changed since is not known"
+        )
+        return []
+    found = data_changes(run.state.data, now)
+    if found and not allowed:
+        raise UserError(
+            f"--resume: the data of the task are not those of the run in {run.run_dir}: {'; '.join(found)}; "
+            "--allow-data-change continues with the new ones"
+        )
+    if found:
+        run.state.forget_data()
+    return found
 
 
 def _load_weights(run: Run, found: Path) -> None:
@@ -391,8 +430,6 @@ def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflect
 
     def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
         reach("reflection")
-        return distributed.from_rank_zero(
-            ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None
-        )
+        return distributed.broadcast(ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None)
 
     return reflect

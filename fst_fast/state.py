@@ -8,7 +8,7 @@ whole groups each, and every rollout is still the same one.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from fst_fast.contracts import Context, Rollout, ScoredRollout, Verdict
+from fst_fast.data.fingerprint import Fingerprint
 from fst_fast.errors import UserError
-from fst_fast.fast.population import FastState
+from fst_fast.fast.population import FastState, Scores
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.run.counters import Counters
 
@@ -37,6 +38,13 @@ class State:
     base_rewards: dict[str, dict[str, float]] = field(default_factory=dict)  # see evaluate.evaluate
     date: str = ""  # when the run began (ISO 8601): a chat template's today
     base_weights: str = ""  # see policy/base_weights.py. Both are "" in a state of an earlier version
+    data: Fingerprint | None = None  # of what the task gave; None in a checkpoint of an earlier version
+
+    def forget_data(self) -> None:
+        """Drop what was measured on problems that are no longer the task's: rewards of the base model, rollouts to reuse, scores."""
+        self.base_rewards.clear()
+        self.reusable = ReusePool()
+        self.fast = replace(self.fast, scores=Scores(policy_version=-1))
 
     def save(self, path: Path) -> None:
         """Write the whole state as one JSON file."""
@@ -51,6 +59,7 @@ class State:
             "fast": self.fast.to_json(),
             "reusable": [scored_to_json(s) for s in self.reusable.rollouts],
             "base_rewards": self.base_rewards,
+            "data": self.data,
         }
         path.write_text(json.dumps(tree))
 
@@ -71,11 +80,22 @@ class State:
                 reusable=ReusePool([scored_from_json(s) for s in tree["reusable"]]),
                 base_rewards=tree["base_rewards"],
                 date=datetime.fromisoformat(tree["date"]).isoformat() if tree.get("date") else "",
+                data=_checked_fingerprint(tree.get("data")),
             )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not the state of a run: {type(error).__name__}: {str(error)[:200]}"
             ) from error
+
+
+def _checked_fingerprint(tree: Any) -> Fingerprint | None:
+    """Raises ValueError where it is none."""
+    if tree is None:
+        return None
+    keys = {"problems", "hashed", "sha256"}
+    if not all(set(split) >= keys for stage in tree for split in stage.values()):
+        raise ValueError("data is not a fingerprint")
+    return list(tree)
 
 
 def scored_to_json(scored: ScoredRollout) -> dict[str, Any]:

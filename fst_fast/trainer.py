@@ -39,15 +39,21 @@ def train(
     *,
     resume: bool = False,
     allow_config_change: bool = False,
+    allow_data_change: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
     """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None if a signal stopped it.
 
     Raises UserError on bad input."""
     with (
-        signals.stop_on_signals(speak=distributed.rank() == 0),
+        signals.stop_on_signals(announce=distributed.rank() == 0),
         build_run(
-            config, run_dir, resume=resume, allow_config_change=allow_config_change, callbacks=callbacks
+            config,
+            run_dir,
+            resume=resume,
+            allow_config_change=allow_config_change,
+            allow_data_change=allow_data_change,
+            callbacks=callbacks,
         ) as run,
     ):
         state, send = run.state, run.recorder.callbacks.send
@@ -95,7 +101,7 @@ def enter_stage(run: Run) -> Stage:
     stage = stage_at(run.stages, state.step)
     if run.teacher is not None and not stage.distils(state.step):
         run.teacher = None
-        state.fast = state.fast.anew()
+        state.fast = state.fast.reset_population()
         state.population = [run.seed_context]
     if stage.number and state.step == stage.first:
         state.fast = replace(state.fast, idle=0, rest=0)  # idle cycles were counted on another task

@@ -48,6 +48,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     allow_config_change: bool = False,
+    allow_data_change: bool = False,
     **changes: Any,
 ) -> Result:
     """Train a run to its last step.
@@ -55,7 +56,8 @@ def train(
     config: a Config, a tree of keys, the path of a YAML file, or None for the mini star graph. task: as the key `task`, or a class that
     is defined in a Python file (graders run in processes of their own, which import it from there). model: as `model.path`. changes: keys of
     the configuration; a mapping changes some keys of a section: `train(seed=1, slow={"steps": 20})`. run_dir: folder of the run, by default a
-    new one under runs/. resume: continue the run in `run_dir`.
+    new one under runs/. resume: continue the run in `run_dir`. allow_config_change, allow_data_change: although the configuration, or what the
+    task gives, is not as it was.
     Raises fst_fast.UserError on bad input, before anything is written.
     """
     prepare_environment()
@@ -68,7 +70,12 @@ def train(
         run_dir = Path("runs") / f"{Path(resolved.task).stem}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path(run_dir)
     summary = trainer.train(
-        resolved, folder, resume=resume, allow_config_change=allow_config_change, callbacks=callbacks
+        resolved,
+        folder,
+        resume=resume,
+        allow_config_change=allow_config_change,
+        allow_data_change=allow_data_change,
+        callbacks=callbacks,
     )
     return read_result(folder, summary)
 
@@ -146,7 +153,9 @@ def read_metrics(run_dir: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
     with open(run_dir / METRICS, encoding="utf-8") as lines:
         for line in map(json.loads, lines):
             kind = line.pop("kind")
-            numbers = {name.removeprefix("/"): value for name, value in numbers_of(line, "").items()}
+            numbers = {
+                name.removeprefix("/"): value for name, value in numbers_of(line, "", missing=np.nan).items()
+            }
             rows.setdefault(kind, []).append(numbers)
     return {
         kind: {

@@ -9,7 +9,7 @@ from fst_fast.config.schema import Config, FastConfig
 
 @dataclass(frozen=True)
 class Size:
-    """What scoring one context costs: problems x samples rollouts."""
+    """The cost of scoring one context: problems x samples rollouts."""
 
     problems: int
     samples: int
@@ -20,11 +20,10 @@ class Size:
 
 
 def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
-    """How much of the anchor set a budget pays for: the carried contexts and one full generation of children must fit.
+    """How much of the anchor set the budget pays for: the carried contexts and one full generation of children must fit.
 
-    If they do not, first the samples shrink, then the anchor set (to its first problems): breadth over problems tells more than repetition.
-    0 problems: the budget does not even pay one rollout for each of them, so the phase does nothing.
-    """
+    If they do not, first the number of samples shrinks, then the anchor set (to its first problems): breadth over
+    problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the phase does nothing."""
     contexts = members + config.children
     if anchor == 0 or contexts > config.rollout_budget:
         return Size(0, 0)

@@ -32,7 +32,7 @@ from fst_fast.config.yaml_text import (
 )
 from fst_fast.errors import UserError, one_line
 
-COMMAND_OPTIONS = ("run-dir", "resume", "allow-config-change", "dry-run", "debug")
+COMMAND_OPTIONS = ("run-dir", "resume", "allow-config-change", "allow-data-change", "dry-run", "debug")
 """Words that `fst train` takes beside the keys: a misspelt one looks like an unknown key."""
 MAX_VALUES = MAX_NODES // 3
 """Values of one tree, such that what `dump` writes, keys and defaults included, is not too large for `load`."""

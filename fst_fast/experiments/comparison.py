@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.contracts import CELLS
+from fst_fast.contracts import CELLS, REWARD_ROUNDING
 from fst_fast.experiments import figures, statistics
-from fst_fast.experiments.curves import AXES, Curve, Floats
+from fst_fast.experiments.curves import AXES, Curve, Floats, as_float
 from fst_fast.experiments.methods import main_runs, peak_level, train_and_load
 from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, per_cent, plus_minus
 from fst_fast.experiments.runner import Runner
@@ -144,7 +144,7 @@ def channels(runner: Runner) -> Result:
         numbers[family] = {name: mean_stderr([c.cell(name) for c in fst]) for name in CELLS}
         numbers[family]["gain"] = mean_stderr(gain)
         table.rows.append([family, *map(per_cent, numbers[family].values())])
-        if np.mean(gain) > 2 * statistics.standard_error(gain):
+        if np.mean(gain) > max(2 * statistics.standard_error(gain), REWARD_ROUNDING):
             good.append(family)
     text = "both channels beat each alone on three families by more than two standard errors"
     claim = Claim.counted(text, good, 3, len(curves))
@@ -171,14 +171,14 @@ def generalisation(runner: Runner) -> Result:
     other: dict[str, dict[str, list[float]]] = {}  # family -> method -> reward on the other split, by seed
     for family, methods in runs.items():
         found = {m: [runner.evaluation(run, OTHER)["channels"] for run in methods[m]] for m in METHODS}
-        other[family] = {m: [float(cells["both"]["mean"]) for cells in found[m]] for m in METHODS}
+        other[family] = {m: [as_float(cells["both"]["mean"]) for cells in found[m]] for m in METHODS}
         row = [family]
         for m in METHODS:
             own = mean_stderr([c.cell("both") for c in curves[family][m]])
             numbers.setdefault(family, {})[m] = {"validation": own, OTHER: mean_stderr(other[family][m])}
             row += map(per_cent, numbers[family][m].values())
         table.rows.append(row)
-        cells = {name: mean_stderr([float(each[name]["mean"]) for each in found["fst"]]) for name in CELLS}
+        cells = {name: mean_stderr([as_float(each[name]["mean"]) for each in found["fst"]]) for name in CELLS}
         numbers[family]["fst_cells"] = cells
         fst_table.rows.append([family, *map(per_cent, cells.values())])
     picture = figures.generalisation(curves, other, OTHER)

@@ -31,17 +31,22 @@ class Curve:
     cells: dict[str, Cell]  # of the last evaluation
 
     def smooth(self) -> Floats:
-        """Centred mean of three evaluations, of two at the ends: the error of one is as large as a step of the curve."""
+        """Centred mean of three evaluations, of two at the ends: the error of one is as large as a step of the curve. What was not measured is
+        left out; NaN where that is all."""
         y = np.concatenate([[np.nan], self.reward, [np.nan]])
-        return np.asarray(np.nanmean(np.stack([y[:-2], y[1:-1], y[2:]]), axis=0))
+        near = np.stack([y[:-2], y[1:-1], y[2:]])
+        there = np.isfinite(near)
+        total, count = np.where(there, near, 0.0).sum(axis=0), there.sum(axis=0)
+        return np.asarray(np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0))
 
     def peak(self) -> float:
-        """Highest point of the smoothed reward."""
-        return float(self.smooth().max())
+        """Highest point of the smoothed reward; NaN where nothing was measured."""
+        known = self.smooth()[np.isfinite(self.smooth())]
+        return float(known.max()) if len(known) else float("nan")
 
     def cell(self, name: str) -> float:
-        """Mean reward of a cell in the last evaluation; 0 where nothing could be judged."""
-        return float(self.cells[name].mean or 0.0)
+        """Mean reward of a cell in the last evaluation; NaN where nothing could be judged."""
+        return as_float(self.cells[name].mean)
 
     def cost_to_reach(self, axis: str, level: float) -> float:
         """Cost of the first evaluation with reward >= level; inf if never.
@@ -76,7 +81,14 @@ def stage_ends(folder: Path) -> dict[tuple[int, int], float]:
     """(stage that ended, stage whose task it was measured on) -> mean reward under the run's own contexts."""
     with (folder / METRICS).open(encoding="utf-8") as lines:
         found = [line for line in map(json.loads, lines) if line["kind"] == "stage"]
-    return {(line["after_stage"], line["stage"]): float(line["channels"]["both"]["mean"]) for line in found}
+    return {
+        (line["after_stage"], line["stage"]): as_float(line["channels"]["both"]["mean"]) for line in found
+    }
+
+
+def as_float(value: float | None) -> float:
+    """A number of a run's files; NaN where it was not measured."""
+    return float("nan") if value is None else float(value)
 
 
 def _training_seconds(run: Run) -> dict[int, float]:

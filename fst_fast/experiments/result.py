@@ -44,15 +44,16 @@ class Result:
 
 
 def mean_stderr(values: Sequence[float]) -> dict[str, float | None]:
-    """stderr: None for a single value."""
-    error = statistics.standard_error(values)
-    return {"mean": float(np.mean(values)), "stderr": error if np.isfinite(error) else None}
+    """mean: None where one of the values was not measured (NaN); stderr: then, and for a single value."""
+    numbers = {"mean": float(np.mean(values)), "stderr": statistics.standard_error(values)}
+    return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
 
 def plus_minus(value: dict[str, float | None], times: float = 1.0, digits: int = 0) -> str:
     """`mean ± standard error` of what mean_stderr returns."""
     mean, error = value["mean"], value["stderr"]
-    assert mean is not None
+    if mean is None:
+        return "not measured"
     return f"{mean * times:,.{digits}f}" + ("" if error is None else f" ± {error * times:,.{digits}f}")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 
+from fst_fast.contracts import REWARD_ROUNDING
 from fst_fast.report.load import Cell, Eval, Run, Step
 
 AXES = {
@@ -40,7 +41,8 @@ FIT_POINTS = 6  # three parameters are fitted: fewer points would always seem to
 
 @dataclass(frozen=True)
 class Series:
-    """Points in the order of the run; `error` is one standard error, 0 where unknown."""
+    """Points in the order of the run; `error` is one standard error, 0 where unknown. NaN in y: a place where nothing was measured, drawn
+    as a gap."""
 
     x: NDArray[np.float64]  # [P]
     y: NDArray[np.float64]  # [P]
@@ -48,10 +50,15 @@ class Series:
 
     @classmethod
     def of(cls, points: Sequence[tuple[float | None, float | None, float | None]]) -> Series:
-        """Keep the points that have both coordinates."""
-        kept = [(x, y, error or 0.0) for x, y, error in points if x is not None and y is not None]
+        """The points that have a place; y None is a gap. Nothing where every y is one."""
+        kept = [(x, math.nan if y is None else y, error or 0.0) for x, y, error in points if x is not None]
         x, y, error = np.array(kept, dtype=np.float64).reshape(-1, 3).T
-        return cls(x, y, error)
+        return cls(x, y, error) if np.isfinite(y).any() else cls(x[:0], y[:0], error[:0])
+
+    def measured(self) -> Series:
+        """Without the gaps."""
+        there = np.isfinite(self.y)
+        return Series(self.x[there], self.y[there], self.error[there])
 
     def __len__(self) -> int:
         return len(self.x)
@@ -80,8 +87,8 @@ def position(run: Run, line: Step | Eval, axis: str) -> float | None:
 
 
 def validation(run: Run, cell: str, axis: str) -> Series:
-    """Mean validation reward of one cell."""
-    lines = [(line, line.channels.get(cell, Cell())) for line in run.evals]
+    """Mean validation reward of one cell, over the evaluations that have it."""
+    lines = [(line, line.channels[cell]) for line in run.evals if cell in line.channels]
     return Series.of([(position(run, line, axis), value.mean, value.stderr) for line, value in lines])
 
 
@@ -93,28 +100,29 @@ def training(run: Run, axis: str) -> Series:
 def diagnostic(run: Run, name: str) -> Series:
     """One number of the step lines against steps; `kept` is the share of groups that carry a gradient."""
     if name == "kept":
-        rows = [
-            (line.step, line.groups_kept / line.groups)
-            for line in run.steps
-            if line.groups and line.groups_kept is not None
-        ]
-        return Series.of([(step, share, None) for step, share in rows])
+        known = [line for line in run.steps if line.groups is not None and line.groups_kept is not None]
+        return Series.of(
+            [(line.step, line.groups_kept / line.groups if line.groups else None, None) for line in known]  # type: ignore[operator]
+        )
     return Series.of([(line.step, getattr(line, name), None) for line in run.steps])
 
 
 def kl_against_reward(run: Run, cell: str) -> Series:
     """x: KL(train||base) under the cell's context, y: the cell's validation reward, in the order of the evaluations."""
     name = "kl_evolved" if cell == "both" else "kl_seed"
-    lines = [(getattr(line, name), line.channels.get(cell, Cell())) for line in run.evals]
+    lines = [(getattr(line, name), line.channels[cell]) for line in run.evals if cell in line.channels]
     return Series.of([(kl, value.mean, value.stderr) for kl, value in lines])
 
 
 def smooth(y: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Centred running mean, the window shrinking at both ends so that no value is invented."""
-    total = np.concatenate([[0.0], np.cumsum(y)])
+    """Centred running mean over what was measured, the window shrinking at both ends so that no value is invented; a gap stays a gap."""
+    there = np.isfinite(y)
+    total = np.concatenate([[0.0], np.cumsum(np.where(there, y, 0.0))])
+    count = np.concatenate([[0], np.cumsum(there)])
     i = np.arange(len(y))
     half = np.minimum(np.minimum(i, len(y) - 1 - i), width // 2)
-    return np.asarray((total[i + half + 1] - total[i - half]) / (2 * half + 1))
+    summed, number = (run[i + half + 1] - run[i - half] for run in (total, count))
+    return np.asarray(np.where(there, summed / np.maximum(number, 1), np.nan))
 
 
 def phases_overlap(run: Run) -> bool:
@@ -146,7 +154,7 @@ def difference(a: Cell, b: Cell) -> Difference | None:
         return None
     error = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else 0.0
     value = a.mean - b.mean
-    return Difference(value, value / error if error > 0 else None)
+    return Difference(value, value / error if error > REWARD_ROUNDING else None)
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,7 @@ def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
 
     R0 is `start`, the reward of the untouched base model, not a free parameter. Points at C = 0 are R0 itself and do not enter.
     """
+    series = series.measured()
     used = series.x > 0
     if used.sum() < FIT_POINTS:
         return f"not fitted: {used.sum()} evaluations after the start, at least {FIT_POINTS} are needed"

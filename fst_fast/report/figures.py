@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from fst_fast.contracts import CELLS
 from fst_fast.report import curves
@@ -59,6 +60,7 @@ STYLE: dict[Any, Any] = {
 DPI = 140
 
 Drawn = Figure | str
+Floats = NDArray[np.float64]
 
 
 def png(figure: Figure) -> bytes:
@@ -91,7 +93,7 @@ def name(run: Run) -> str:
 
 def _reward_limits(axes: Sequence[Axes], values: Sequence[float]) -> None:
     """One scale from 0 for all panels: rewards lie in [0, 1], and a cut axis makes a small gain look large."""
-    top = min(1.04, max([0.05, *values]) * 1.12)
+    top = min(1.04, max([0.05, *(value for value in values if not np.isnan(value))]) * 1.12)
     for ax in axes:
         ax.set_ylim(0, top)
 
@@ -104,6 +106,15 @@ def format_x(ax: Axes, axis: str, ticks: tuple[int, int]) -> None:
     else:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_major_locator(MaxNLocator(ticks[1]))
+
+
+def _line(ax: Axes, x: Floats, y: Floats, **style: Any) -> None:
+    """A line with gaps where y is NaN; a point between two gaps, which a line does not show, is a dot."""
+    ax.plot(x, y, **style)
+    gap = np.concatenate([[True], np.isnan(y), [True]])
+    alone = ~gap[1:-1] & gap[:-2] & gap[2:]
+    if alone.any():
+        ax.plot(x[alone], y[alone], ls="", marker=".", **{key: style[key] for key in style if key != "lw"})
 
 
 def _handles(runs: Iterable[tuple[int, Run]], *, suffix: str = "", **style: Any) -> list[Line2D]:
@@ -218,8 +229,9 @@ def training(runs: Sequence[Run]) -> Drawn:
         for i, run in shown:
             series = curves.training(run, axis)
             values += [*series.y]
-            ax.plot(series.x, series.y, color=_colour(i), lw=0.8, alpha=0.35)
-            ax.plot(series.x, curves.smooth(series.y, max(3, len(series) // 12)), color=_colour(i), lw=1.8)
+            _line(ax, series.x, series.y, color=_colour(i), lw=0.8, alpha=0.35)
+            smooth = curves.smooth(series.y, max(3, len(series) // 12))
+            _line(ax, series.x, smooth, color=_colour(i), lw=1.8)
         return values
 
     figure = _four_panels(draw, "training reward (mean)")
@@ -240,9 +252,10 @@ def kl_against_reward(runs: Sequence[Run]) -> Drawn:
         both = curves.kl_against_reward(run, "both")
         style: dict[str, Any] = {"color": _colour(i), "marker": _marker(i)}
         ax.errorbar(both.x, both.y, yerr=both.error, lw=1.4, elinewidth=0.8, **style)
-        if len(both) and both.x[-1] > 0:
+        known = both.measured()
+        if len(known) and known.x[-1] > 0:
             text: dict[str, Any] = {"textcoords": "offset points", "color": _colour(i), "fontsize": 9}
-            ax.annotate("end", (both.x[-1], both.y[-1]), (5, 9), **text)
+            ax.annotate("end", (known.x[-1], known.y[-1]), (5, 9), **text)
         values += [*(both.y + both.error)]
         if run.start.method == "fst":
             seed = curves.kl_against_reward(run, "weights")
@@ -277,7 +290,7 @@ def diagnostics(runs: Sequence[Run]) -> Drawn:
             series = curves.diagnostic(run, key)
             if len(series):
                 shown[i] = run
-                ax.plot(series.x, series.y, color=_colour(i), lw=1.2)
+                _line(ax, series.x, series.y, color=_colour(i), lw=1.2)
         ax.set_title(DIAGNOSTICS[key], loc="left")
         ax.set_xlabel(curves.AXES["steps"])
         format_x(ax, "steps", (5, 5))
@@ -335,7 +348,7 @@ def fast_phase(runs: Sequence[Run]) -> Drawn:
     styles: dict[str, dict[str, Any]] = {"best_mean": {"ls": "-"}, "seed_mean": {"ls": "--", "mfc": "white"}}
     for i, run in shown:
         for key, style in styles.items():
-            scored = [(c.cycle, getattr(c, key)) for c in run.cycles if getattr(c, key) is not None]
+            scored = [(c.cycle, np.nan if getattr(c, key) is None else getattr(c, key)) for c in run.cycles]
             values += [value for _, value in scored]
             ax.plot(*np.reshape(scored, (-1, 2)).T, color=_colour(i), marker=_marker(i), **style)
     _reward_limits([ax], values)

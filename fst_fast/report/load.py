@@ -18,8 +18,13 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fst_fast.errors import UserError
+from fst_fast.run.folder import MARKER
+from fst_fast.run.metrics_schema import VERSION
 
 EDGE_ROLLOUTS = 64  # rollouts kept from each end of each phase: examples come from these
+
+
+OF_TRAINED_TOKENS = ("kl", "entropy", "grad_norm", "ratio_mean", "clipped_fraction", "mismatch_kl")
 
 
 class Record(BaseModel):
@@ -51,6 +56,12 @@ class Counters(Record):
     tokens_unshared: int | None = None
 
 
+class Marker(Record):
+    """fst-run.json. metrics: version of run/metrics_schema.py."""
+
+    metrics: int = VERSION
+
+
 class Start(Record):
     method: str
     seed: int
@@ -74,6 +85,14 @@ class Step(Counters):
     response_tokens: float | None = None
     groups: float | None = None
     groups_kept: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_trained(cls, value: Any) -> Any:
+        """Earlier versions wrote 0 for what a step without a kept group had not measured."""
+        if not isinstance(value, dict) or value.get("groups_kept") != 0:
+            return value
+        return {**value, **dict.fromkeys(OF_TRAINED_TOKENS)}
 
 
 class FailureShown(Record):
@@ -232,6 +251,7 @@ def _load(folder: Path, label: str) -> Run:
         raise UserError(
             f"run folder {folder} {what}; a report reads the folders that `fst train --run-dir` writes"
         )
+    _check_version(folder / MARKER)
     notes: list[str] = []
     starts: list[Start] = []
     steps: list[Step] = []
@@ -277,6 +297,15 @@ def _load(folder: Path, label: str) -> Run:
     )
 
 
+def _check_version(marker: Path) -> None:
+    """Refuse metrics that a later version of the program wrote. A folder without the marker, such as a copied one, is taken as it is."""
+    found = _whole(Marker, marker)
+    if found and found.metrics > VERSION:
+        raise UserError(
+            f"{marker} says that the metrics are of version {found.metrics}; this version of fst reads up to {VERSION}"
+        )
+
+
 def _last_of_each_step(lines: Sequence[S]) -> dict[int, S]:
     """A step repeated after a resume counts as it was done last; the final evaluation replaces the periodic one of its step."""
     return {line.step: line for line in lines}
@@ -314,7 +343,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, A
             if not raw.strip():
                 continue
             try:
-                line = json.loads(raw, parse_constant=_no_constant)
+                line = _read_json(raw)
             except ValueError as error:
                 if not raw.endswith(b"\n"):  # only a last line can be without one: it was being written
                     notes.append(f"{path.name}:{number} was cut off while being written and is left out")
@@ -323,6 +352,14 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, A
             if not isinstance(line, dict):
                 _refuse(path, number, f"a JSON {type(line).__name__} instead of an object")
             yield number, line
+
+
+def _read_json(text: str | bytes) -> Any:
+    """Raises ValueError where it is not JSON, or nested deeper than anything that the trainer writes."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested without end") from None
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -354,7 +391,7 @@ def _whole(kind: type[R], path: Path) -> R | None:
     if text is None:
         return None
     try:
-        return kind.model_validate(json.loads(text, parse_constant=_no_constant))
+        return kind.model_validate(_read_json(text))
     except json.JSONDecodeError as error:
         _refuse(path, error.lineno, f"not valid JSON ({error.msg})")
     except ValidationError as error:

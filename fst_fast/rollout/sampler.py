@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import RolloutRequest, ScoredRollout
+from fst_fast.contracts import RolloutRequest, ScoredRollout, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.graphs import StepGraph
@@ -131,15 +131,19 @@ class Sampler:
             note=note,
         )
 
-    def server(self, model: nn.Module) -> ServerEngine | None:
-        """The server that rollout.backend=openai names, or None. model: whose end-of-response tokens it uses."""
+    def server(self, model: nn.Module, note: Callable[[str], None] = print) -> ServerEngine | None:
+        """The server that rollout.backend=openai names, or None. model: whose vocabulary and end-of-response tokens it uses. note: told what the
+        server did not answer."""
         if self.config.rollout.backend == "native":
             return None
         return ServerEngine.from_args(
             self.config.rollout.backend_args,
             eos_ids=self.end_ids(model),
             stop=self.config.rollout.stop,
+            vocab_size=model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
+            decode=self.tokenizer.decode,
             encode=self.prompts.chat.special.encode_text,
+            note=note,
         )
 
     def local(
@@ -153,7 +157,9 @@ class Sampler:
         top_p: float | None = None,
         paired: bool = False,
     ) -> list[ScoredRollout]:
-        """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers."""
+        """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers.
+
+        A response that the server gave up (finish `abort`) is not judged: its reward is None."""
         started = time.perf_counter()
         prompts = [
             Request(
@@ -181,9 +187,20 @@ class Sampler:
         texts = [response_text(self.tokenizer, r.response_ids, ends) for r in rollouts]
         sampled_at = time.perf_counter()
         reach("verification")
-        verdicts = self.pool.verify(
-            [(problem, text) for (_, problem, _), text in zip(requests, texts, strict=True)]
+        whole = [r.finish != "abort" for r in rollouts]
+        judged = iter(
+            self.pool.verify(
+                [
+                    (problem, text)
+                    for (_, problem, _), text, is_whole in zip(requests, texts, whole, strict=True)
+                    if is_whole
+                ]
+            )
         )
+        verdicts = [
+            next(judged) if is_whole else Verdict(None, "the server gave the response up")
+            for is_whole in whole
+        ]
         self.stopwatch.add("rollout_s", sampled_at - started)
         self.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
         return [ScoredRollout(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
@@ -195,7 +212,7 @@ class Sampler:
     def unverified(self) -> dict[str, int]:
         """Verifications since the last call that timed out or failed, over all processes. All processes must call it."""
         now = (self.pool.timeouts, self.pool.failures)
-        new = distributed.sum_over_ranks([a - b for a, b in zip(now, self._troubles, strict=True)])
+        new = distributed.all_reduce_sum([a - b for a, b in zip(now, self._troubles, strict=True)])
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
@@ -203,6 +220,6 @@ class Sampler:
         self, engine: RolloutEngine | ServerEngine, requests: Sequence[RolloutRequest], **how: Any
     ) -> list[ScoredRollout]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
-        return distributed.join_shares(
-            distributed.all_gather(self.local(engine, distributed.share(requests), **how))
+        return distributed.concat_shards(
+            distributed.all_gather(self.local(engine, distributed.local_shard(requests), **how))
         )

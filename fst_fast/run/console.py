@@ -87,7 +87,7 @@ class Console:
             if record.get(key) is not None
         ]
         self._say(
-            f"evaluation at step {record['step']}: {', '.join(cells)}"
+            f"evaluation at step {record['step']}: {', '.join(cells) or 'nothing could be judged'}"
             + (f"; KL to base: {', '.join(kls)}" if kls else "")
         )
 
@@ -158,7 +158,8 @@ class Console:
     def _percent(self, cell: Mapping[str, Any]) -> str:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         sign = "±" if "±".encode(encoding, "replace") != b"?" else "+-"
-        return f"{100 * cell['mean']:.1f} {sign} {100 * cell['stderr']:.1f} %"
+        error = "" if cell["stderr"] is None else f" {sign} {100 * cell['stderr']:.1f}"
+        return f"{100 * cell['mean']:.1f}{error} %"
 
 
 def number(value: float | None, digits: int = 3) -> str:

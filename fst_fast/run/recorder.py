@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fst_fast import distributed
-from fst_fast.contracts import Context, Rollout, ScoredRollout
+from fst_fast.contracts import REWARD_ROUNDING, Context, Rollout, ScoredRollout
 from fst_fast.run import callbacks as events
 from fst_fast.run.callbacks import Callbacks
 from fst_fast.run.console import Console
@@ -89,25 +89,24 @@ class Recorder:
             sum(len(x.rollout.response_ids) for x in rollouts), sum(x.rollout.finish == "length" for x in rollouts),
             numbers.pop("tokens"), numbers.pop("unshared"),
         ]  # fmt: skip
-        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared = distributed.sum_over_ranks(
+        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared = distributed.all_reduce_sum(
             local
         )
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
         counters.skipped_steps += report.skipped
         counters.add_tokens(int(computed), int(unshared))
-        mean = total / max(judged, 1)
         spike = grad_norm_spike(self.grad_norms, numbers["grad_norm"])
         record = {
             "step": step,
             "cycle": cycle,
-            "reward": mean,
-            "reward_std": math.sqrt(max(squares / max(judged, 1) - mean * mean, 0.0)),
+            "reward": total / judged if judged else None,
+            "reward_std": deviation(judged, total, squares),
             "groups": int(groups),
             "groups_kept": int(kept),
             **numbers,
-            "response_tokens": tokens / max(n, 1),
-            "length_stopped": cut / max(n, 1),
+            "response_tokens": tokens / n if n else None,
+            "length_stopped": cut / n if n else None,
             "unjudged": int(n - judged),
             **unverified,
             "verdict_metrics": mean_metrics([x.verdict.metrics for x in rollouts]),
@@ -229,12 +228,24 @@ class Recorder:
         )
 
 
+def deviation(count: float, total: float, squares: float) -> float | None:
+    """Population standard deviation of `count` rewards from their sum and the sum of their squares; None of none.
+
+    0 where it is what rounding leaves of the difference of two equal numbers: contracts.REWARD_ROUNDING of their root mean square."""
+    if not count:
+        return None
+    mean, second = total / count, squares / count
+    variance = second - mean * mean
+    return math.sqrt(variance) if variance > REWARD_ROUNDING**2 * second else 0.0
+
+
 def grad_norm_spike(before: Sequence[float], norm: float | None) -> float | None:
-    """How many times the median of `before` a gradient norm is, if that is SPIKE or more; else None."""
+    """How many times the median of `before` a gradient norm is, if that is SPIKE or more; else None, and where the median is 0."""
     if norm is None or len(before) < SPIKE_STEPS // 4:
         return None
-    times = norm / statistics.median(before)
-    return times if times >= SPIKE else None
+    median = statistics.median(before)
+    times = norm / median if median else 0.0
+    return times if SPIKE <= times < math.inf else None
 
 
 def last_grad_norms(run_dir: Path) -> deque[float]:

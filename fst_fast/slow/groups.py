@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout
+from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout, alike
 
 
 def plan_group(problem: Problem, population: Sequence[Context], group_size: int) -> list[RolloutRequest]:
@@ -31,9 +31,11 @@ def plan_group(problem: Problem, population: Sequence[Context], group_size: int)
 
 
 def advantages(rewards: Sequence[float], eps: float) -> NDArray[np.float32] | None:
-    """(r - mean) / (std + eps) with the population std; None for a group without variance, which carries no gradient [ScaleRL]."""
+    """(r - mean) / (std + eps) with the population std; None for a group without variance, which carries no gradient [ScaleRL].
+
+    A spread at the level of rounding (contracts.alike) is no variance: divided by itself it would be advantages of order 1."""
     r = np.asarray(rewards, dtype=np.float64)
-    if len(r) < 2 or np.all(r == r[0]):
+    if len(r) < 2 or alike(r):
         return None
     centred: NDArray[np.float32] = ((r - r.mean()) / (r.std() + eps)).astype(np.float32)
     return centred
@@ -96,7 +98,8 @@ def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[
     """Unnormalised weight of each token of each rollout of each kept group, and their sum over this process's groups.
 
     problem: mean over the tokens of a problem, then over problems (the paper); token: mean over all tokens; sequence: mean over a
-    sequence's tokens, then over sequences. Dividing by the sum over all processes makes one global denominator.
+    sequence's tokens, then over sequences. Dividing by the sum over all processes makes one global denominator. What has no token, an
+    empty response or a problem with nothing else, has weight 0 and is not counted in the denominator.
     """
     weights: list[list[float]] = []
     denominator = 0.0
@@ -104,14 +107,15 @@ def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[
         lengths = [len(m.rollout.response_ids) for m in group.members]
         match aggregation:
             case "problem":
-                weights.append([1.0 / sum(lengths)] * len(lengths))
-                denominator += 1.0
+                each = 1.0 / sum(lengths) if any(lengths) else 0.0
+                weights.append([each] * len(lengths))
+                denominator += float(any(lengths))
             case "token":
                 weights.append([1.0] * len(lengths))
                 denominator += sum(lengths)
             case "sequence":
-                weights.append([1.0 / n for n in lengths])
-                denominator += len(lengths)
+                weights.append([1.0 / n if n else 0.0 for n in lengths])
+                denominator += sum(n > 0 for n in lengths)
             case _:
                 raise ValueError(f"aggregation={aggregation!r}; allowed: problem, token, sequence")
     return weights, denominator

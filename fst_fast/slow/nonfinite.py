@@ -35,7 +35,7 @@ from fst_fast.policy import lora
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 from fst_fast.slow.groups import Group
-from fst_fast.slow.update import Sequences, skipped
+from fst_fast.slow.update import Sequences, unmeasured
 
 FORMAT = 1
 KEPT = 2  # dumps, each with the weights
@@ -64,7 +64,7 @@ def skip_or_stop(
         ) from None
     policy.discard()
     note(f"step {step} is left out: {error}" + (f"; the batch is in {dump}" if dump else ""))
-    return {**skipped(policy.lr(step)), "skipped": True}
+    return {**unmeasured(policy.lr(step)), "skipped": True}
 
 
 def write_dump(
@@ -82,7 +82,9 @@ def write_dump(
     folder = run_dir / "dumps" / f"step-{step:06d}"
     tmp = folder.with_name(f".tmp-{folder.name}")
     losses = distributed.all_gather([repr(loss) for loss in error.losses])
-    sequences = distributed.all_gather([_line(m) for g in groups for m in g.members])
+    sequences = distributed.all_gather(
+        [_line(m) for g in groups for m in g.members if len(m.rollout.response_ids)]
+    )
     with disk_errors(f"{folder} cannot be written"):
         if distributed.rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fst_fast import distributed
 from fst_fast.forest import Leaf
 from fst_fast.policy import head
-from fst_fast.policy.packing import model_inputs, send
+from fst_fast.policy.packing import model_inputs, to_device
 from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs, micro_batches
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.slow.groups import Group, token_weights
@@ -65,9 +65,11 @@ class Reference:
 def sequences(
     groups: Sequence[Group], prompts: Sequence[Sequence[NDArray[np.int64]]], aggregation: str
 ) -> Sequences:
-    """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it."""
+    """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it.
+
+    A response without tokens has nothing to train and becomes no sequence."""
     weights, denominator = token_weights(groups, aggregation)
-    [denominator] = distributed.sum_over_ranks([denominator])
+    [denominator] = distributed.all_reduce_sum([denominator])
     leaves, a, n, old = [], [], [], []
     for group, group_prompts, group_weights in zip(groups, prompts, weights, strict=True):
         assert group.advantages is not None
@@ -75,6 +77,8 @@ def sequences(
             group.members, group_prompts, group.advantages, group_weights, strict=True
         ):
             length = len(member.rollout.response_ids)
+            if not length:
+                continue
             leaves.append(Leaf(prompt, member.rollout.response_ids))
             a.append(np.full(length, advantage, np.float32))
             n.append(np.full(length, weight / denominator, np.float32))
@@ -102,18 +106,18 @@ def optimise(
     """Forward, backward and update on `data`; returns the step's numbers, summed over processes. All processes must call it.
 
     reference: needed where the objective has a KL term. With no sequence anywhere (every group had zero variance) nothing is updated and
-    the loss is 0. `tokens` and `unshared` count this process's work, the reference's included. Raises NonFiniteError.
+    nothing measured. A number that was not measured is None, the KL of an objective without one too. `tokens` and `unshared` count this process's work, the reference's included. Raises NonFiniteError.
     """
-    [anywhere] = distributed.sum_over_ranks([len(data.leaves)])
+    [anywhere] = distributed.all_reduce_sum([len(data.leaves)])
     if not anywhere:
-        return {"grad_norm": 0.0, "lr": policy.lr(step), "tokens": 0, "unshared": 0, **_means(None)}
+        return unmeasured(policy.lr(step))
     check_finite(data)
     micros, jobs = micro_jobs(data, reference, objective, batching)
     tokens = sum(m.batch.tokens for m in micros) + (reference.tokens if reference else 0)
     unshared = sum(m.batch.unshared for m in micros) + (reference.unshared if reference else 0)
     # Every process runs the same number of micro-batches: ZeRO's collectives are inside them. A filler has zero weight.
     filler = Leaf(np.array([batching.pad_id]), np.array([batching.pad_id]))
-    for _ in range(distributed.maximum(len(micros)) - len(micros)):
+    for _ in range(distributed.all_reduce_max(len(micros)) - len(micros)):
         [micro] = micro_batches([filler], batching)
         plain = None if reference is None else Reference(reference.model)
         jobs.append(_job(micro, _filler_data(filler), plain, objective, batching))
@@ -128,13 +132,13 @@ def optimise(
         "lr": policy.lr(step),
         "tokens": tokens,
         "unshared": unshared,
-        **_means(stats),
+        **_means(stats, objective),
     }
 
 
 def check_finite(data: Sequences) -> None:
     """Raises NonFiniteError, on all processes, where a log-prob or an advantage of any of them is NaN or Inf. All processes call it."""
-    bad = distributed.sum_over_ranks(
+    bad = distributed.all_reduce_sum(
         [float((~np.isfinite(x)).sum()) for x in (data.behaviour, data.advantages)]
     )
     if any(bad):
@@ -151,9 +155,9 @@ def micro_jobs(
     return micros, [_job(micro, data, reference, objective, batching) for micro in micros]
 
 
-def skipped(lr: float) -> dict[str, Any]:
-    """The numbers of a step that was not taken: none."""
-    return {"grad_norm": None, "lr": lr, "tokens": 0, "unshared": 0, **dict.fromkeys(_means(None))}
+def unmeasured(lr: float) -> dict[str, Any]:
+    """The numbers of a step in which nothing was trained, or which was left out: none."""
+    return {"grad_norm": None, "lr": lr, "tokens": 0, "unshared": 0, **dict.fromkeys(MEANS)}
 
 
 def _filler_data(leaf: Leaf) -> Sequences:
@@ -173,7 +177,7 @@ def _job(
     at = torch.from_numpy(data.start[leaf] + micro.batch.offset.numpy())
 
     def tokens(values: NDArray[np.float32]) -> Tensor:
-        return send(torch.from_numpy(values)[at], device)
+        return to_device(torch.from_numpy(values)[at], device)
 
     job = head.LossJob(
         at=micro.at,
@@ -195,15 +199,19 @@ def _job(
     return model_inputs(micro.batch), job
 
 
-def _means(stats: PolicyStats | None) -> dict[str, float]:
-    """The logged means over all processes' tokens."""
+MEANS = ("loss", "kl", "entropy", "ratio_mean", "clipped_fraction", "mismatch_kl")
+
+
+def _means(stats: PolicyStats | None, objective: PolicyObjective) -> dict[str, float | None]:
+    """The logged means over all processes' tokens, by the names of MEANS; None where there is no token to take one over."""
     sums = torch.zeros(len(SUMS), dtype=torch.float64) if stats is None else stats.sums.cpu()
-    everywhere = PolicyStats(torch.tensor(distributed.sum_over_ranks(sums.tolist()), dtype=torch.float64))
-    return {
-        "loss": float(everywhere.loss),
-        "kl": float(everywhere.kl),
-        "entropy": float(everywhere.entropy),
-        "ratio_mean": float(everywhere.ratio),
-        "clipped_fraction": float(everywhere.clipped_fraction),
-        "mismatch_kl": float(everywhere.mismatch_kl),
-    }
+    everywhere = PolicyStats(torch.tensor(distributed.all_reduce_sum(sums.tolist()), dtype=torch.float64))
+    if not everywhere.count:
+        return dict.fromkeys(MEANS)
+    means = (
+        everywhere.loss, everywhere.kl, everywhere.entropy, everywhere.ratio, everywhere.clipped_fraction, everywhere.mismatch_kl,
+    )  # fmt: skip
+    found: dict[str, float | None] = {name: float(mean) for name, mean in zip(MEANS, means, strict=True)}
+    if objective.kl is None:
+        found["kl"] = None
+    return found

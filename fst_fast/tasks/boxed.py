@@ -16,22 +16,22 @@ _BARE = re.compile(
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox)\s*(?=\{)")
 
 
-class Unboxed(Exception):
-    """There is no answer in a box; the text says why, as feedback for the reflection."""
+class NoBoxedAnswer(Exception):
+    """The response has no boxed answer. The message is feedback for the reflection."""
 
 
 def last_box(response: str, holds: str) -> str:
     """What the last box that is not empty holds, stripped. holds: what must be in it, for the feedback.
 
-    Raises Unboxed, also where a later box is never closed: the response was then cut while it gave another answer."""
+    Raises NoBoxedAnswer, also where a later box is never closed: the response was then cut while it gave another answer."""
     boxes = list(_boxes(response))
     if not boxes:
-        raise Unboxed(f"there is no \\boxed{{}} in the response: {holds} must stand inside the box.")
+        raise NoBoxedAnswer(f"there is no \\boxed{{}} in the response: {holds} must stand inside the box.")
     if boxes[-1][1] is None:
-        raise Unboxed("the last \\boxed{ of the response is not closed.")
+        raise NoBoxedAnswer("the last \\boxed{ of the response is not closed.")
     content = next((content for _, content in reversed(boxes) if content), "")
     if not content:
-        raise Unboxed(f"the box is empty: {holds} must stand inside the box.")
+        raise NoBoxedAnswer(f"the box is empty: {holds} must stand inside the box.")
     return content
 
 

@@ -1,13 +1,13 @@
-"""The check of a task before anything is trained on it: its problems are well formed and its grader accepts its own gold responses."""
+"""Check a task before training: its problems are well formed and its grader accepts its own gold responses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fst_fast.contracts import Problem, Task
+from fst_fast.contracts import FULL_REWARD, Problem, Task
 from fst_fast.errors import UserError
-from fst_fast.tasks.jsonl import find_message_error
+from fst_fast.tasks.jsonl import find_message_error, is_text
 from fst_fast.tasks.user import call_user
 from fst_fast.verify.pool import VerifierPool
 
@@ -16,12 +16,12 @@ _IDS_CHECKED = 20_000
 
 
 def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
-    """Refuse (UserError) a task that cannot be trained on: an empty split, two problems with one id, a malformed problem, or a grader
-    that does not give its own gold response reward 1.
+    """Raise UserError for a task that cannot be trained on: an empty split, duplicate ids, a malformed problem, or a
+    grader that does not give its own gold response reward 1.
 
-    The gold response is `task.gold(problem)` where the task has it; else str(problem.answer) where problem.meta["check_gold"] asks for
-    it; else there is none and the grader is trusted. `n` problems of each split are tried, evenly spaced, in the verifying children.
-    Ids are compared over the first 20,000 problems of each split: a generator may have millions."""
+    The gold response is `task.gold(problem)` if the task has that method, else str(problem.answer) if
+    problem.meta["check_gold"] is set; otherwise the grader is trusted. `n` evenly spaced problems of each split are
+    verified in the child processes. Ids are compared over the first 20,000 problems of each split, since a generator may have millions."""
     seen: dict[str, str] = {}
     items: list[tuple[Problem, str]] = []
     for split in SPLITS:
@@ -52,7 +52,7 @@ def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
             raise UserError(
                 f"the grader cannot judge the gold response {gold[:200]!r} of problem {problem.id!r}{said}"
             )
-        if verdict.reward != 1:
+        if verdict.reward < FULL_REWARD:
             raise UserError(
                 f"the grader fails its own gold: it gives the gold response {gold[:200]!r} of problem {problem.id!r} "
                 f"reward {verdict.reward:g} instead of 1{said}; a JSONL task says what its gold looks like with task_args.gold"
@@ -75,6 +75,8 @@ def _check_shape(problem: Any, place: str) -> None:
         raise UserError(f"{place} is a {type(problem).__name__}; it must be a fst_fast.contracts.Problem")
     if not isinstance(problem.id, str) or not problem.id:
         raise UserError(f"{place} has the id {problem.id!r}; it must be a text that is not empty")
+    if not is_text(problem.id):
+        raise UserError(f"{place} has the id {problem.id!r}, which holds half a surrogate pair")
     wrong = find_message_error(problem.messages)
     if wrong:
         raise UserError(f"{place} (id {problem.id!r}): {wrong}")

@@ -14,6 +14,7 @@ import pytest
 import fst_fast
 from fst_fast.commands.train import resolve_config
 from fst_fast.run import callbacks as events
+from fst_fast.run.metrics_schema import check_record
 
 TINY: dict[str, Any] = {
     "slow": {"steps": 2, "problems_per_step": 4},
@@ -67,6 +68,8 @@ def test_a_run_from_python_gives_summary_contexts_metrics_and_events(tmp_path: P
     assert result.run_dir == tmp_path / "run"
     assert result.summary is not None
     assert result.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        check_record(json.loads(line))
     assert len(result.contexts) == 4
     assert {c.id for c in result.contexts} <= set(result.lineage)
     assert result.metrics["step"]["step"].tolist() == [1, 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fst_fast.contracts import Problem
-from fst_fast.tasks.boxed import Unboxed, last_box, work_before
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
 from fst_fast.tasks.linked_facts import LinkedFacts
 
 
@@ -53,7 +53,7 @@ def test_the_last_box_that_is_not_empty_holds_the_answer(response, answer):
     ],
 )
 def test_a_response_without_an_answer_is_told_the_truth_about_its_box(response, said):
-    with pytest.raises(Unboxed) as why:
+    with pytest.raises(NoBoxedAnswer) as why:
         last_box(response, "the number")
     assert said in str(why.value)
 

@@ -175,3 +175,19 @@ def test_a_sample_that_could_not_be_judged_is_tried_again() -> None:
     sampler.spread = lambda engine, plan, **how: [sampled(p.id, None, c.id) for c, p, _ in plan]
     measured(sampler, memory, [SEED])
     assert memory == {}
+
+
+def test_what_was_not_measured_is_none_and_rounding_is_no_spread() -> None:
+    assert cell([("p", None), ("q", None)], 2) == {
+        "mean": None,
+        "stderr": None,
+        "pass_at_k": None,
+        "n": 0,
+        "k": 2,
+    }
+    assert cell([], 1)["mean"] is None
+    one = cell([("p", 0.5), ("p", 1.0)], 2)
+    assert (one["mean"], one["stderr"], one["n"]) == (0.75, None, 1)
+    same = cell([("p", 0.1 + 0.2), ("q", 0.3), ("r", 0.3)], 1)
+    assert same["stderr"] == 0.0
+    assert cell([("p", sum([0.1] * 10)), ("q", 0.999)], 1)["pass_at_k"] == 0.5

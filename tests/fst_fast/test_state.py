@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.data.stream import anchor_set, lookahead, minibatch
 from fst_fast.errors import UserError
-from fst_fast.fast.population import FastState
+from fst_fast.fast.population import FastState, Scores
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.run.counters import Counters
 from fst_fast.state import State
@@ -31,6 +32,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
         reusable=ReusePool([ScoredRollout(rollout, Verdict(0.5, "so so", {"m": 1.0}), "text")]),
         base_rewards={"c": {"p/0": 0.1}},
         date="2026-02-28T23:59:58",
+        data=[{"train": {"problems": 3, "hashed": 3, "sha256": "ab"}}],
     )
     state.save(tmp_path / "state.json")
     again = State.load(tmp_path / "state.json")
@@ -43,11 +45,40 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
     assert again.fast.to_json() == state.fast.to_json()
     assert again.base_rewards == state.base_rewards
     assert again.date == state.date
+    assert again.data == state.data
     [s] = again.reusable.rollouts
     assert s.verdict == state.reusable.rollouts[0].verdict
     assert s.rollout.logprobs.dtype == np.float32
     np.testing.assert_array_equal(s.rollout.logprobs, logprobs)
     np.testing.assert_array_equal(s.rollout.response_ids, rollout.response_ids)
+
+
+def test_a_state_of_an_earlier_version_has_no_fingerprint_and_a_damaged_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "state.json"
+    State(FastState.initial("seed"), []).save(path)
+    tree = json.loads(path.read_text())
+    del tree["data"]
+    path.write_text(json.dumps(tree))
+    assert State.load(path).data is None
+    for damage in (7, [7], [{"train": 7}], [{"train": {"sha256": "a"}}]):
+        path.write_text(json.dumps({**tree, "data": damage}))
+        with pytest.raises(UserError, match="is not the state of a run"):
+            State.load(path)
+
+
+def test_what_was_measured_on_old_data_is_dropped_and_the_contexts_stay() -> None:
+    rollout = Rollout("3", "c", 1, np.array([5]), np.zeros(1, np.float32), "stop", 0, 1.0)
+    fast = FastState.initial("seed")
+    fast = replace(fast, scores=Scores(0, {fast.seed_id: {"p": (2, 1.0)}}), cycle=3)
+    state = State(fast, [Context.of("seed")], reusable=ReusePool([ScoredRollout(rollout, Verdict(1.0), "")]))
+    state.base_rewards = {"c": {"p/0": 0.1}}
+    state.forget_data()
+    assert not state.base_rewards
+    assert not state.reusable.rollouts
+    assert not state.fast.scores.at(0).cells, "with frozen weights scores are kept from cycle to cycle"
+    assert (state.fast.cycle, state.fast.contexts) == (3, fast.contexts)
 
 
 def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
