@@ -33,7 +33,7 @@ import torch
 from fst_fast import mini
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, ScoredRollout, Verdict
-from fst_fast.rollout.prompt import load_tokenizer, messages_with_context, render_prompt
+from fst_fast.rollout.prompt import Chat, load_tokenizer, messages_with_context
 from fst_fast.tasks.registry import load_task
 
 CONTEXTS, PROBLEMS, SAMPLES, NEW_TOKENS, CONTEXT_TOKENS = 4, 16, 2, 32, 256
@@ -122,7 +122,7 @@ def trl(steps: int, micro: int) -> list[tuple[float, float]]:
         for p in chosen
         for c in contexts()
     ]
-    lengths = [len(render_prompt(tokenizer, c, p)) for p in problems(1)[0] for c in contexts()]
+    lengths = [len(Chat.of(tokenizer).prompt(c, p)) for p in problems(1)[0] for c in contexts()]
     seen: list[int] = []
 
     def judge(completion_ids: list[list[int]], **_: Any) -> list[float]:

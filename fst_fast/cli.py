@@ -36,6 +36,7 @@ OPTIONS = {
     "--problems": True,
     "--samples": True,
     "--split": True,
+    "--template": False,
 }
 
 
@@ -154,6 +155,9 @@ def _parser() -> argparse.ArgumentParser:
         "--split", default="validation", metavar="NAME", help="of the task's problems; default: validation"
     )
     evaluate.add_argument(
+        "--model.path", dest="model", metavar="DIR", help="where the base model is now, if it was moved"
+    )
+    evaluate.add_argument(
         "--out", type=Path, metavar="FILE", help="where the figures are written, as JSON; default: nowhere"
     )
 
@@ -165,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
     probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
     probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
+    probe.add_argument(
+        "--template",
+        action="store_true",
+        help="sample nothing: show the prompts' token ids, their pieces and whose text they are",
+    )
 
     report = command(
         "report",
@@ -259,7 +268,9 @@ def _eval(args: argparse.Namespace) -> None:
 
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} is not there")
-    result = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples, split=args.split)
+    result = evaluate_run(
+        args.run_dir, problems=args.problems, samples=args.samples, split=args.split, model=args.model
+    )
     if args.out and _is_first():
         with disk_errors(f"{args.out} cannot be written"):
             write_atomic(args.out, (json.dumps({"split": args.split, **result}, indent=1) + "\n").encode())
@@ -272,8 +283,15 @@ def _probe(args: argparse.Namespace) -> None:
 
     config = config_load.load(args.config or mini.default_config(), args.overrides)
     prepare_environment()
-    from fst_fast.commands.probe import probe
+    from fst_fast.commands.probe import probe, show_prompts
 
+    if args.template:
+        from rich.console import Console
+
+        console = Console(soft_wrap=True, highlight=False)
+        for row in show_prompts(config, context=args.context, problems=args.problems, split=args.split):
+            console.print(row)
+        return
     for line in probe(
         config, context=args.context, problems=args.problems, samples=args.samples, split=args.split
     ):

@@ -7,8 +7,9 @@ build the same run; only rank 0 has a run folder, a metrics writer and a console
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,11 +30,13 @@ from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.policy import lora, trained
+from fst_fast.policy.base_weights import check_base, weights_hash
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import SamplingModels
-from fst_fast.rollout.prompt import render_prompt
+from fst_fast.rollout.prompt import Chat, read_template, response_text
 from fst_fast.rollout.sampler import Sampler
+from fst_fast.rollout.template import missing_messages, turn_end
 from fst_fast.run import checkpoint, recorder
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
@@ -97,6 +100,7 @@ class Run:
                     self.teacher.save_pretrained(tmp / TEACHER)  # type: ignore[operator]
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
                 lora.save(self.models.policy_module, tmp)
+                self.sampler.save_text(tmp / "model")
                 reach("save.model")
             keep = self.config.checkpoint
             final = checkpoint.commit(
@@ -162,9 +166,28 @@ def build_run(
     watchers = Callbacks(callbacks, run_dir, is_main=is_main)
     console = Console(total_steps=config.slow.steps, enabled=is_main)
     task = load_task(*task_spec(config))
-    sampler = Sampler.open(config, console.note)
+    found = _newest_checkpoint(run_dir) if resume else None
+    began = distributed.broadcast(datetime.now().isoformat(timespec="seconds"))
+    state = State.load(found / "state.json") if found else None
+    if state and state.date:
+        began = state.date
+    base_weights = distributed.broadcast_result(
+        lambda: (
+            check_base(config.model.path, state.base_weights, run_dir)
+            if state
+            else weights_hash(config.model.path)
+        )
+    )
+    moved = ("model.path",) if state and state.base_weights else ()
+    sampler = Sampler.open(
+        config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
+    )
     folder: RunFolder | None = None
     try:
+        for line in (sampler.template.line, *sampler.template.warnings):
+            console.note(line)
+        if found and config.model.chat_template:
+            _compare_template(config.model.chat_template, sampler.tokenizer, console)
         check_gold(task, sampler.pool)
         reference = trained.load(config)
         lora.check(reference, config)
@@ -172,7 +195,13 @@ def build_run(
         server = sampler.server(reference, console.note)
         if server and config.method == "fst" and config.fast.reuse_rollouts:
             distributed.on_rank_zero(lambda: server.check_training(config.rollout.temperature))
-        reflect = shared_reflector(config, base, sampler.tokenizer)
+        reflect = shared_reflector(config, base, sampler.prompts.chat)
+        end = turn_end(sampler.prompts.chat)
+        if end is not None and end not in base.eos_ids:
+            console.note(
+                f"warning: the chat template closes an assistant's turn with {sampler.prompts.chat.special.words[end]!r}, which does not end a "
+                "response: neither the tokenizer's eos token nor the generation config names it"
+            )
         check_trackers(config.track)
         seed_context = Context.of(config.fast.seed_context)
         stages = make_stages(config, task)
@@ -180,6 +209,7 @@ def build_run(
             first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
             evaluated = stage.validation[: config.eval.final_problems]
             check_lengths(config, base, sampler, seed_context, [*first, *evaluated])
+            check_messages(sampler, first[0], console.note)
         data = shared_fingerprint(stages)
         folder = distributed.on_rank_zero(
             lambda: open_run(
@@ -189,6 +219,7 @@ def build_run(
                 config_hash=config_hash(config),
                 allow_config_change=allow_config_change,
                 defaults=Config().model_dump(mode="json"),
+                moved=moved,
             )
         )
         liveness = Liveness(run_dir, distributed.rank()) if distributed.world_size() > 1 else None
@@ -198,7 +229,7 @@ def build_run(
         run = Run(
             config=config,
             run_dir=run_dir,
-            state=State(FastState.initial(config.fast.seed_context), [seed_context], data=data),
+            state=state or State(FastState.initial(config.fast.seed_context), [seed_context]),
             stages=stages,
             seed_context=seed_context,
             sampler=sampler,
@@ -218,7 +249,8 @@ def build_run(
             ),
             folder=folder,
         )
-        _start_or_resume(run, resume, allow_data_change)
+        run.state.date, run.state.base_weights = began, base_weights
+        _start_or_resume(run, found, data, allow_data_change)
     except BaseException:
         sampler.close()
         console.close()
@@ -228,24 +260,38 @@ def build_run(
     return run
 
 
-def _start_or_resume(run: Run, resume: bool, allow_data_change: bool) -> None:
-    """Load the newest whole checkpoint, where there is one, and open the metrics files."""
+def _compare_template(file: str, tokenizer: Any, console: Console) -> None:
+    """A resumed run keeps the template of its checkpoint; say so where the file is another now."""
+    try:
+        same = read_template(file) == tokenizer.chat_template
+    except UserError:
+        same = False
+    if not same:
+        console.note(
+            f"model.chat_template={file} is gone or not what the run began with; it keeps the template of its checkpoint"
+        )
+
+
+def _newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint, the same on all processes. All processes call it."""
+    found = distributed.broadcast_result(lambda: str(checkpoint.latest(run_dir) or ""))
+    return Path(found) if found else None
+
+
+def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data_change: bool) -> None:
+    """Load the weights of the checkpoint, where there is one, and open the metrics files."""
     config, state, recorder_ = run.config, run.state, run.recorder
-    found = distributed.broadcast_result(lambda: str(checkpoint.latest(run.run_dir) or "")) if resume else ""
     changes = list(run.folder.changes) if run.folder else []
     if found:
         run.resumed = True
-        data = state.data
-        assert data is not None, "a new run has a fingerprint"
-        state = run.state = State.load(Path(found) / "state.json")
         changes += _check_data(run, data, allow_data_change)
-        state.data = data
-        before, now = checkpoint.written_by(Path(found)), writer(config)
+        before, now = checkpoint.written_by(found), writer(config)
         if before["config_hash"] != now["config_hash"]:
             state.base_rewards.clear()  # measured under the old configuration
         # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
         changes += [d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))]
-        _load_weights(run, Path(found))
+        _load_weights(run, found)
+    state.data = data
     if run.folder:
         recorder_.metrics = MetricsWriter(
             run.run_dir, resume_at_step=state.step if found else None, track=config.track
@@ -338,7 +384,16 @@ def check_lengths(
         sampler.prompts.ids(seed_context, problem)
 
 
-def shared_reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Reflector:
+def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], None]) -> None:
+    """Say which messages of a problem the chat template leaves out of its prompt."""
+    for i in missing_messages(sampler.prompts.chat, problem):
+        role = problem.messages[i]["role"]
+        note(
+            f"warning: the chat template leaves message {i} (role {role}) of problem {problem.id} out of the prompt"
+        )
+
+
+def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
     """The configured reflector; rank 0 asks it and broadcasts its replies."""
 
     def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
@@ -347,8 +402,8 @@ def shared_reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Ref
                 problem_id="reflection",
                 context_id="",
                 sample=i,
-                prompt_ids=render_prompt(
-                    tokenizer, Context.of(""), Problem("", [{"role": "user", "content": text}], None)
+                prompt_ids=chat.prompt(
+                    Context.of(""), Problem("", [{"role": "user", "content": text}], None)
                 ),
                 seed=seed,
             )
@@ -360,7 +415,7 @@ def shared_reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Ref
         rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
         return [
             Reply(
-                tokenizer.decode(r.response_ids, skip_special_tokens=True),
+                response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
                 r.finish,
                 prompt_tokens=len(q.prompt_ids),
                 completion_tokens=len(r.response_ids),

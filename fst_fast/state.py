@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class State:
     counters: Counters = field(default_factory=Counters)
     reusable: ReusePool = field(default_factory=ReusePool)
     base_rewards: dict[str, dict[str, float]] = field(default_factory=dict)  # see evaluate.evaluate
+    date: str = ""  # when the run began (ISO 8601): a chat template's today
+    base_weights: str = ""  # see policy/base_weights.py. Both are "" in a state of an earlier version
     data: Fingerprint | None = None  # of what the task gave; None in a checkpoint of an earlier version
 
     def forget_data(self) -> None:
@@ -47,6 +50,8 @@ class State:
         """Write the whole state as one JSON file."""
         tree = {
             "format": FORMAT,
+            "date": self.date,
+            "base_weights": self.base_weights,
             "step": self.step,
             "cycle": self.cycle,
             "counters": asdict(self.counters),
@@ -66,6 +71,7 @@ class State:
             if tree["format"] != FORMAT:
                 raise UserError(f"{path} has format {tree['format']!r}; this version reads {FORMAT}")
             return cls(
+                base_weights=str(tree.get("base_weights", "")),
                 fast=FastState.from_json(tree["fast"]),
                 population=[Context(**c) for c in tree["population"]],
                 step=tree["step"],
@@ -73,6 +79,7 @@ class State:
                 counters=Counters(**tree["counters"]),
                 reusable=ReusePool([scored_from_json(s) for s in tree["reusable"]]),
                 base_rewards=tree["base_rewards"],
+                date=datetime.fromisoformat(tree["date"]).isoformat() if tree.get("date") else "",
                 data=_checked_fingerprint(tree.get("data")),
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

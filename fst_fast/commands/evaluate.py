@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from fst_fast.commands.export import newest
 from fst_fast.contracts import Context
 from fst_fast.data.stages import make_stages, stage_at, stage_problems
 from fst_fast.evaluate import evaluate
+from fst_fast.policy.base_weights import check_base
 from fst_fast.policy.trained import load
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
@@ -18,16 +20,25 @@ from fst_fast.tasks.registry import load_task, task_spec
 
 
 def evaluate_run(
-    run_dir: Path, *, problems: int | None = None, samples: int | None = None, split: str = "validation"
+    run_dir: Path,
+    *,
+    problems: int | None = None,
+    samples: int | None = None,
+    split: str = "validation",
+    model: str | None = None,
 ) -> dict[str, Any]:
     """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says. split: of the task of the
-    last stage begun. Raises UserError where it has no problems."""
+    last stage begun. model: where the base model is now, if it was moved. Raises UserError where it has no problems."""
     config, found = newest(run_dir)
     if samples is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
     state = State.load(found / "state.json")
+    if model is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
+    check_base(config.model.path, state.base_weights, run_dir)
     distributed.init()
-    with Sampler.open(config) as sampler:
+    date = datetime.fromisoformat(state.date) if state.date else None
+    with Sampler.open(config, saved=found / "model", date=date) as sampler:
         base = load(config)
         policy = base if config.method == "gepa" else load(config, found / "model")
         own = sampler.engine(base)

@@ -10,16 +10,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.policy import lora
-from fst_fast.rollout.prompt import load_tokenizer
+from fst_fast.rollout.template import configured_chat
 from fst_fast.run import checkpoint
 from fst_fast.run.folder import MARKER, disk_errors
 from fst_fast.state import State
+
+USAGE = {
+    "system": "into the system message of the model's chat template",
+    "user": "before the text of the first user message, a blank line between them",
+}
 
 
 def newest(run_dir: Path) -> tuple[Config, Path]:
@@ -40,10 +46,12 @@ def export(run_dir: Path, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose a new folder")
     state = State.load(found / "state.json")
+    date = datetime.fromisoformat(state.date) if state.date else None
+    chat, _ = configured_chat(config.model, saved=found / "model", date=date)
     contexts = {
         "population": [{"id": c.id, "text": c.text} for c in state.population],
         "seed": config.fast.seed_context,
-        "usage": "put one text of the population into the system message of the model's chat template",
+        "usage": f"put one text of the population {USAGE[chat.system]}",
         "step": state.step,
     }
     tmp = out.with_name(f".tmp-{out.name}-{os.getpid()}")
@@ -53,9 +61,10 @@ def export(run_dir: Path, out: Path) -> Path:
             shutil.copytree(found / "model", tmp)
             if (found / lora.FOLDER).is_dir():
                 shutil.copytree(found / lora.FOLDER, tmp / lora.FOLDER)
-            load_tokenizer(
-                config.model.path, trust_remote_code=config.model.trust_remote_code
-            ).save_pretrained(tmp)
+            # Who renders a prompt with the exported model does not know our configuration: the template brings its variables along.
+            tokenizer = chat.tokenizer
+            tokenizer.chat_template = chat.template.with_defaults(config.model.chat_template_kwargs)
+            tokenizer.save_pretrained(tmp)
             (tmp / "contexts.json").write_text(json.dumps(contexts, indent=1, ensure_ascii=False) + "\n")
             if out.is_dir():
                 out.rmdir()

@@ -29,6 +29,13 @@ class ModelConfig(Section):
     """Data type of the weights during training."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja), used instead of the model's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}. One that the template does not read is refused."""
+    system: Literal["auto", "system", "user"] = "auto"
+    """Where a context goes: the system message, or before the first user message. `auto` takes the system message where the chat template
+    has one."""
 
 
 class LoraConfig(Section):

@@ -74,12 +74,14 @@ def evolve(
     seed: int,
     log: Log,
     fits: Callable[[Context], bool] = lambda context: True,
+    spells_special: Callable[[str], bool] = lambda text: False,
     emit: Callable[..., None] = lambda kind, **fields: None,
 ) -> FastResult:
     """Evolve the population for one cycle.
 
     anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
-    for every problem in the prompt; if not, it is refused as too long. emit: receives the Proposal and Admission events.
+    for every problem in the prompt; if not, it is refused as too long. spells_special: as
+    in `reflection.extract`. emit: receives the Proposal and Admission events.
 
     Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
     than config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase continues."""
@@ -133,7 +135,11 @@ def evolve(
         children: list[tuple[Context, Context]] = []  # (child, its parent)
         for parent, failures, reply in zip(parents, shown, replies, strict=True):
             text = extract(
-                reply, known_texts=tried, count_tokens=count_tokens, max_tokens=config.max_context_tokens
+                reply,
+                known_texts=tried,
+                count_tokens=count_tokens,
+                max_tokens=config.max_context_tokens,
+                spells_special=spells_special,
             )
             reason = text.reason if isinstance(text, Refusal) else ""
             if isinstance(text, str):

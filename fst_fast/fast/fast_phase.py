@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.data.stream import anchor_set
+from fst_fast.errors import UserError
 from fst_fast.fast.evolution import FastResult, evolve
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import Reflector
 from fst_fast.rollout.models import SamplingModels
-from fst_fast.rollout.prompt import render_prompt
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.run.callbacks import CycleStart
 from fst_fast.run.faults import reach
@@ -69,6 +69,7 @@ def fast_phase(
             policy_version=policy_version,
             seed=config.seed,
             log=recorder.note,
+            spells_special=lambda text: spells_special(text, lookahead[0], sampler),
             fits=lambda context: leaves_room(context, seed_context, [*lookahead, *validation], sampler),
             emit=emit,
         )
@@ -81,4 +82,16 @@ def leaves_room(
 ) -> bool:
     """Whether the prompt of the longest of `problems` under `context` has at most rollout.max_prompt_tokens tokens."""
     longest = max(problems, key=lambda problem: len(sampler.prompts.ids(seed_context, problem)))
-    return len(render_prompt(sampler.tokenizer, context, longest)) <= sampler.prompts.max_prompt_tokens
+    return len(sampler.prompts.chat.prompt(context, longest)) <= sampler.prompts.max_prompt_tokens
+
+
+def spells_special(text: str, problem: Problem, sampler: Sampler) -> bool:
+    """Whether a context spells a special token, or something that the chat template does not take for text."""
+    chat = sampler.prompts.chat
+    if chat.special.spelt(text) is not None:
+        return True
+    try:
+        chat.prompt(Context.of(text), problem)
+    except UserError:
+        return True
+    return False

@@ -70,6 +70,7 @@ class GepaBridge:
     log: Callable[[str], None]
     component: str = "context"
     asked: int = 0
+    spells_special: Callable[[str], bool] = lambda text: False
 
     def evaluate(self, batch: list[Problem], candidate: dict[str, str], capture_traces: bool = False) -> Any:
         from gepa.core.adapter import EvaluationBatch
@@ -111,6 +112,10 @@ class GepaBridge:
         self.asked += 1
         (reply,) = ask(self.reflect, [ReflectionPrompt(context, failures)], [self.asked], self.log)
         text = extract(
-            reply, known_texts=[context], count_tokens=self.count_tokens, max_tokens=self.max_context_tokens
+            reply,
+            known_texts=[context],
+            count_tokens=self.count_tokens,
+            max_tokens=self.max_context_tokens,
+            spells_special=self.spells_special,
         )
         return {} if isinstance(text, Refusal) else {self.component: text}

@@ -7,17 +7,29 @@ fast phase counts; nothing is repaired by guessing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from fst_fast.fast.fences import block_text, last_block, without_thought
+
 SHOWN_CHARS = 4000
 """A problem, a response or a feedback longer than this is shown with its middle left out."""
 
+WHOLE = frozenset({"stop", "eos"})
+"""Finish reasons of a reply that its model ended, in lower case."""
+CUT_BY_LENGTH = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens"})
+
+# fmt: off
 RefusalReason = Literal[
-    "error", "length", "cut_off", "unfenced", "empty", "not_text", "duplicate", "too_long"
+    "error", "length", "cut_off", "unfenced", "ambiguous", "empty", "placeholder", "not_text", "special_token", "duplicate", "too_long"
 ]
+# fmt: on
+PLACEHOLDER = "(the revised instruction)"
+_PLACEHOLDERS = frozenset(
+    {"the revised instruction", "the complete revised instruction", "revised instruction"}
+)
+_AROUND = " ()[]{}<>*_.…\"'"
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,8 @@ class ReflectionPrompt:
             "methods, facts and output formats, and do not repeat the answers of the problems above. Keep what already works. Be "
             "brief and concrete.\n\n"
             "End with the complete revised instruction, and nothing else, between two lines of three backticks:\n"
-            "```\n(the revised instruction)\n```"
+            f"```\n{PLACEHOLDER}\n```\n"
+            "If the instruction itself holds such lines, put it between two lines of four backticks."
         )
 
 
@@ -112,61 +125,48 @@ def ask(
 
 
 def extract(
-    reply: Reply, *, known_texts: Collection[str], count_tokens: Callable[[str], int], max_tokens: int
+    reply: Reply,
+    *,
+    known_texts: Collection[str],
+    count_tokens: Callable[[str], int],
+    max_tokens: int,
+    spells_special: Callable[[str], bool] = lambda text: False,
 ) -> str | Refusal:
     """The proposed context in a reply, or why there is none.
 
-    The last fenced block outside think blocks counts. Refused: a reply with an error, one stopped by length or otherwise cut off, no
-    closed fence after the think blocks, an empty block, text that is not valid Unicode, text already known (white space aside), more
-    than max_tokens tokens.
+    It is the last fenced block behind the thoughts that the reply begins with. spells_special: whether a text spells a special token of the
+    policy's tokenizer. Refused: a reply with an error or one that is not said to be whole, no closed fence, fences that can be read in
+    several ways, an empty block, the request's own placeholder, text that is not valid Unicode or spells a special token, text already
+    known (white space aside), more than max_tokens tokens.
     """
-    if reply.error is not None or reply.text is None:
+    finish = reply.finish.lower()
+    if reply.error is not None or reply.text is None or finish == "error":
         return Refusal("error")
-    if reply.finish == "length":
+    if finish in CUT_BY_LENGTH:
         return Refusal("length")
-    if reply.finish in ("abort", "content_filter"):
+    if finish not in WHOLE:
         return Refusal("cut_off")
-    text = last_fenced(without_thinking(reply.text))
-    if text is None:
-        return Refusal("unfenced")
+    answer = without_thought(reply.text)
+    block = last_block(answer)
+    if isinstance(block, str):
+        return Refusal(block)
+    text = block_text(answer, block)
     if not text:
         return Refusal("empty")
+    if _fold(text).strip(_AROUND).casefold() in _PLACEHOLDERS:
+        return Refusal("placeholder")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON may carry half a surrogate pair
         return Refusal("not_text")
+    if spells_special(text):
+        return Refusal("special_token")
     folded = _fold(text)
     if any(_fold(known) == folded for known in known_texts):
         return Refusal("duplicate")
     if count_tokens(text) > max_tokens:
         return Refusal("too_long")
     return text
-
-
-_THINK = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
-_THINK_END = re.compile(r"\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_FENCE = re.compile(r"`{3,}")
-
-
-def without_thinking(text: str) -> str:
-    """The text without its think blocks; an unclosed one reaches to the end, one opened by the chat template begins at the start."""
-    return _THINK_END.sub("", _THINK.sub("", text))
-
-
-def last_fenced(text: str) -> str | None:
-    """The last block between two equally long runs of backticks, its language tag and outer white space removed. None where there is
-    none, or where the last one is never closed: what it would have said is not known."""
-    block: str | None = None
-    opened: re.Match[str] | None = None
-    for fence in _FENCE.finditer(text):
-        if opened is None:
-            opened = fence
-        elif len(fence[0]) == len(opened[0]):
-            block, opened = text[opened.end() : fence.start()], None
-    if block is None or opened is not None:
-        return None
-    tag, newline, body = block.partition("\n")
-    return (body if newline and re.fullmatch(r"[\w+.-]*\s*", tag) else block).strip()
 
 
 def cut(text: str, chars: int) -> str:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import GenerationConfig
 
 from fst_fast import distributed
 from fst_fast.config import Config
@@ -19,8 +22,9 @@ from fst_fast.contracts import RolloutRequest, ScoredRollout, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.graphs import StepGraph
-from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer
+from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
 from fst_fast.rollout.server import ServerEngine
+from fst_fast.rollout.template import Findings, configured_chat
 from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
@@ -37,14 +41,26 @@ class Sampler:
     prompts: PromptCache
     pool: VerifierPool
     pad_id: int
+    template: Findings  # of the check of the chat template
+    generation_config: Any = None  # of the run's checkpoint; None: the model's own
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
-    def open(cls, config: Config, log: Callable[[str], None] = lambda _: None) -> Sampler:
-        """Load the tokenizer and start the verifying children of the configured task. Raises UserError; close it after use.
+    def open(
+        cls,
+        config: Config,
+        log: Callable[[str], None] = lambda _: None,
+        *,
+        saved: Path | None = None,
+        date: datetime | None = None,
+    ) -> Sampler:
+        """Load the tokenizer, check its chat template and start the verifying children of the configured task. Raises UserError; close it
+        after use.
 
-        log: gets what the children's programs are isolated by, where they run any, and the first trouble of each kind."""
+        log: gets what the children's programs are isolated by, where they run any, and the first trouble of each kind. saved: the model's folder
+        in a checkpoint of the run, whose tokenizer, template and generation config are then used. date: what the chat template takes for today;
+        None for now."""
         if config.verify.isolation == "required":
             from fst_fast.verify.run_code import missing_layers
 
@@ -52,8 +68,14 @@ class Sampler:
                 raise UserError(
                     f"verify.isolation=required, but this system cannot isolate a program: {missing}; allowed here is available"
                 )
-        tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        prompts = PromptCache(tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        chat, findings = configured_chat(config.model, saved=saved, date=date)
+        tokenizer = chat.tokenizer
+        prompts = PromptCache(chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        generation = (
+            GenerationConfig.from_pretrained(saved)
+            if saved and (saved / "generation_config.json").is_file()
+            else None
+        )
         spec, args = task_spec(config)
         pool = VerifierPool(
             spec,
@@ -69,7 +91,7 @@ class Sampler:
 
             log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return cls(config, tokenizer, prompts, pool, pad_id)
+        return cls(config, tokenizer, prompts, pool, pad_id, findings, generation)
 
     def close(self) -> None:
         """End the verifying children. May be called twice."""
@@ -81,11 +103,22 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def end_ids(self, model: nn.Module) -> tuple[int, ...]:
+        """The token ids that end a response of `model`."""
+        return end_ids(self.tokenizer, self.generation_config or getattr(model, "generation_config", None))
+
+    def save_text(self, folder: Path) -> None:
+        """Write into a model's folder what turns text into its tokens and back: the tokenizer, the chat template as it is used, and the
+        generation config where it is not the model's own."""
+        self.tokenizer.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+
     def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
         """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
         return RolloutEngine(
             model,
-            eos_ids=end_ids(self.tokenizer, model),
+            eos_ids=self.end_ids(model),
             pad_id=self.pad_id,
             max_batch=self.config.rollout.max_batch,
             packing=self.config.policy.packing,
@@ -105,11 +138,11 @@ class Sampler:
             return None
         return ServerEngine.from_args(
             self.config.rollout.backend_args,
-            eos_ids=end_ids(self.tokenizer, model),
+            eos_ids=self.end_ids(model),
             stop=self.config.rollout.stop,
             vocab_size=model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
             decode=self.tokenizer.decode,
-            encode=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            encode=self.prompts.chat.special.encode_text,
             note=note,
         )
 
@@ -150,7 +183,8 @@ class Sampler:
             raise UserError(
                 f"{error}; the weights that sample (model.path={self.config.model.path}) are not usable"
             ) from error
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        ends = {*engine.eos_ids, self.pad_id}
+        texts = [response_text(self.tokenizer, r.response_ids, ends) for r in rollouts]
         sampled_at = time.perf_counter()
         reach("verification")
         whole = [r.finish != "abort" for r in rollouts]

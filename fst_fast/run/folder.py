@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,14 @@ def open_run(
     config_hash: str,
     allow_config_change: bool = False,
     defaults: Mapping[str, Any] | None = None,
+    moved: Collection[str] = (),
 ) -> RunFolder:
     """Create a new run folder or, with `resume`, open an existing one. Raises UserError if that is not possible.
 
     config_hash decides whether the configuration is unchanged; if not, the two YAML trees are compared to name the
     keys. allow_config_change: accept the new configuration unless a key in FIXED differs. defaults: values of keys that
-    are missing from the run's configuration because they were introduced later."""
+    are missing from the run's configuration because they were introduced later.
+    moved: keys that name the same thing at another place, whose change needs no permission."""
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
@@ -98,7 +100,9 @@ def open_run(
         changes: list[str] = []
         try:
             if is_run:
-                changes = _check_config(path, config_yaml, config_hash, allow_config_change, defaults or {})
+                changes = _check_config(
+                    path, config_yaml, config_hash, allow_config_change, defaults or {}, moved
+                )
             elif (path / MARKER).exists():
                 raise UserError(f"--run-dir {path} was just created by another run; choose another folder")
             else:
@@ -161,7 +165,12 @@ def _take_lock(path: Path) -> int:
 
 
 def _check_config(
-    path: Path, config_yaml: str, config_hash: str, allow_change: bool, defaults: Mapping[str, Any]
+    path: Path,
+    config_yaml: str,
+    config_hash: str,
+    allow_change: bool,
+    defaults: Mapping[str, Any],
+    moved: Collection[str],
 ) -> list[str]:
     try:
         marker = json.loads((path / MARKER).read_text())
@@ -180,12 +189,14 @@ def _check_config(
     if marker.get("config_hash") == config_hash:
         return []
     changes = changed_keys(_with_defaults(defaults, old), read_yaml(config_yaml))
-    if changes and not allow_change:
+    harmless = tuple(f"{key} " for key in moved)
+    real = [change for change in changes if not (harmless and change.startswith(harmless))]
+    if real and not allow_change:
         raise UserError(
-            f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}; "
+            f"--resume: the configuration is not that of the run in {path}: {'; '.join(real)}; "
             "--allow-config-change continues with the new one"
         )
-    fixed = [change for change in changes if change.startswith(FIXED)]
+    fixed = [change for change in real if change.startswith(FIXED)]
     now = read_yaml(config_yaml).get("stages") or []
     before = _with_defaults(defaults, old).get("stages") or []
     if before != now[: len(before)] or bool(before) != bool(now):

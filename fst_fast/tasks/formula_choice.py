@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fst_fast.contracts import Verdict
-from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
 from fst_fast.tasks.generated import MiniTask
 
 LETTERS = ("a", "b", "c", "d")
@@ -111,7 +111,7 @@ def judge(choice: Choice, response: str) -> Verdict:
     """Compare the last \\boxed{} with the letter. Metrics: boxed, formula (the formula is written out), numbers (its numbers too)."""
     a, b, value = choice.values()
     first, sign, second = FORMULAS[choice.asked]
-    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))
+    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", work_before(response)))
     formula = f"{choice.asked} = {first} {sign} {second}" in work
     numbers = re.search(rf"= {a} {re.escape(sign)} {b} = {value}(?![0-9])", work) is not None
 

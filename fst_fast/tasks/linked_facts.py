@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fst_fast.contracts import Verdict
-from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
 from fst_fast.tasks.generated import MiniTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
@@ -102,7 +102,7 @@ class LinkedFacts(MiniTask[Web]):
 def judge(web: Web, response: str) -> Verdict:
     """Compare the last \\boxed{} with the city. Metrics: boxed, hops (every fact of the chain is written out)."""
     chain = web.chain()
-    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))
+    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", work_before(response)))
     written = [re.search(rf"(?<![0-9]){fact_text(fact)}(?![0-9])", work) is not None for fact in chain]
 
     def wrong(feedback: str, boxed: bool = True) -> Verdict:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fst_fast.contracts import Verdict
-from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
 from fst_fast.tasks.generated import MiniTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
@@ -138,7 +138,7 @@ def judge(program: Program, response: str) -> Verdict:
 
 def _written(program: Program, response: str) -> list[Numbers | None]:
     """The list after each operation's name in the response, in the program's order; None for a step that is not written."""
-    words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", response.partition("\\boxed")[0])
+    words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", work_before(response))
     found: list[Numbers | None] = []
     at = 0
     for name in program.operations:

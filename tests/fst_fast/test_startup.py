@@ -176,14 +176,14 @@ def test_damaged_weights_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_context_that_leaves_no_room_for_the_longest_problem_does_not_fit() -> None:
     from fst_fast import mini
     from fst_fast.fast.fast_phase import leaves_room
-    from fst_fast.rollout.prompt import PromptCache, load_tokenizer
+    from fst_fast.rollout.prompt import Chat, PromptCache, load_tokenizer
 
     tokenizer = load_tokenizer(mini.path())
     short, long = (Problem(str(n), [{"role": "user", "content": "1 " * n}], None) for n in (5, 30))
     seed = Context.of("solve the problem .")
-    room = len(PromptCache(tokenizer, max_prompt_tokens=999).ids(seed, long)) + 1
+    room = len(PromptCache(Chat.of(tokenizer), max_prompt_tokens=999).ids(seed, long)) + 1
     sampler: Any = types.SimpleNamespace(
-        tokenizer=tokenizer, prompts=PromptCache(tokenizer, max_prompt_tokens=room)
+        tokenizer=tokenizer, prompts=PromptCache(Chat.of(tokenizer), max_prompt_tokens=room)
     )
     assert leaves_room(Context.of("solve the problem . ."), seed, [short, long], sampler)
     assert not leaves_room(Context.of("solve the problem . . ."), seed, [short, long], sampler)

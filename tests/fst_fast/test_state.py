@@ -31,6 +31,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
         counters=Counters(1, 2, 3, 4, 5),
         reusable=ReusePool([ScoredRollout(rollout, Verdict(0.5, "so so", {"m": 1.0}), "text")]),
         base_rewards={"c": {"p/0": 0.1}},
+        date="2026-02-28T23:59:58",
         data=[{"train": {"problems": 3, "hashed": 3, "sha256": "ab"}}],
     )
     state.save(tmp_path / "state.json")
@@ -43,6 +44,7 @@ def test_a_state_comes_back_from_its_file_exactly(tmp_path: Path) -> None:
     )
     assert again.fast.to_json() == state.fast.to_json()
     assert again.base_rewards == state.base_rewards
+    assert again.date == state.date
     assert again.data == state.data
     [s] = again.reusable.rollouts
     assert s.verdict == state.reusable.rollouts[0].verdict
@@ -109,3 +111,15 @@ def test_the_lookahead_is_the_union_of_the_next_minibatches_and_anchors_come_fro
     assert anchor_set(ahead, 99, cycle=1, seed=0) == ahead
     draws = {tuple(p.id for p in anchor_set(ahead, 3, cycle=c, seed=0)) for c in range(8)}
     assert len(draws) > 1
+
+
+def test_a_state_without_a_date_is_read_and_one_with_nonsense_for_it_refused(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    State(fast=FastState.initial("seed"), population=[Context.of("seed")]).save(file)
+    tree = json.loads(file.read_text())
+    del tree["date"]
+    file.write_text(json.dumps(tree))
+    assert State.load(file).date == ""
+    file.write_text(json.dumps({**tree, "date": "yesterday"}))
+    with pytest.raises(UserError, match="not the state of a run"):
+        State.load(file)
