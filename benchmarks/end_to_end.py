@@ -1,12 +1,13 @@
-"""A whole optimiser step, sampling included: this trainer against TRL's GRPOTrainer (transformers.generate), on the CPU.
+"""A whole optimiser step, sampling included: this trainer versus TRL's GRPOTrainer (transformers.generate), on the CPU.
 
     python benchmarks/end_to_end.py [--steps 3] [--threads 1] [--out benchmarks/results/end_to_end.json]
 
-The same on both sides: the shipped 0.8M model, float32; star graph problems of the mini world; K = 4 contexts of about 256 tokens in the system message;
-16 problems x 4 contexts x 2 samples = 128 samples per step, at most 32 new tokens, temperature 1; KL penalty to the frozen base model; AdamW; a
-reward that reads the completion (a hash, so that every group varies). What differs: TRL takes an advantage group per prompt, we per
-problem over its contexts, which costs nothing either way. TRL runs with its best of several micro-batch sizes and without gradient checkpointing.
-Each side runs in a process of its own; a step's time is the mean over the steps after the first.
+Both sides use the shipped 0.8M model in float32; star graph problems of the mini world; K = 4 contexts of about 256
+tokens in the system message; 16 problems x 4 contexts x 2 samples = 128 samples per step, at most 32 new tokens,
+temperature 1; a KL penalty to the frozen base model; AdamW; and a reward that hashes the completion, so that rewards
+differ within every group. They differ in the advantage group: TRL has one per prompt, we have one per problem over its
+contexts, which costs nothing on either side. TRL runs with its best of several micro-batch sizes and without gradient
+checkpointing. Each side runs in its own process; the time of a step is the mean over the steps after the first.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CONTEXTS, PROBLEMS, SAMPLES, NEW_TOKENS, CONTEXT_TOKENS = 4, 16, 2, 32, 256
 BATCH = CONTEXTS * PROBLEMS * SAMPLES
 TASK = {"form": "mini", "arms": 5, "path": 4, "ids": 40}
 KL_COEF, LR = 1e-3, 1e-4
+SENTENCE = "start at the goal and go back to the start . put the final path in the box ."
 
 
 def problems(steps: int) -> list[list[Problem]]:
@@ -47,29 +49,8 @@ def problems(steps: int) -> list[list[Problem]]:
 
 
 def contexts() -> list[Context]:
-    words = [
-        "start",
-        "at",
-        "the",
-        "goal",
-        "and",
-        "go",
-        "back",
-        "to",
-        "the",
-        "start",
-        ".",
-        "put",
-        "the",
-        "final",
-        "path",
-        "in",
-        "the",
-        "box",
-        ".",
-    ]
     rng = np.random.default_rng(0)
-    return [Context.of(" ".join(rng.choice(words, CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
+    return [Context.of(" ".join(rng.choice(SENTENCE.split(), CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
 
 
 def reward(ids: Any) -> float:
@@ -198,7 +179,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--micros", type=int, nargs="+", default=[16, 32, 64], help="micro-batch sizes tried for TRL"
+        "--micros", type=int, nargs="+", default=[16, 32, 64], help="micro-batch sizes to try for TRL"
     )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--micro", type=int, default=32, help=argparse.SUPPRESS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fst_fast import mini
-from fst_fast.errors import UserError
+from fst_fast.errors import UserError, one_line
 from fst_fast.run.environment import prepare_environment, usable_cores
 
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
-    probe.add_argument("--context", metavar="TEXT", help="default: fast.seed_context")
+    probe.add_argument("--context", type=_text, metavar="TEXT", help="default: fast.seed_context")
     probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
     probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
     probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
@@ -214,8 +215,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fst_fast import config_load
-    from fst_fast.batches import derived
+    from fst_fast.config import load as config_load
+    from fst_fast.config.derived import derived
 
     if args.allow_config_change and not args.resume:
         raise UserError("--allow-config-change goes with --resume")
@@ -267,7 +268,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
-    from fst_fast import config_load
+    from fst_fast.config import load as config_load
 
     config = config_load.load(args.config or mini.default_config(), args.overrides)
     prepare_environment()
@@ -354,7 +355,7 @@ def _refuse(sentence: str, debug: bool) -> int:
         sentence = f"process {os.environ['RANK']}: {sentence}"
     if debug:
         traceback.print_exc()
-    print(f"fst: {sentence}", file=sys.stderr, flush=True)
+    print(f"fst: {one_line(sentence)}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -363,9 +364,18 @@ def _is_first() -> bool:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: a whole number >= 1")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        shown = repr(text) if len(text) <= 40 else f"a text of {len(text):,} characters"
+        raise argparse.ArgumentTypeError(
+            f"{shown} is refused; allowed: a whole number >= 1 of at most 18 digits"
+        )
     return int(text)
+
+
+def _text(text: str) -> str:
+    if re.search("[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: text in UTF-8")
+    return text
 
 
 def _version() -> str:

@@ -1,6 +1,6 @@
-"""The processes of a run, as plain functions. One process needs no launcher; several come from `deepspeed` or `torchrun`.
+"""Collectives over the processes of a run. A single process needs no launcher; several are started by `deepspeed` or `torchrun`.
 
-Objects that cross processes are small (rollouts, verdicts, texts); tensors of the model never go this way.
+Only small objects (rollouts, verdicts, texts) are exchanged here, pickled. Model tensors are communicated by DeepSpeed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number: from torch.distributed once it is up, from the launcher's environment before."""
+    """This process's rank: from torch.distributed once it is initialised, before that from the launcher's environment."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
@@ -29,16 +29,16 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """The device of this process: its own GPU where there is one, else the CPU."""
+    """This process's device: its own GPU (LOCAL_RANK) if the machine has one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def init(timeout_s: float = 1800.0) -> None:
-    """Start torch.distributed (nccl with GPUs, gloo without); a lone process becomes a world of one.
+    """Initialise torch.distributed: nccl with GPUs, gloo without; a single process becomes a world of one.
 
-    timeout_s: the longest a process waits for the others in a collective; then it raises what `is_lost_peer` knows."""
+    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer` recognises."""
     if dist.is_initialized():
         return
     where = device()
@@ -51,16 +51,16 @@ def init(timeout_s: float = 1800.0) -> None:
     import deepspeed  # imported late: it is slow to load and probes the machine
     import deepspeed.ops
 
-    # On a CPU DeepSpeed would compile a shared-memory all-reduce the first time: a compiler is needed, and a build killed half-way leaves a
-    # lock for which every later run waits without end. gloo does the same work.
+    # On a CPU DeepSpeed compiles a shared-memory all-reduce at first use. That needs a compiler, and a build that is
+    # killed leaves a lock on which every later run hangs. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend=backend, verbose=False, timeout=datetime.timedelta(seconds=timeout_s)
     )
 
 
-def limit_waiting(timeout_s: float) -> None:
-    """The same limit for the groups that DeepSpeed has made since, which take a default of their own."""
+def set_collective_timeout(timeout_s: float) -> None:
+    """Set this timeout on every process group, also those that DeepSpeed created with its own default."""
     from torch.distributed import distributed_c10d
 
     for group in list(distributed_c10d._world.pg_map):
@@ -68,7 +68,7 @@ def limit_waiting(timeout_s: float) -> None:
 
 
 def is_lost_peer(error: BaseException | None) -> bool:
-    """Whether this error means that another process has ended or does not answer."""
+    """Whether this error means that another process has died or does not respond."""
     if not isinstance(error, RuntimeError) or world_size() == 1:
         return False
     signs = ("gloo", "NCCL", "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe")
@@ -76,7 +76,7 @@ def is_lost_peer(error: BaseException | None) -> bool:
 
 
 def all_gather(value: T) -> list[T]:
-    """Every process's `value`, in rank order, on every process."""
+    """Gather every process's `value`, in rank order, on every process."""
     if world_size() == 1:
         return [value]
     out: list[Any] = [None] * world_size()
@@ -84,8 +84,8 @@ def all_gather(value: T) -> list[T]:
     return out
 
 
-def from_rank_zero(value: T | None) -> T:
-    """Rank 0's `value` on every process. A UserError raised on rank 0 can be passed as the value: it is then raised everywhere."""
+def broadcast(value: T | None) -> T:
+    """Send rank 0's `value` to every process. If rank 0 passes a UserError as the value, every process raises it."""
     box: list[Any] = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -95,29 +95,30 @@ def from_rank_zero(value: T | None) -> T:
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result there, None elsewhere. A UserError is raised on every process."""
+    """Run `action` on rank 0 only. Returns its result there and None elsewhere. Every process raises rank 0's UserError."""
     result = error = None
     if rank() == 0:
         try:
             result = action()
         except UserError as bad:
             error = bad
-    from_rank_zero(error)
+    broadcast(error)
     return result
 
 
-def on_rank_zero_everywhere(action: Callable[[], Any]) -> Any:
-    """Like `on_rank_zero`, the result (small, picklable) on every process."""
-    return from_rank_zero(on_rank_zero(action))
+def broadcast_result(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result (small, picklable) on every process."""
+    return broadcast(on_rank_zero(action))
 
 
-def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Elementwise sum over the processes, added in rank order (so it is the same number everywhere)."""
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Elementwise sum over the processes, added in rank order, so every process gets the same bits."""
     rows = all_gather([float(v) for v in values])
     return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def maximum(value: int) -> int:
+def all_reduce_max(value: int) -> int:
+    """The largest `value` of any process."""
     return max(all_gather(value))
 
 
@@ -127,8 +128,10 @@ def barrier() -> None:
 
 
 def shut_down() -> None:
-    """The end of a run that ended well, for all of its processes: without it threads of torch.distributed are cut off at exit, and a process
-    whose work is done may end with an error. A lone process stays as it is, able to run again."""
+    """Leave the process group after a successful run.
+
+    Without it the threads of torch.distributed are cut off at exit and a process that has finished its work may exit
+    with an error. A single process keeps its group, so that it can run again."""
     if world_size() == 1:
         return
     try:
@@ -136,65 +139,69 @@ def shut_down() -> None:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        return  # the others are gone; this one's work is done
+        return  # the other processes have exited; this one's work is done
     dist.destroy_process_group()
 
 
-def share(items: Sequence[T]) -> list[T]:
-    """The share of this process: a run of neighbours, as long as any other process's by one at most. Waves stand in the order of the prompt
-    tree, so samples of one prompt stay together and no prompt but those at the seams is computed twice. Undone by `join_shares`."""
+def local_shard(items: Sequence[T]) -> list[T]:
+    """This process's contiguous shard of `items`; shards differ in length by at most one. `concat_shards` is the inverse.
+
+    Rollout requests come in the order of the prompt tree. A contiguous shard keeps the samples of a prompt together, so
+    only the prompts at shard boundaries are computed twice."""
     here, world = rank(), world_size()
     return list(items[len(items) * here // world : len(items) * (here + 1) // world])
 
 
-def share_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
-    """The share of this process where every process holds all items and some cost more than others: in their order, see `assign`."""
-    homes = assign([costs, *[[]] * (world_size() - 1)])[0]
-    return [item for item, home in zip(items, homes, strict=True) if home == rank()]
+def local_shard_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """This process's shard of `items`, which every process holds, balanced by cost (see `assign_ranks`); order is kept."""
+    ranks = assign_ranks([costs, *[[]] * (world_size() - 1)])[0]
+    return [item for item, owner in zip(items, ranks, strict=True) if owner == rank()]
 
 
-def join_shares(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Put the processes' shares (see `share`) back into the original order."""
-    return [item for share in shares for item in share]
+def concat_shards(shards: Sequence[Sequence[T]]) -> list[T]:
+    """Join the shards of all processes (see `local_shard`) in their original order."""
+    return [item for shard in shards for item in shard]
 
 
 def rebalance(items: Sequence[T], costs: Sequence[int]) -> list[T]:
-    """The items of all processes dealt anew, so that no process has much more to do than the others; in one order whoever had them before.
+    """Redistribute the items of all processes so that every process gets about the same total cost.
 
-    costs: of each item, in any unit. Only items that move travel (pickled). All processes must call it.
-    """
+    costs: of each of this process's items, in any unit. Only items that change ranks are pickled and sent. The
+    resulting order does not depend on who held an item before. All processes must call it."""
     if world_size() == 1:
         return list(items)
-    homes = assign(all_gather([int(cost) for cost in costs]))
+    owners = assign_ranks(all_gather([int(cost) for cost in costs]))
     here = rank()
     leaving = [
-        (home, at, item)
-        for at, (home, item) in enumerate(zip(homes[here], items, strict=True))
-        if home != here
+        (owner, at, item)
+        for at, (owner, item) in enumerate(zip(owners[here], items, strict=True))
+        if owner != here
     ]
     arriving = [
         (origin, at, item)
-        for origin, parcel in enumerate(all_gather(leaving))
-        for home, at, item in parcel
-        if home == here
+        for origin, sent in enumerate(all_gather(leaving))
+        for owner, at, item in sent
+        if owner == here
     ]
-    staying = [(here, at, item) for at, item in enumerate(items) if homes[here][at] == here]
+    staying = [(here, at, item) for at, item in enumerate(items) if owners[here][at] == here]
     return [item for _, _, item in sorted(arriving + staying, key=lambda entry: entry[:2])]
 
 
-def assign(costs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Where each item of each process goes, its costs given: the dearest first, each to whoever has least so far. All stay where they are
-    if the longest load gets no shorter by it."""
+def assign_ranks(costs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rank that should process each item: greedy longest-processing-time scheduling.
+
+    costs: one list per process, of its own items. Items are assigned in order of falling cost to the process with the
+    smallest load so far. If that does not lower the largest load, every item stays where it is."""
     load = [0] * len(costs)
-    homes = [[0] * len(own) for own in costs]
+    owners = [[0] * len(own) for own in costs]
     order = sorted(
         ((cost, at, origin) for origin, own in enumerate(costs) for at, cost in enumerate(own)),
         key=lambda entry: (-entry[0], *entry[1:]),
     )
     for cost, at, origin in order:
-        home = origin if load[origin] == min(load) else load.index(min(load))
-        load[home] += cost
-        homes[origin][at] = home
+        owner = origin if load[origin] == min(load) else load.index(min(load))
+        load[owner] += cost
+        owners[origin][at] = owner
     if max(map(sum, costs)) <= max(load):
         return [[origin] * len(own) for origin, own in enumerate(costs)]
-    return homes
+    return owners

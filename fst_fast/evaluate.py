@@ -166,7 +166,7 @@ def kl(
 
     Base and trained model both see the context.
     """
-    plan = distributed.share(requests_of(problems, contexts, 1))
+    plan = distributed.local_shard(requests_of(problems, contexts, 1))
     sampled = sampler.local(
         models.policy,
         plan,
@@ -185,5 +185,5 @@ def kl(
         summed, count = kl_to_reference(
             models.policy_module, models.base_module, leaves, Batching.of(config, sampler.pad_id)
         )
-    summed, tokens = distributed.sum_over_ranks([summed, count])
+    summed, tokens = distributed.all_reduce_sum([summed, count])
     return summed / tokens if tokens else None

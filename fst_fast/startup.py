@@ -18,7 +18,7 @@ from torch import nn
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.config_load import config_hash, dump
+from fst_fast.config.load import config_hash, dump
 from fst_fast.contracts import Context, Problem
 from fst_fast.data.fingerprint import Fingerprint, fingerprint
 from fst_fast.data.fingerprint import changes as data_changes
@@ -81,7 +81,7 @@ class Run:
         """Write the whole run; on disk it is there whole or not at all. All processes call it."""
         step = self.state.step
         self.recorder.begin("checkpoint", step)
-        tmp = Path(distributed.on_rank_zero_everywhere(lambda: str(checkpoint.begin(self.run_dir, step))))
+        tmp = Path(distributed.broadcast_result(lambda: str(checkpoint.begin(self.run_dir, step))))
         failure = f"the checkpoint of step {step} cannot be written to {tmp}"
         with disk_errors(failure):
             if self.policy is not None:
@@ -109,14 +109,14 @@ class Run:
             )
             return str(final)
 
-        path = Path(distributed.on_rank_zero_everywhere(write))
+        path = Path(distributed.broadcast_result(write))
         self.recorder.callbacks.send(CheckpointWritten, step=step, path=path)
 
     def distillation_teacher(self) -> nn.Module:
         """The frozen weights that are distilled from: a copy of the policy, made at the first call. All processes call it."""
         if self.teacher is None:
             self.teacher = trained.load(self.config)
-            self.teacher.load_state_dict(lora.plain_state(self.models.policy_module))
+            self.teacher.load_state_dict(lora.merged_state_dict(self.models.policy_module))
         return self.teacher
 
     def __enter__(self) -> Run:
@@ -231,11 +231,7 @@ def build_run(
 def _start_or_resume(run: Run, resume: bool, allow_data_change: bool) -> None:
     """Load the newest whole checkpoint, where there is one, and open the metrics files."""
     config, state, recorder_ = run.config, run.state, run.recorder
-    found = (
-        distributed.on_rank_zero_everywhere(lambda: str(checkpoint.latest(run.run_dir) or ""))
-        if resume
-        else ""
-    )
+    found = distributed.broadcast_result(lambda: str(checkpoint.latest(run.run_dir) or "")) if resume else ""
     changes = list(run.folder.changes) if run.folder else []
     if found:
         run.resumed = True
@@ -379,8 +375,6 @@ def shared_reflector(config: Config, base: RolloutEngine, tokenizer: Any) -> Ref
 
     def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
         reach("reflection")
-        return distributed.from_rank_zero(
-            ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None
-        )
+        return distributed.broadcast(ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None)
 
     return reflect

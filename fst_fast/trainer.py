@@ -46,7 +46,7 @@ def train(
 
     Raises UserError on bad input."""
     with (
-        signals.stop_on_signals(speak=distributed.rank() == 0),
+        signals.stop_on_signals(announce=distributed.rank() == 0),
         build_run(
             config,
             run_dir,
@@ -101,7 +101,7 @@ def enter_stage(run: Run) -> Stage:
     stage = stage_at(run.stages, state.step)
     if run.teacher is not None and not stage.distils(state.step):
         run.teacher = None
-        state.fast = state.fast.anew()
+        state.fast = state.fast.reset_population()
         state.population = [run.seed_context]
     if stage.number and state.step == stage.first:
         state.fast = replace(state.fast, idle=0, rest=0)  # idle cycles were counted on another task

@@ -1,10 +1,11 @@
-"""Whether two trees of this repository compute the same: metrics.jsonl of short runs, byte by byte.
+"""Check whether two trees of this repository compute the same: metrics.jsonl of short runs, byte by byte.
 
     python scripts/same_metrics.py record OUT [--tree DIR] [--jobs 2]   # train every run below with the code of DIR
-    python scripts/same_metrics.py compare OUT_A OUT_B                  # exit code 1 where a record differs
+    python scripts/same_metrics.py compare OUT_A OUT_B                  # exit code 1 if a record differs
 
-The runs: every configs/mini/*.yaml for 12 steps with each method, and one run through two tasks whose stages end in distillation. Each takes one
-thread, so that sums are added in one order. metrics.jsonl holds no time; the figures are those of one machine and one set of versions.
+The runs: every configs/mini/*.yaml for 12 steps with each method, and one run through two tasks whose stages end in
+distillation. Each uses one thread, so that the order of summation is fixed. metrics.jsonl holds no times; the figures
+depend on the machine and on the versions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STAGES = 'stages=[{"task": "star_graph", "task_args": {"form": "mini", "arms": 5
 
 
 def runs() -> dict[str, list[str]]:
-    """Name -> the words of `fst train`, the run's folder left out."""
+    """Name -> the arguments of `fst train`, without the run folder."""
     found = {
         f"{family}-{method}": [
             f"configs/mini/{family}.yaml",
@@ -42,7 +43,7 @@ def runs() -> dict[str, list[str]]:
 
 
 def record(out: Path, tree: Path, jobs: int) -> int:
-    """Make the runs that are not made yet; returns how many failed."""
+    """Run whatever is missing in `out`; returns the number of failures."""
     out.mkdir(parents=True, exist_ok=True)
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "kernels")]),
@@ -55,7 +56,7 @@ def record(out: Path, tree: Path, jobs: int) -> int:
         command = [sys.executable, str(tree / "train.py"), *words, "--run-dir", str(out / name)]
         with open(out / f"{name}.log", "wb") as log:
             code = subprocess.run(command, cwd=tree, env=env, stdout=log, stderr=log).returncode
-        print(f"{name}: {'made' if code == 0 else f'failed, see {log.name}'}", flush=True)
+        print(f"{name}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
         return code == 0
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -63,7 +64,7 @@ def record(out: Path, tree: Path, jobs: int) -> int:
 
 
 def compare(a: Path, b: Path) -> int:
-    """Say the first record of each run that differs; returns how many runs do."""
+    """Print the first differing record of each run; returns the number of differing runs."""
     different = 0
     for name in runs():
         left, right = ((folder / name / "metrics.jsonl").read_bytes() for folder in (a, b))

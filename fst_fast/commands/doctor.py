@@ -16,12 +16,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from fst_fast import config_load
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.mini import default_config
 from fst_fast.run.environment import usable_cores
 from fst_fast.verify.run_code import isolation
-from fst_fast.verify.supervisor import MAX_PROCESSES, why_unlimited
+from fst_fast.verify.supervisor import MAX_PROCESSES, unlimited_reason
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "flash-attn", "numpy", "pydantic")
 GIB = 2**30
@@ -90,7 +90,7 @@ def _kernels() -> Iterator[str]:
 
 def _verification() -> Iterator[str]:
     yield f"programs run by run_code: {isolation()}"
-    yield f"processes of a grader: {why_unlimited() or f'at most {MAX_PROCESSES} at a time, all ended with it'}"
+    yield f"processes of a grader: {unlimited_reason() or f'at most {MAX_PROCESSES} at a time, all ended with it'}"
 
 
 def _default_run(config: Config) -> Iterator[str]:

@@ -12,8 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from fst_fast import config_load
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.policy import lora
 from fst_fast.rollout.prompt import load_tokenizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fst_fast import config_load, distributed
+from fst_fast import distributed
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy, load

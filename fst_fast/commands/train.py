@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast import config_load, mini
+from fst_fast import mini
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.contracts import Context
 from fst_fast.errors import UserError
 from fst_fast.run.callbacks import Callback
@@ -94,10 +95,10 @@ def resolve_config(
     elif isinstance(config, Mapping):
         tree = dict(config)
     else:
-        tree = config_load.read_yaml(Path(config))
+        tree = config_load.read_file(Path(config))
     if task is not None:
         name = task if isinstance(task, str) else _task_spec(task)
-        if name != tree.get("task"):
+        if name != tree.get("task", Config.model_fields["task"].default):
             tree.pop("task_args", None)  # they are the other task's
         tree["task"] = name
     tree = merged(tree, changes or {})
@@ -152,7 +153,9 @@ def read_metrics(run_dir: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
     with open(run_dir / METRICS, encoding="utf-8") as lines:
         for line in map(json.loads, lines):
             kind = line.pop("kind")
-            numbers = {name.removeprefix("/"): value for name, value in numbers_of(line, "", missing=np.nan).items()}
+            numbers = {
+                name.removeprefix("/"): value for name, value in numbers_of(line, "", missing=np.nan).items()
+            }
             rows.setdefault(kind, []).append(numbers)
     return {
         kind: {

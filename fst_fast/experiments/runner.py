@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from fst_fast import config_load
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.experiments import worker
 from fst_fast.experiments.runs import Budget, Run

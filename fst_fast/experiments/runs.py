@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 import fst_fast.mini
-from fst_fast import config_load
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 
 FAMILIES = ("star_graph", "list_programs", "linked_facts", "formula_choice")
 METHODS = ("rl", "gepa", "fst")
@@ -73,7 +73,7 @@ class Run:
         changes = {**budget.changes(), **self.changes, "method": self.method, "seed": self.seed}
         if weights:
             changes["model.path"] = str(weights)
-        tree = config_load.read_yaml(source)
+        tree = config_load.read_file(source)
         for key, value in changes.items():
             config_load.assign(tree, key, value)
         return config_load.check(tree, f"{source}: ")

@@ -1,17 +1,18 @@
 """Evolve the contexts: carry the population over, propose and test edits for a few generations, keep K contexts.
 
-The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Phi"), its evolution GEPA's (arXiv 2507.19457): parents from
-the per-problem Pareto front, edits proposed by reflection on failures. What differs from GEPA, and why:
+The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Phi"); its evolution is GEPA's (arXiv
+2507.19457): parents from the per-problem Pareto front, edits proposed by reflection on failures. Differences from GEPA, and why:
 
-- it starts from a population and from a policy that has moved: every carried context is scored afresh, on the same problems and samples as
-  its children, in one batch;
-- all reflections of a generation are one batch and so are all its children, since a rollout engine is fast on many prompts at once;
+- it starts from a population and from a policy that has changed. Every carried context is rescored, on the same
+  problems and samples as its children, in one batch;
+- all reflections of a generation form one batch, and so do all its children, since a rollout engine is fast on many
+  prompts at once;
 - a child is admitted by a paired test against its parent (`pareto.admits`), not by comparing two noisy sums;
-- the budget is a hard cap: a generation takes as many children as it can still pay for in full.
+- the budget is a hard limit: a generation has only as many children as it can pay for in full.
 
-Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness comes from (seed, cycle,
-generation): processes that see the same scores and replies decide alike, and a resumed run repeats itself. `score` and `reflect` are
-called once per generation with the whole batch; they are the only places where processes communicate.
+Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness derives
+from (seed, cycle, generation). So processes with the same scores and replies decide alike, and a resumed run repeats
+itself. `score` and `reflect` are called once per generation with the whole batch; they are the only places where processes communicate.
 """
 
 from __future__ import annotations
@@ -27,37 +28,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.config import FastConfig
+from fst_fast.config.derived import Size, affordable
 from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
-from fst_fast.fast.population import FastState, Lineage, Scores, Shown
-from fst_fast.fast.reflection import (
-    Failure,
-    ReflectionPrompt,
-    Reflector,
-    Refusal,
-    Reply,
-    ask,
-    cut,
-    extract,
-)
+from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
+from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, Reply, ask, cut, extract
 from fst_fast.fast.scoring import ScoreFn
 from fst_fast.run.callbacks import Admission, Proposal
 
 Log = Callable[[str], None]
 
 KEPT_FEEDBACK_CHARS = 500
-"""Of a shown failure's feedback, what the lineage keeps."""
+"""How much of a shown failure's feedback the lineage stores."""
 KEPT_REFLECTION_CHARS = 4000
-"""Of a reflector's reply, what the lineage keeps."""
+"""How much of a reflector's reply the lineage stores."""
 
 _STREAM = 0xFA57
-"""Keeps the fast phase's random numbers apart from everybody else's under the same seed."""
+"""Separates the fast phase's random stream from others with the same seed."""
 
 
 @dataclass(frozen=True)
 class FastResult:
-    """state: to go on from and to save. population: exactly K contexts, the best first; it may repeat. sampled: every rollout of the
-    phase, for reuse. record: the "cycle" line of metrics.jsonl, without kind and step."""
+    """state: to save and continue from. population: exactly K contexts, best first, with possible repeats. sampled:
+    every rollout of the phase, for reuse. record: the "cycle" line of metrics.jsonl, without kind and step."""
 
     state: FastState
     population: list[Context]
@@ -65,32 +58,7 @@ class FastResult:
     record: dict[str, Any]
 
 
-MOST_REST = 3  # cycles that fast.adaptive leaves out in a row
-
-
-@dataclass(frozen=True)
-class Size:
-    """What scoring one context costs: problems x samples rollouts."""
-
-    problems: int
-    samples: int
-
-    @property
-    def rollouts(self) -> int:
-        return self.problems * self.samples
-
-
-def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
-    """How much of the anchor set a budget pays for: the carried contexts and one full generation of children must fit.
-
-    If they do not, first the samples shrink, then the anchor set (to its first problems): breadth over problems tells more than repetition.
-    0 problems: the budget does not even pay one rollout for each of them, so the phase does nothing.
-    """
-    contexts = members + config.children
-    if anchor == 0 or contexts > config.rollout_budget:
-        return Size(0, 0)
-    problems = min(anchor, config.rollout_budget // contexts)
-    return Size(problems, min(config.samples, config.rollout_budget // (contexts * problems)))
+MAX_REST = 3  # cycles that fast.adaptive skips in a row
 
 
 def evolve(
@@ -110,12 +78,11 @@ def evolve(
 ) -> FastResult:
     """Evolve the population for one cycle.
 
-    anchor: the problems on which contexts are compared; an id that occurs twice counts once. fits: whether a context leaves room for
-    every problem that it may meet; one that does not is refused as too long. emit: receives the Proposal and Admission events.
+    anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
+    for every problem in the prompt; if not, it is refused as too long. emit: receives the Proposal and Admission events.
 
-    Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more than
-    config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase goes on.
-    """
+    Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
+    than config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase continues."""
     if config.adaptive and state.rest:
         log(f"fast phase of cycle {cycle} left out: the last {state.idle} admitted no child (fast.adaptive)")
         return _carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
@@ -134,27 +101,31 @@ def evolve(
             f"fast phase of cycle {cycle}: fast.rollout_budget={config.rollout_budget} pays for {size.problems} of {len(problems)} anchor "
             f"problems with {size.samples} of {config.samples} samples per context"
         )
-    round = _Round(problems[: size.problems], size.samples, state.scores.at(policy_version), score)
-    round.judge(members)
+    evaluations = _Evaluations(
+        problems[: size.problems], size.samples, state.scores.at_version(policy_version), score
+    )
+    evaluations.judge(members)
 
-    archive = list(members)  # the carried and the admitted: what may be a parent or be kept
+    archive = list(members)  # carried and admitted contexts: candidates for parents and for the population
     lineage = dict(state.contexts)
     tried = {c.text for c in members}
     tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
     born: list[str] = []
     refused: Counter[str] = Counter()
-    asked = waves = read = written = 0
-    for wave in range(config.first_generations if cycle == 0 else config.generations):
-        width = min(config.children, (config.rollout_budget - round.spent) // size.rollouts)
-        rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, wave]))
-        parents = _choose_parents(round, archive, width, rng)
-        if not parents:  # the budget is used up, or nothing fails
+    asked = generations = read = written = 0
+    for generation in range(config.first_generations if cycle == 0 else config.generations):
+        width = min(config.children, (config.rollout_budget - evaluations.spent) // size.rollouts)
+        rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
+        parents = _choose_parents(evaluations, archive, width, rng)
+        if not parents:  # the budget is used up, or no context fails anywhere
             break
-        shown = _choose_failures(round, parents, config.failures_shown, rng)
-        prompts = [_prompt(round, parent, failures) for parent, failures in zip(parents, shown, strict=True)]
+        shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
+        prompts = [
+            _prompt(evaluations, parent, failures) for parent, failures in zip(parents, shown, strict=True)
+        ]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
-        replies = ask(reflect, prompts, seeds, functools.partial(_log_wave, log, cycle, wave))
-        waves += 1
+        replies = ask(reflect, prompts, seeds, functools.partial(_log_generation, log, cycle, generation))
+        generations += 1
         asked += len(replies)
         read += sum(reply.prompt_tokens for reply in replies)
         written += sum(reply.completion_tokens for reply in replies)
@@ -172,60 +143,63 @@ def evolve(
                 refused[reason] += 1
                 emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
                 continue
-            line = _birth(Context.of(text, parent=parent.id, born=cycle), failures, reply)
+            line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, reply)
             emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
-            line = lineage.setdefault(
-                line.context.id, line
-            )  # tried under an earlier policy: keeps its place in the tree
+            # a context tried under an earlier policy keeps its place in the tree
+            line = lineage.setdefault(line.context.id, line)
             children.append((line.context, parent))
-        round.judge([child for child, _ in children])
+        evaluations.judge([child for child, _ in children])
         for child, parent in children:
-            admitted = pareto.admits(round.rewards[child.id], round.rewards[parent.id], config.admit_z)
+            admitted = pareto.admits(
+                evaluations.rewards[child.id], evaluations.rewards[parent.id], config.admit_z
+            )
             lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=admitted)
             born.append(child.id)
             if admitted:
                 archive.append(child)
-            means = [round.mean(context.id)[0] for context in (child, parent)]
+            means = [evaluations.mean(context.id)[0] for context in (child, parent)]
             emit(
                 Admission, cycle=cycle, context=child, parent=parent, admitted=admitted, mean=means[0], parent_mean=means[1]
             )  # fmt: skip
-    assert round.spent <= config.rollout_budget
+    assert evaluations.spent <= config.rollout_budget
 
-    for context_id in round.rewards:
-        mean, n = round.mean(context_id)
+    for context_id in evaluations.rewards:
+        mean, n = evaluations.mean(context_id)
         line = dataclasses.replace(lineage[context_id], policy_version=policy_version, mean=mean, n=n)
         lineage[context_id] = line
     ids = [context.id for context in archive]
-    rewards = np.stack([round.rewards[context_id] for context_id in ids])
+    rewards = np.stack([evaluations.rewards[context_id] for context_id in ids])
     seed_row = ids.index(state.seed_id) if state.seed_id in ids else None
-    rows = pareto.select(round.matrix(ids), rewards, config.population, seed=seed_row)
+    rows = pareto.select(evaluations.matrix(ids), rewards, config.population, seed=seed_row)
     population = [archive[row] for row in rows]
     kept = tuple(context.id for context in population)
-    record = _record(
-        cycle,
-        [_line(lineage[context_id]) for context_id in kept],
-        proposed=asked,
-        admitted=len(archive) - len(members),
-        refused=dict(sorted(refused.items())),
-        fast_rollouts=round.spent,
-        unjudged=round.unjudged,
-        best_mean=lineage[kept[0]].mean,
-        seed_mean=None if seed_row is None else lineage[state.seed_id].mean,
-        waves=waves,
-        anchor_problems=size.problems,
-        samples=size.samples,
-        reflection_tokens=(read, written),
-        contexts=[_line(lineage[context_id], birth=True) for context_id in born],
-    )
+    record = {
+        **_empty_record(cycle, [_line(lineage[context_id]) for context_id in kept]),
+        "proposed": asked,
+        "admitted": len(archive) - len(members),
+        "refused": dict(sorted(refused.items())),
+        "fast_rollouts": evaluations.spent,
+        "reflection_prompt_tokens": read,
+        "reflection_completion_tokens": written,
+        "unjudged": evaluations.unjudged,
+        "best_mean": lineage[kept[0]].mean,
+        "seed_mean": None if seed_row is None else lineage[state.seed_id].mean,
+        "waves": generations,
+        "anchor_problems": size.problems,
+        "samples": size.samples,
+        "contexts": [_line(lineage[context_id], birth=True) for context_id in born],
+    }
     idle = 0 if len(archive) > len(members) else state.idle + 1
     found = any(context_id != state.seed_id for context_id in kept)
-    rest = min(idle, MOST_REST) if config.adaptive and found else 0
-    after = FastState(state.seed_id, kept, lineage, round.scores.only(kept), cycle + 1, idle, rest)
-    return FastResult(after, population, round.sampled, record)
+    rest = min(idle, MAX_REST) if config.adaptive and found else 0
+    after = FastState(
+        state.seed_id, kept, lineage, evaluations.scores.restricted_to(kept), cycle + 1, idle, rest
+    )
+    return FastResult(after, population, evaluations.sampled, record)
 
 
-class _Round:
-    """What has been sampled in this phase: rewards by (problem, sample) for the paired test, counts and sums for the front."""
+class _Evaluations:
+    """What this phase has sampled: rewards by (problem, sample) for the paired test, counts and sums for the front."""
 
     def __init__(self, problems: list[Problem], samples: int, scores: Scores, score: ScoreFn) -> None:
         self.problem = {problem.id: problem for problem in problems}
@@ -233,9 +207,8 @@ class _Round:
         self.scores = scores
         self.score = score
         self.rewards: dict[str, NDArray[np.float64]] = {}  # context id -> [N, S], NaN where unjudged
-        self.failures: dict[
-            str, list[ScoredRollout]
-        ] = {}  # context id -> the first failed sample of each failed problem
+        # context id -> the first failed sample of each failed problem
+        self.failures: dict[str, list[ScoredRollout]] = {}
         self.sampled: list[ScoredRollout] = []
         self.unjudged = 0
 
@@ -244,7 +217,7 @@ class _Round:
         return len(self.sampled)
 
     def judge(self, contexts: Sequence[Context]) -> None:
-        """Score these contexts on every problem and sample, as one batch."""
+        """Score these contexts on every problem and sample, in one batch."""
         items = [
             RolloutRequest(c, p, k)
             for c in contexts
@@ -282,36 +255,36 @@ class _Round:
         return self.scores.matrix(context_ids, list(self.problem))
 
     def mean(self, context_id: str) -> tuple[float | None, int]:
-        """Mean over this phase's problems of the mean reward there, and the number of judged rollouts."""
+        """(mean over this phase's problems of the mean reward, number of judged rollouts)."""
         n = self.scores.count(context_id, list(self.problem))
         return (float(pareto.row_means(self.matrix([context_id]))[0]) if n else None), n
 
 
 def _choose_parents(
-    round: _Round, archive: list[Context], width: int, rng: np.random.Generator
+    evaluations: _Evaluations, archive: list[Context], width: int, rng: np.random.Generator
 ) -> list[Context]:
-    """`width` draws, with replacement, among the contexts that failed somewhere, by problems won; siblings stand together."""
+    """Draw `width` parents, with replacement, among contexts with failures, weighted by problems won; siblings are adjacent."""
     if width <= 0:
         return []
-    failing = np.array([bool(round.failures[c.id]) for c in archive])
-    weights = np.where(failing, pareto.parent_weights(round.matrix([c.id for c in archive])), 0.0)
-    if weights.sum() == 0:  # whoever could be a parent is perfect: nothing to learn from
+    failing = np.array([bool(evaluations.failures[c.id]) for c in archive])
+    weights = np.where(failing, pareto.parent_weights(evaluations.matrix([c.id for c in archive])), 0.0)
+    if weights.sum() == 0:  # every possible parent is perfect, so there is nothing to learn from
         return []
     drawn = rng.choice(len(archive), size=width, p=weights / weights.sum())
     return [archive[row] for row in sorted(int(d) for d in drawn)]
 
 
 def _choose_failures(
-    round: _Round, parents: list[Context], shown: int, rng: np.random.Generator
+    evaluations: _Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
 ) -> list[list[ScoredRollout]]:
-    """For each parent's children, in random order, the next `shown` of its failed problems: siblings see different ones as far as
-    there are enough, then the order starts over."""
+    """For each child the next `shown` failures of its parent, in random order. Siblings see different ones until all
+    are used, then the order repeats."""
     order: dict[str, list[ScoredRollout]] = {}
     used: Counter[str] = Counter()
     chosen = []
     for parent in parents:
         if parent.id not in order:
-            failures = round.failures[parent.id]
+            failures = evaluations.failures[parent.id]
             order[parent.id] = [failures[i] for i in rng.permutation(len(failures))]
         queue = order[parent.id]
         start = used[parent.id]
@@ -321,8 +294,12 @@ def _choose_failures(
     return chosen
 
 
-def _prompt(round: _Round, parent: Context, failures: Sequence[ScoredRollout]) -> ReflectionPrompt:
-    return ReflectionPrompt(parent.text, [_failure(round.problem[s.rollout.problem_id], s) for s in failures])
+def _prompt(
+    evaluations: _Evaluations, parent: Context, failures: Sequence[ScoredRollout]
+) -> ReflectionPrompt:
+    return ReflectionPrompt(
+        parent.text, [_failure(evaluations.problem[s.rollout.problem_id], s) for s in failures]
+    )
 
 
 def _failure(problem: Problem, sampled: ScoredRollout) -> Failure:
@@ -333,9 +310,11 @@ def _failure(problem: Problem, sampled: ScoredRollout) -> Failure:
     return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
 
 
-def _birth(child: Context, failures: Sequence[ScoredRollout], reply: Reply) -> Lineage:
-    shown = (Shown(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures)
-    text = (reply.text or "").encode(errors="replace").decode()  # what any UTF-8 file can hold
+def _child_lineage(child: Context, failures: Sequence[ScoredRollout], reply: Reply) -> Lineage:
+    shown = (
+        ShownFailure(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures
+    )
+    text = (reply.text or "").encode(errors="replace").decode()  # valid UTF-8
     return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
 
 
@@ -344,45 +323,28 @@ def _carried_unscored(state: FastState, config: FastConfig, cycle: int) -> FastR
     ids = tuple(context.id for context in population)
     lines = [{**_line(state.contexts[context_id]), "mean": None, "n": 0} for context_id in ids]
     after = dataclasses.replace(state, population=ids, cycle=cycle + 1)
-    return FastResult(after, population, [], _record(cycle, lines))
+    return FastResult(after, population, [], _empty_record(cycle, lines))
 
 
-def _record(
-    cycle: int,
-    population: list[dict[str, Any]],
-    *,
-    proposed: int = 0,
-    admitted: int = 0,
-    refused: dict[str, int] | None = None,
-    fast_rollouts: int = 0,
-    unjudged: int = 0,
-    best_mean: float | None = None,
-    seed_mean: float | None = None,
-    waves: int = 0,
-    anchor_problems: int = 0,
-    samples: int = 0,
-    reflection_tokens: tuple[int, int] = (0, 0),
-    contexts: list[dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """proposed: reflections asked for, each of which was refused, scored and rejected, or admitted. best_mean: of the kept, on this
-    cycle's anchor problems and on the samples that chose them, hence a little high. seed_mean: None once the seed is dropped.
-    contexts: every child scored in this cycle. reflection_tokens: read and written by the reflector, where it says so."""
+def _empty_record(cycle: int, population: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cycle that samples nothing.
+
+    proposed: reflections requested, each of which is refused, scored and rejected, or admitted. best_mean: of the kept
+    contexts on this cycle's anchor problems, biased upwards because the same samples chose them. seed_mean: None once
+    the seed is dropped. waves: generations run. contexts: every child scored in this cycle. reflection_*_tokens: read
+    and written by the reflector, if it reports them."""
+    zero = ("fast_rollouts", "reflection_prompt_tokens", "reflection_completion_tokens", "unjudged")
     return {
-        "cycle": cycle,
-        "population": population,
-        "proposed": proposed,
-        "admitted": admitted,
-        "refused": refused or {},
-        "fast_rollouts": fast_rollouts,
-        "reflection_prompt_tokens": reflection_tokens[0],
-        "reflection_completion_tokens": reflection_tokens[1],
-        "unjudged": unjudged,
-        "best_mean": best_mean,
-        "seed_mean": seed_mean,
-        "waves": waves,
-        "anchor_problems": anchor_problems,
-        "samples": samples,
-        "contexts": contexts or [],
+        **{"cycle": cycle, "population": population, "proposed": 0, "admitted": 0, "refused": {}},
+        **dict.fromkeys(zero, 0),
+        **{
+            "best_mean": None,
+            "seed_mean": None,
+            "waves": 0,
+            "anchor_problems": 0,
+            "samples": 0,
+            "contexts": [],
+        },
     }
 
 
@@ -403,5 +365,5 @@ def _line(lineage: Lineage, *, birth: bool = False) -> dict[str, Any]:
     return line
 
 
-def _log_wave(log: Log, cycle: int, wave: int, text: str) -> None:
-    log(f"fast phase of cycle {cycle}, wave {wave}: {text}")
+def _log_generation(log: Log, cycle: int, generation: int, text: str) -> None:
+    log(f"fast phase of cycle {cycle}, generation {generation}: {text}")

@@ -1,7 +1,8 @@
-"""The bridge to gepa 0.1.4, both ways: a user's GEPAAdapter scores for our fast phase, and gepa can drive our scorer and reflector.
+"""The bridge to gepa 0.1.4, in both directions: a user's GEPAAdapter can score for our fast phase, and gepa can use our
+scorer and reflector.
 
-gepa's contract is `evaluate(batch, {component: text}, capture_traces)` and `make_reflective_dataset`; ours is `ScoreFn` and `Reflector`.
-gepa itself is imported only by `GepaBridge.evaluate`, for the type that it returns.
+gepa's contract is `evaluate(batch, {component: text}, capture_traces)` and `make_reflective_dataset`; ours is `ScoreFn`
+and `Reflector`. gepa itself is imported only by `GepaBridge.evaluate`, for its return type.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fst_fast.fast.scoring import ScoreFn
 
 
 def problems_of(instances: Sequence[Any]) -> list[Problem]:
-    """Problems for a GEPAAdapter's data: the instance is the answer, its text the message, its position the id."""
+    """Problems from a GEPAAdapter's data: the instance is the answer, its text the message, its index the id."""
     return [
         Problem(str(i), [{"role": "user", "content": str(instance)}], instance)
         for i, instance in enumerate(instances)
@@ -26,12 +27,11 @@ def problems_of(instances: Sequence[Any]) -> list[Problem]:
 
 
 def score_with(adapter: Any, *, component: str, policy_version: int) -> ScoreFn:
-    """A ScoreFn over a GEPAAdapter and the problems of `problems_of`.
+    """A ScoreFn that uses a GEPAAdapter, for the problems of `problems_of`.
 
-    The adapter is called once per context, the context being the text of `component`; scores must lie in [0, 1]. Its reflective dataset
-    gives the feedback where it has one record per instance. Rollouts have no tokens: an adapter does not show them, so they cannot be
-    reused for training.
-    """
+    The adapter is called once per context, with the context as the text of `component`; scores must be in [0, 1]. Its
+    reflective dataset gives the feedback if it has one record per instance. The rollouts have no tokens, because
+    adapters do not return them, so they cannot be reused for training."""
 
     def score(items: Sequence[RolloutRequest]) -> list[ScoredRollout]:
         answers: dict[int, ScoredRollout] = {}
@@ -59,10 +59,9 @@ def score_with(adapter: Any, *, component: str, policy_version: int) -> ScoreFn:
 
 @dataclass
 class GepaBridge:
-    """A GEPAAdapter over our ScoreFn and Reflector; its data are Problems, its one component is `context`.
+    """A GEPAAdapter that uses our ScoreFn and Reflector; its data are Problems, its only component is `context`.
 
-    gepa knows no unjudged response, so here, and only here, one counts as 0. A refused reply proposes nothing.
-    """
+    gepa has no notion of an unjudged response, so here, and only here, one counts as 0. A refused reply proposes nothing."""
 
     score: ScoreFn
     reflect: Reflector

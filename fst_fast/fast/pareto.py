@@ -1,11 +1,12 @@
-"""Comparing contexts on the same problems: the per-problem front, who may be a parent, who is admitted, who is kept.
+"""Compare contexts on the same problems: the per-problem front, who may be a parent, who is admitted, who is kept.
 
-Everything here is a pure function of a score matrix, so every process that holds the same scores decides the same. Rows are contexts
-(oldest first), columns problems; NaN is "no judged sample".
+Everything here is a pure function of a score matrix, so all processes with the same scores decide the same. Rows are
+contexts (oldest first), columns are problems; NaN means "no judged sample".
 
-A context *wins* a problem if none scores higher there. A problem on which all known contexts tie distinguishes nobody and is left out:
-it never changes who is dominated (everyone shares its front), it would only pull the choice of parents towards uniform. *Dominated* is
-GEPA's word (arXiv 2507.19457): on every problem that the context wins, another one that is still standing wins too.
+A context *wins* a problem if none scores higher there. A problem on which all known contexts tie does not distinguish
+them and is ignored: it cannot change who is dominated, since all share its front, but would pull the choice of parents
+towards uniform. *Dominated* is GEPA's term (arXiv 2507.19457): every problem that the context wins is also won by a
+context that is not dominated.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _TIE = REWARD_ROUNDING
 """Scores, in [0, 1], closer than this are equal: sums of the same rewards in another order differ in the last bits."""
 
 CLEARLY_WORSE_Z = 2.0
-"""Standard errors of the paired difference to the best beyond which a context is kept only for what it alone covers."""
+"""A context further below the best than this, in standard errors of the paired difference, is kept only for problems it alone wins."""
 
 CERTAIN_GAIN = 2
-"""Problems that a context has to add to what the kept ones win: one may be luck."""
+"""How many problems a context must add to those that the kept ones win: a single one may be luck."""
 
 
 def wins(scores: Matrix) -> Mask:
-    """[C, N] -> [C, N]: the front of every problem that distinguishes; all False elsewhere."""
+    """[C, N] -> [C, N]: which contexts win each problem; all False for problems that do not distinguish contexts."""
     known = ~np.isnan(scores)
     best = np.where(known, scores, -np.inf).max(axis=0, initial=-np.inf)  # [N]
     worst = np.where(known, scores, np.inf).min(axis=0, initial=np.inf)  # [N]
@@ -43,7 +44,7 @@ def wins(scores: Matrix) -> Mask:
 
 
 def row_means(scores: Matrix) -> NDArray[np.float64]:
-    """[C, N] -> [C]: the mean over the problems with a score; NaN where there is none."""
+    """[C, N] -> [C]: mean over the problems with a score; NaN if there is none."""
     known = ~np.isnan(scores)
     count = known.sum(axis=1)
     total = np.where(known, scores, 0.0).sum(axis=1)
@@ -52,10 +53,9 @@ def row_means(scores: Matrix) -> NDArray[np.float64]:
 
 
 def undominated(scores: Matrix) -> Mask:
-    """[C, N] -> [C]: what stands when the dominated are struck out, worst mean first (of equals the younger first).
+    """[C, N] -> [C]: contexts left after removing dominated ones, worst mean first (of equals the younger first).
 
-    One pass is enough: who is needed for a problem stays needed when others go.
-    """
+    One pass suffices: a context that is needed for a problem stays needed when others are removed."""
     front = wins(scores)
     standing = np.ones(len(scores), dtype=np.bool_)
     for row in _by_mean(scores)[::-1]:
@@ -63,13 +63,14 @@ def undominated(scores: Matrix) -> Mask:
         others[row] = False
         if not (front[row] & ~front[others].any(axis=0)).any():
             standing[row] = False
-    if not standing.any():  # no problem distinguishes: nobody dominates anybody
+    if not standing.any():  # no problem distinguishes contexts, so none is dominated
         standing[:] = True
     return standing
 
 
 def parent_weights(scores: Matrix) -> NDArray[np.float64]:
-    """[C, N] -> [C], summing to 1: problems won by each undominated context; uniform where no problem distinguishes."""
+    """[C, N] -> [C], summing to 1: proportional to the problems that each undominated context wins; uniform if no
+    problem distinguishes contexts."""
     weights = (wins(scores) & undominated(scores)[:, None]).sum(axis=1).astype(np.float64)
     if weights.sum() == 0:
         weights = np.ones(len(scores))
@@ -78,13 +79,12 @@ def parent_weights(scores: Matrix) -> NDArray[np.float64]:
 
 
 def lower_bound(child: Matrix, parent: Matrix, z: float) -> NDArray[np.float64]:
-    """[..., N, S] rewards of child and parent on the same (problem, sample) pairs -> [...]: mean paired difference minus z standard
-    errors, over problems.
+    """[..., N, S] rewards of child and parent on the same (problem, sample) pairs -> [...]: mean paired difference
+    minus z standard errors, over problems.
 
-    A pair counts where both were judged; a problem's difference is the mean over its pairs; the standard error is that of the mean over
-    problems (n - 1 in the variance). Fewer than two problems have no standard error: the bound is then -inf, or for z = 0 the plain
-    difference. No pair at all: -inf.
-    """
+    A pair counts if both are judged. A problem's difference is the mean over its pairs. The standard error is that of
+    the mean over problems (n - 1 in the variance). With fewer than two problems there is none: the bound is -inf, or
+    the plain difference for z = 0. Without any pair: -inf."""
     pairs = ~(np.isnan(child) | np.isnan(parent))
     per_problem = pairs.sum(axis=-1)  # [..., N]
     summed = np.where(pairs, child - parent, 0.0).sum(axis=-1)
@@ -99,26 +99,25 @@ def lower_bound(child: Matrix, parent: Matrix, z: float) -> NDArray[np.float64]:
 
 
 def admits(child: Matrix, parent: Matrix, z: float) -> bool:
-    """Whether a child, [N, S], is better than its parent beyond z standard errors. z = 0 is GEPA's strict improvement.
+    """Whether a child, [N, S], is better than its parent by more than z standard errors. z = 0 is GEPA's strict improvement.
 
-    One success against none among n problems is exactly one standard error, hence not enough at z = 1.
-    """
+    One success versus none among n problems is exactly one standard error, so it is not enough at z = 1."""
     return bool(lower_bound(child, parent, z) > _TIE)
 
 
 def select(scores: Matrix, rewards: Matrix, k: int, *, seed: int | None) -> list[int]:
-    """The k rows that are kept, best mean first; rows may repeat only where distinct ones run out.
+    """The k rows to keep, in order of preference; rows repeat only if there are not enough distinct ones.
 
     scores: [C, N], for means and front. rewards: [C, N, S], this cycle's samples, for paired comparison with the best.
 
-    1. The best mean. 2. The seed (row `seed`), while it alone wins some problem and is not clearly worse than the best, which is
-    CLEARLY_WORSE_Z standard errors. 3. Greedily whoever wins most problems that no kept one wins, at least CERTAIN_GAIN of them (ties:
-    better mean, then older). 4. By mean, whoever wins something and is not clearly worse; contexts without any score too, as nothing
-    speaks against them. 5. The best again.
+    1. The best mean. 2. The seed (row `seed`), if it alone wins some problem and is not clearly worse than the best
+    (CLEARLY_WORSE_Z standard errors). 3. Greedily the context that wins most problems not yet won by a kept one, at
+    least CERTAIN_GAIN of them (ties: better mean, then older). 4. By mean, contexts that win something and are not
+    clearly worse, and contexts without any score, as nothing speaks against them. 5. The best again.
 
-    Why not cover to the last problem: with a few 0/1 samples everybody wins some problem by luck. Simulated with 32 problems, 2 samples,
-    K = 4 (docs/fast_phase.md), these two thresholds raise the mean of the kept by up to 0.09 and cost at most 0.002 of what they cover.
-    """
+    Why not cover every last problem: with a few 0/1 samples every context wins some problem by luck. Simulated with 32
+    problems, 2 samples, K = 4 (docs/fast_phase.md), these two thresholds raise the mean of the kept by up to 0.09 and
+    cost at most 0.002 of their coverage."""
     assert k >= 1
     assert len(scores) >= 1
     front = wins(scores)
@@ -146,7 +145,7 @@ def select(scores: Matrix, rewards: Matrix, k: int, *, seed: int | None) -> list
 
 
 def _by_mean(scores: Matrix) -> list[int]:
-    """Rows by falling mean, of equals the older first; rows without a score last."""
+    """Rows by falling mean, older first among equals, rows without a score last."""
     means = row_means(scores)
     return sorted(
         range(len(scores)),

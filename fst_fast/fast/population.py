@@ -1,7 +1,8 @@
-"""The population and everything the fast phase remembers, as JSON: texts, lineage, scores, cycle.
+"""The population and the other state of the fast phase: texts, lineage, scores, cycle. Serialises to JSON.
 
-Scores are counts and sums per (context, problem) *at one policy version*: a table of another version is dropped, never added to. The
-state is a value: a fast phase returns a new one, so an interrupted phase leaves the old one whole, and a resumed run repeats it.
+Scores are counts and sums per (context, problem) *at one policy version*. A table of another version is dropped, never
+added to. The state is immutable: a fast phase returns a new one, so an interrupted phase leaves the old one intact and
+a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ class Scores:
     cells: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
 
     def add(self, context_id: str, problem_id: str, reward: float) -> None:
-        """Count one judged rollout. An unjudged one is no sample and never comes here."""
+        """Count one judged rollout. Unjudged rollouts must not be added."""
         row = self.cells.setdefault(context_id, {})
         count, total = row.get(problem_id, (0, 0.0))
         row[problem_id] = (count + 1, total + reward)
 
     def matrix(self, context_ids: Sequence[str], problem_ids: Sequence[str]) -> NDArray[np.float64]:
-        """[C, N] mean rewards, NaN where there is no judged sample."""
+        """[C, N] mean rewards, NaN without a judged sample."""
         table = np.full((len(context_ids), len(problem_ids)), np.nan)
         for i, context_id in enumerate(context_ids):
             row = self.cells.get(context_id, {})
@@ -41,23 +42,25 @@ class Scores:
         return table
 
     def count(self, context_id: str, problem_ids: Sequence[str]) -> int:
-        """Judged rollouts of a context on these problems."""
+        """The number of judged rollouts of a context on these problems."""
         row = self.cells.get(context_id, {})
         return sum(row[problem_id][0] for problem_id in problem_ids if problem_id in row)
 
-    def only(self, context_ids: Sequence[str]) -> Scores:
-        """A copy that holds just these contexts."""
+    def restricted_to(self, context_ids: Sequence[str]) -> Scores:
+        """A copy with these contexts only."""
         return Scores(self.policy_version, {c: dict(self.cells[c]) for c in context_ids if c in self.cells})
 
-    def at(self, policy_version: int) -> Scores:
-        """A copy to go on with at this version: empty if the policy has moved."""
+    def at_version(self, policy_version: int) -> Scores:
+        """A copy to continue with at this policy version; empty if the version differs."""
         return (
-            self.only(list(self.cells)) if policy_version == self.policy_version else Scores(policy_version)
+            self.restricted_to(list(self.cells))
+            if policy_version == self.policy_version
+            else Scores(policy_version)
         )
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownFailure:
     """A failure that was shown to the reflector."""
 
     problem_id: str
@@ -66,15 +69,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a context comes from and how it did when last scored. parent and born are those of its first birth: a text that is
-    proposed again under a later policy keeps them, so that parents never form a ring."""
+    """Where a context comes from and its latest scores. parent and born are those of its first proposal: a text
+    proposed again under a later policy keeps them, so that parents never form a cycle."""
 
     context: Context
     admitted: bool
     policy_version: int | None = None  # version at which it was last scored
     mean: float | None = None
     n: int = 0
-    failures: tuple[Shown, ...] = ()
+    failures: tuple[ShownFailure, ...] = ()
     reflection: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -98,17 +101,16 @@ class Lineage:
             policy_version=data["policy_version"],
             mean=data["mean"],
             n=data["n"],
-            failures=tuple(Shown(f["problem_id"], f["feedback"]) for f in data["failures"]),
+            failures=tuple(ShownFailure(f["problem_id"], f["feedback"]) for f in data["failures"]),
             reflection=data["reflection"],
         )
 
 
 @dataclass(frozen=True)
 class FastState:
-    """What a fast phase starts from and leaves behind.
+    """The input and output state of a fast phase.
 
-    population: context ids in order, the best first, repeats included. contexts: every context ever scored. cycle: fast phases done.
-    """
+    population: context ids in order, best first, repeats included. contexts: every context ever scored. cycle: fast phases completed."""
 
     seed_id: str
     population: tuple[str, ...]
@@ -116,16 +118,16 @@ class FastState:
     scores: Scores
     cycle: int = 0
     idle: int = 0  # fast phases in a row that admitted no child
-    rest: int = 0  # cycles still to be left out (fast.adaptive)
+    rest: int = 0  # further cycles to skip (fast.adaptive)
 
     @classmethod
     def initial(cls, seed_context: str) -> FastState:
-        """A population of the seed context alone."""
+        """A population with the seed context alone."""
         seed = Context.of(seed_context)
         return cls(seed.id, (seed.id,), {seed.id: Lineage(seed, admitted=True)}, Scores(policy_version=-1))
 
-    def anew(self) -> FastState:
-        """The population back to the seed alone; the lineage of all contexts so far and the count of cycles stay."""
+    def reset_population(self) -> FastState:
+        """Reset the population to the seed alone; the lineage of all contexts and the cycle count stay."""
         return replace(self, population=(self.seed_id,), scores=Scores(policy_version=-1), idle=0, rest=0)
 
     def members(self) -> list[Context]:
@@ -133,7 +135,7 @@ class FastState:
         return [self.contexts[context_id].context for context_id in dict.fromkeys(self.population)]
 
     def population_of(self, k: int) -> list[Context]:
-        """Exactly k contexts: the population as it is, cut or filled up with its best where k is another number."""
+        """Exactly k contexts: the population, truncated or padded with its best context if k differs from its size."""
         ids = self.population
         if len(ids) != k:
             distinct = list(dict.fromkeys(ids))[:k]
@@ -141,7 +143,7 @@ class FastState:
         return [self.contexts[context_id].context for context_id in ids]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; `from_json` gives an equal state back. This is also the content of contexts.json."""
+        """Plain JSON values, the contents of contexts.json; `from_json` restores an equal state."""
         return {
             "cycle": self.cycle,
             "idle": self.idle,

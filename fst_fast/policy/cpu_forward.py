@@ -1,15 +1,19 @@
-"""A lean forward for sampling on the CPU: Llama, Qwen2 and Qwen3 in few operations per layer, on the weights of the model at hand.
+"""A fused forward for sampling on the CPU: Llama, Qwen2 and Qwen3 in few operations per layer, with the model's own weights.
 
-On a small model or a small batch the transformers forward costs several times its matrix products: some fifty operations and a dozen
-module calls per layer, each a pass over memory. Here a layer is ten operations around the attention. It computes the same function of the same weights; what is
-different is where the work goes:
-- q, k and v are one product, gate and up are one, and the weight of the norm before them is multiplied into them;
-- rows of q and k are permuted so that the pairs that rotary embedding turns lie side by side: it is then one complex product. Scores do
-  not see a permutation that q and k share; keys and values never leave the engine;
-- the last layer of a prefill computes its keys and values for every token and the rest for those tokens whose logits are read.
+On a small model or a small batch the transformers forward costs several times its matrix products: some fifty
+operations and a dozen module calls per layer, each a pass over memory.
 
-The products are copies of the weights, LoRA's adapters (policy.lora) added, made anew when these change. Whatever is not certainly one of the three architectures as
-transformers ships them (other adapters, hooks, other types than float32, another device) takes the transformers forward: `why_not` says why.
+Here a layer is ten operations around the attention. It computes the same function of the same weights, with less work:
+- q, k and v are one product, gate and up are one, and the weight of the preceding norm is multiplied into them;
+- rows of q and k are permuted so that the pairs that the rotary embedding rotates are adjacent, which makes it one
+  complex product. Attention scores do not change under a permutation shared by q and k, and keys and values never leave
+  the engine;
+- the last layer of a prefill computes keys and values for every token and everything else only for the tokens whose
+  logits are read.
+
+The fused products are copies of the weights, with LoRA adapters (policy.lora) added, and are rebuilt when the weights
+change. A model that is not exactly one of the three architectures as transformers ships it (other adapters, hooks,
+dtypes other than float32, another device) takes the transformers forward; `unsupported_reason` says why.
 """
 
 from __future__ import annotations
@@ -23,30 +27,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fst_fast.policy.attention import sliding_window
-from fst_fast.policy.lora import bias_of, weight_of
+from fst_fast.policy.lora import bias_of, merged_weight
 from fst_kernels import cpu
 from fst_kernels.backends import choose_backend
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROWS = 1024  # of one dense product: what lies between two of them then stays in the cache of a core
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length at hand
+CHUNK_ROWS = 1024  # of one matrix product, so that intermediate results stay in a core's cache
+# their frequencies do not depend on the sequence length
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class TokenPlan(Protocol):
-    """Attention for the tokens of a forward, N of them in any arrangement that the plan knows."""
+    """Attention for the N tokens of a forward, in whatever arrangement the plan defines."""
 
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]"""
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
-        """The same where only these rows [R] are asked for: -> [R, Hq, D]"""
+        """Like `tokens`, but returns only the outputs of `rows` [R]: [R, Hq, D]."""
 
 
-def why_not(model: Any) -> str | None:
-    """Why this model takes the transformers forward, or None where the lean one serves."""
+def unsupported_reason(model: Any) -> str | None:
+    """Why this model needs the transformers forward, or None if CpuForward can replace it."""
     weight = model.get_output_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return f"the lean forward is for float32 on the CPU, the weights are {weight.dtype} on {weight.device.type}"
+        return f"the CPU forward is for float32 on the CPU, the weights are {weight.dtype} on {weight.device.type}"
     if type(model).__name__ not in ARCHITECTURES:
         return f"{type(model).__name__} is none of {', '.join(ARCHITECTURES)}"
     if (window := sliding_window(model.config)) is not None:
@@ -77,20 +82,19 @@ class _Layer:
     down: Tensor  # [I, H], transposed
 
 
-class LeanForward:
-    """The forward of `model` as its weights are now. Raises ValueError where `why_not` gives a reason."""
+class CpuForward:
+    """The forward of `model` with its current weights. Raises ValueError with `unsupported_reason(model)`, if there is one."""
 
     def __init__(self, model: Any) -> None:
-        reason = why_not(model)
+        reason = unsupported_reason(model)
         if reason:
             raise ValueError(reason)
         config, rotary = model.config, model.model.rotary_emb
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.eps = float(config.rms_norm_eps)
-        self.compiled = (
-            choose_backend("cascade_decode_attention", None) == "cpu"
-        )  # else torch, several passes for one
+        # the compiled kernels do in one pass over memory what torch does in several
+        self.compiled = choose_backend("cascade_decode_attention", None) == "cpu"
         self.embedding = model.get_input_embeddings().weight
         self.head = model.get_output_embeddings()
         self.scale = float(model.model.layers[0].self_attn.scaling)
@@ -103,84 +107,86 @@ class LeanForward:
         attention, mlp = layer.self_attn, layer.mlp
         pair = torch.arange(self.dim).view(2, -1).t().reshape(-1)  # 0, D/2, 1, D/2 + 1, ...
 
-        def turned(rows: Tensor) -> Tensor:
+        def interleaved(rows: Tensor) -> Tensor:
             return rows.view(-1, self.dim, *rows.shape[1:])[:, pair].reshape(rows.shape)
 
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = map(weight_of, projections)
+        q, k, v = map(merged_weight, projections)
         bias = None
         q_bias, k_bias, v_bias = map(bias_of, projections)
         if q_bias is not None and k_bias is not None and v_bias is not None:
-            bias = torch.cat([turned(q_bias), turned(k_bias), v_bias])
+            bias = torch.cat([interleaved(q_bias), interleaved(k_bias), v_bias])
         norms = None
         if hasattr(attention, "q_norm"):
             q_norm, k_norm = attention.q_norm.weight[pair], attention.k_norm.weight[pair]
             norms = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)])
         return _Layer(
-            qkv=torch.cat([turned(q), turned(k), v]) * layer.input_layernorm.weight,
+            qkv=torch.cat([interleaved(q), interleaved(k), v]) * layer.input_layernorm.weight,
             qkv_bias=bias,
             norms=norms,
-            out=weight_of(attention.o_proj).t().contiguous(),
-            gate_up=torch.cat([weight_of(mlp.gate_proj), weight_of(mlp.up_proj)])
+            out=merged_weight(attention.o_proj).t().contiguous(),
+            gate_up=torch.cat([merged_weight(mlp.gate_proj), merged_weight(mlp.up_proj)])
             * layer.post_attention_layernorm.weight,
-            down=weight_of(mlp.down_proj).t().contiguous(),
+            down=merged_weight(mlp.down_proj).t().contiguous(),
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of the tokens `rows` [R]; None: of all. ids, positions [N]."""
+        """Logits [R, V] of the tokens `rows` [R], or of all N tokens if rows is None. ids, positions [N]."""
         hidden = self.hidden(ids, positions, plan, rows)
         return F.linear(hidden, self.head.weight, self.head.bias)
 
     def hidden(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
-        """What the head reads: [R, H]."""
+        """The hidden states that the head reads: [R, H]."""
         x = F.embedding(ids, self.embedding)  # [N, H]
         angle = torch.outer(positions.float(), self.frequencies)
-        turn = torch.polar(torch.full_like(angle, self.rope_scale), angle)  # [N, D/2] complex
+        rotation = torch.polar(torch.full_like(angle, self.rope_scale), angle)  # [N, D/2] complex
         for number, layer in enumerate(self.layers):
-            q, k, v = self._qkv(layer, x, turn)
+            q, k, v = self._qkv(layer, x, rotation)
             if rows is not None and number == len(self.layers) - 1:
                 x = x.index_select(0, rows)
-                seen = plan.last(number, q, k, v, self.scale, rows)
+                attended = plan.last(number, q, k, v, self.scale, rows)
             else:
-                seen = plan.tokens(number, q, k, v, self.scale)
-            self._rest(layer, x, seen.flatten(1))
-        return self._normed(x).mul_(self.final_norm)
+                attended = plan.tokens(number, q, k, v, self.scale)
+            self._output_and_mlp(layer, x, attended.flatten(1))
+        return self._rms_norm(x).mul_(self.final_norm)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        """x / rms(x), a new tensor"""
+    def _rms_norm(self, x: Tensor) -> Tensor:
+        """x / rms(x), as a new tensor"""
         if self.compiled:
             return cpu.rms_norm(x, self.eps)
         mean: Tensor = torch.linalg.vecdot(x, x).div_(x.shape[-1])
         return x * mean.add_(self.eps).rsqrt_().unsqueeze(-1)
 
-    def _qkv(self, layer: _Layer, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, layer: _Layer, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         both = self.heads + self.kv_heads
         qkv = x.new_empty(len(x), len(layer.qkv) // self.dim, self.dim)
-        for (rows, turned), out in zip(_pieces(x, turn), torch.split(qkv, ROWS), strict=True):
+        for (rows, rotation_rows), out in zip(
+            _row_chunks(x, rotation), torch.split(qkv, CHUNK_ROWS), strict=True
+        ):
             if layer.qkv_bias is None:
-                torch.mm(self._normed(rows), layer.qkv.t(), out=out.flatten(1))
+                torch.mm(self._rms_norm(rows), layer.qkv.t(), out=out.flatten(1))
             else:
-                torch.addmm(layer.qkv_bias, self._normed(rows), layer.qkv.t(), out=out.flatten(1))
-            self._norm_and_turn(out[:, :both], layer.norms, turned)
+                torch.addmm(layer.qkv_bias, self._rms_norm(rows), layer.qkv.t(), out=out.flatten(1))
+            self._norm_and_rotate(out[:, :both], layer.norms, rotation_rows)
         return qkv[:, : self.heads], qkv[:, self.heads : both], qkv[:, both:]
 
-    def _norm_and_turn(self, qk: Tensor, norms: Tensor | None, turn: Tensor) -> None:
-        """In place; turn [N, D/2] complex"""
+    def _norm_and_rotate(self, qk: Tensor, norms: Tensor | None, rotation: Tensor) -> None:
+        """In place; rotation [N, D/2] complex"""
         if self.compiled:
-            cpu.norm_and_turn(qk, norms, torch.view_as_real(turn), self.eps)
+            cpu.norm_and_turn(qk, norms, torch.view_as_real(rotation), self.eps)
             return
         if norms is not None:
             mean = torch.linalg.vecdot(qk, qk).div_(self.dim)
             qk.mul_(mean.add_(self.eps).rsqrt_().unsqueeze(-1)).mul_(norms)
-        torch.view_as_complex(torch.unflatten(qk, -1, (-1, 2))).mul_(turn[:, None])
+        torch.view_as_complex(torch.unflatten(qk, -1, (-1, 2))).mul_(rotation[:, None])
 
-    def _rest(self, layer: _Layer, x: Tensor, seen: Tensor) -> None:
-        """What follows the attention, added to x."""
-        for rows, attended in _pieces(x, seen):
-            rows.addmm_(attended, layer.out)
-            rows.addmm_(self._gate(F.linear(self._normed(rows), layer.gate_up)), layer.down)
+    def _output_and_mlp(self, layer: _Layer, x: Tensor, attended: Tensor) -> None:
+        """The attention's output projection and the MLP, added to x in place."""
+        for rows, attended_rows in _row_chunks(x, attended):
+            rows.addmm_(attended_rows, layer.out)
+            rows.addmm_(self._swiglu(F.linear(self._rms_norm(rows), layer.gate_up)), layer.down)
 
-    def _gate(self, gate_up: Tensor) -> Tensor:
+    def _swiglu(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up"""
         if self.compiled:
             return cpu.gate(gate_up)
@@ -188,8 +194,8 @@ class LeanForward:
         return F.silu(gate).mul_(up)
 
 
-def _pieces(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Both in ROWS rows at a time, views; no views where they have no more: a decode step is many small calls."""
-    if len(x) <= ROWS:
+def _row_chunks(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Views of both tensors, CHUNK_ROWS rows at a time. Short inputs are passed on as they are, since a decode step is many small calls."""
+    if len(x) <= CHUNK_ROWS:
         return [(x, other)]
-    return zip(torch.split(x, ROWS), torch.split(other, ROWS), strict=True)
+    return zip(torch.split(x, CHUNK_ROWS), torch.split(other, CHUNK_ROWS), strict=True)

@@ -1,7 +1,7 @@
-"""Forward passes that only score: a forest (or padded batch) of rollouts through a model, log-probs and exact KL out.
+"""Forward passes for scoring only: log-probs and exact KL of rollouts packed as a forest or padded batch.
 
-Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Also the one place where leaves become
-micro-batches, so that training and scoring cut a forest in the same way. Where a model can take the fast forward of the CPU, it does.
+Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Training and scoring
+both cut leaves into micro-batches here, so they cut a forest in the same way. CpuForward replaces the model's forward where it can.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fst_fast.config import Config
 from fst_fast.forest import Leaf, split
 from fst_fast.policy import head
 from fst_fast.policy.attention import TreePlan
-from fst_fast.policy.cpu_forward import LeanForward, why_not
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
 from fst_kernels import LogprobOutput
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How leaves become micro-batches and how the head reads them.
+    """How leaves are cut into micro-batches, and how the head processes them.
 
-    tokens: of one micro-batch on one process. head_rows: rows of logits that exist at one time. temperature: of all log-probs.
-    pad_id: fills padded batches."""
+    tokens: per micro-batch and process. head_rows: rows of logits that exist at one time. temperature: of all
+    log-probs. pad_id: pads padded batches."""
 
     packing: Literal["forest", "padded"]
     tokens: int
@@ -38,7 +38,7 @@ class Batching:
 
     @classmethod
     def of(cls, config: Config, pad_id: int) -> Batching:
-        """As training is configured."""
+        """The batching that the config sets for training."""
         slow = config.slow
         return cls(
             config.policy.packing, slow.tokens_per_micro_batch, slow.head_chunk_rows, config.rollout.temperature, pad_id
@@ -47,7 +47,7 @@ class Batching:
 
 @dataclass
 class MicroBatch:
-    """Some leaves, packed. `leaves` are their indices in the caller's list; the batch's own `leaf` counts within the micro-batch."""
+    """Some leaves, packed. `leaves` are indices into the caller's list; `batch.leaf` counts within the micro-batch."""
 
     leaves: list[int]
     batch: PackedBatch
@@ -55,7 +55,7 @@ class MicroBatch:
 
 
 def micro_batches(leaves: Sequence[Leaf], batching: Batching) -> list[MicroBatch]:
-    """Cut by subtree under `batching.tokens` and pack (forest), or cut in order and pad (padded)."""
+    """Cut by subtree into parts of at most `batching.tokens` and pack (forest), or cut in order and pad (padded)."""
     forest = batching.packing == "forest"
     parts = split(leaves, batching.tokens) if forest else _padded_parts(leaves, batching.tokens)
     out = []
@@ -69,7 +69,7 @@ def micro_batches(leaves: Sequence[Leaf], batching: Batching) -> list[MicroBatch
 
 
 def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
-    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding (one leaf at least)."""
+    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding, at least one leaf."""
     lengths = [len(leaf.prompt_ids) + len(leaf.response_ids) for leaf in leaves]
     parts: list[list[int]] = []
     for i in sorted(range(len(leaves)), key=lambda i: lengths[i]):
@@ -83,9 +83,9 @@ def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
 @torch.no_grad()
 def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
     """Hidden states of the labelled rows under `model`: [R, H]."""
-    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         ids, positions = micro.batch.input_ids[0], micro.batch.position_ids[0]
-        return LeanForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
+        return CpuForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
     with head.running(model, head.HiddenJob(micro.at)):
         out: Tensor = model(**model_inputs(micro.batch)).logits
     return out
@@ -98,8 +98,8 @@ def logprobs(model: nn.Module, micro: MicroBatch, batching: Batching) -> Tensor:
 
 
 def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
-    """The job's result in the model's head, where a partitioned weight is whole, or after the CPU forward, which needs no such thing."""
-    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+    """Run the job inside the model's head module, where ZeRO-3 has gathered its weight, or after CpuForward, which needs no gathering."""
+    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         rows = hidden_rows(model, micro)
         lm_head = model.get_output_embeddings()  # type: ignore[operator]
         job.at = head.Labels(torch.arange(len(rows), device=rows.device), micro.at.row_of, micro.at.labels)
@@ -115,7 +115,7 @@ def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOu
 def kl_to_reference(
     model: nn.Module, reference: nn.Module, leaves: Sequence[Leaf], batching: Batching
 ) -> tuple[float, int]:
-    """Exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`, and their number."""
+    """(exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`; number of these tokens)."""
     ref_head = reference.get_output_embeddings()  # type: ignore[operator]
     total, count = 0.0, 0
     for micro in micro_batches(leaves, batching):

@@ -1,13 +1,15 @@
-"""The trained policy inside a DeepSpeed engine: one code path for ZeRO 0 to 3, CPU (gloo) and GPU (nccl), one process or many.
+"""The trained policy in a DeepSpeed engine: one code path for ZeRO 0 to 3, CPU (gloo) and GPU (nccl), one process or many.
 
-Deviations from DeepSpeed's usual use, and why:
-- a step has as many micro-batches as its forest needs, so the accumulation boundary is set by hand and `gradient_accumulation_steps` is 1;
-- the loss carries ONE global denominator (see slow/step.py); DeepSpeed averages gradients over processes, so the loss is multiplied by
-  their number first;
-- the learning rate is set per step from the config (linear warm-up, then constant), so nothing but the step number decides it;
-- checkpoints are our own (optimiser_state.py): safetensors that any layout reads;
-- rollouts never run through a ZeRO-3 forward: there the trained weights are gathered in buckets into a plain replica after each step,
-  whose memory the step itself may use.
+Deviations from the usual way to use DeepSpeed, and why:
+- a step has as many micro-batches as its forest needs, so the accumulation boundary is set explicitly and
+  `gradient_accumulation_steps` is 1;
+- the loss has ONE global denominator (see slow/update.py). DeepSpeed averages gradients over processes, so the loss is
+  first multiplied by their number;
+- the learning rate is set at every step from the config (linear warm-up, then constant), so it depends on the step
+  number alone;
+- checkpoints are in our own format (optimiser_state.py): safetensors that any layout can load;
+- rollouts never run through a ZeRO-3 forward. After each step the trained weights are gathered in buckets into a plain
+  replica, whose memory is freed for the step itself.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from fst_fast.policy import head, liger, lora, optimiser_state
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
-GATHER_BUCKET = 64 * 2**20  # elements of partitioned weights gathered at one time
+GATHER_BUCKET = 64 * 2**20  # elements of partitioned weights gathered at a time
 
 
-LARGEST_NORM = 1e17  # of one gradient tensor: the squares of a model full of them still fit into fp32
+LARGEST_NORM = 1e17  # of one gradient tensor; the sum of squares over a model of them still fits into fp32
 
 
 class NonFiniteError(RuntimeError):
-    """Something of a step is NaN or Inf; raised before the weights take it. losses: of this process's micro-batches, as far as computed."""
+    """A loss or gradient of a step is NaN or Inf; raised before the weights are updated. losses: of this process's
+    micro-batches, as far as computed."""
 
     def __init__(self, text: str, losses: Sequence[float] = ()) -> None:
         super().__init__(text)
@@ -46,7 +49,7 @@ def dtype_of(config: Config) -> torch.dtype:
 
 
 def load(config: Config, path: str | Path | None = None) -> nn.Module:
-    """A plain frozen module on this process's device, in evaluation mode, its head able to run jobs. path: None for `model.path`."""
+    """Load a plain frozen module on this process's device, in evaluation mode, with a head that runs jobs. path: None for `model.path`."""
     model = _load(config, config.model.path if path is None else path)
     frozen: nn.Module = model.to(distributed.device()).eval().requires_grad_(False)
     return frozen
@@ -68,7 +71,7 @@ def _load(config: Config, path: str | Path) -> Any:
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed settings that follow from ours. Batch sizes are nominal: micro-batches are counted by us."""
+    """The DeepSpeed settings derived from the config. Batch sizes are nominal, since we count micro-batches ourselves."""
     zero: dict[str, Any] = {"stage": config.policy.zero_stage}
     if config.policy.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -96,10 +99,10 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 class TrainedPolicy:
-    """The trained model: forward/backward over micro-batches, the optimiser step, the rollouts' copy, checkpoints."""
+    """The trained model: forward and backward over micro-batches, the optimiser step, the sampling copy, checkpoints."""
 
     def __init__(self, config: Config, base: nn.Module | None = None):
-        """base: the frozen model of `load`, beside whose weights adapters stand (policy.lora); None: one of its own is loaded for them."""
+        """base: the frozen model of `load` whose weights the LoRA model shares (policy.lora); None: load one for it."""
         import deepspeed  # late: slow to load, and it reads the environment that distributed.init() completes
 
         self._config = config
@@ -107,7 +110,7 @@ class TrainedPolicy:
         settings = deepspeed_config(config)
         adapted = None
         if config.policy.lora is not None:
-            adapted = lora.adapted(load(config) if base is None else base, config)
+            adapted = lora.with_adapters(load(config) if base is None else base, config)
             head.install(adapted)
         # The replica is loaded before ZeRO-3 takes over from_pretrained: afterwards every model loaded would be partitioned.
         self._replica = None
@@ -125,19 +128,17 @@ class TrainedPolicy:
         if config.policy.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            config=settings,
+            model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=settings
         )
-        distributed.limit_waiting(config.run.timeout_s)
+        distributed.set_collective_timeout(config.run.timeout_s)
         optimiser_state.reset(self.engine)
         self.module: nn.Module = self.engine.module
         self._grad_norms: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.requires_grad:
-                parameter.register_hook(self._watch)
+                parameter.register_hook(self._record_norm)
 
-    def _watch(self, grad: Tensor) -> None:
+    def _record_norm(self, grad: Tensor) -> None:
         self._grad_norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
 
     @property
@@ -151,14 +152,13 @@ class TrainedPolicy:
         return self._config.slow.lr * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
 
     def forward_backward(self, micro_batches: Sequence[tuple[dict[str, Any], head.LossJob]]) -> None:
-        """Accumulate the gradients of every micro-batch; each job then holds its statistics.
+        """Accumulate the gradients of all micro-batches; afterwards each job holds its statistics.
 
-        Every process must pass the same number of micro-batches. Raises NonFiniteError, on all processes, if any process saw a NaN or
-        Inf in its loss or gradients.
-        """
+        Every process must pass the same number of micro-batches. Raises NonFiniteError on all processes if any process
+        has a NaN or Inf in its loss or gradients."""
         self.engine.train()
         self._grad_norms.clear()
-        computed: list[Tensor] = []  # read at the end, so that nobody waits for the device in between
+        computed: list[Tensor] = []  # read at the end: reading synchronises with the device
         for i, (inputs, job) in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with head.running(self.module, job):
@@ -171,7 +171,7 @@ class TrainedPolicy:
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
         bad_loss = int(not all(map(math.isfinite, losses)))
-        loss_bad, grads_bad = distributed.sum_over_ranks([bad_loss, bad_grads])
+        loss_bad, grads_bad = distributed.all_reduce_sum([bad_loss, bad_grads])
         if loss_bad or grads_bad:
             raise NonFiniteError(
                 f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients",
@@ -179,7 +179,7 @@ class TrainedPolicy:
             )
 
     def step(self, lr: float) -> float:
-        """One optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""
+        """Take one optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         plain = None
@@ -194,7 +194,7 @@ class TrainedPolicy:
         return norm
 
     def discard(self) -> None:
-        """Forget the gradients of a `forward_backward` that raised: the next step starts as if it had not been."""
+        """Drop the gradients of a `forward_backward` that raised, so that the next step starts clean."""
         optimizer, stage = self.engine.optimizer, self._config.policy.zero_stage
         self.engine.zero_grad()
         optimizer.zero_grad(set_to_none=True)
@@ -209,7 +209,7 @@ class TrainedPolicy:
             optimizer.averaged_gradients = {}
 
     def release(self) -> None:
-        """Give back the memory of the replica's trained weights, which `hand_over` fills anew: nothing may sample until then."""
+        """Free the replica's trained weights. `hand_over` fills them again; nothing may sample until then."""
         if self._replica is not None:
             copies = dict(self._replica.named_parameters())
             for bucket in _buckets(self.module):
@@ -217,7 +217,7 @@ class TrainedPolicy:
                     copies[name].data = copies[name].new_empty(0)
 
     def hand_over(self) -> None:
-        """Give the rollouts the weights as they are now, and check that every process samples from the same ones."""
+        """Update the sampling model to the current weights, and check that all processes sample from the same ones."""
         if self._replica is not None:
             copies = dict(self._replica.named_parameters())
             for bucket in _buckets(self.module):
@@ -243,7 +243,7 @@ class TrainedPolicy:
                     raise RuntimeError(f"the rollouts' copy of {name} differs from the trained weight")
 
     def load_adapters(self, folder: Path) -> None:
-        """Take over the adapters that lora.save wrote, without the optimiser's state; all processes call it, `hand_over` follows."""
+        """Load the adapters that lora.save wrote, without optimiser state. All processes call it, then `hand_over`."""
         import deepspeed
 
         found = lora.read(folder)
@@ -259,11 +259,11 @@ class TrainedPolicy:
                 parameter.copy_(found[name])
 
     def save(self, folder: Path) -> None:
-        """Write the weights in fp32 and the optimiser's moments under the checkpoint `folder`; all processes call it."""
+        """Write fp32 weights and the optimiser's moments into the checkpoint `folder`. All processes call it."""
         optimiser_state.save(self.engine, folder / optimiser_state.FOLDER)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, by any number of processes under any ZeRO stage; all processes call it, `hand_over` follows."""
+        """Read what `save` wrote, with any number of processes under any ZeRO stage. All processes call it, then `hand_over`."""
         optimiser_state.load(self.engine, folder / optimiser_state.FOLDER)
 
 
@@ -271,7 +271,7 @@ def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
     bucket: list[tuple[str, nn.Parameter]] = []
     size = 0
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:  # it is what it was
+        if not parameter.requires_grad:  # unchanged by training
             continue
         bucket.append((name, parameter))
         size += int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -284,6 +284,6 @@ def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
 
 @torch.no_grad()
 def checksum(model: nn.Module) -> float:
-    """Sum of all weights, each weighted by its tensor's place, in fp64: equal for equal weights, on one kind of device."""
+    """Sum of all weights, each tensor weighted by its index, in fp64. Equal weights on the same kind of device give equal checksums."""
     parts = [p.sum(dtype=torch.float64) * (i + 1) for i, p in enumerate(model.parameters())]
     return float(torch.stack(parts).sum())

@@ -1,4 +1,4 @@
-"""The models of a run that sample, and the tokens that they compute."""
+"""The models of a run that sample, and the count of tokens that they compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fst_fast.rollout.server import ServerEngine
 
 @dataclass
 class SamplingModels:
-    """The engines that sample and the modules behind them. `fast` samples the fast phase: a server's base model or the trained weights.
+    """The sampling engines and their modules. `fast` samples the fast phase: a server's base model or the trained weights.
 
     Two of the engines may be the same object."""
 
@@ -25,19 +25,19 @@ class SamplingModels:
     _counted: tuple[int, int] = (0, 0)
 
     def forget_prefixes(self) -> None:
-        """Drop all cached keys and values. A run that resumes here repeats itself bit by bit."""
+        """Drop all cached keys and values, so that a run resumed at this point is bit-reproducible."""
         for engine in (self.policy, self.base, self.fast):
             engine.forget()
 
     def new_tokens(self) -> tuple[int, int]:
-        """Tokens computed since the last call over all processes, and the same work without sharing. All processes call it."""
+        """(tokens computed since the last call over all processes, tokens of the same work without sharing). All processes call it."""
         computed, unshared = self._tokens()
-        new = distributed.sum_over_ranks([computed - self._counted[0], unshared - self._counted[1]])
+        new = distributed.all_reduce_sum([computed - self._counted[0], unshared - self._counted[1]])
         self._counted = computed, unshared
         return int(new[0]), int(new[1])
 
     def skip_tokens(self) -> None:
-        """Leave what was computed since the last call out of the count: an evaluation is no cost of the method."""
+        """Exclude the tokens since the last call from the count; used for evaluations, which are not part of the method's cost."""
         self._counted = self._tokens()
 
     def _tokens(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Rollouts of the fast phase that the slow phase of the same cycle may train on (arXiv 2605.12484, appendix F).
+"""Fast-phase rollouts that the slow phase of the same cycle may train on (arXiv 2605.12484, appendix F).
 
-The weights have not moved when a cycle's first step claims them; later steps correct for it by the importance ratio, which uses the
-log-probs stored at sampling time.
+At a cycle's first step the weights are those that sampled them. Later steps correct for the difference by the
+importance ratio, using the log-probs stored at sampling time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ReusePool:
         return cls([s for s in scored if s.verdict.reward is not None and s.rollout.context_id in kept])
 
     def claim(self, plan: Sequence[RolloutRequest]) -> list[ScoredRollout | None]:
-        """For each request a rollout of the same context and problem, or None. A rollout is claimed once."""
+        """For each request an unclaimed rollout of the same context and problem, or None. A rollout is claimed at most once."""
         claims: list[ScoredRollout | None] = []
         for context, problem, _ in plan:
             wanted = (context.id, problem.id)

@@ -178,7 +178,7 @@ class Sampler:
     def unverified(self) -> dict[str, int]:
         """Verifications since the last call that timed out or failed, over all processes. All processes must call it."""
         now = (self.pool.timeouts, self.pool.failures)
-        new = distributed.sum_over_ranks([a - b for a, b in zip(now, self._troubles, strict=True)])
+        new = distributed.all_reduce_sum([a - b for a, b in zip(now, self._troubles, strict=True)])
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
@@ -186,6 +186,6 @@ class Sampler:
         self, engine: RolloutEngine | ServerEngine, requests: Sequence[RolloutRequest], **how: Any
     ) -> list[ScoredRollout]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
-        return distributed.join_shares(
-            distributed.all_gather(self.local(engine, distributed.share(requests), **how))
+        return distributed.concat_shards(
+            distributed.all_gather(self.local(engine, distributed.local_shard(requests), **how))
         )

@@ -1,7 +1,8 @@
-"""The process's environment: settings that libraries read when they are loaded, and the C library's allocator.
+"""The process's environment: settings that libraries read at import, and the C library's allocator.
 
-By default glibc returns what is freed at the top of the heap, and maps every block above a threshold anew. A forward pass frees and asks
-for the same megabytes hundreds of times, and each time the system clears the pages again: on small models a tenth of the CPU time of a run.
+By default glibc returns freed memory at the top of the heap to the system, and maps every block above a threshold
+separately. A forward pass frees and allocates the same megabytes hundreds of times, and the kernel clears the pages
+each time: a tenth of a run's CPU time on small models.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGEST_MMAP_THRESHOLD = 32 * 2**20  # that glibc takes
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc accepts
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory for its next allocations. True if the C library is one that can be told (glibc)."""
+    """Stop glibc from returning freed memory to the system (mallopt). True if the C library supports it (glibc)."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -28,11 +29,11 @@ def keep_freed_memory() -> bool:
 
 
 def prepare_environment() -> None:
-    """Settings that libraries read when they are loaded; what the user has set stays. Call before torch and deepspeed are imported.
+    """Set environment variables that libraries read at import; values that the user has set stay. Call before importing
+    torch and deepspeed.
 
-    No network look-ups of models; quiet libraries; processes of one machine share its cores; DeepSpeed told that there is no GPU, which
-    it would otherwise find out with a page of warnings.
-    """
+    No model look-ups on the network, quiet libraries, the cores of a machine divided among its processes, and
+    DS_ACCELERATOR=cpu without a GPU, which DeepSpeed would otherwise detect with a page of warnings."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -50,5 +51,5 @@ def prepare_environment() -> None:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which a container or taskset can make fewer than the machine's."""
+    """Number of cores that this process may use; a container or taskset can restrict it below the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,9 @@
-"""Who is still there, when a process of the run waits for another in vain: it is named, and what it was doing.
+"""Name the process that died or hangs, and what it was doing, when another one waits for it in vain.
 
-Every process holds a lock on a file of its own, RUN/processes/RANK, and writes there what it is at. The system drops the lock when the
-process ends, however it ends, so a lock that can be had belongs to a process that has ended; this works between machines as far as their
-common file system has locks. Where all locks are held, some process is stuck: what they are at is listed.
+Every process holds a lock on its own file, RUN/processes/RANK, and writes its current activity there. The system
+releases the lock when the process ends in any way, so a lock that can be acquired belongs to a process that has ended.
+This works across machines if their shared file system supports locks. If all locks are held, some process hangs, and
+the activity of each is listed.
 """
 
 from __future__ import annotations
@@ -16,47 +17,48 @@ from pathlib import Path
 from fst_fast.run.folder import disk_errors
 
 FOLDER = "processes"
-_PATIENCE_S = 2.0  # a socket may be seen to close before the lock of the same process is dropped
+_LOCK_WAIT_S = 2.0  # a socket may close before the lock of the same process is released
 
 
 class Liveness:
-    """This process's sign of life; close it in the end."""
+    """This process's lock file; close it at the end."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         path = run_dir / FOLDER / str(rank)
         with disk_errors(f"{path} cannot be written"):
             path.parent.mkdir(exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            with contextlib.suppress(OSError):  # a file system without locks: nobody is named, nothing else
+            # without file locks a dead process cannot be named; nothing else breaks
+            with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.report("starting")
 
     def report(self, doing: str) -> None:
-        """What this process does from now on."""
-        with contextlib.suppress(OSError):  # never a reason to stop a run
+        """Write what this process is doing now."""
+        with contextlib.suppress(OSError):  # a failure here must not stop a run
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, doing.encode(), 0)
 
     def close(self) -> None:
-        """May be called twice."""
+        """Release the lock. Idempotent."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def describe_missing(run_dir: Path, *, rank: int, world: int) -> str:
-    """Which of the other processes has ended, as the beginning of a sentence; where none has, what each is at."""
+    """Which other processes have ended, as the start of a sentence; if none has, the activity of every process."""
     others = [other for other in range(world) if other != rank]
-    until = time.monotonic() + _PATIENCE_S
+    until = time.monotonic() + _LOCK_WAIT_S
     while True:
         ended = [other for other in others if _has_ended(run_dir / FOLDER / str(other))]
         if ended or time.monotonic() > until:
             break
         time.sleep(0.05)
     if ended:
-        return "; ".join(f"process {other} has ended ({_doing(run_dir, other)})" for other in ended)
+        return "; ".join(f"process {other} has ended ({_activity(run_dir, other)})" for other in ended)
     return "a process does not answer; " + "; ".join(
-        f"process {other} is at: {_doing(run_dir, other)}" for other in range(world)
+        f"process {other} is at: {_activity(run_dir, other)}" for other in range(world)
     )
 
 
@@ -74,7 +76,7 @@ def _has_ended(path: Path) -> bool:
     return True
 
 
-def _doing(run_dir: Path, rank: int) -> str:
+def _activity(run_dir: Path, rank: int) -> str:
     try:
         return (run_dir / FOLDER / str(rank)).read_text() or "unknown"
     except (OSError, UnicodeDecodeError):

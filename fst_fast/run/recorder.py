@@ -89,7 +89,7 @@ class Recorder:
             sum(len(x.rollout.response_ids) for x in rollouts), sum(x.rollout.finish == "length" for x in rollouts),
             numbers.pop("tokens"), numbers.pop("unshared"),
         ]  # fmt: skip
-        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared = distributed.sum_over_ranks(
+        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared = distributed.all_reduce_sum(
             local
         )
         counters.rollouts += int(n) - report.reused

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT end a run in order: the step is finished, the run saved. A second one ends the process at once.
+"""SIGTERM and SIGINT stop a run in an orderly way: it finishes the step and saves. A second signal ends the process at once.
 
-The handler only notes the signal; the loop asks between steps, and all processes together, since a signal does not reach them at the same
-moment. From the first signal on the system's own action is back in place: the second works inside a C library too.
+The handler only sets a flag. The loop checks it between steps, collectively, because a signal does not reach all
+processes at the same moment. After the first signal the default action is restored, so the second one also works inside a C library.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from fst_fast import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_asked = False
+_stop_requested = False
 
 
 def stop_requested() -> bool:
-    """Whether a signal has told any process of the run to stop. All processes call it."""
-    return any(distributed.all_gather(_asked))
+    """Whether any process of the run has received a stop signal. All processes call it."""
+    return any(distributed.all_gather(_stop_requested))
 
 
 @contextmanager
-def stop_on_signals(*, speak: bool) -> Iterator[None]:
-    """While open, a signal is noted instead of ending the process. Only the main thread can listen; elsewhere nothing changes."""
-    global _asked
-    _asked = False
+def stop_on_signals(*, announce: bool) -> Iterator[None]:
+    """While open, a stop signal sets a flag instead of ending the process. Has no effect outside the main thread, where
+    handlers cannot be set."""
+    global _stop_requested
+    _stop_requested = False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number: int, _: FrameType | None) -> None:
-        global _asked
-        _asked = True
+        global _stop_requested
+        _stop_requested = True
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        if speak:  # past Python's buffers, which may be in use at this moment
+        if announce:  # unbuffered: Python's stream may be in use at this moment
             name = signal.Signals(number).name
             os.write(
-                2, f"fst: {name}: this step is finished, then the run saved; once more ends it now\n".encode()
+                2,
+                f"fst: {name}: finishing this step, then saving the run; send it again to stop now\n".encode(),
             )
 
     before = {number: signal.signal(number, note) for number in SIGNALS}

@@ -26,8 +26,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from fst_fast import config_load, distributed
+from fst_fast import distributed
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.forest import Leaf
 from fst_fast.policy import lora

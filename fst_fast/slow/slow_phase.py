@@ -57,8 +57,8 @@ def slow_step(
         reusable.claim(plan) for plan in plans
     ]  # of all problems on every process: all keep one account
     missing = [sum(claim is None for claim in group) for group in claims]
-    plan = [request for group in distributed.share_by_cost(plans, missing) for request in group]
-    claimed = [claim for group in distributed.share_by_cost(claims, missing) for claim in group]
+    plan = [request for group in distributed.local_shard_by_cost(plans, missing) for request in group]
+    claimed = [claim for group in distributed.local_shard_by_cost(claims, missing) for claim in group]
     fresh = iter(
         sampler.local(
             models.policy,
@@ -120,7 +120,7 @@ def distillation_step(
         models.policy,
         [
             r
-            for p in distributed.share(problems)
+            for p in distributed.local_shard(problems)
             for r in plan_group(p, [seed_context], config.slow.group_size)
         ],
         stream=(config.seed, "distil", step),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fst_fast import distributed
 from fst_fast.forest import Leaf
 from fst_fast.policy import head
-from fst_fast.policy.packing import model_inputs, send
+from fst_fast.policy.packing import model_inputs, to_device
 from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs, micro_batches
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.slow.groups import Group, token_weights
@@ -69,7 +69,7 @@ def sequences(
 
     A response without tokens has nothing to train and becomes no sequence."""
     weights, denominator = token_weights(groups, aggregation)
-    [denominator] = distributed.sum_over_ranks([denominator])
+    [denominator] = distributed.all_reduce_sum([denominator])
     leaves, a, n, old = [], [], [], []
     for group, group_prompts, group_weights in zip(groups, prompts, weights, strict=True):
         assert group.advantages is not None
@@ -108,7 +108,7 @@ def optimise(
     reference: needed where the objective has a KL term. With no sequence anywhere (every group had zero variance) nothing is updated and
     nothing measured. A number that was not measured is None, the KL of an objective without one too. `tokens` and `unshared` count this process's work, the reference's included. Raises NonFiniteError.
     """
-    [anywhere] = distributed.sum_over_ranks([len(data.leaves)])
+    [anywhere] = distributed.all_reduce_sum([len(data.leaves)])
     if not anywhere:
         return unmeasured(policy.lr(step))
     check_finite(data)
@@ -117,7 +117,7 @@ def optimise(
     unshared = sum(m.batch.unshared for m in micros) + (reference.unshared if reference else 0)
     # Every process runs the same number of micro-batches: ZeRO's collectives are inside them. A filler has zero weight.
     filler = Leaf(np.array([batching.pad_id]), np.array([batching.pad_id]))
-    for _ in range(distributed.maximum(len(micros)) - len(micros)):
+    for _ in range(distributed.all_reduce_max(len(micros)) - len(micros)):
         [micro] = micro_batches([filler], batching)
         plain = None if reference is None else Reference(reference.model)
         jobs.append(_job(micro, _filler_data(filler), plain, objective, batching))
@@ -138,7 +138,7 @@ def optimise(
 
 def check_finite(data: Sequences) -> None:
     """Raises NonFiniteError, on all processes, where a log-prob or an advantage of any of them is NaN or Inf. All processes call it."""
-    bad = distributed.sum_over_ranks(
+    bad = distributed.all_reduce_sum(
         [float((~np.isfinite(x)).sum()) for x in (data.behaviour, data.advantages)]
     )
     if any(bad):
@@ -177,7 +177,7 @@ def _job(
     at = torch.from_numpy(data.start[leaf] + micro.batch.offset.numpy())
 
     def tokens(values: NDArray[np.float32]) -> Tensor:
-        return send(torch.from_numpy(values)[at], device)
+        return to_device(torch.from_numpy(values)[at], device)
 
     job = head.LossJob(
         at=micro.at,
@@ -205,7 +205,7 @@ MEANS = ("loss", "kl", "entropy", "ratio_mean", "clipped_fraction", "mismatch_kl
 def _means(stats: PolicyStats | None, objective: PolicyObjective) -> dict[str, float | None]:
     """The logged means over all processes' tokens, by the names of MEANS; None where there is no token to take one over."""
     sums = torch.zeros(len(SUMS), dtype=torch.float64) if stats is None else stats.sums.cpu()
-    everywhere = PolicyStats(torch.tensor(distributed.sum_over_ranks(sums.tolist()), dtype=torch.float64))
+    everywhere = PolicyStats(torch.tensor(distributed.all_reduce_sum(sums.tolist()), dtype=torch.float64))
     if not everywhere.count:
         return dict.fromkeys(MEANS)
     means = (

@@ -1,4 +1,4 @@
-"""The last \\boxed{} of a response, as the built-in tasks read an answer."""
+"""Extract the answer of a built-in task: the contents of the last \\boxed{} of a response."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 _BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 
 
-class Unboxed(Exception):
-    """There is no answer in a box; the text says why, as feedback for the reflection."""
+class NoBoxedAnswer(Exception):
+    """The response has no boxed answer. The message is feedback for the reflection."""
 
 
 def last_box(response: str, holds: str) -> str:
-    """What stands in the last box, stripped. holds: what must stand there, for the feedback. Raises Unboxed."""
+    """The contents of the last box, stripped. holds: what the box should hold, for the feedback. Raises NoBoxedAnswer."""
     opened = response.rfind("\\boxed")
     if opened < 0:
-        raise Unboxed(f"there is no \\boxed{{}} in the response: {holds} must stand inside the box.")
+        raise NoBoxedAnswer(f"there is no \\boxed{{}} in the response: {holds} must stand inside the box.")
     match = _BOX.match(response, opened)
     if match is None:
-        raise Unboxed("the last \\boxed{ of the response is not closed.")
+        raise NoBoxedAnswer("the last \\boxed{ of the response is not closed.")
     content = match[1].strip()
     if not content:
-        raise Unboxed(f"the box is empty: {holds} must stand inside the box.")
+        raise NoBoxedAnswer(f"the box is empty: {holds} must stand inside the box.")
     return content

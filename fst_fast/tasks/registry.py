@@ -1,7 +1,7 @@
-"""The task that a name means.
+"""Maps a task's name to its implementation.
 
-A spec is a built-in name, `file.py:Class`, or `data.jsonl` (then args["verify"] names the grader). A new built-in task is one file
-and one line in BUILT_IN; modules are imported only when their task is asked for.
+A spec is a built-in name, `file.py:Class`, or `data.jsonl` (then args["verify"] names the grader). A new built-in task
+is one file and one line in BUILT_IN; a module is imported only when its task is used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ BUILT_IN = {
 
 
 def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
-    """What load_task and the verifying children are given: the task, or the mixture of all stages' tasks."""
+    """The arguments of load_task, also in the verifying children: the task, or the mixture of all stages' tasks."""
     if not config.stages:
         return config.task, dict(config.task_args)
     return "mixture", {"tasks": [{"task": s.task, "task_args": dict(s.task_args)} for s in config.stages]}
 
 
 def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Task:
-    """The task that `spec` names, made with `args`. Raises UserError on everything wrong.
+    """Create the task that `spec` names, with `args`. Raises UserError for any mistake in them.
 
     problems=False: only `verify` will be used (in a verifying child), so a JSONL file need not be read."""
     where = f"task={spec}"

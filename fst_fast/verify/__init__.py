@@ -1,1 +1,1 @@
-"""Verification: graders and the programs they run, in killable, confined child processes."""
+"""Verification: graders, and the programs they run, in killable and confined child processes."""

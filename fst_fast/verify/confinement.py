@@ -1,12 +1,13 @@
-"""What a process takes from itself and cannot take back: the layers under which a program of unknown origin runs. Linux, any user.
+"""Sandbox layers that a process applies to itself, irrevocably, before it runs an untrusted program. Linux, any user.
 
-    seccomp    a filter of system calls (seccomp.py writes it): no sockets, no processes, no threads, no file opened for writing
-    Landlock   no file opened for reading, but for the interpreter's own library
-    rlimits    address space, processor seconds, open files; not one byte into a file; no core dump
+    seccomp    a filter of system calls (built by seccomp.py): no sockets, processes or threads, no file opened for writing
+    Landlock   no file may be opened for reading except the interpreter's own library
+    rlimits    address space, CPU seconds, open files; nothing written to files; no core dump
 
-Standard library only, of that little (typing and signal take longer to import than all the rest), and no import of the package: run_code
-(code.py) starts a bare interpreter with this file as its program. It reads one frame on stdin (length, then a marshalled dict), confines itself, says on stderr which layers
-it could not get, and becomes the program, whose stdin is the rest.
+Uses few standard-library modules (importing typing and signal takes longer than all the others) and nothing of this
+package: run_code starts a bare interpreter with this file as its program. It reads one frame on stdin (length, then a
+marshalled dict), confines itself, reports on stderr which layers are unavailable, and runs the program, whose stdin is
+the rest.
 Sources: seccomp(2), landlock(7), kernel headers linux/seccomp.h and linux/landlock.h.
 """
 
@@ -36,7 +37,9 @@ _EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
 _FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # bits of a ruleset, by version; 16 since version 5
 _O_PATH = 0o10000000
 HEADER = 4
-CONFINED = b"\0"  # the first byte on stderr; the missing layers follow to the end of the line, then what the program says
+CONFINED = (
+    b"\0"  # the first byte on stderr; then a line with the missing layers, then the program's own output
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -52,21 +55,21 @@ class _PathBeneath(ctypes.Structure):
 
 
 def prctl(option: int, value: int) -> None:
-    """Raises OSError."""
+    """Call prctl(2). Raises OSError."""
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         raise _os_error()
 
 
 def install_filter(program: bytes, seccomp: int, *, listener: bool = False) -> int:
-    """Install a seccomp filter on this process and all that it will start. program: packed sock_filters. seccomp: the number of that
-    system call. listener: return the descriptor at which calls that the filter hands over are answered, else 0. Raises OSError."""
+    """Install a seccomp filter on this process and its future children. program: packed sock_filters. seccomp: the
+    number of the seccomp system call. Returns the notification descriptor with `listener`, else 0. Raises OSError."""
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
     code = _Filter(len(program) // 8, program)
     return _call(seccomp, _SET_MODE_FILTER, _NEW_LISTENER if listener else 0, ctypes.byref(code))
 
 
 def restrict_files(readable: Sequence[str]) -> None:
-    """Landlock: from now on this process opens nothing but what is beneath `readable`, and that for reading only. Raises OSError."""
+    """Landlock: from now on this process can open only files beneath `readable`, for reading. Raises OSError."""
     version = _call(_CREATE_RULESET, None, 0, _RULESET_VERSION)
     handled = ctypes.c_uint64((1 << _FS_RIGHTS.get(version, 16)) - 1)
     ruleset = _call(_CREATE_RULESET, ctypes.byref(handled), 8, 0)
@@ -74,7 +77,7 @@ def restrict_files(readable: Sequence[str]) -> None:
         try:
             descriptor = os.open(path, _O_PATH | os.O_CLOEXEC)
         except OSError:
-            continue  # not on this system
+            continue  # does not exist on this system
         rights = _EXECUTE | _READ_FILE | (_READ_DIR if os.path.isdir(path) else 0)
         rule = _PathBeneath(rights, descriptor)
         _call(_ADD_RULE, ruleset, _PATH_BENEATH, ctypes.byref(rule), 0)
@@ -96,7 +99,7 @@ def _os_error() -> OSError:
 
 
 def _read(size: int) -> bytes:
-    """Unbuffered: what follows is the program's stdin."""
+    """Read exactly `size` bytes, unbuffered, because the rest of stdin belongs to the program."""
     data = b""
     while len(data) < size:
         more = os.read(0, size - len(data))
@@ -107,7 +110,7 @@ def _read(size: int) -> bytes:
 
 
 def _confine(job: dict[str, Any]) -> list[str]:
-    """Take everything away; the layers that could not be had, each with the reason."""
+    """Apply all layers; returns those that are unavailable, with the reasons."""
     missing = []
     for name, limit in (
         (resource.RLIMIT_AS, job["memory_bytes"]),
@@ -133,7 +136,7 @@ def _confine(job: dict[str, Any]) -> list[str]:
 def _main() -> None:
     job = marshal.loads(_read(int.from_bytes(_read(HEADER), "big")))
     prctl(PR_SET_PDEATHSIG, _SIGKILL)
-    if os.getppid() != job["parent"]:  # it died before the line above
+    if os.getppid() != job["parent"]:  # the parent died before the prctl call
         os._exit(1)
     missing = _confine(job)
     os.write(2, CONFINED + ("; ".join(missing) + "\n").encode())
@@ -144,7 +147,7 @@ def _main() -> None:
         exec(
             compile(job["source"], "program", "exec"), {"__name__": "__main__", "__builtins__": __builtins__}
         )
-    except Exception as error:  # noqa: BLE001 - the program's own, printed without this file's frames
+    except Exception as error:  # noqa: BLE001 - the program's own error, printed without this file's frames
         import traceback
 
         trace = error.__traceback__.tb_next if error.__traceback__ else None

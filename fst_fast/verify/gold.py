@@ -1,4 +1,4 @@
-"""The check of a task before anything is trained on it: its problems are well formed and its grader accepts its own gold responses."""
+"""Check a task before training: its problems are well formed and its grader accepts its own gold responses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _IDS_CHECKED = 20_000
 
 
 def check_gold(task: Task, pool: VerifierPool, n: int = 8) -> None:
-    """Refuse (UserError) a task that cannot be trained on: an empty split, two problems with one id, a malformed problem, or a grader
-    that does not give its own gold response reward 1.
+    """Raise UserError for a task that cannot be trained on: an empty split, duplicate ids, a malformed problem, or a
+    grader that does not give its own gold response reward 1.
 
-    The gold response is `task.gold(problem)` where the task has it; else str(problem.answer) where problem.meta["check_gold"] asks for
-    it; else there is none and the grader is trusted. `n` problems of each split are tried, evenly spaced, in the verifying children.
-    Ids are compared over the first 20,000 problems of each split: a generator may have millions."""
+    The gold response is `task.gold(problem)` if the task has that method, else str(problem.answer) if
+    problem.meta["check_gold"] is set; otherwise the grader is trusted. `n` evenly spaced problems of each split are
+    verified in the child processes. Ids are compared over the first 20,000 problems of each split, since a generator may have millions."""
     seen: dict[str, str] = {}
     items: list[tuple[Problem, str]] = []
     for split in SPLITS:

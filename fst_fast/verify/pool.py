@@ -1,14 +1,14 @@
 """Verification in killable child processes.
 
-A grader is code that we do not know, run on text that a model made up: it may loop for ever, eat the memory, crash the interpreter. So it
-runs in children that are fresh interpreters (not forks: a fork of a process with CUDA and threads is not safe), and the parent
-keeps the clock: a limit kept inside the child would need a signal, which only the main thread gets and which C code (a
-backtracking regular expression) does not see. A child past the limit is killed with everything that it started (supervise.py) and
-replaced; so is one that leaves threads, files, processes or memory behind.
+A grader is unknown code run on model output: it may loop forever, exhaust memory or crash the interpreter. So it runs
+in child processes that are fresh interpreters (forking a process with CUDA and threads is unsafe), and the parent
+enforces the time limit. A limit inside the child would need a signal, which only the main thread receives and which C
+code, such as a backtracking regular expression, does not notice. A child over the limit is killed with everything that
+it started (supervisor.py) and replaced; so is one that leaks threads, files, processes or memory.
 
-Items go out in chunks, answers come back one by one, so the limit applies to each item while a trivial grader costs no more than some
-ten microseconds. This guards against accidents, not against an adversary: children run under the same user, with the same files and
-network. Programs that nobody vouches for run under more than that: code.py.
+Items are sent in chunks and answered one by one. So the limit applies to each item, while a trivial grader costs only
+some ten microseconds per item. This protects against accidents, not adversaries: children run as the same user, with
+the same files and network. Untrusted programs run in the stricter sandbox of run_code.py.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from fst_fast.errors import UserError
 from fst_fast.verify.supervisor import STATUS
 from fst_fast.verify.worker import HEADER, REPLY_LIMIT, check
 
-_START_LIMIT_S = 120.0  # to import and make the task
-_END_LIMIT_S = 10.0  # for a supervisor to end everything below it
+_START_LIMIT_S = 120.0  # to import and build the task
+_END_LIMIT_S = 10.0  # for a supervisor to kill all of its descendants
 _CHUNK = 64
 _KINDS_LOGGED = 10
-ISOLATION_VARIABLE = "FST_CODE_ISOLATION"  # read by code.py
-# Threads of a maths library, and a heap for each thread, cost address space; hashes of texts must be the same in every run.
+ISOLATION_VARIABLE = "FST_CODE_ISOLATION"  # read by run_code.py
+# Threads of maths libraries and their heaps use address space; string hashes must be the same in every run.
 _CHILD_ENV = {
     "MALLOC_ARENA_MAX": "2",
     "OMP_NUM_THREADS": "1",
@@ -51,13 +51,13 @@ _CHILD_ENV = {
 
 
 class VerifierPool:
-    """`workers` children that hold the task `spec` made with `args`. Use as a context manager, or close().
+    """`workers` child processes that hold the task `spec`, built with `args`. Use as a context manager, or call close().
 
-    timeouts, failures: verdicts so far with reward None because the limit passed, or because the grader raised, crashed or returned
-    something that is no verdict. A grader that itself returns reward None is counted in neither. replaced: children that were ended for
-    what they had left behind. runs_code: whether the task's module takes run_code (code.py).
-    isolation: `required` has run_code refuse to run a program that it cannot isolate. log: gets one line for the first trouble of each kind.
-    Raises UserError where the task cannot be loaded in a child."""
+    timeouts, failures: number of verdicts with reward None because of the time limit, or because the grader raised,
+    crashed or returned no valid verdict. A grader that returns reward None itself counts in neither. replaced: children
+    replaced because of leaks. runs_code: whether the task's module imports run_code.
+    isolation: with `required`, run_code refuses to run a program that it cannot isolate. log: receives one line for the
+    first failure of each kind. Raises UserError if a child cannot load the task."""
 
     def __init__(
         self,
@@ -72,13 +72,11 @@ class VerifierPool:
     ) -> None:
         self._job = {"spec": spec, "args": dict(args), "memory_mib": memory_mib}
         self._env = {**_CHILD_ENV, ISOLATION_VARIABLE: isolation}
-        self._folder = (
-            os.getcwd()
-        )  # where relative paths of the task start, also for a child that is started later
+        self._folder = os.getcwd()  # base of the task's relative paths, also for children started later
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        # PR_SET_PDEATHSIG goes off when the *thread* that started the child ends, so one thread that lives with the pool starts all.
-        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifier-starter")
+        # PR_SET_PDEATHSIG fires when the *thread* that started the child ends, so one thread with the pool's lifetime starts all children.
+        self._spawn_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="verifier-starter")
         self._workers: list[_Worker] = []
         self._size = workers
         self._log = log
@@ -90,25 +88,25 @@ class VerifierPool:
         with self._killing_on_error():
             self._start_missing()
             while not all(worker.ready for worker in self._workers):
-                self._turn(_Batch([], []))
+                self._serve_once(_Batch([], []))
 
     def verify(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """One verdict for each (problem, response), in their order. A verification that failed has reward None and says why."""
+        """One verdict per (problem, response), in order. A failed verification has reward None and the reason as feedback."""
         batch = _Batch(
             [_pickled(problem, response) for problem, response in items], [problem.id for problem, _ in items]
         )
         with self._lock, self._killing_on_error():
             self._start_missing()
             while batch.left:
-                self._turn(batch)
+                self._serve_once(batch)
         return [batch.verdicts[index] for index in range(len(items))]
 
     def close(self) -> None:
-        """Kill the children. May be called twice."""
+        """Kill the children. Idempotent."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
-        self._starter.shutdown()
+        self._spawn_thread.shutdown()
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -118,7 +116,7 @@ class VerifierPool:
 
     @contextlib.contextmanager
     def _killing_on_error(self) -> Iterator[None]:
-        """Answers still under way must not be taken for answers to the next question."""
+        """Kill all children on an error: answers still in flight must not be taken for answers to the next call."""
         try:
             yield
         except BaseException:
@@ -128,24 +126,23 @@ class VerifierPool:
             raise
 
     def _start(self) -> _Worker:
-        return self._starter.submit(_Worker, self._job, self._folder, self._env).result()
+        return self._spawn_thread.submit(_Worker, self._job, self._folder, self._env).result()
 
     def _start_missing(self) -> None:
-        """Replace children that something else ended while they were idle, and start those that are not there yet."""
+        """Replace children that died while idle and start those not yet running."""
         for worker in [w for w in self._workers if w.process.poll() is not None]:
-            self._see_off(worker, worker.receive())
+            self._note_exit(worker, worker.receive())
             worker.kill()
             self._workers.remove(worker)
         while len(self._workers) < self._size:
             self._workers.append(self._start())
 
-    def _turn(self, batch: _Batch) -> None:
-        """Hand out chunks, wait for whatever comes first, take it in, replace the children that are late or dead."""
+    def _serve_once(self, batch: _Batch) -> None:
+        """Send chunks to idle children, wait for replies, process them, and replace children that are late or dead."""
         for worker in self._workers:
             if worker.ready and not worker.todo and batch.waiting:
-                size = min(
-                    _CHUNK, len(batch.waiting) // (2 * self._size)
-                )  # shrinks: all children end at about the same time
+                # shrinks, so that all children finish at about the same time
+                size = min(_CHUNK, len(batch.waiting) // (2 * self._size))
                 worker.give([batch.waiting.popleft() for _ in range(max(size, 1))], batch, self._timeout_s)
         poll = select.poll()
         for worker in self._workers:
@@ -155,14 +152,14 @@ class VerifierPool:
         for place, worker in enumerate(self._workers):
             worker.send()
             replies = worker.receive()
-            self._see_off(worker, replies)
+            self._note_exit(worker, replies)
             for reply in replies:
                 if "leaving" in reply:
                     continue
                 if "taken" in reply:
                     worker.taken = True
                 elif worker.ready and not worker.todo:
-                    worker.ended = True  # an answer to nothing
+                    worker.ended = True  # a reply without a request
                 elif worker.ready:
                     index = worker.todo.popleft()
                     batch.verdicts[index] = self._verdict(reply, batch.ids[index])
@@ -174,19 +171,19 @@ class VerifierPool:
                     self.runs_code = self.runs_code or bool(reply.get("runs_code"))
             late = worker.deadline is not None and time.monotonic() >= worker.deadline
             if worker.ended or late:
-                self._bury(worker, batch, late)
+                self._kill_and_requeue(worker, batch, late)
                 self._workers[place] = self._start()
 
-    def _see_off(self, worker: _Worker, replies: Sequence[Mapping[str, Any]]) -> None:
-        """Note that a child ends of its own accord, and why."""
+    def _note_exit(self, worker: _Worker, replies: Sequence[Mapping[str, Any]]) -> None:
+        """Record that a child exits on its own, and log why."""
         for reply in replies:
             if "leaving" in reply:
                 worker.leaving = True
                 self.replaced += 1
-                self._note(f"a verifying process is replaced: {reply['leaving']}")
+                self._log_first(f"a verifying process is replaced: {reply['leaving']}")
 
-    def _bury(self, worker: _Worker, batch: _Batch, late: bool) -> None:
-        """Kill it, blame the item it was at, put the others back."""
+    def _kill_and_requeue(self, worker: _Worker, batch: _Batch, late: bool) -> None:
+        """Kill the child, blame the item that it was working on, and put its other items back in the queue."""
         end = worker.kill()
         if not worker.ready:
             what = (
@@ -212,11 +209,11 @@ class VerifierPool:
             return Verdict(reply["reward"], reply["feedback"], reply["metrics"])
         self.timeouts += late
         self.failures += not late
-        self._note(reply["failure"], f" (problem {problem_id!r}; the reward is None)")
+        self._log_first(reply["failure"], f" (problem {problem_id!r}; the reward is None)")
         return Verdict(None, reply["failure"])
 
-    def _note(self, what: str, where: str = "") -> None:
-        """Log the first of its kind; the counters have them all."""
+    def _log_first(self, what: str, where: str = "") -> None:
+        """Log the first failure of a kind; the counters cover all of them."""
         kind = what[:40]
         if kind not in self._logged and len(self._logged) < _KINDS_LOGGED:
             self._logged.add(kind)
@@ -224,7 +221,7 @@ class VerifierPool:
 
 
 class _Batch:
-    """The items of one call: pickled, the ids of their problems, those not handed out yet, and the verdicts by index."""
+    """The items of one call: pickled, with their problem ids, the indices not yet sent, and the verdicts by index."""
 
     def __init__(self, blobs: list[bytes], ids: list[str]) -> None:
         self.blobs = blobs
@@ -238,13 +235,13 @@ class _Batch:
 
 
 class _Worker:
-    """One child behind its supervisor, and its two pipes, both non-blocking: a child that stopped reading must not stop the trainer.
+    """One child behind its supervisor, and its two pipes. Both are non-blocking, so a child that stops reading cannot block the trainer.
 
-    todo: indices of the items that it was given and has not answered, in order. taken: it has read them; where it dies before that, no
-    item is to blame. leaving: it said that it ends after this reply."""
+    todo: indices of the items sent and not yet answered, in order. taken: the child has read them; if it dies earlier,
+    no item is to blame. leaving: it has announced that it exits after this reply."""
 
     def __init__(self, job: Mapping[str, Any], folder: str, env: Mapping[str, str]) -> None:
-        # The child sees the modules that this process sees, however they got onto the path.
+        # The child gets this process's sys.path, so that it can import the same modules.
         self._control, theirs = socket.socketpair()
         start = (
             f"import sys; sys.path[:] = {sys.path!r}; from fst_fast.verify.worker import main; "
@@ -256,7 +253,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             bufsize=0,
             cwd=folder,
-            start_new_session=True,  # Ctrl-C is ours
+            start_new_session=True,  # Ctrl-C goes to the trainer only
             pass_fds=(theirs.fileno(),),
             env={**os.environ, **env},
         )
@@ -289,7 +286,7 @@ class _Worker:
             poll.register(self._in, select.POLLOUT)
 
     def send(self) -> None:
-        """Write what the pipe takes."""
+        """Write as much as the pipe accepts."""
         try:
             while self.unsent:
                 del self.unsent[: os.write(self._in, self.unsent[:65536])]
@@ -299,7 +296,7 @@ class _Worker:
             self.ended = True
 
     def receive(self) -> list[dict[str, Any]]:
-        """Read what there is, within bounds; the complete replies."""
+        """Read what is available, within bounds; returns the complete replies."""
         with contextlib.suppress(BlockingIOError):
             while len(self._received) < 4 * REPLY_LIMIT:
                 data = os.read(self._out, 65536)
@@ -313,7 +310,7 @@ class _Worker:
             if len(self._received) < HEADER.size + min(size, REPLY_LIMIT + 1):
                 break
             reply = _parsed(bytes(self._received[HEADER.size : HEADER.size + size]))
-            if reply is None:  # the grader found the descriptor: nothing that follows can be trusted
+            if reply is None:  # the grader wrote to the pipe: nothing after this can be trusted
                 self._received.clear()
                 self.ended = True
                 break
@@ -322,13 +319,13 @@ class _Worker:
         return replies
 
     def kill(self) -> str:
-        """End it and everything that it started; how it ended."""
+        """Kill the child and everything that it started; returns how it ended."""
         status = b""
         with contextlib.suppress(OSError):
             self._control.settimeout(_END_LIMIT_S)
             self._control.shutdown(socket.SHUT_WR)
             status = self._control.recv(STATUS.size)
-        self.process.kill()  # a supervisor that did not answer: its child dies with it
+        self.process.kill()  # if the supervisor did not answer; its child dies with it
         self.process.wait()
         self._control.close()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -341,7 +338,7 @@ class _Worker:
 
 
 def _parsed(frame: bytes) -> dict[str, Any] | None:
-    """A reply of the child, None where it is not what a child says."""
+    """A reply of the child, or None if it is malformed."""
     try:
         reply = json.loads(frame)
         if "reward" in reply and "failure" not in reply:

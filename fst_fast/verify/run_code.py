@@ -1,9 +1,9 @@
-"""`run_code`: run a program that a problem brings along or a response holds, and get back what it printed.
+"""`run_code`: run a Python program from a problem or a response and return what it prints.
 
-For task authors, inside `verify`. The program gets an interpreter of its own without site-packages, confined by itself before its first line
-(confinement.py): no network, no files but the standard library's, no processes or threads, an empty environment, bounded memory,
-time and output. All of it works for an ordinary user, in a container too: seccomp filters and Landlock need no namespace and no privilege, and
-they cost no time to set up. What they do not hide is said in docs/own_reward.md.
+For task authors, to be called in `verify`. The program runs in its own interpreter without site-packages, which
+confines itself before the first line (confinement.py): no network, no files except the standard library, no processes
+or threads, an empty environment, bounded memory, time and output. This works for an ordinary user, also in a container:
+seccomp filters and Landlock need neither namespaces nor privileges and cost no set-up time. docs/own_reward.md lists what they do not hide.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any, Literal
 from fst_fast.verify import confinement, seccomp
 from fst_fast.verify.pool import ISOLATION_VARIABLE
 
-OUTPUT_LIMIT = 1 << 20  # bytes, of stdout and of stderr
+OUTPUT_LIMIT = 1 << 20  # bytes, for each of stdout and stderr
 _OPEN_FILES = 64
-_PIECE = 1 << 16
+_CHUNK = 1 << 16
 _ENVIRONMENT = {
     "PATH": "",
     "LANG": "C.UTF-8",
     "PYTHONUTF8": "1",
-    "PYTHONHASHSEED": "0",  # sets are printed in the same order every time
+    "PYTHONHASHSEED": "0",  # sets print in the same order every time
 }
 _LIBRARIES = (
     "/lib",
@@ -48,14 +48,14 @@ _LIBRARIES = (
 
 
 class IsolationError(RuntimeError):
-    """verify.isolation=required, and this system lacks a layer: the program was not run."""
+    """verify.isolation=required, and this system lacks a layer; the program did not run."""
 
 
 @dataclass(frozen=True)
 class CodeResult:
-    """status: `ok` (the program ended with exit code 0), `error` (another code or a signal), `timeout`, or `output` (it printed more than
-    OUTPUT_LIMIT and was ended). exit_code: as subprocess has it, negative for a signal; None for the last two. stdout, stderr: what
-    it printed, as far as OUTPUT_LIMIT goes; a traceback shows the program's own frames. missing: layers that this system lacks."""
+    """status: `ok` (exit code 0), `error` (another exit code or a signal), `timeout`, or `output` (killed after
+    printing more than OUTPUT_LIMIT). exit_code: as in subprocess, negative for a signal; None for the last two. stdout,
+    stderr: at most OUTPUT_LIMIT each; a traceback shows only the program's own frames. missing: isolation layers that this system lacks."""
 
     status: Literal["ok", "error", "timeout", "output"]
     exit_code: int | None
@@ -67,8 +67,9 @@ class CodeResult:
 def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib: int = 512) -> CodeResult:
     """Run the Python program `source` with `stdin` as its standard input.
 
-    timeout_s: wall-clock limit; keep it well below verify.timeout_s. memory_mib: address space. May be called from any thread.
-    Raises IsolationError (see verify.isolation), ValueError for limits that cannot be, RuntimeError where no interpreter starts, and on other systems than Linux."""
+    timeout_s: wall-clock limit; keep it well below verify.timeout_s. memory_mib: address space. May be called from any
+    thread. Raises IsolationError (see verify.isolation), ValueError for impossible limits, RuntimeError if no
+    interpreter starts and on systems other than Linux."""
     if not timeout_s > 0 or not math.isfinite(timeout_s):
         raise ValueError(f"timeout_s={timeout_s} must be a number > 0")
     if memory_mib < 64:
@@ -78,12 +79,12 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
     deadline = time.monotonic() + timeout_s
     # -S, -s: no site-packages; -P: nothing from the working folder; -B: no byte code written
     process = subprocess.Popen(
-        [sys.executable, "-SsPB", "-c", _beginning()],
+        [sys.executable, "-SsPB", "-c", _bootstrap()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
-        cwd=_nowhere(),
+        cwd=_deleted_folder(),
         env=_ENVIRONMENT,
     )
     required = os.environ.get(ISOLATION_VARIABLE) == "required"
@@ -94,14 +95,14 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
         "memory_bytes": memory_mib << 20,
         "cpu_s": math.ceil(timeout_s) + 1,
         "open_files": _OPEN_FILES,
-        "readable": _readable(),
+        "readable": _readable_paths(),
         "filter": seccomp.program_filter(process.pid) if seccomp.supported() else None,
         "seccomp": seccomp.number("seccomp") if seccomp.supported() else None,
     }
     frame = marshal.dumps(job)
     text = stdin.encode("utf-8", "replace")
     try:
-        ended, out, err = _exchange(
+        ended, out, err = _communicate(
             process, len(frame).to_bytes(confinement.HEADER, "big") + frame + text, deadline
         )
     finally:
@@ -129,7 +130,7 @@ def run_code(source: str, stdin: str = "", *, timeout_s: float = 5.0, memory_mib
 
 @functools.cache
 def missing_layers() -> str:
-    """What run_code lacks on this system, with the reasons; an empty text where it has everything. Tried out, once, by a program."""
+    """The isolation layers that run_code lacks on this system, with the reasons; "" if none. Found by running a program, once."""
     if sys.platform != "linux":
         return f"seccomp and Landlock: {sys.platform} has neither"
     probe = run_code("print('here')", timeout_s=60)
@@ -139,17 +140,18 @@ def missing_layers() -> str:
 
 
 def isolation() -> str:
-    """One sentence on what confines a program here."""
+    """One sentence on how programs are confined on this system."""
     missing = missing_layers()
     if not missing:
         return "no network, no files, no processes (seccomp, Landlock, rlimits)"
     return f"NOT isolated as a whole: {missing}"
 
 
-def _exchange(
+def _communicate(
     process: subprocess.Popen[bytes], data: bytes, deadline: float
 ) -> tuple[Literal["timeout", "output"] | None, bytes, bytes]:
-    """Feed the program and take in what it prints until it closes both streams. Why it was cut short (None: it was not), stdout, stderr."""
+    """Feed stdin and collect output until the program closes both streams. Returns the reason for stopping early (None:
+    it ended), stdout and stderr."""
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -168,13 +170,13 @@ def _exchange(
                 pipe = key.fileobj
                 if pipe is process.stdin:
                     try:
-                        rest = rest[os.write(pipe.fileno(), rest[:_PIECE]) :]
-                    except BrokenPipeError:  # it does not read all of its input: its own affair
+                        rest = rest[os.write(pipe.fileno(), rest[:_CHUNK]) :]
+                    except BrokenPipeError:  # the program does not read all of its input, which is allowed
                         rest = rest[:0]
                     if not rest:
                         selector.unregister(pipe)
                         pipe.close()
-                elif piece := os.read(pipe.fileno(), _PIECE):
+                elif piece := os.read(pipe.fileno(), _CHUNK):
                     taken[pipe] += piece
                     if len(taken[pipe]) > OUTPUT_LIMIT:
                         del taken[pipe][OUTPUT_LIMIT:]
@@ -182,22 +184,23 @@ def _exchange(
                 else:
                     selector.unregister(pipe)
     try:
-        process.wait(max(deadline - time.monotonic(), 0.0))  # both streams are closed, the program may go on
+        # both streams are closed, but the program may still run
+        process.wait(max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
         return "timeout", bytes(taken[process.stdout]), bytes(taken[process.stderr])
     return None, bytes(taken[process.stdout]), bytes(taken[process.stderr])
 
 
 @functools.cache
-def _beginning() -> str:
-    """confine.py as a program that need not be compiled again."""
+def _bootstrap() -> str:
+    """confinement.py as a precompiled `-c` program."""
     code = compile(Path(confinement.__file__).read_bytes(), confinement.__file__, "exec")
     return f"exec(__import__('marshal').loads(bytes.fromhex('{marshal.dumps(code).hex()}')))"
 
 
 @functools.cache
-def _nowhere() -> str:
-    """A working folder that is empty, has no name any more and takes no file."""
+def _deleted_folder() -> str:
+    """A working folder that is empty, has been removed, and accepts no files."""
     folder = tempfile.mkdtemp(prefix="fst-code-")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     os.rmdir(folder)
@@ -205,8 +208,8 @@ def _nowhere() -> str:
 
 
 @functools.cache
-def _readable() -> list[str]:
-    """The standard library and what it is linked to."""
+def _readable_paths() -> list[str]:
+    """The standard library and the libraries that it links to."""
     own = [
         sysconfig.get_path("stdlib"),
         sysconfig.get_path("platstdlib"),

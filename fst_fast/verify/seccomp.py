@@ -1,8 +1,9 @@
-"""Filters of system calls: small programs that the kernel runs before each call of a process, in the classic BPF of seccomp(2).
+"""System call filters: small programs in classic BPF that the kernel runs before each system call of a process (seccomp(2)).
 
-Two of them. `program_filter`, for programs of unknown origin, allows what an interpreter needs to compute and refuses everything else: a
-list of what is forbidden would be out of date with the next kernel. `grader_filter`, for graders, allows everything but two
-accidents: it hands the start of a process to a supervisor (supervise.py), which counts, and refuses to kill the processes above it.
+There are two. `program_filter`, for untrusted programs, allows what an interpreter needs to compute and refuses
+everything else; a deny list would be out of date with the next kernel. `grader_filter`, for graders, allows everything
+but two kinds of accident: it asks a supervisor (supervisor.py) before a process starts, which counts them, and refuses
+to signal the processes above it.
 System call numbers: Linux, arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 """
 
@@ -18,10 +19,10 @@ _ALLOW, _NOTIFY, _KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 _LOAD, _EQUAL, _ANY_BIT, _AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
 _NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
 _X32 = 0x40000000  # system calls of the x32 ABI on x86_64
-_NEW = 424  # calls from this number on may be unknown to a kernel, and C libraries live without them
+_NEW = 424  # a kernel may lack calls from this number on, and C libraries work without them
 _CLONE_THREAD = 0x00010000
 _OPEN_WRITES = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_APPEND
-_FCNTL = (0, 1, 2, 3, 4, 1030)  # duplicate, flags; not F_SETOWN, which has signals sent to other processes
+_FCNTL = (0, 1, 2, 3, 4, 1030)  # duplicate, flags; not F_SETOWN, which directs signals at other processes
 
 # name: (x86_64, aarch64); None: the architecture does not have it
 _PLAIN = {
@@ -46,25 +47,25 @@ _OTHER = {
     "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
     "clone": (56, 220), "clone3": (435, 435), "fork": (57, None), "vfork": (58, None), "seccomp": (317, 277),
 }  # fmt: skip
-_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # place in the tables, AUDIT_ARCH
+_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column in the tables, AUDIT_ARCH
 
 _Instruction = tuple[int, int, int, int]
-_Test = tuple[int, int, int, bool]  # word of the arguments, kind of comparison, value, what it must give
+_Test = tuple[int, int, int, bool]  # argument word, kind of comparison, value, expected result
 
 
 def supported() -> bool:
-    """Whether there is a table of system calls for this machine."""
+    """Whether the table of system calls covers this machine."""
     return sys.platform == "linux" and sys.maxsize > 2**32 and platform.machine() in _MACHINES
 
 
 def number(name: str) -> int | None:
-    """The number of a system call here; None where this architecture does not have it."""
+    """The number of a system call on this architecture, None if it has none."""
     column, _ = _MACHINES[platform.machine()]
     return (_PLAIN.get(name) or _OTHER[name])[column]
 
 
 def program_filter(pid: int) -> bytes:
-    """For the process `pid`, which may compute, read what is open to it, write to descriptors that it has, and signal itself."""
+    """For the process `pid`, which may compute, read files, write to descriptors it already has, and signal itself."""
     own: _Test = (_argument(0), _EQUAL, pid, True)
     only_get: list[_Test] = [(_argument(2) + half, _EQUAL, 0, True) for half in (0, 4)]
     body = [
@@ -86,13 +87,12 @@ def program_filter(pid: int) -> bytes:
 
 
 def grader_filter(protected: Iterable[int]) -> bytes:
-    """Starting a process is handed to the listener; a signal to one of the process ids or groups `protected`, or to all, is refused."""
+    """Starting a process notifies the listener; a signal to a process id or group in `protected`, or to all, is refused."""
     thread: list[_Test] = [(_argument(0), _ANY_BIT, _CLONE_THREAD, True)]
     body = [
         *_rule("clone", thread, _ALLOW, _NOTIFY),
-        *_rule(
-            "clone3", [], _refuse(errno.ENOSYS), 0
-        ),  # its flags are out of a filter's sight; libraries then use clone
+        # a filter cannot read its flags; libraries fall back to clone
+        *_rule("clone3", [], _refuse(errno.ENOSYS), 0),
         *_rule("fork", [], _NOTIFY, 0),
         *_rule("vfork", [], _NOTIFY, 0),
     ]
@@ -112,7 +112,7 @@ def _refuse(error: int) -> int:
 
 
 def _rule(name: str, tests: Sequence[_Test], then: int, otherwise: int) -> list[_Instruction]:
-    """For this call: `then` where all tests hold, else `otherwise`. Other calls fall through."""
+    """For this call: `then` if all tests hold, else `otherwise`. Other calls fall through."""
     nr = number(name)
     if nr is None:
         return []
@@ -127,7 +127,7 @@ def _rule(name: str, tests: Sequence[_Test], then: int, otherwise: int) -> list[
 
 
 def _one_of(name: str, word: int, values: Sequence[int]) -> Iterator[_Instruction]:
-    """Allow the call where the argument is one of the values."""
+    """Allow the call if the argument is one of `values`."""
     nr = number(name)
     assert nr is not None
     yield (_EQUAL, 0, len(values) + 3, nr)

@@ -1,12 +1,14 @@
-"""The process between the trainer and a verifying child: whatever the child starts, and leaves behind, ends with it.
+"""The process between the trainer and a verifying child: when the child exits, it kills everything that the child started.
 
-A process group is not enough: a grader's grandchild that made a session of its own, or whose parent has ended, escapes it and lives on
-for days. The supervisor is a subreaper (prctl(2)): orphans below it become its children, so it finds all of them and is done only when
-the kernel says that there are none. It also answers, by seccomp's notifications, whether one more process may be started: exact, and
-true for root as well, whom RLIMIT_NPROC does not bind. No cgroup and no namespace: neither is there for an ordinary user in a container.
+A process group is not enough. A grandchild that started its own session, or whose parent has exited, escapes the group
+and may live for days. The supervisor is a subreaper (prctl(2)): orphans below it become its children, so it finds all
+of them, and it finishes only when the kernel reports that none is left. Through seccomp notifications it also decides
+whether another process may start. That limit is exact and binds root too, unlike RLIMIT_NPROC. It needs no cgroup and
+no namespace, which an ordinary user in a container does not have.
 
-It ends everything when the trainer shuts its end of the control socket down (also by dying), when the child ends, and on SIGTERM. It then
-sends the child's wait status and ends. Other systems than Linux: a plain parent that kills the child's process group.
+It kills everything when the trainer shuts down its end of the control socket (also by dying), when the child exits, and
+on SIGTERM. Then it sends the child's wait status and exits. On systems other than Linux it is a plain parent that kills
+the child's process group.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import NoReturn
 from fst_fast.verify import confinement, seccomp
 
 STATUS = struct.Struct("!i")
-MAX_PROCESSES = 64  # below one supervisor; up to twice as many where all of them ask at the same moment
+MAX_PROCESSES = 64  # per supervisor; up to twice as many if all of them start one at the same moment
 _LINUX = sys.platform == "linux"
 _NOTIFICATION = struct.Struct("=QII64s")  # struct seccomp_notif: id, pid, flags, data
 _ANSWER = struct.Struct("=QqiI")  # struct seccomp_notif_resp: id, val, error, flags
@@ -37,20 +39,20 @@ _CONTINUE = 1
 
 
 class _Stop(BaseException):
-    """SIGTERM, the first one while `_watching`: one that came later would cut off the end that it asks for."""
+    """The first SIGTERM while `_watching`. A later one is ignored: it would interrupt the shutdown itself."""
 
 
 _watching = True
 
 
 def fork_supervised(control: socket.socket, trainer: int) -> None:
-    """Fork. Returns in the child; this process becomes its supervisor and never returns. control: the end of a socket pair whose
-    other end the process `trainer`, the parent, holds."""
+    """Fork. Returns in the child; this process becomes its supervisor and never returns. control: one end of a socket
+    pair whose other end the parent process `trainer` holds."""
     if _LINUX:
         confinement.prctl(confinement.PR_SET_CHILD_SUBREAPER, 1)
         confinement.prctl(confinement.PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGTERM, _stop)
-    if os.getppid() != trainer:  # it died before the lines above
+    if os.getppid() != trainer:  # the trainer died before the lines above
         os._exit(1)
     supervisor = os.getpid()
     ours, theirs = socket.socketpair()
@@ -67,21 +69,21 @@ def fork_supervised(control: socket.socket, trainer: int) -> None:
         if os.getppid() != supervisor:
             os._exit(1)
     with theirs:
-        listener = _limit_starts([trainer, os.getpgid(trainer), supervisor])
+        listener = _limit_processes([trainer, os.getpgid(trainer), supervisor])
         socket.send_fds(theirs, [b"."], [] if listener is None else [listener])
         if listener is not None:
             os.close(listener)
 
 
-def why_unlimited() -> str:
-    """Why the number of a grader's processes has no limit on this system; an empty text where it has one. Tried out in a child."""
+def unlimited_reason() -> str:
+    """Why this system cannot limit the number of a grader's processes; "" if it can. Tested in a child process."""
     if not seccomp.supported():
         return f"no limit: there is no table of system calls for {platform.machine()} on {sys.platform}"
     child = os.fork()
     if child == 0:
         refused = True
         try:
-            refused = _limit_starts([]) is None
+            refused = _limit_processes([]) is None
         finally:
             os._exit(refused)
     _, status = os.waitpid(child, 0)
@@ -93,9 +95,10 @@ def _kernel() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _limit_starts(protected: list[int]) -> int | None:
-    """Where starting a process is asked for, None where this system has no such notification (doctor says so)."""
-    if not seccomp.supported() or _kernel() < (5, 5):  # the first that lets a call go on
+def _limit_processes(protected: list[int]) -> int | None:
+    """Install the grader filter; returns the notification descriptor, or None if this system has no such notification
+    (`fst doctor` reports it)."""
+    if not seccomp.supported() or _kernel() < (5, 5):  # the first that can let a call continue
         return None
     call = seccomp.number("seccomp")
     assert call is not None
@@ -113,12 +116,12 @@ def _stop(*_: object) -> None:
 
 
 def _supervise(control: socket.socket, child: int, channel: socket.socket) -> NoReturn:
-    """Until the end, whoever's it is; then leave nothing behind and say how the child ended."""
+    """Run until the child or the trainer exits, kill all descendants, and report the child's wait status."""
     global _watching
     status = 0
     try:
         try:
-            for descriptor in (0, 1):  # the trainer's pipes: it must see them close when the child does
+            for descriptor in (0, 1):  # the trainer's pipes: they must close when the child closes them
                 null = os.open(os.devnull, os.O_RDWR)
                 os.dup2(null, descriptor)
                 os.close(null)
@@ -128,14 +131,14 @@ def _supervise(control: socket.socket, child: int, channel: socket.socket) -> No
     except (_Stop, OSError):
         pass
     finally:
-        status = _end_all(child, status)
+        status = _kill_descendants(child, status)
         with contextlib.suppress(OSError):
             control.sendall(STATUS.pack(status))
         os._exit(0)
 
 
 def _watch(control: socket.socket, child: int, channel: socket.socket) -> int:
-    """Answer and reap until the child ends (its wait status) or the trainer wants the end (-1)."""
+    """Answer notifications and reap processes until the child exits (its wait status) or the trainer asks to stop (-1)."""
     wake, woken = os.pipe()
     for descriptor in (wake, woken):
         os.set_blocking(descriptor, False)
@@ -159,13 +162,13 @@ def _watch(control: socket.socket, child: int, channel: socket.socket) -> int:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 4096)
             elif event & select.POLLIN:
-                _answer(descriptor)
-            else:  # nobody is left whom the filter binds
+                _answer_notification(descriptor)
+            else:  # no process is left under the filter
                 poll.unregister(descriptor)
 
 
-def _answer(listener: int) -> None:
-    """Let a process start, or have the call fail with EAGAIN, as at the limit of the system."""
+def _answer_notification(listener: int) -> None:
+    """Allow a process to start, or fail the call with EAGAIN, the error of the system's own limit."""
     request = bytearray(_NOTIFICATION.size)
     try:
         fcntl.ioctl(listener, _RECEIVE, request)
@@ -174,14 +177,14 @@ def _answer(listener: int) -> None:
         answer = (identity, 0, 0, _CONTINUE) if room else (identity, 0, -errno.EAGAIN, 0)
         fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(*answer)))
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EINTR):  # the process that asked is gone
+        if error.errno not in (errno.ENOENT, errno.EINTR):  # the requesting process is gone
             raise
 
 
-def _end_all(child: int, status: int) -> int:
-    """Kill and reap until no process is left below this one; returns the child's wait status.
+def _kill_descendants(child: int, status: int) -> int:
+    """Kill and reap until no descendant is left; returns the child's wait status.
 
-    Nobody answers the notifications any more, so that with them nothing new can start meanwhile."""
+    Notifications are no longer answered, so with the filter no new process can start meanwhile."""
     while True:
         if _LINUX:
             for pid in list(_descendants()):
@@ -201,7 +204,7 @@ def _end_all(child: int, status: int) -> int:
 
 
 def _reap() -> Iterator[tuple[int, int]]:
-    """Every child that has ended: orphans too, so that none stays a zombie."""
+    """Reap every child that has exited, orphans included, so that none stays a zombie."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -213,7 +216,7 @@ def _reap() -> Iterator[tuple[int, int]]:
 
 
 def _descendants() -> Iterator[int]:
-    """Process ids below this one, as far as they can be seen while they come and go."""
+    """Process ids below this one, as far as visible while processes come and go."""
     parents: dict[int, list[int]] = {}
     waiting = children(os.getpid())
     if waiting is None:  # a kernel without CONFIG_PROC_CHILDREN
@@ -228,7 +231,7 @@ def _descendants() -> Iterator[int]:
 
 
 def children(pid: int) -> list[int] | None:
-    """Process ids of a process's children. None where the kernel does not list them, or the process is gone."""
+    """Process ids of a process's children. None if the kernel does not list them or the process is gone."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except OSError:

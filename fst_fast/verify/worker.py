@@ -1,9 +1,9 @@
-"""The child process that runs a task's `verify`: see verify.py for the trainer's side and for why there are children.
+"""The child process that runs a task's `verify`. pool.py is the trainer's side and explains why there are children.
 
-It talks over its own stdin and stdout in frames: 4 bytes of length, then the body. The pipes are moved to other descriptors before any
-user code runs, and descriptors 0 and 1 become /dev/null: whatever a grader prints cannot get between the frames. Requests are pickles
-(the trainer's own objects); replies are JSON, so that a response that takes this process over still cannot run code in the trainer.
-No torch here: the process must start fast and stay small.
+Parent and child exchange frames over the child's stdin and stdout: 4 bytes of length, then the body. Before any user
+code runs, the pipes are moved to other descriptors, and descriptors 0 and 1 become /dev/null, so a grader's prints
+cannot get between the frames. Requests are pickles of the trainer's own objects. Replies are JSON, so a response that
+takes this process over still cannot run code in the trainer. No torch here: the process must start fast and stay small.
 """
 
 from __future__ import annotations
@@ -32,16 +32,13 @@ REPLY_LIMIT = 1 << 20  # bytes
 FEEDBACK_LIMIT = 8000
 METRICS_LIMIT = 100
 NAME_LIMIT = 200
-_MAY_STAY = {
-    "threads": 16,
-    "open files": 64,
-    "processes": 16,
-}  # more than after loading: the child is replaced
-_MEMORY_SHARE = 0.75  # of the limit, likewise
+# beyond this growth since loading, the child is replaced
+_ALLOWED_GROWTH = {"threads": 16, "open files": 64, "processes": 16}
+_MEMORY_SHARE = 0.75  # of the memory limit; beyond it the child is replaced
 
 
 def main(trainer: int, control: int) -> None:
-    """Serve until the trainer closes the pipe. trainer: its process id; control: the descriptor of the supervisor's socket."""
+    """Serve until the trainer closes the pipe. trainer: its process id. control: the descriptor of the supervisor's socket."""
     fork_supervised(socket.socket(fileno=control), trainer)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_RDWR)
@@ -60,24 +57,24 @@ def main(trainer: int, control: int) -> None:
             replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"}
         )
     write(replies, {"ready": True, "runs_code": "fst_fast.verify.run_code" in sys.modules})
-    own, loaded = os.getpid(), _held()
+    own, loaded = os.getpid(), _resources()
     while (chunk := read(requests)) is not None:
-        write(replies, {"taken": True})  # from here on a death is the fault of an item
+        write(replies, {"taken": True})  # from here on, an item is to blame if the process dies
         for item in pickle.loads(chunk):
-            _silence(null)
+            _redirect_streams(null)
             reply = judge(task, item)
-            if os.getpid() != own:  # verify forked and both returned: there is one answer
+            if os.getpid() != own:  # verify forked and both processes returned: only one may answer
                 os._exit(0)
             write(replies, reply)
-            if "out_of_memory" in reply:  # what an earlier item left behind may be the reason
+            if "out_of_memory" in reply:  # an earlier item's leak may be the cause
                 return write(replies, {"leaving": "it ran out of memory"})
-        left = _left_behind(loaded, settings["memory_mib"] << 20)
+        left = _leaked(loaded, settings["memory_mib"] << 20)
         if left:
             return write(replies, {"leaving": f"verify leaves {left} behind"})
 
 
-def _silence(null: int) -> None:
-    """Standard streams that lead nowhere, whatever the last verification did to them."""
+def _redirect_streams(null: int) -> None:
+    """Point the standard streams at /dev/null again, whatever the last verification did to them."""
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -86,8 +83,8 @@ def _silence(null: int) -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
-def _held() -> dict[str, int]:
-    """What this process holds at the moment; what cannot be seen on this system is left out."""
+def _resources() -> dict[str, int]:
+    """This process's current resource usage; values that this system does not expose are omitted."""
     held = {"threads": threading.active_count()}
     if sys.platform == "linux":
         held["open files"] = len(os.listdir("/proc/self/fd"))
@@ -99,10 +96,10 @@ def _held() -> dict[str, int]:
     return held
 
 
-def _left_behind(loaded: Mapping[str, int], memory_bytes: int) -> str:
-    """`80 threads`, where there is too much more than when the task had been loaded; else an empty text."""
-    now = _held()
-    for name, allowed in _MAY_STAY.items():
+def _leaked(loaded: Mapping[str, int], memory_bytes: int) -> str:
+    """Such as `80 threads` if usage has grown too much since the task was loaded; else ""."""
+    now = _resources()
+    for name, allowed in _ALLOWED_GROWTH.items():
         more = now.get(name, 0) - loaded.get(name, 0)
         if more > allowed:
             return f"{more} {name}"
@@ -142,7 +139,7 @@ def _load(job: Mapping[str, Any]) -> Task:
 
 
 def judge(task: Task, item: bytes) -> dict[str, Any]:
-    """Verify one pickled (problem, response); everything that can go wrong becomes a reply with reward None and `failure` set."""
+    """Verify one pickled (problem, response); every failure becomes a reply with reward None and `failure` set."""
     try:
         problem, response = pickle.loads(item)
         return check(task.verify(problem, response))

@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from fst_fast import config_load
 from fst_fast.config import Config
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.run.folder import MARKER
 

@@ -1,4 +1,4 @@
-"""The lean forward against the transformers forward, and when it stands back."""
+"""CpuForward against the transformers forward, and when it is not used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from fst_fast.forest import Leaf
 from fst_fast.policy import cpu_forward, head
 from fst_fast.policy.attention import NAME
-from fst_fast.policy.cpu_forward import LeanForward, why_not
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.packing import forest_batch, model_inputs
 from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs
 from tests.fst_fast.test_rollout import (
@@ -40,7 +40,7 @@ def batch():
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in WINDOWED])
 @pytest.mark.parametrize("rows", [1024, 7])
 def test_logits_are_those_of_the_transformers_forward(kind, rows, monkeypatch):
-    monkeypatch.setattr(cpu_forward, "ROWS", rows)
+    monkeypatch.setattr(cpu_forward, "CHUNK_ROWS", rows)
     model, b = make_model(kind), batch()
     for norm in (m for name, m in model.named_modules() if "norm" in name):  # trained norms are no ones
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_transformers_forward(kind, rows, monkeypatch):
     read = torch.tensor([3, 11, 20])
     with torch.inference_mode():
         expected = model(**model_inputs(b)).logits[0]
-        forward = LeanForward(model)
+        forward = CpuForward(model)
         whole = forward(b.input_ids[0], b.position_ids[0], b.plan)
         some = forward(b.input_ids[0], b.position_ids[0], b.plan, read)
     torch.testing.assert_close(whole, expected, atol=2e-5, rtol=1e-5)
@@ -65,21 +65,21 @@ def test_logits_are_those_of_the_transformers_forward(kind, rows, monkeypatch):
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
     ],
 )
-def test_scaled_rotary_embeddings_too(rope):
+def test_logits_match_with_scaled_rotary_embeddings(rope):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)).eval()
     model.set_attn_implementation(NAME)
     b = batch()
     with torch.inference_mode():
         expected = model(**model_inputs(b)).logits[0]
-        got = LeanForward(model)(b.input_ids[0], b.position_ids[0], b.plan)
+        got = CpuForward(model)(b.input_ids[0], b.position_ids[0], b.plan)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_what_is_not_as_transformers_ships_it_takes_the_transformers_forward(monkeypatch):
-    assert why_not(make_model()) is None
-    assert "bfloat16" in str(why_not(make_model().bfloat16()))
-    assert why_not(make_model("qwen2, sliding")) == "it has a sliding window of 5 tokens"
+def test_modified_or_unsupported_models_take_the_transformers_forward(monkeypatch):
+    assert unsupported_reason(make_model()) is None
+    assert "bfloat16" in str(unsupported_reason(make_model().bfloat16()))
+    assert unsupported_reason(make_model("qwen2, sliding")) == "it has a sliding window of 5 tokens"
 
     class Adapted(nn.Linear):
         pass
@@ -87,16 +87,18 @@ def test_what_is_not_as_transformers_ships_it_takes_the_transformers_forward(mon
     adapted = make_model("llama")
     old = adapted.model.layers[1].self_attn.v_proj
     adapted.model.layers[1].self_attn.v_proj = Adapted(old.in_features, old.out_features, bias=False)
-    assert why_not(adapted) == "layers.1.self_attn.v_proj is a Adapted"
+    assert unsupported_reason(adapted) == "layers.1.self_attn.v_proj is a Adapted"
     with pytest.raises(ValueError, match="is a Adapted"):
-        LeanForward(adapted)
+        CpuForward(adapted)
     hooked = make_model("llama")
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert why_not(hooked) == "layers.0.mlp has hooks"
+    assert unsupported_reason(hooked) == "layers.0.mlp has hooks"
     gelu = Qwen2ForCausalLM(Qwen2Config(**SHAPE, hidden_act="gelu"))
-    assert why_not(gelu) == "its activation is gelu, not silu"
+    assert unsupported_reason(gelu) == "its activation is gelu, not silu"
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert "dynamic" in str(why_not(LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=dynamic))))
+    assert "dynamic" in str(
+        unsupported_reason(LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=dynamic)))
+    )
 
     used: list[int] = []
     hooked.model.layers[0].mlp.register_forward_hook(lambda *_: used.append(1))
@@ -115,13 +117,13 @@ def test_the_engine_follows_weights_that_change():
     assert_same(sample(engine, requests_of()), sample(forest(model), requests_of()))
 
 
-def test_scoring_with_it_gives_the_logprobs_and_hidden_states_of_the_model(monkeypatch):
+def test_scoring_with_the_cpu_forward_gives_the_models_logprobs_and_hidden_states(monkeypatch):
     model, b = make_model(), batch()
     head.install(model)
     micro = MicroBatch([], b, head.Labels.of(b.rows, b.labels))
     batching = Batching("forest", tokens=999, head_rows=5, temperature=0.8, pad_id=0)
     ours = logprobs(model, micro, batching), hidden_rows(model, micro)
-    monkeypatch.setattr("fst_fast.policy.scoring.why_not", lambda _: "no")
+    monkeypatch.setattr("fst_fast.policy.scoring.unsupported_reason", lambda _: "no")
     theirs = logprobs(model, micro, batching), hidden_rows(model, micro)
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e, atol=2e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""How work is shared among processes: plain arithmetic. With collectives: tests/integration/two_ranks.py."""
+"""How work is divided among processes (pure arithmetic). tests/integration/two_ranks.py tests the collectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fst_fast.evaluate import requests_of
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 12])
-def test_shares_are_neighbours_of_even_length_and_join_to_the_whole(
+def test_shards_are_contiguous_balanced_and_concatenate_to_the_whole(
     monkeypatch: pytest.MonkeyPatch, processes: int, count: int
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
@@ -19,16 +19,16 @@ def test_shares_are_neighbours_of_even_length_and_join_to_the_whole(
     shares = []
     for rank in range(processes):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share(items))
-    assert distributed.join_shares(shares) == items
+        shares.append(distributed.local_shard(items))
+    assert distributed.concat_shards(shares) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
-    assert distributed.assign([[5, 5], [5, 5]]) == [[0, 0], [1, 1]]
-    assert distributed.assign([[], []]) == [[], []]
+def test_assignment_balances_the_load_and_moves_nothing_if_it_is_balanced() -> None:
+    assert distributed.assign_ranks([[5, 5], [5, 5]]) == [[0, 0], [1, 1]]
+    assert distributed.assign_ranks([[], []]) == [[], []]
     costs = [[9, 9, 9, 1], [], [2, 3]]
-    homes = distributed.assign(costs)
+    homes = distributed.assign_ranks(costs)
     load = [0] * 3
     for own, to in zip(costs, homes, strict=True):
         for cost, home in zip(own, to, strict=True):
@@ -36,20 +36,20 @@ def test_dealing_levels_the_load_and_moves_nothing_where_it_is_level() -> None:
     assert sorted(load) == [10, 11, 12]
 
 
-def test_items_that_all_hold_are_shared_by_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four problems whose rollouts are there already do not make their process idle."""
+def test_replicated_items_are_sharded_by_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four problems whose rollouts already exist do not leave their process idle."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     costs = [0, 0, 0, 0, 8, 8, 8, 8, 2]
     shares = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares.append(distributed.share_by_cost(range(9), costs))
+        shares.append(distributed.local_shard_by_cost(range(9), costs))
     assert sorted(shares[0] + shares[1]) == list(range(9))
     assert all(share == sorted(share) for share in shares)
     assert {sum(costs[i] for i in share) for share in shares} == {16, 18}
 
 
-def test_a_wave_is_shared_without_computing_its_prompts_on_every_process(
+def test_sharding_requests_duplicates_only_the_prompts_at_shard_boundaries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     contexts = [Context.of(f"context {i}") for i in range(4)]
@@ -59,5 +59,5 @@ def test_a_wave_is_shared_without_computing_its_prompts_on_every_process(
     prompts = 0
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        prompts += len({(context.id, problem.id) for context, problem, _ in distributed.share(whole)})
+        prompts += len({(context.id, problem.id) for context, problem, _ in distributed.local_shard(whole)})
     assert 48 <= prompts <= 48 + 2, "two seams"

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process where the C library is glibc."""
+"""The process keeps freed memory if the C library is glibc."""
 
 from __future__ import annotations
 

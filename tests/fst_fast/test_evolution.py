@@ -1,4 +1,6 @@
-"""The fast phase on toy worlds: budget, carrying, parents and failures, admission against noise, resuming, a reflector that is down."""
+"""The fast phase on toy worlds: budget, carrying over, parents and failures, admission under noise, resuming, a failing
+reflector.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_fast.config import FastConfig
+from fst_fast.config.derived import Size, affordable
 from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.fast import pareto
-from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, Size, affordable, evolve
+from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, evolve
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import Reply
 
@@ -26,7 +29,7 @@ def problems(n):
 
 
 def uniform(*key):
-    """A number in [0, 1) that depends on the key only."""
+    """A number in [0, 1) that depends only on the key."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
@@ -85,7 +88,7 @@ class Scribe:
 
 
 def numbered():
-    """A new text every time."""
+    """A reflector that returns a new text every time."""
     counter = iter(range(10**6))
     return Scribe(lambda prompt, seed: f"{SEED} variant {next(counter)}")
 
@@ -244,7 +247,7 @@ def test_the_papers_budget_pays_for_part_of_its_anchor_set():
     assert affordable(config, members=8, anchor=192) == Size(80, 1)
 
 
-def test_a_problem_that_stands_twice_in_the_anchor_set_counts_once():
+def test_a_duplicate_problem_in_the_anchor_set_counts_once():
     world = World(half)
     run(
         start(),
@@ -256,8 +259,8 @@ def test_a_problem_that_stands_twice_in_the_anchor_set_counts_once():
     assert [len(call) for call in world.calls] == [8, 8], "4 problems, 2 samples: nothing had to shrink"
 
 
-def test_the_last_wave_shrinks_to_what_is_left():
-    # 8 problems x 1 sample: the seed 8, then waves of 4 children (32): 8 + 32 = 40, and of the second only 2 fit into 57
+def test_the_last_generation_shrinks_to_the_remaining_budget():
+    # 8 problems x 1 sample: the seed 8, then generations of 4 children (32): 8 + 32 = 40, so only 2 of the second fit into 57
     reflect, world = numbered(), World(half)
     config = FastConfig(children=4, samples=1, first_generations=5, rollout_budget=57)
     result = run(start(), world, reflect, config)
@@ -278,11 +281,11 @@ def test_what_a_refused_proposal_did_not_cost_pays_for_a_later_one():
 # -- scoring ------------------------------------------------------------------------------------------------------------------
 
 
-def test_each_wave_is_one_batch_of_scores_and_one_of_reflections_over_the_same_pairs():
+def test_each_generation_is_one_batch_of_scores_and_one_of_reflections_over_the_same_pairs():
     reflect, world = numbered(), World(half)
     run(start(), world, reflect, FastConfig(children=3, samples=2, first_generations=2))
     assert len(reflect.batches) == 2
-    assert len(world.calls) == 3  # carry, wave, wave
+    assert len(world.calls) == 3  # carried, two generations
     pairs = [(problem.id, sample) for problem in problems(8) for sample in range(2)]
     for call in world.calls:
         contexts = list(dict.fromkeys(context.id for context, _, _ in call))
@@ -290,7 +293,7 @@ def test_each_wave_is_one_batch_of_scores_and_one_of_reflections_over_the_same_p
             assert [(p.id, k) for c, p, k in call if c.id == context_id] == pairs
 
 
-def test_later_cycles_run_fewer_waves():
+def test_later_cycles_run_fewer_generations():
     reflect = numbered()
     config = FastConfig(children=2, samples=1, first_generations=3, generations=1, admit_z=9)
     state = run(start(), World(half), reflect, config).state
@@ -441,7 +444,7 @@ def test_parents_are_drawn_by_problems_won():
     assert parents == sorted(parents, key=["a", "b"].index), "siblings stand together"
 
 
-def test_each_wave_draws_anew():
+def test_each_generation_uses_new_reflection_seeds():
     reflect = numbered()
     run(start(), World(half), reflect, FastConfig(children=2, first_generations=2, admit_z=9))
     assert reflect.batches[0][1] != reflect.batches[1][1]
@@ -505,10 +508,10 @@ def test_a_reflector_that_is_down_costs_its_proposals_and_is_counted_and_logged(
     assert (result.record["proposed"], result.record["admitted"], result.record["fast_rollouts"]) == (6, 0, 8)
     assert len(lines) == 2
     assert "3 of 3 reflections failed" in lines[0]
-    assert "cycle 0, wave 1" in lines[1]
+    assert "cycle 0, generation 1" in lines[1]
 
 
-def test_the_same_text_twice_in_one_wave_is_scored_once():
+def test_the_same_text_twice_in_one_generation_is_scored_once():
     world = World(half)
     result = run(
         start(),
@@ -586,7 +589,7 @@ def test_an_interrupted_phase_leaves_the_state_as_it_was():
 
 
 def do_nothing_pairs(p, draws, *, spread):
-    """Rewards of `draws` parents and of children that are no better, [draws, 32, 2]; spread: problems differ in difficulty."""
+    """Rewards of `draws` parents and of equally good children, [draws, 32, 2]; spread: problems differ in difficulty."""
     rng = np.random.default_rng(7)
     difficulty = rng.beta(p, 1 - p, size=(draws, 32, 1)) if spread else np.full((draws, 32, 1), p)
     return [(rng.random((draws, 32, 2)) < difficulty).astype(float) for _ in range(2)]
@@ -647,7 +650,7 @@ def additive(text, problem):
 
 
 def edit(prompt, seed):
-    """Adds a random sentence; now and then replaces one."""
+    """Add a random sentence; sometimes replace one."""
     rng = np.random.default_rng(seed)
     sentences = [s for s in EFFECTS if s in prompt.context]
     if sentences and rng.random() < 0.3:

@@ -1,5 +1,6 @@
-"""gepa 0.1.4 as the oracle: driven with one candidate at a time over the same deterministic scorer, it accepts what we accept, and its
-Pareto selection gives every candidate the weight that ours does. Also the bridge between the two contracts."""
+"""gepa 0.1.4 as the oracle. Driven with one candidate at a time over the same deterministic scorer, it accepts what we
+accept, and its Pareto selection weights every candidate as ours does. Also tests the bridge between the two interfaces.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ claim = settings(max_examples=80, deadline=None)
 
 
 def reward(text, problem):
-    """A problem wants its word; two words do harm on some problems."""
+    """A problem needs its word; two words harm on some problems."""
     value = 0.5 * (WORDS[problem.answer] in text) + 0.25 * ("alpha" in text and "beta" in text)
     return max(0.0, value - 0.5 * ("epsilon" in text and problem.answer == 1) - 0.25 * ("zeta" in text))
 
@@ -101,7 +102,7 @@ def test_gepa_driven_one_candidate_at_a_time_accepts_what_we_accept(texts):
 
 
 def accepted_one_at_a_time(texts):
-    """Our rule, one child at a time, parent = best so far: what `optimize` is told to do above."""
+    """Our rule, one child at a time, parent = best so far, as `optimize` is configured above."""
     rows = {text: np.array([[reward(text, p)] for p in PROBLEMS]) for text in [SEED, *texts]}
     archive = [SEED]
     for text in texts:
@@ -113,7 +114,7 @@ def accepted_one_at_a_time(texts):
 
 @settings(max_examples=25, deadline=None)
 @given(proposals)
-def test_the_fast_phase_with_one_child_a_wave_accepts_by_the_same_rule(texts):
+def test_the_fast_phase_with_one_child_per_generation_accepts_by_the_same_rule(texts):
     config = FastConfig(
         population=1, children=1, samples=1, first_generations=len(texts), admit_z=0, rollout_budget=10**4
     )
@@ -148,7 +149,8 @@ def test_without_a_margin_admission_is_gepas_strict_improvement(pair):
 
 
 def one_of_each_mean(scores):
-    """Among equal means gepa's order is that of a dict; two different means differ on some problem."""
+    """gepa orders equal means as its dict does, so the means here are distinct; two different means differ on some
+    problem."""
     first = np.unique(scores.mean(axis=1), return_index=True)[1]
     return scores[np.sort(first)]
 
@@ -162,7 +164,7 @@ matrices = (
 
 
 def gepa_front(scores):
-    """gepa's own mapping: problem -> the candidates that score best there."""
+    """gepa's mapping: problem -> the candidates that score best on it."""
     return {
         j: {int(i) for i in np.flatnonzero(scores[:, j] == scores[:, j].max())}
         for j in range(scores.shape[1])

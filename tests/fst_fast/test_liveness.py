@@ -1,4 +1,4 @@
-"""Processes that are there and processes that have ended, told apart by their locks."""
+"""Running and dead processes are told apart by their locks."""
 
 import subprocess
 import sys
@@ -22,8 +22,8 @@ def test_a_process_that_was_killed_is_named_with_what_it_was_doing(tmp_path):
     here.close(), third.close()
 
 
-def test_where_all_are_there_it_is_said_what_each_is_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("fst_fast.run.liveness._PATIENCE_S", 0.0)
+def test_if_no_process_has_ended_the_activity_of_each_is_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr("fst_fast.run.liveness._LOCK_WAIT_S", 0.0)
     processes = [Liveness(tmp_path, rank) for rank in (0, 1)]
     processes[0].report("step 12, rollouts in progress")
     processes[0].report("step 3, update")

@@ -1,4 +1,6 @@
-"""LoRA: the base's weights are shared, only adapters move, every path computes with them, and what leaves a run is a plain model."""
+"""LoRA: the base's weights are shared, only adapters are trained, every path applies them, and exports are plain
+models.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.policy import lora, trained
 from fst_fast.policy.attention import TreePlan
-from fst_fast.policy.cpu_forward import LeanForward, why_not
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
@@ -39,7 +41,7 @@ def with_lora(config: Config, **how: Any) -> Config:
 
 
 def spoil(model: torch.nn.Module) -> None:
-    """Adapters that change something."""
+    """Set adapters that change the output."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, layer in lora.layers(model):
@@ -97,7 +99,7 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weight_it_adds_to(
 
     policy.forward_backward(jobs(config))
     plain = TrainedPolicy(plain_config)
-    plain.module.load_state_dict(lora.plain_state(policy.module))
+    plain.module.load_state_dict(lora.merged_state_dict(policy.module))
     plain.forward_backward(jobs(plain_config))
     weights = dict(plain.module.named_parameters())
     count = 0
@@ -112,16 +114,16 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weight_it_adds_to(
     assert count == 14
 
 
-def test_lean_and_plain_forwards_compute_with_the_adapters(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_cpu_and_transformers_forwards_apply_the_adapters(models: tuple[Path, Path], tmp_path: Path) -> None:
     config = with_lora(config_of(models))
     policy = TrainedPolicy(config, trained.load(config))
     model: Any = policy.module
     spoil(model)
     want = logits(model, IDS)
-    assert why_not(model) is None
+    assert unsupported_reason(model) is None
     plan = TreePlan(torch.full((len(IDS),), len(IDS), dtype=torch.int32))
     torch.testing.assert_close(
-        LeanForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
+        CpuForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
     )
     lora.save(model, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -153,7 +155,7 @@ def test_rollouts_sample_with_the_adapters_as_they_are_at_each_call(models: tupl
     first = sample(ours, requests, 5)
     spoil(policy.module)
     merged: Any = trained.load(config)
-    merged.load_state_dict(lora.plain_state(policy.module))
+    merged.load_state_dict(lora.merged_state_dict(policy.module))
     theirs = RolloutEngine(merged, eos_ids=(), pad_id=0, max_batch=64, packing="forest", join_tokens=0)
     second = sample(ours, requests, 5)
     assert_same(second, sample(theirs, requests, 5))
@@ -189,7 +191,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_interrupted_and_resumed_is_the_run_that_went_through(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     from tests.integration.test_train import command, run
 
     folder = tmp_path / "run"
@@ -232,7 +234,7 @@ def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
     assert [s for s in records(whole, "step") if s["grad_norm"] > 0]
 
 
-def test_without_peft_or_with_a_wrong_target_a_run_begins_nothing(
+def test_without_peft_or_with_a_wrong_target_a_run_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fst_fast.cli import main

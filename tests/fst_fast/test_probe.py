@@ -3,7 +3,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fst_fast.commands.probe import probe
-from fst_fast.config_load import load
+from fst_fast.config.load import load
 from fst_fast.errors import UserError
 from fst_fast.mini.tokenizer import make_tokenizer
 

@@ -1,4 +1,4 @@
-"""Programs of unknown origin: an honest one gets its work done, another one gets nowhere."""
+"""Untrusted programs: an honest one does its work, a hostile one is refused everything else."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_it_is_refused(what: str, secret: Path, port: int) -> None:
+def test_a_program_is_refused_what_the_sandbox_forbids(what: str, secret: Path, port: int) -> None:
     source = (
         REFUSED[what]
         .replace("{port}", str(port))
@@ -157,7 +157,7 @@ def test_it_is_refused(what: str, secret: Path, port: int) -> None:
     assert [p.name for p in secret.parent.iterdir()] == ["file"]
 
 
-def test_it_knows_nothing_of_our_environment_and_has_none_of_our_descriptors(
+def test_a_program_sees_neither_our_environment_nor_our_descriptors(
     monkeypatch: pytest.MonkeyPatch, secret: Path
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-marked")
@@ -169,7 +169,7 @@ def test_it_knows_nothing_of_our_environment_and_has_none_of_our_descriptors(
     assert "Bad file descriptor" in result.stderr
 
 
-def test_an_endless_program_ends_with_its_time_whatever_it_does() -> None:
+def test_an_endless_program_is_killed_at_its_time_limit_whatever_it_does() -> None:
     for source in (
         "while True: pass",
         "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
@@ -187,7 +187,7 @@ def test_what_a_program_prints_is_bounded() -> None:
     assert len(result.stdout) == OUTPUT_LIMIT
 
 
-def test_it_may_be_called_from_any_thread_and_leaves_nothing() -> None:
+def test_run_code_works_from_any_thread_and_leaks_nothing() -> None:
     def held() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
@@ -200,7 +200,7 @@ def test_it_may_be_called_from_any_thread_and_leaves_nothing() -> None:
     assert not list(Path("/tmp").glob("fst-code-*"))
 
 
-def test_limits_that_cannot_be_are_refused() -> None:
+def test_impossible_limits_are_refused() -> None:
     with pytest.raises(ValueError, match="timeout_s=0 must be a number > 0"):
         run_code("", timeout_s=0)
     with pytest.raises(ValueError, match="memory_mib=10 must be at least 64"):
@@ -254,13 +254,13 @@ def test_without_landlock_files_can_be_read_but_not_written_and_it_is_said(secre
 ORDINARY = """
 import os
 from fst_fast.verify.run_code import isolation, run_code
-from fst_fast.verify.supervisor import why_unlimited
-print(os.getuid() != 0, isolation(), repr(why_unlimited()))
+from fst_fast.verify.supervisor import unlimited_reason
+print(os.getuid() != 0, isolation(), repr(unlimited_reason()))
 print(run_code("print(open('/etc/passwd').read())", timeout_s=30).stderr.splitlines()[-1])
 """
 
 
-def test_all_of_it_works_for_an_ordinary_user() -> None:
+def test_the_sandbox_works_for_an_ordinary_user() -> None:
     user: tuple[str, ...] = ()
     if os.getuid() == 0:
         if shutil.which("setpriv") is None:
@@ -297,5 +297,5 @@ def test_a_grader_runs_programs_and_the_pool_knows_it(tmp_path: Path) -> None:
     assert "PermissionError" in wrong.feedback
 
 
-def test_the_sentence_for_people_names_what_is_kept_from_a_program() -> None:
+def test_the_isolation_is_described_in_one_sentence() -> None:
     assert isolation() == "no network, no files, no processes (seccomp, Landlock, rlimits)"

@@ -1,4 +1,4 @@
-"""Tasks by name, from a user's file, from JSONL: what loads, and the one sentence for what does not."""
+"""Tasks by name, from a user's file, from JSONL: what loads, and the error for what does not."""
 
 from __future__ import annotations
 
@@ -48,6 +48,24 @@ def test_a_built_in_task_loads_by_name_with_its_arguments() -> None:
     )
     assert len(task.problems("train")) == 4
     assert isinstance(task, Task)
+
+
+def test_problems_made_on_demand_index_like_a_list_and_a_mixture_keeps_each_parts_ids() -> None:
+    sizes = {"train": 3, "validation": 2, "ood": 1}
+    part = load_task("linked_facts", sizes)
+    mixture = load_task("mixture", {"tasks": [{"task": "linked_facts", "task_args": sizes}] * 2})
+    for problems, ids in (
+        (part.problems("train"), [f"linked_facts/train/{i}" for i in range(3)]),
+        (mixture.problems("train"), [f"{p}/linked_facts/train/{i}" for p in range(2) for i in range(3)]),
+    ):
+        n = len(ids)
+        assert [p.id for p in problems] == [problems[i].id for i in range(n)] == ids
+        assert [problems[i].id for i in range(-n, 0)] == ids
+        assert [p.id for p in problems[::-2]] == ids[::-2]
+        for index in (n, -n - 1):
+            with pytest.raises(IndexError, match=f"problem {index} does not exist; there are {n}"):
+                problems[index]
+    assert mixture.verify(mixture.problems("train")[4], part.gold(part.problems("train")[1])).reward == 1  # type: ignore[attr-defined]
 
 
 def test_an_unknown_name_is_refused_with_what_is_allowed() -> None:
@@ -229,7 +247,7 @@ def _grader(tmp_path: Path) -> str:
         ("__import__('fractions').Fraction(3, 4)", 0.75, ""),
     ],
 )
-def test_a_grader_function_may_return_what_is_natural(
+def test_a_grader_function_may_return_a_verdict_a_number_a_bool_or_a_dict(
     tmp_path: Path, returned: str, reward: float | None, feedback: str
 ) -> None:
     verify = write(tmp_path / "g.py", f"def f(problem, response): return {returned}") + ":f"

@@ -211,7 +211,7 @@ def test_a_process_with_fewer_micro_batches_than_another_runs_fillers_that_weigh
 
     def run(most: int) -> tuple[int, Tensor, list[float]]:
         """With another process that has `most` micro-batches: how many this one runs, its weights and numbers afterwards."""
-        monkeypatch.setattr(distributed, "maximum", lambda own: max(own, most))
+        monkeypatch.setattr(distributed, "all_reduce_max", lambda own: max(own, most))
         policy, count = TrainedPolicy(config), []
         forward_backward = policy.forward_backward
         monkeypatch.setattr(
@@ -252,7 +252,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     parameter = next(policy.module.parameters())
     parameter.register_hook(lambda grad: grad * factor)
     before = trained.checksum(policy.module)
-    parameter.register_hook(policy._watch)  # hooks run in order: this one sees what the optimiser would
+    parameter.register_hook(policy._record_norm)  # hooks run in order: this one sees what the optimiser would
     with pytest.raises(NonFiniteError, match="non-finite gradients"):
         take_step(config, policy, reference, data(config, sampled, prompts))
     assert trained.checksum(policy.module) == before

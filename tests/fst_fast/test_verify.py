@@ -1,4 +1,4 @@
-"""The verifying children against graders that hang, crash, eat memory, print and lie."""
+"""The verifying child processes against graders that hang, crash, exhaust memory, print and lie."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fst_fast.errors import UserError
 from fst_fast.tasks.registry import load_task
 from fst_fast.verify.gold import check_gold
 from fst_fast.verify.pool import VerifierPool, _parsed
-from fst_fast.verify.supervisor import MAX_PROCESSES, children, why_unlimited
+from fst_fast.verify.supervisor import MAX_PROCESSES, children, unlimited_reason
 from fst_fast.verify.worker import check
 
 ROOT = Path(__file__).parents[2]
@@ -186,12 +186,14 @@ def test_a_call_without_items_gives_no_verdicts(shared: VerifierPool) -> None:
     assert shared.verify([]) == []
 
 
-filtered = pytest.mark.skipif(bool(why_unlimited()), reason=f"graders are not filtered: {why_unlimited()}")
+filtered = pytest.mark.skipif(
+    bool(unlimited_reason()), reason=f"graders are not filtered: {unlimited_reason()}"
+)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 LIMIT_S = 2.0  # long enough for a harmless item on a machine that is busy with other things
 
 
-def test_an_endless_verification_is_cut_costs_no_other_item_its_verdict_and_is_logged_once(spec: str) -> None:
+def test_an_endless_verification_times_out_affects_no_other_item_and_is_logged_once(spec: str) -> None:
     lines: list[str] = []
     with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024, log=lines.append) as pool:
         verdicts = ask(pool, "7", "loop", "7", "8", "raise", "raise", "return Verdict(2.0)", "unjudged")
@@ -294,7 +296,7 @@ def test_a_verification_that_fails_has_no_reward_says_why_and_is_counted(
     ["ppid", "kill -1", f"kill {os.getpid()}", f"kill -{os.getpgid(0)}"],
     ids=["its parent", "everybody", "the trainer", "the trainer's group"],
 )
-def test_a_grader_cannot_signal_what_is_above_it(shared: VerifierPool, whom: str) -> None:
+def test_a_grader_cannot_signal_its_ancestors(shared: VerifierPool, whom: str) -> None:
     verdicts = ask(shared, "7", whom, "8")
     assert [v.reward for v in verdicts] == [1.0, None, 0.0]
     assert verdicts[1].feedback.startswith(
@@ -302,7 +304,7 @@ def test_a_grader_cannot_signal_what_is_above_it(shared: VerifierPool, whom: str
     )
 
 
-def test_what_a_grader_prints_and_closes_does_not_get_into_the_answers(shared: VerifierPool) -> None:
+def test_a_grader_that_prints_or_closes_streams_does_not_corrupt_replies(shared: VerifierPool) -> None:
     verdicts = ask(shared, "print", "7", "close", "print", "7")
     assert [v.reward for v in verdicts] == [0.0, 1.0, 0.0, 0.0, 1.0]
     assert shared.verify([(Problem("p", [], 8), "8")])[0].reward == 1.0
@@ -313,7 +315,7 @@ def test_a_grader_that_forks_answers_once(shared: VerifierPool) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process is there, zombies not counted."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -325,7 +327,7 @@ def alive(pid: int) -> bool:
     ("then", "reason"),
     [("loop", "verification timed out"), ("exit", "the verifying process died (exit code 3)")],
 )
-def test_a_daemon_that_a_grader_leaves_is_ended_with_it(
+def test_a_daemon_started_by_a_grader_is_killed_with_it(
     spec: str, tmp_path: Path, then: str, reason: str
 ) -> None:
     with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
@@ -336,7 +338,7 @@ def test_a_daemon_that_a_grader_leaves_is_ended_with_it(
 
 
 @filtered
-def test_a_fork_bomb_reaches_a_limit_and_all_of_it_is_ended(spec: str, tmp_path: Path) -> None:
+def test_a_fork_bomb_reaches_a_limit_and_all_of_it_is_killed(spec: str, tmp_path: Path) -> None:
     with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
         assert [v.reward for v in ask(pool, f"bomb {tmp_path / 'pids'}", "7")] == [None, 1.0]
         started = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
@@ -347,7 +349,7 @@ def test_a_fork_bomb_reaches_a_limit_and_all_of_it_is_ended(spec: str, tmp_path:
 
 @linux
 @pytest.mark.parametrize("what", ["threads", "files", "processes", "hoard"])
-def test_a_child_that_leaves_things_behind_is_replaced_and_the_log_says_so(spec: str, what: str) -> None:
+def test_a_child_that_leaks_is_replaced_and_logged(spec: str, what: str) -> None:
     lines: list[str] = []
     with VerifierPool(spec, {}, workers=1, timeout_s=30, memory_mib=1024, log=lines.append) as pool:
         old = ask(pool, "pid")[0].feedback
@@ -384,7 +386,7 @@ def test_thousands_of_verifications_leave_no_zombie_descriptor_or_thread(spec: s
 
 
 @linux
-def test_a_supervisor_that_is_killed_takes_its_child_along_and_is_replaced(spec: str) -> None:
+def test_a_killed_supervisor_takes_its_child_with_it_and_is_replaced(spec: str) -> None:
     with VerifierPool(spec, {}, workers=1, timeout_s=30, memory_mib=1024) as pool:
         pid = int(ask(pool, "pid")[0].feedback)
         child = os.pidfd_open(pid)
@@ -395,7 +397,7 @@ def test_a_supervisor_that_is_killed_takes_its_child_along_and_is_replaced(spec:
         assert (pool.timeouts, pool.failures) == (0, 0)
 
 
-def test_a_reward_that_did_not_pass_the_childs_check_does_not_pass_the_trainers() -> None:
+def test_the_trainer_repeats_the_childs_check_of_a_reward() -> None:
     reply = _parsed(b'{"reward": NaN, "feedback": "", "metrics": {}}')
     assert reply is not None
     assert reply["failure"] == "verify returned reward=nan; it must be in [0, 1]"
@@ -487,7 +489,7 @@ def test_close_ends_the_children_and_may_be_called_twice(spec: str) -> None:
 
 
 @linux
-def test_all_that_verifies_dies_with_a_killed_trainer_even_inside_an_endless_verification(
+def test_all_verifying_processes_die_with_a_killed_trainer_even_inside_an_endless_verification(
     spec: str, tmp_path: Path
 ) -> None:
     code = f"""
@@ -516,9 +518,9 @@ signal.pause()
 
 @linux
 @pytest.mark.parametrize("event", ["call", "return"])
-def test_a_supervisor_told_to_stop_at_any_moment_still_ends_what_is_below_it(event: str) -> None:
-    """The trainer's death closes the socket and sends SIGTERM, in either order: here SIGTERM comes as the watch begins or right after its end,
-    and once more during the clean-up."""
+def test_a_supervisor_stopped_at_any_moment_still_kills_its_descendants(event: str) -> None:
+    """When the trainer dies, the socket closes and SIGTERM arrives, in either order. Here SIGTERM comes as the watch
+    begins or right after its end, and again during the clean-up."""
     code = f"""
 import os, signal, socket, sys, time
 from fst_fast.verify import supervisor
@@ -541,11 +543,11 @@ if not child:
     time.sleep(600)
 print(child, flush=True)
 trainer.close()
-end_all = supervisor._end_all
+kill_descendants = supervisor._kill_descendants
 def told_again(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
-    return end_all(*arguments)
-supervisor._end_all = told_again
+    return kill_descendants(*arguments)
+supervisor._kill_descendants = told_again
 sys.settrace(trace)
 supervisor._supervise(control, child, ours)
 """

@@ -68,7 +68,8 @@ SOURCE = Setting(1, 0, False, "forest", 8192)
 def curves(setting: Setting, *, lr_times: float = 1.0, weights_times: float = 1.0) -> dict[str, list[float]]:
     """Train on the recorded rollouts under `setting`, in one of its processes. The factors are errors to be found: of the learning rate, and of
     the tokens' weights, such as a wrong denominator makes."""
-    from fst_fast import config_load, distributed
+    from fst_fast import distributed
+    from fst_fast.config import load as config_load
     from fst_fast.mini import default_config
     from fst_fast.policy import trained
     from fst_fast.policy.scoring import Batching
@@ -122,7 +123,8 @@ def share(recorded: dict[str, NDArray[Any]], step: int, rank: int, world: int) -
 
 def record() -> dict[str, NDArray[Any]]:
     """The sequences of every step of a run, as flat arrays under `STEP/...`."""
-    from fst_fast import config_load, trainer
+    from fst_fast import trainer
+    from fst_fast.config import load as config_load
     from fst_fast.mini import default_config
     from fst_fast.slow import slow_phase
     from fst_fast.slow.nonfinite import sequences_to_arrays

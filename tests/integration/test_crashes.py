@@ -119,7 +119,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     child.join()
     assert child.exitcode == 0, printed.read_text()
     lines = printed.read_text().splitlines()
-    assert f"fst: {number.name}: this step is finished, then the run saved; once more ends it now" in lines
+    assert f"fst: {number.name}: finishing this step, then saving the run; send it again to stop now" in lines
     stopped = re.fullmatch(
         r"stopped after step ([123]) of 4; continue with: fst train --run-dir (.*) --resume", lines[-1]
     )

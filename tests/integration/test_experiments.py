@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fst_fast import config_load
+from fst_fast.config import load as config_load
 from fst_fast.experiments.curves import AXES, load_curve
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import FAMILIES, Budget, Run

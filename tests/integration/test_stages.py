@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fst_fast import config_load
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.mini import default_config
 from fst_fast.mini.world import best_context

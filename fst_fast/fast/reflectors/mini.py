@@ -1,10 +1,10 @@
-"""A reflector of rules for the mini world, so that the default run needs no network and no large model.
+"""A rule-based reflector for the mini world, so that the default run needs no network and no large model.
 
-It stands in for a language model and is meant to be no better than one: it reads problem and feedback, guesses which words have to do
-with them, and edits one or two sentences of the context with sentences of the catalogue that contain such words. Of edges it speaks only where
-the problem has some. It sees neither the role nor the strength of a sentence, so it proposes useless and harmful ones as readily as
-helpful ones ("answer with the goal only ." also talks of the goal). Which combination is right must come out of the scores. Other tasks
-need another reflector: its sentences mean nothing there.
+It is a stand-in for a language model and is meant to be no better than one. It reads problem and feedback, guesses
+related words, and edits one or two sentences of the context, using catalogue sentences that contain such words. It
+mentions edges only if the problem has some. It sees neither role nor strength of a sentence, so it proposes useless and
+harmful ones as readily as helpful ones ("answer with the goal only ." also mentions the goal). The scores must find the
+right combination. Other tasks need another reflector, since these sentences mean nothing there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fst_fast.mini.world import CATALOGUE
 SENTENCES: tuple[str, ...] = tuple(i.text for i in CATALOGUE)
 MAX_SENTENCES = 6
 
-# (what the feedback says, words that a sentence about it might contain); the first that fits counts
+# (substring of the feedback, words of related sentences); the first match counts
 _TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
     ("not written out", frozenset({"list", "program", "operation", "order", "show", "write", "run"})),
     ("holds a list", frozenset({"list", "number", "program", "operation", "run"})),
@@ -41,14 +41,14 @@ _TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
     ("goal", frozenset({"goal", "node", "path", "only", "answer"})),
     ("begins at", frozenset({"start", "first", "path", "goal"})),
 )
-# (a word of the problem, things that a sentence may then speak of)
+# (word of the problem, words that a sentence for it may contain)
 _THINGS: tuple[tuple[str, frozenset[str]], ...] = (
     ("edges", frozenset({"edge", "edges", "node", "path", "goal", "graph", "list"})),
     ("facts", frozenset({"fact", "facts", "chain", "city"})),
     ("list", frozenset({"program", "operation", "list", "number"})),
     ("a", frozenset({"formula", "quantity", "option", "letter", "value", "number", "numbers"})),
 )
-_ON_TOPIC = 0.6  # how often a proposed sentence has to do with the feedback at all
+_ON_TOPIC = 0.6  # how often a proposed sentence is related to the feedback
 _TWO_EDITS = 0.3
 
 
@@ -79,14 +79,14 @@ def reflect(prompt: _Prompt, rng: np.random.Generator) -> str:
 
 
 def split_sentences(context: str) -> list[str]:
-    """The sentences of a context, each with its closing full stop where it has one."""
+    """The sentences of a context, each with its closing full stop, if it has one."""
     return [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", context) if s.strip()]
 
 
 def _edit(
     sentences: list[str], problem: str, feedback: str, rng: np.random.Generator
 ) -> tuple[list[str], str]:
-    """Add (0.5), replace (0.3), drop (0.1) or move (0.1) one sentence; what cannot be done becomes an addition or a replacement."""
+    """Add (0.5), replace (0.3), drop (0.1) or move (0.1) one sentence; impossible edits become an addition or a replacement."""
     toss = rng.random()
     at = int(rng.integers(len(sentences))) if sentences else 0
     if toss >= 0.9 and len(sentences) > 1:
@@ -104,8 +104,8 @@ def _edit(
 
 
 def _propose(sentences: list[str], problem: str, feedback: str, rng: np.random.Generator) -> str:
-    """A sentence that is not there yet and does not speak of what the problem does not have; often one that shares a word with the
-    topic of the feedback."""
+    """A sentence that is not in the context and does not mention things that the problem lacks; often one that shares a
+    word with the topic of the feedback."""
     named = set(re.findall(r"[a-z]+", problem))
     here = next((things for sign, things in _THINGS if sign in named), None)
     missing = frozenset() if here is None else frozenset().union(*(things for _, things in _THINGS)) - here

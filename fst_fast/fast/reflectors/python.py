@@ -1,7 +1,7 @@
 """A reflector that is a Python function: the user's `file.py:function`, called with a ReflectionPrompt, or the mini world's rules.
 
-The function returns the reply as a language model would write it, the new context in a fenced block. An exception is that reply's error;
-the other prompts of the batch go on.
+The function returns its reply as a language model would write it, with the new context in a fenced block. An exception
+becomes the error of that reply; the other prompts of the batch continue.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FunctionReflector:
     def _one(self, prompt: ReflectionPrompt, seed: int) -> Reply:
         try:
             text = self._function(prompt, seed)
-        except Exception as error:  # noqa: BLE001 - the user's code: its fault costs one proposal
+        except Exception as error:  # noqa: BLE001 - an error in the user's code costs one proposal
             return Reply.failed(f"{self.name} raised {type(error).__name__}: {first_line(str(error))}")
         if not isinstance(text, str):
             return Reply.failed(f"{self.name} returned {type(text).__name__}, not a string")
@@ -40,17 +40,17 @@ class FunctionReflector:
 
 
 def seeded(rules: Callable[[ReflectionPrompt, np.random.Generator], str]) -> Seeded:
-    """A function of (prompt, random generator) as one of (prompt, seed)."""
+    """Adapt a function of (prompt, random generator) to (prompt, seed)."""
     return lambda prompt, seed: rules(prompt, np.random.default_rng(seed))
 
 
 def unseeded(function: Callable[[ReflectionPrompt], Any]) -> Seeded:
-    """A function of the prompt alone."""
+    """Adapt a function of the prompt alone to (prompt, seed)."""
     return lambda prompt, _seed: function(prompt)
 
 
 def load_function(spec: str) -> Callable[[ReflectionPrompt], Any]:
-    """The function that `path/to/file.py:function` names. Raises UserError where the file or the function is not there."""
+    """Load the function named by `path/to/file.py:function`. Raises UserError if the file or the function does not exist."""
     path_text, _, name = spec.rpartition(":")
     path = Path(path_text)
     if not path.is_file():

@@ -1,9 +1,34 @@
-"""The batch numbers that follow from a configuration: what `--dry-run` prints, so that nobody has to work them out."""
+"""The numbers that follow from a configuration: what a fast phase can pay for, and the batch sizes that `--dry-run` prints."""
 
 from __future__ import annotations
 
-from fst_fast.config import Config
-from fst_fast.fast.evolution import affordable
+from dataclasses import dataclass
+
+from fst_fast.config.schema import Config, FastConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """The cost of scoring one context: problems x samples rollouts."""
+
+    problems: int
+    samples: int
+
+    @property
+    def rollouts(self) -> int:
+        return self.problems * self.samples
+
+
+def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
+    """How much of the anchor set the budget pays for: the carried contexts and one full generation of children must fit.
+
+    If they do not, first the number of samples shrinks, then the anchor set (to its first problems): breadth over
+    problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the phase does nothing."""
+    contexts = members + config.children
+    if anchor == 0 or contexts > config.rollout_budget:
+        return Size(0, 0)
+    problems = min(anchor, config.rollout_budget // contexts)
+    return Size(problems, min(config.samples, config.rollout_budget // (contexts * problems)))
 
 
 def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
