@@ -77,7 +77,9 @@ def test_what_was_measured_on_old_data_is_dropped_and_the_contexts_stay() -> Non
     state.forget_data()
     assert not state.base_rewards
     assert not state.reusable.rollouts
-    assert not state.fast.scores.at_version(0).cells, "with frozen weights scores are kept from cycle to cycle"
+    assert not state.fast.scores.at_version(0).cells, (
+        "with frozen weights scores are kept from cycle to cycle"
+    )
     assert (state.fast.cycle, state.fast.contexts) == (3, fast.contexts)
 
 
