@@ -348,7 +348,7 @@ SLOW: list[tuple[list[str], str]] = [  # each starts a verifying child, some loa
     (["train", "--run-dir", "{here}/file", *SMALL], "--run-dir {here}/file is a file; it must be a folder or not exist"),
     (["train", "--run-dir", "{here}/none", "--resume", *SMALL], "--resume: there is no run in {here}/none"),
     (["train", "--run-dir", "{here}/run-marker", "--resume"], "fst-run.json or {here}/run-marker/config.yaml is damaged"),
-    (["train", "--run-dir", "{here}/run-marker9", "--resume"], "was written in format 9, this version of fst reads format 1"),
+    (["train", "--run-dir", "{here}/run-marker9", "--resume"], "was written in format 9 with metrics of version"),
     (["train", "--run-dir", "{here}/run-statefmt", "--resume"], "state.json has format 0; this version reads"),
     ([*TRAIN, "--slow.problems_per_step=100000", "--task_args.train=8"], "slow.problems_per_step=100000 is more than the"),
     ([*TRAIN, "--rollout.max_response_tokens=1000"], "are 1256 tokens; the model has 512 positions"),
