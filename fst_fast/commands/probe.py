@@ -36,6 +36,7 @@ def probe(config: Config, *, context: str | None, problems: int, samples: int, s
             policy_version=0,
             temperature=config.rollout.temperature,
         )
+    yield from (sampler.template.line, *sampler.template.warnings)
     answers = iter(sampled)
     for problem in chosen:
         yield f"problem {problem.id}"

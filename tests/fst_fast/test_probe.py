@@ -43,6 +43,7 @@ def test_probe_shows_prompt_responses_rewards_and_feedback(config):
     assert text.count("  sample ") == 6
     assert text.count("reward 0, ") + text.count("reward 1, ") == 6
     assert "feedback: " in text
+    assert lines[0].startswith("chat template: the context is the system message")
     assert lines[-1].endswith("over 6 of 6 rollouts")
 
 
