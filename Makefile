@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test chaos parity soak install lint format types clean
+.PHONY: train test aot chaos parity soak fuzz docs install lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -22,6 +22,12 @@ train: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# Every Triton kernel compiled for every GPU generation, head size and type, and what the compiler made of it: of which .ci/run does a sample.
+aot: $(STAMP)
+	@$(PY) scripts/aot_report.py
+	@$(PY) scripts/aot_tree_attention.py
+	@$(PY) scripts/aot_cascade_decode.py
 
 # Every crash and fault, every layout of a checkpoint, two nodes: of which `make test` runs a sample.
 chaos: $(STAMP)
@@ -34,6 +40,14 @@ parity: $(STAMP)
 # 2,000 steps of a tiny run: memory, open files and child processes must not grow.
 soak: $(STAMP)
 	@$(PY) -m pytest -m long -s tests/integration/test_soak.py $(PYTEST_ARGS)
+
+# Random configurations, command lines and whatever else tests/fuzz draws: 20,000 of each, of which `make test` runs 200.
+fuzz: $(STAMP)
+	@FST_FUZZ_EXAMPLES=20000 $(PY) -m pytest -n $(WORKERS) tests/fuzz $(PYTEST_ARGS)
+
+# The documentation as a site, in build/site; a broken link is an error.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 install: $(STAMP)
 

@@ -1,10 +1,12 @@
-"""One decode step of attention over a tree of keys and values: every shared segment read once, against every sequence reading its whole past.
+"""One decode step of attention over a tree of keys and values: reading every shared segment once, versus every sequence
+reading its whole past.
 
-Contexts, problems per context, samples per (context, problem), each with a generated suffix. On a GPU 4 contexts x 1536, 64 problems x 300 under
-each, 2 samples, 256 generated tokens, 32 query and 8 KV heads of 128, bf16; on the CPU a small tree in float32. Peers: scaled-dot-product
-attention over copies of each whole past (batched: copies made before the clock starts; per sequence: one call each), FlashInfer's
-cascade where it is installed. Reported: median ms (CUDA events; on the CPU CPU seconds of all threads), TB/s of what the peer must read, and
-the floor (unique bytes at 4.3 TB/s, on a GPU) as a share of the time.
+The tree has contexts, problems per context, samples per (context, problem), each with a generated suffix. On a GPU: 4
+contexts x 1536, 64 problems x 300 under each, 2 samples, 256 generated tokens, 32 query and 8 KV heads of 128, bf16. On
+the CPU: a small tree in float32. Peers: scaled-dot-product attention over copies of each whole past (batched, with
+copies made outside the timed region; per sequence, one call each), and FlashInfer's cascade if installed. Reported:
+median ms (CUDA events; on the CPU, CPU seconds of all threads), TB/s of what the peer must read, and the floor (unique
+bytes at 4.3 TB/s, on a GPU) as a share of the time.
 
     python -m benchmarks.cascade_decode [--rounds 20] [--threads 1] [--out FOLDER]
 """
@@ -28,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fst_kernels import CascadePlan, backends, cascade_decode_attention
 
 BANDWIDTH = 4.3e12  # bytes/s of an H200, measured
-PAGE = 16  # FlashInfer's
+PAGE = 16  # FlashInfer's page size, in tokens
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {
     "cuda": {"contexts": 4, "context": 1536, "problems": 64, "problem": 300, "samples": 2, "suffix": 256, "heads": 32, "kv_heads": 8, "dim": 128},
@@ -37,7 +39,7 @@ SIZES = {
 
 
 def tree(s: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """paths [S, 2] and node lengths."""
+    """Returns paths [S, 2] and node lengths."""
     contexts, pairs = s["contexts"], s["contexts"] * s["problems"]
     pair = torch.arange(pairs).repeat_interleave(s["samples"])
     lengths = torch.tensor([s["context"]] * contexts + [s["problem"]] * pairs)
@@ -45,8 +47,8 @@ def tree(s: dict[str, int]) -> tuple[Tensor, Tensor]:
 
 
 def flashinfer(s: dict[str, int], q: Tensor, paths: Tensor, lengths: Tensor) -> Callable[[], object]:
-    """Its multi-level cascade over pages of its own, with random contents."""
-    import flashinfer as library  # a peer that need not be installed
+    """FlashInfer's multi-level cascade over its own pages, with random contents."""
+    import flashinfer as library  # optional peer
 
     sequences = len(paths)
     segments = [lengths[: s["contexts"]], lengths[s["contexts"] :], torch.full((sequences,), s["suffix"])]
@@ -110,7 +112,7 @@ def main() -> None:
     starts = lengths.cumsum(0) - lengths
     behind = int(lengths.sum())
     q = torch.randn(sequences, s["heads"], dim, dtype=dtype, device=DEVICE)
-    # By head: a node's keys of one head then lie together.
+    # Stored by head, so that a node's keys of one head are contiguous.
     k, v = (
         torch.randn(kv_heads, behind + sequences * s["suffix"], dim, dtype=dtype, device=DEVICE).transpose(
             0, 1

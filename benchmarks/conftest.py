@@ -28,17 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = []
-    config.option.benchmark_quiet = True  # the table below says more
+    config.option.benchmark_quiet = True  # the table at the end is more detailed
     threads = config.getoption("--threads")
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # also in the children that measure memory
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # also for the child processes that measure memory
 
 
 def chosen_size(given: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
-    """--size, else the default; as many numbers as that has."""
+    """Parse --size, which must have as many numbers as the default."""
     if given is None:
         return default
     try:
@@ -53,7 +53,7 @@ def chosen_size(given: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def size(request: pytest.FixtureRequest) -> tuple[int, ...]:
-    """--size, else the file's DEFAULT_SIZE of this device."""
+    """--size, or the benchmark's DEFAULT_SIZE for this device."""
     return chosen_size(request.config.getoption("--size"), request.module.DEFAULT_SIZE[device().type])
 
 
@@ -65,7 +65,7 @@ def rounds(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, size: tuple[int, ...]) -> Results:
-    """Of this file: its COLUMNS, and a JSON file where --out is given."""
+    """The results table of this benchmark: its COLUMNS, and a JSON file if --out is given."""
     config, name = request.config, Path(request.module.__file__).stem
     folder: Path | None = config.getoption("--out")
     path = None if folder is None else folder.resolve() / f"{name}_{device().type}.json"
@@ -76,7 +76,7 @@ def results(request: pytest.FixtureRequest, size: tuple[int, ...]) -> Results:
 
 
 def _command(config: pytest.Config) -> str:
-    """Without --out, whose folder says nothing about the run."""
+    """The pytest command line without --out, which does not affect the measurement."""
     given: list[str] = []
     arguments = iter(config.invocation_params.args)
     for argument in arguments:

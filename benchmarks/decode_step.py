@@ -1,15 +1,15 @@
-"""A decode step of the rollout engine against the bytes it cannot do without: all weights once, every key and value of the forest once.
+"""A decode step of the rollout engine, compared with the minimal memory traffic: all weights once, every key and value of the forest once.
 
     python -m benchmarks.decode_step [--sides shared unshared] [--steps N] [--rounds 1] [--out FOLDER]
 
-Random weights. On a GPU a Qwen3-8B's shape in bfloat16, 4 contexts x 1536, 64 problems x 300 under each, 2 samples: 512 sequences at a time. On the CPU a
-small model in float32, whose figures say that it runs and nothing else.
+Random weights. On a GPU the shape of Qwen3-8B in bfloat16, 4 contexts x 1536, 64 problems x 300 under each, 2 samples:
+512 sequences at a time. On the CPU a small float32 model, whose figures only show that the benchmark runs.
 
     shared    the engine: keys and values in a pool, the kernels of fst_kernels
-    unshared  every sequence with its own prompt (policy.packing=padded), as many sequences as `batch` of the size below
+    unshared  every sequence with its own prompt (policy.packing=padded), as many sequences as `batch` below
 
-Reported: the first tokens' seconds (prefill), the median of the further steps in ms, tokens/s of these, the byte floor at 4.3 TB/s (an H200, measured) as a
-share of a step, peak memory. No eos: all sequences are there in every step.
+Reported: seconds until the first tokens (prefill), median ms of later steps, tokens/s of these, the byte floor at 4.3
+TB/s (an H200, measured) as a share of a step, peak memory. Without eos, so all sequences run in every step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def requests(load: dict[str, int]) -> list[Request]:
 
 
 def floor_bytes(model: Any, engine: RolloutEngine, some: list[Request], tokens: int, shared: bool) -> float:
-    """Of a decode step, mean over the steps: weights but the embeddings, and the keys and values that the sequences see."""
+    """Minimal bytes read by a decode step, mean over the steps: weights without embeddings, and the keys and values of the sequences."""
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     prompts = sum(len(r.prompt_ids) for r in some)
     if shared:
@@ -82,7 +82,7 @@ def measured(model: Any, side: str, some: list[Request], steps: int) -> dict[str
     draw = Responses.draw
 
     def timed(self: Responses, *rest: Any) -> Any:
-        out = draw(self, *rest)  # brings the tokens to the host: everything before has run
+        out = draw(self, *rest)  # copies the tokens to the host, so all queued work is done
         ends.append(time.perf_counter())
         return out
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--steps", type=int, default=STEPS[device.type])
     parser.add_argument(
-        "--rounds", type=int, default=2, help="of each side; the last is reported, the others warm up"
+        "--rounds", type=int, default=2, help="rounds per side; the last is reported, the others are warm-up"
     )
     parser.add_argument("--out", type=Path, help="folder for decode_step_cpu.json or decode_step_cuda.json")
     args = parser.parse_args()

@@ -1,12 +1,13 @@
-"""A whole optimiser step, sampling included: this trainer against TRL's GRPOTrainer (transformers.generate), on the CPU.
+"""A whole optimiser step, sampling included: this trainer versus TRL's GRPOTrainer (transformers.generate), on the CPU.
 
     python benchmarks/end_to_end.py [--steps 3] [--threads 1] [--out benchmarks/results/end_to_end.json]
 
-The same on both sides: the shipped 0.8M model, float32; star graph problems of the mini world; K = 4 contexts of about 256 tokens in the system message;
-16 problems x 4 contexts x 2 samples = 128 samples per step, at most 32 new tokens, temperature 1; KL penalty to the frozen base model; AdamW; a
-reward that reads the completion (a hash, so that every group varies). What differs: TRL takes an advantage group per prompt, we per
-problem over its contexts, which costs nothing either way. TRL runs with its best of several micro-batch sizes and without gradient checkpointing.
-Each side runs in a process of its own; a step's time is the mean over the steps after the first.
+Both sides use the shipped 0.8M model in float32; star graph problems of the mini world; K = 4 contexts of about 256
+tokens in the system message; 16 problems x 4 contexts x 2 samples = 128 samples per step, at most 32 new tokens,
+temperature 1; a KL penalty to the frozen base model; AdamW; and a reward that hashes the completion, so that rewards
+differ within every group. They differ in the advantage group: TRL has one per prompt, we have one per problem over its
+contexts, which costs nothing on either side. TRL runs with its best of several micro-batch sizes and without gradient
+checkpointing. Each side runs in its own process; the time of a step is the mean over the steps after the first.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ import torch
 
 from fst_fast import mini
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Sampled, Verdict
-from fst_fast.rollout.prompt import load_tokenizer, messages_with_context, render_prompt
+from fst_fast.contracts import Context, Problem, ScoredRollout, Verdict
+from fst_fast.rollout.prompt import Chat, load_tokenizer, messages_with_context
 from fst_fast.tasks.registry import load_task
 
 CONTEXTS, PROBLEMS, SAMPLES, NEW_TOKENS, CONTEXT_TOKENS = 4, 16, 2, 32, 256
 BATCH = CONTEXTS * PROBLEMS * SAMPLES
 TASK = {"form": "mini", "arms": 5, "path": 4, "ids": 40}
 KL_COEF, LR = 1e-3, 1e-4
+SENTENCE = "start at the goal and go back to the start . put the final path in the box ."
 
 
 def problems(steps: int) -> list[list[Problem]]:
@@ -47,29 +49,8 @@ def problems(steps: int) -> list[list[Problem]]:
 
 
 def contexts() -> list[Context]:
-    words = [
-        "start",
-        "at",
-        "the",
-        "goal",
-        "and",
-        "go",
-        "back",
-        "to",
-        "the",
-        "start",
-        ".",
-        "put",
-        "the",
-        "final",
-        "path",
-        "in",
-        "the",
-        "box",
-        ".",
-    ]
     rng = np.random.default_rng(0)
-    return [Context.of(" ".join(rng.choice(words, CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
+    return [Context.of(" ".join(rng.choice(SENTENCE.split(), CONTEXT_TOKENS))) for _ in range(CONTEXTS)]
 
 
 def reward(ids: Any) -> float:
@@ -78,12 +59,14 @@ def reward(ids: Any) -> float:
 
 def ours(steps: int) -> list[tuple[float, float]]:
     """(wall-clock, CPU) seconds of each step."""
-    from fst_fast.policy import engine as policy_engine
-    from fst_fast.policy import ranks
+    from fst_fast import distributed
+    from fst_fast.policy import trained
+    from fst_fast.policy.scoring import Batching
     from fst_fast.rollout.engine import Request
-    from fst_fast.rollout.wave import Sampler
+    from fst_fast.rollout.sampler import Sampler
     from fst_fast.slow.groups import make_groups
-    from fst_fast.slow.step import optimise, sequences
+    from fst_fast.slow.slow_phase import objective_of
+    from fst_fast.slow.update import Reference, optimise, sequences
 
     config = Config.model_validate(
         {
@@ -98,12 +81,12 @@ def ours(steps: int) -> list[tuple[float, float]]:
             },
         }
     )
-    ranks.init()
+    distributed.init()
     out = []
     with Sampler.open(config) as sampler:
-        policy, reference = policy_engine.Policy(config), policy_engine.load(config)
+        policy, reference = trained.TrainedPolicy(config), trained.load(config)
         engine = sampler.engine(policy.rollout_model)
-        prompts = {}
+        prompts, batching = {}, Batching.of(config, sampler.pad_id)
         for step, chosen in enumerate(problems(steps)):
             clock = time.perf_counter(), time.process_time()
             requests = []
@@ -117,12 +100,11 @@ def ours(steps: int) -> list[tuple[float, float]]:
             rollouts = engine.generate(
                 requests, max_response_tokens=NEW_TOKENS, temperature=1.0, policy_version=step
             )
-            sampled = [Sampled(r, Verdict(reward(r.response_ids)), "") for r in rollouts]
+            sampled = [ScoredRollout(r, Verdict(reward(r.response_ids)), "") for r in rollouts]
             groups = [g for g in make_groups(sampled, 1e-6) if g.advantages is not None]
-            of = [[prompts[m.rollout.problem_id, m.rollout.context_id] for m in g.sampled] for g in groups]
-            optimise(
-                policy, reference, sequences(groups, of, "problem"), config, step=step, pad_id=sampler.pad_id
-            )
+            of = [[prompts[m.rollout.problem_id, m.rollout.context_id] for m in g.members] for g in groups]
+            data = sequences(groups, of, "problem")
+            optimise(policy, Reference(reference), data, objective_of(config.slow), batching, step=step)
             policy.hand_over()
             out.append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
     return out
@@ -140,7 +122,7 @@ def trl(steps: int, micro: int) -> list[tuple[float, float]]:
         for p in chosen
         for c in contexts()
     ]
-    lengths = [len(render_prompt(tokenizer, c, p)) for p in problems(1)[0] for c in contexts()]
+    lengths = [len(Chat.of(tokenizer).prompt(c, p)) for p in problems(1)[0] for c in contexts()]
     seen: list[int] = []
 
     def judge(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -197,7 +179,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--micros", type=int, nargs="+", default=[16, 32, 64], help="micro-batch sizes tried for TRL"
+        "--micros", type=int, nargs="+", default=[16, 32, 64], help="micro-batch sizes to try for TRL"
     )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--micro", type=int, default=32, help=argparse.SUPPRESS)

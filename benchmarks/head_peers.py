@@ -1,10 +1,11 @@
-"""The work of linear_logprob.py and linear_policy_loss.py, and who does it: our operations and their peers, on the same tensors.
+"""The workload of linear_logprob.py and linear_policy_loss.py, and the implementations compared: our operations and
+their peers, on the same tensors.
 
-A case is a batch of hidden states with a policy-gradient loss: cispo with a cap of 4, token weights 1 / N, advantages per sequence, old
-log-probs near the policy's. Labels get logits from far below to far above the log-sum-exp, as sampled tokens do. The exact KL is
-KL(policy || reference), the reference being other hidden states under the same head.
+A case is a batch of hidden states with a policy-gradient loss: cispo with a cap of 4, token weights 1 / N, advantages
+per sequence, old log-probs near the policy's. Labels get logits from far below to far above the log-sum-exp, as sampled
+tokens do. The exact KL is KL(policy || reference), where the reference has other hidden states under the same head.
 
-A peer that is not installed, or cannot run on this device, says why (Peer.unable). How a row is measured: head_rows.py.
+A peer that is not installed, or cannot run on this device, says why (Peer.unable). head_rows.py measures a row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks import measure
 from fst_kernels import PolicyObjective, linear_logprob, linear_policy_loss, policy_loss
 
 RATIO_CAP, KL_COEF, SEQUENCES = 4.0, 0.1, 16
-CHUNK_BYTES = 2**30  # of logits at one time, where all rows are not needed
+CHUNK_BYTES = 2**30  # of logits at one time, if not all rows are needed
 Size = tuple[int, int, int]  # N, H, V
 
 
@@ -92,7 +93,7 @@ class Values(NamedTuple):
 def eager(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_hidden: Tensor | None, want_entropy: bool
 ) -> Values:
-    """Full logits, in fp32 after the product; what torch.compile compiles, too."""
+    """Full logits, converted to fp32 after the product; also the function that torch.compile compiles."""
     log_p = torch.log_softmax((hidden @ weight.t()).float(), -1)
     logprob = log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(-1) if want_entropy else None
@@ -227,7 +228,7 @@ KL_OBJECTIVE = PolicyObjective("cispo", ratio_cap=RATIO_CAP, kl="reverse", kl_co
 
 
 def composed_loss(values: Values, case: Case) -> Tensor:
-    """The loss on another's log-probs (and KL), by autograd."""
+    """The loss computed from another implementation's log-probs (and KL), by autograd."""
     capped = torch.exp(values.logprob.detach() - case.old_logprob).clamp(max=RATIO_CAP)
     loss = -(case.token_weight * capped * case.advantages * values.logprob).sum()
     return loss if values.kl is None else loss + KL_COEF * (case.token_weight * values.kl).sum()
@@ -255,7 +256,7 @@ def mode_a_loss(case: Case, kl: bool) -> Tensor:
 
 
 def liger_grpo_loss(case: Case) -> Tensor:
-    """One sequence at a time, its default. Its loss on [1, T] numbers is compiled on a GPU only: on a CPU that takes a minute."""
+    """One sequence at a time, Liger's default. Its loss on [1, T] numbers is compiled on a GPU only, as that takes a minute on a CPU."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(

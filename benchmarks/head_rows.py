@@ -1,6 +1,6 @@
 """How linear_logprob.py and linear_policy_loss.py measure one row: accuracy against a dense truth, time, share of the floor, memory.
 
-Only the row of a peer may end in an error that is recorded, or anyone's in a lack of memory; ours fail the run.
+A peer's row may record an error, and any row may record that it runs out of memory; other errors of our own operations fail the run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def truth(case: Case, loss: Callable[[Values, Case], Tensor], kl: bool) -> Truth
 
 
 def value_errors(got: Values, want: Values) -> measure.Row:
-    """Absolute, in nats."""
+    """Absolute errors, in nats."""
     row: measure.Row = {}
     for name in Values._fields:
         a, b = getattr(got, name), getattr(want, name)
@@ -75,7 +75,7 @@ def value_errors(got: Values, want: Values) -> measure.Row:
 
 
 def gradient_errors(d_hidden: Tensor, d_weight: Tensor, want: Truth) -> measure.Row:
-    """Relative, in the Frobenius norm."""
+    """Relative errors in the Frobenius norm."""
     row: measure.Row = {}
     for name, a, b in (("d_hidden", d_hidden, want.d_hidden), ("d_weight", d_weight, want.d_weight)):
         row[name] = float(torch.linalg.vector_norm(a.to(b.dtype) - b) / torch.linalg.vector_norm(b))
@@ -96,19 +96,19 @@ Call = Callable[[], tuple[Tensor, ...]]
 
 
 class Work(NamedTuple):
-    """What one of the two benchmarks times."""
+    """The operation that one of the two benchmarks times."""
 
-    module: str  # its name, for the child that measures memory on a CPU
+    module: str  # name of the benchmark module, for the child that measures memory on a CPU
     operations: dict[str, int]  # variant -> floor in units of NHV
     call: Callable[[str, str, Case], Call]  # the timed call of (implementation, variant, case)
-    errors: Callable[[str, str, Case], measure.Row]  # columns of accuracy of the same
+    errors: Callable[[str, str, Case], measure.Row]  # accuracy columns of the same call
 
 
 SLOW = ("torch.compile", "ours, reference")
 
 
 def cases_to_run(names: Iterable[str], variants: Iterable[str]) -> list[tuple[str, str]]:
-    """(variant, implementation), what takes long last: a run that is cut short has measured the rest."""
+    """(variant, implementation), slowest last, so that an interrupted run has measured the rest."""
     every = [(variant, name) for variant in variants for name in names]
     return sorted(every, key=lambda case: case[1] in SLOW)
 
@@ -131,14 +131,14 @@ def product_rate(size: Size) -> float:
 def run_row(
     work: Work, variant: str, name: str, unable: str | None, *, benchmark: Any, results: measure.Results, size: Size, rounds: int
 ) -> str | None:  # fmt: skip
-    """Measures and records one row; why it was left out, if it was."""
+    """Measure and record one row; returns the reason if it is skipped."""
     rate = product_rate(size)
     results.about |= {"dtype": str(dtype()).removeprefix("torch."), "matmul_tflop_per_s": rate / 1e12}
     row: measure.Row = {"variant": variant, "name": name}
     if unable is None:
         try:
             row |= _measured(work, variant, name, benchmark, size, rounds, rate)
-        except Exception as error:  # a peer that fails is a result; ours may only run out of memory
+        except Exception as error:  # a failing peer is a result; ours may only run out of memory
             if name.startswith("ours") and not isinstance(error, torch.OutOfMemoryError):
                 raise
             unable = f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0][:200]}"
@@ -180,12 +180,12 @@ def _measured(
 
 
 def _drop(call: Call) -> None:
-    """Keeps nothing, so that the memory of one round is free in the next."""
+    """Discard the result, so that the memory of one round is free in the next."""
     call()
 
 
 def child_calls(work: Work, name: str, variant: str, size: list[int]) -> tuple[measure.Run, measure.Run]:
-    """In the child process that measures memory: a warm-up, small except for what is compiled per shape, and the call."""
+    """In the child process that measures memory: (warm-up, call). The warm-up is small except for what is compiled per shape."""
     n, h, v = size
     case = make_case((n, h, v), dtype(), 0)
     warm = case if name == "torch.compile" else make_case((64, h, 1024), dtype(), 1)
@@ -197,23 +197,21 @@ def child_calls(work: Work, name: str, variant: str, size: list[int]) -> tuple[m
 
 
 def compare_full_size(module: str, ours: str, size: Size, rounds: int) -> measure.Row:
-    """`ours` against eager PyTorch, forward and backward, in turn, each in a fresh process: peak memory and time of the same run."""
-    reports: dict[str, list[measure.ChildReport]] = {ours: [], "torch eager": []}
+    """`ours` against eager PyTorch, forward and backward, alternating, each in a fresh process: time, and in another one peak memory.
+
+    time_ratio, cpu_time_ratio: medians of the rounds' ratios ours / eager, [smallest, largest] in *_range.
+    """
+    found: dict[str, list[dict[str, Any]]] = {ours: [], "torch eager": []}
     for _ in range(rounds):
-        for name, found in reports.items():
-            found.append(measure.in_child(module, "in_child", name, "step", size))
+        for name, reports in found.items():
+            timed = measure.in_child(module, "in_child", name, "step", size, for_time=True)
+            held = measure.in_child(module, "in_child", name, "step", size)
+            reports.append(timed._asdict() | {"peak_bytes": held.peak_bytes})
     row: measure.Row = {"size": list(size), "rounds": rounds}
-    for name, found in reports.items():
-        row[name] = {
-            key: [getattr(r, key) for r in found] for key in ("peak_bytes", "seconds", "cpu_seconds")
-        }
-
-    def ratio(key: str) -> float:
-        a, b = (statistics.median(getattr(r, key) for r in reports[name]) for name in reports)
-        return float(a / b)
-
-    return row | {
-        "memory_ratio": ratio("peak_bytes"),
-        "time_ratio": ratio("seconds"),
-        "cpu_time_ratio": ratio("cpu_seconds"),
-    }
+    for name, reports in found.items():
+        row[name] = {key: [r[key] for r in reports] for key in ("peak_bytes", "seconds", "cpu_seconds")}
+    keys = {"memory_ratio": "peak_bytes", "time_ratio": "seconds", "cpu_time_ratio": "cpu_seconds"}
+    for name, key in keys.items():
+        ratios = [a / b for a, b in zip(row[ours][key], row["torch eager"][key], strict=True)]
+        row |= {name: statistics.median(ratios), f"{name}_range": [min(ratios), max(ratios)]}
+    return row

@@ -1,11 +1,12 @@
-"""linear_logprob (mode A) and its peers: log-probs and entropy of labels, and the gradients of a loss composed on them.
+"""linear_logprob (mode A) and its peers: log-probs and entropy of labels, and the gradients of a loss composed of them.
 
     python -m pytest benchmarks/linear_logprob.py [--size N,H,V] [--rounds R] [--threads T] [--out benchmarks/results]
 
-Variants: `forward` is log-probs and entropy under no_grad, the scoring pass (log-probs alone where a peer has no entropy: then the
-column `entropy_max` is missing in the JSON); `step` is forward and backward of log-probs with a given upstream gradient; `backward`
-that backward alone; `step, KL` also asks for the exact KL to a reference and its gradient. Floors in operations: 2, 8, 6 and 12 NHV
-(docs/benchmarks.md). Two cases take turns, so that no round finds its own inputs in a cache. bf16 on a GPU, fp32 on a CPU.
+Variants: `forward` is log-probs and entropy under no_grad, the scoring pass (only log-probs for a peer without entropy;
+the JSON then lacks the column `entropy_max`). `step` is forward and backward of log-probs with a given upstream
+gradient; `backward` is that backward alone; `step, KL` also computes the exact KL to a reference and its gradient.
+Floors in operations: 2, 8, 6 and 12 NHV (docs/benchmarks.md). Two cases alternate, so that no round finds its inputs in
+a cache. bf16 on a GPU, fp32 on a CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def values_of(name: str, variant: str, case: Case) -> Values:
 
 
 def composed(values: Values, case: Case) -> Tensor:
-    """A loss whose gradients by log-probs and KL are case.upstream."""
+    """A loss whose gradients with respect to log-probs and KL are case.upstream."""
     loss = (values.logprob * case.upstream[0]).sum()
     return loss if values.kl is None else loss + (values.kl * case.upstream[1]).sum()
 

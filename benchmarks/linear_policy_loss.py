@@ -1,11 +1,11 @@
 """linear_policy_loss (mode B) and its peers: from hidden states to the loss and its gradients, and the loss alone.
 
     python -m pytest benchmarks/linear_policy_loss.py [--size N,H,V] [--rounds R] [--threads T] [--out benchmarks/results]
-    python -m benchmarks.linear_policy_loss N,H,V [ROUNDS]     on a CPU: peak memory and time against eager PyTorch, as JSON
+    python -m benchmarks.linear_policy_loss N,H,V [ROUNDS]     on a CPU: peak memory and time versus eager PyTorch, as JSON
 
-Variants: `step` is loss and gradients of hidden states and weight; `step, KL` the same with the exact KL to a reference; `forward` the
-loss under no_grad. Floors in operations: 6, 8 and 2 NHV (docs/benchmarks.md). Two cases take turns, so that no round finds its own
-inputs in a cache. bf16 on a GPU, fp32 on a CPU.
+Variants: `step` is loss and gradients of hidden states and weight; `step, KL` the same with the exact KL to a
+reference; `forward` is the loss under no_grad. Floors in operations: 6, 8 and 2 NHV (docs/benchmarks.md). Two cases
+alternate, so that no round finds its inputs in a cache. bf16 on a GPU, fp32 on a CPU.
 """
 
 from __future__ import annotations

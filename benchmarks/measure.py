@@ -1,10 +1,10 @@
-"""What all benchmarks share: clocks, peak memory, what ran where, rows of results as JSON and as a table.
+"""Shared by all benchmarks: clocks, peak memory, hardware and versions, rows of results as JSON and as a table.
 
-On a GPU times are those of CUDA events. On a CPU they are wall-clock, with the CPU seconds of all threads beside them: where other
-programs share the machine, those are the figure to compare. Peak memory on a CPU is the resident set of a child process started for
-it alone, on a GPU what torch's allocator handed out, both above what was there before the call.
+On a GPU times are those of CUDA events. On a CPU they are wall-clock times together with CPU seconds of all threads,
+which are the figure to compare on a shared machine. Peak memory is the resident set of a dedicated child process on a
+CPU and torch's allocated memory on a GPU, both relative to the value before the call.
 
-    python -m benchmarks.measure MODULE FUNCTION JSON     the child: calls MODULE.FUNCTION(*JSON), which returns (warm up, run)
+    python -m benchmarks.measure MODULE FUNCTION JSON     the child: calls MODULE.FUNCTION(*JSON), which returns (warm-up, run)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def device() -> torch.device:
 
 
 def clock() -> float:
-    """Seconds. With a GPU: a CUDA event's, taken when all work queued before it is done; for pytest.mark.benchmark(timer=clock)."""
+    """Seconds, for pytest.mark.benchmark(timer=clock). With a GPU, the time of a CUDA event recorded after all queued work."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     if not _origin:
@@ -56,7 +56,7 @@ def clock() -> float:
 
 
 class Times(NamedTuple):
-    """Of every round, without the warm-up."""
+    """Times of every round, without the warm-up."""
 
     seconds: list[float]
     cpu_seconds: list[float]
@@ -65,11 +65,10 @@ class Times(NamedTuple):
 def timed_rounds(
     benchmark: Any, prepare: Callable[[], Run], rounds: int, budget_s: float = math.inf
 ) -> Times:
-    """Times by the pytest-benchmark fixture; prepare() gives each round its call, on other inputs than the last round's.
+    """Times by the pytest-benchmark fixture; prepare() returns each round's call, on other inputs than the previous round's.
 
-    After two calls to warm up, of which the first compiles what there is to compile; fewer rounds than asked for, but at least two, where
-    the second says that they would take longer than budget_s.
-    """
+    There are two warm-up calls, of which the first compiles. If the second shows that the rounds would take longer than
+    budget_s, there are fewer, but at least two."""
     prepare()()
     warm = prepare()
     begin = clock()
@@ -88,7 +87,8 @@ def timed_rounds(
 
 
 def matmul_rate(n: int, k: int, m: int, dtype: torch.dtype, rounds: int = 5) -> float:
-    """Floating-point operations per second of torch.mm [n, k] x [k, m]: of the GPU, or per CPU second of all threads. The floors' rate."""
+    """Floating-point operations per second of torch.mm [n, k] x [k, m], of the GPU or per CPU second of all threads;
+    the rate for floors."""
     where = device()
     a, b = torch.randn(n, k, device=where, dtype=dtype), torch.randn(m, k, device=where, dtype=dtype)
     out = torch.empty(n, m, device=where, dtype=dtype)
@@ -105,7 +105,7 @@ def matmul_rate(n: int, k: int, m: int, dtype: torch.dtype, rounds: int = 5) -> 
 
 
 def cuda_peak_bytes(run: Run) -> int:
-    """Allocated during run() at most, above what was allocated before."""
+    """Peak bytes allocated during run(), relative to before."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -116,19 +116,21 @@ def cuda_peak_bytes(run: Run) -> int:
 
 
 class ChildReport(NamedTuple):
-    """peak_bytes: of the resident set during the run, above what it was before; None where the system cannot tell."""
+    """peak_bytes: peak resident set during the run, relative to before; None if the system does not report it."""
 
     peak_bytes: int | None
     seconds: float
     cpu_seconds: float
 
 
-def in_child(module: str, function: str, *arguments: Any) -> ChildReport:
+def in_child(module: str, function: str, *arguments: Any, for_time: bool = False) -> ChildReport:
     """Runs module.function(*arguments)'s second result in a fresh process, after its first; RuntimeError with the child's last lines.
 
-    The heap gives large blocks back as soon as they are freed, so that memory kept for later does not hide a peak.
+    The heap gives large blocks back as soon as they are freed, so that memory kept for later does not hide a peak. That costs time, and
+    more of it where more is allocated: for_time=True leaves the allocator as it is, and its peak is not to be used.
     """
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+    give_back = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+    environment = os.environ | ({} if for_time else give_back)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
     command = [sys.executable, "-m", "benchmarks.measure", module, function, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -152,7 +154,7 @@ def _child(module: str, function: str, arguments: str) -> None:
     gc.collect()
     before = _resident("VmRSS")
     if before is not None:
-        _CLEAR.write_text("5")  # the peak starts again from here
+        _CLEAR.write_text("5")  # reset the peak
     begin, cpu_begin = time.perf_counter(), time.process_time()
     run()
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
@@ -165,7 +167,7 @@ def _child(module: str, function: str, arguments: str) -> None:
 
 
 def hardware() -> Row:
-    """The machine without its name. load_average: programs that wanted a processor in the last minute."""
+    """The machine's hardware, without its host name. load_average: runnable processes over the last minute."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -201,12 +203,12 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if "torch" in found:
-        found["torch"] = torch.__version__  # says which build it is, as the package's own entry need not
+        found["torch"] = torch.__version__  # names the build, which the package version need not
     return found
 
 
 class Results:
-    """Rows of one benchmark. Written after every row: a run that is cut short keeps what it measured."""
+    """Rows of one benchmark, saved after every row, so that an interrupted run keeps them."""
 
     def __init__(self, benchmark: str, columns: Sequence[tuple[str, str, str]], path: Path | None) -> None:
         """columns: (key of a row, heading, format) of the printed table."""
@@ -225,7 +227,7 @@ class Results:
         scratch.replace(self.path)
 
     def table(self) -> str:
-        """A row that was skipped shows why."""
+        """The rows as text; skipped rows show the reason."""
         cells = [[heading for _, heading, _ in self.columns]]
         notes: dict[int, str] = {}
         for row in self.rows:

@@ -1,15 +1,16 @@
-"""Rollouts: the forest engine against transformers.generate and its continuous batching, same weights, prompts and lengths, on the CPU.
+"""Rollouts: the forest engine versus transformers.generate and its continuous batching, on the CPU.
 
     python benchmarks/rollout.py [--threads 1] [--repeats 3] [--out benchmarks/results/rollout.json]
 
-The shipped 0.8M model; 4 contexts x 256 tokens, 16 problems x 48 tokens, 8 samples of every (context, problem), 64 new tokens each, no eos: 512
-samples. Every side runs in a process of its own, so that its peak memory is its own; repeats alternate between the sides, figures are medians.
+All sides have the same weights, prompts and lengths. The shipped 0.8M model; 4 contexts x 256 tokens, 16 problems x 48 tokens, 8 samples of every (context, problem), 64 new
+tokens each, no eos: 512 samples. Every side runs in its own process, so that peak memory is its own. Repeats alternate
+between the sides; figures are medians.
 
     shared      the engine
     unshared    the same engine with policy.packing=padded: every sequence with its own prompt, same sampler
     generate    transformers.generate, left-padded, in batches of the size that is fastest on one context's 128 samples
     one batch   transformers.generate, all samples at once
-    continuous  transformers' generate_batch, if it ends within its time limit
+    continuous  transformers' generate_batch, if it finishes within its time limit
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def continuous(model: Any, load: list[Request], new_tokens: int) -> None:
 
 
 def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: int) -> dict[str, float]:
-    """Bytes of keys and values that the attention of one decode step is handed, its mean over the steps, and the least there can be: every
+    """Bytes of keys and values read by the attention of one decode step, mean over the steps, and the minimum: every
     token of the prompt tree and of the responses once."""
     read, steps, floor = [0], [0], [0]
     attend, step = cascade.cascade_decode_attention, ForestDecoder._step
@@ -99,10 +100,10 @@ def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: i
 
     def counted_step(self: Any, slots: Any, *rest: Any) -> Any:
         out = step(self, slots, *rest)
-        nodes = np.unique(self.tree.path[slots.who])
+        nodes = np.unique(self.tree.path[slots.sequence])
         nodes = nodes[nodes >= 0]
         tokens = int((self.tree.end - self.tree.start)[nodes].sum())
-        tokens += int(self.responses.length[slots.who].sum()) - len(slots.who)
+        tokens += int(self.responses.length[slots.sequence].sum()) - len(slots.sequence)
         floor[0] += tokens * engine.token_bytes()
         steps[0] += 1
         return out
@@ -122,7 +123,7 @@ def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: i
 
 
 def side(args: argparse.Namespace) -> dict[str, Any]:
-    """One side, measured in this process."""
+    """Measure one side in this process."""
     torch.set_num_threads(args.threads)
     load = requests(args.samples)
     attention = {"shared": NAME, "kv": NAME, "continuous": "paged|sdpa"}.get(args.side, "sdpa")

@@ -1,7 +1,7 @@
-"""Sampling of next tokens: sample_tokens against torch's multinomial, sort-based truncation and, where it is installed, FlashInfer.
+"""Sampling of next tokens: sample_tokens versus torch's multinomial, sort-based truncation and, if installed, FlashInfer.
 
-On a GPU [512, 151936] float32 and bf16 logits, on the CPU [32, 32000] float32. Reported: median ms (CUDA events; on the CPU CPU seconds of
-all threads), TB/s of one reading of the logits, and that reading's floor (4.3 TB/s, on a GPU) as a share of the time.
+[512, 151936] float32 and bf16 logits on a GPU, [32, 32000] float32 on the CPU. Reported: median ms (CUDA events; on the
+CPU, CPU seconds of all threads), TB/s for reading the logits once, and the floor of that read (4.3 TB/s, on a GPU) as a share of the time.
 
     python -m benchmarks.sampling [--rounds 20] [--threads 1] [--out FOLDER]
 """
@@ -29,7 +29,7 @@ RULES: dict[str, dict[str, float]] = {
     "top-p 0.95": {"temperature": 0.8, "top_p": 0.95},
     "min-p 0.05": {"temperature": 0.8, "min_p": 0.05},
 }
-ROTATED = 3  # batches of logits, so that none is in a cache
+ROTATED = 3  # batches of logits, so that none stays in a cache
 
 
 def torch_multinomial(
@@ -39,7 +39,7 @@ def torch_multinomial(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """What is usually written in plain torch: softmax, sorted truncation, multinomial; ids and their log-prob."""
+    """The usual plain-torch implementation: softmax, sorted truncation, multinomial; ids and their log-probs."""
     p = (x.float() / temperature).softmax(-1)
     order = None
     if top_k is not None or top_p is not None:
@@ -62,8 +62,8 @@ def flashinfer(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """It returns ids only: no log-prob of any kind."""
-    import flashinfer as peer  # need not be installed
+    """Returns ids only, no log-probs."""
+    import flashinfer as peer  # optional peer
 
     scaled = x.float() / temperature
     if min_p is not None:

@@ -1,21 +1,22 @@
-"""Forward + backward of one training batch: the forest against one-level sharing and against the padded batch, in one run.
+"""Forward + backward of one training batch: the forest versus one-level sharing and versus the padded batch, in one run.
 
     python -m benchmarks.training_step [--context 256] [--trees 4] [--threads T] [--rounds 3] [--out benchmarks/results]
 
-All sides run the same transformers model and the same loss (`linear_policy_loss`, the training path) over the same labels; they differ in
-packing and attention. `forest` computes every shared prefix once, at any depth; `one level` gives each (context, problem) its own copy
-of the context and shares it among its samples only; `padded` is causal scaled-dot-product attention without a mask, its fastest path, and
-here has no padding at all (equal lengths). Every side runs at its best micro-batch size, found by a sweep; `padded, one batch` is the
-whole batch at once.
+All sides run the same transformers model and the same loss (`linear_policy_loss`, the training path) over the same
+labels; they differ in packing and attention. `forest` computes every shared prefix once, at any depth. `one level`
+gives each (context, problem) its own copy of the context and shares it among its samples only. `padded` is causal
+scaled-dot-product attention without a mask, its fastest path, and has no padding here (equal lengths). Every side runs
+at its best micro-batch size, found by a sweep; `padded, one batch` is the whole batch at once.
 
-On a CPU: contexts of 256 or 1024 tokens, 8 problems x 48, 4 samples x 32, a Qwen3 of hidden 256 and 4 layers, float32. On a GPU:
-contexts of 1536 tokens, 64 problems x 300, 2 samples x 512, a Qwen3-1.7B's shape in bfloat16 with activation checkpointing.
+On a CPU: contexts of 256 or 1024 tokens, 8 problems x 48, 4 samples x 32, a Qwen3 with hidden size 256 and 4 layers,
+float32. On a GPU: contexts of 1536 tokens, 64 problems x 300, 2 samples x 512, the shape of Qwen3-1.7B in bfloat16 with
+activation checkpointing.
 
-The sides take turns and the medians are compared: on a CPU in CPU seconds (the figure to trust where other programs share the machine,
-with one thread: waiting threads spin) and wall-clock seconds, on a GPU in seconds. Ratio of operations: multiply-adds of the
-layers' matrices, of the head's and of visible attention pairs; it is what packing alone can give. MFU: operations computed per second over
-those of a large matrix product in the same type. Peak memory: on a CPU of child processes, for the forest and for the padded batch at
-once, on a GPU by torch's allocator for all sides.
+The sides alternate and their medians are compared: on a CPU in CPU seconds (the figure to trust on a shared machine,
+with one thread, since waiting threads spin) and wall-clock seconds, on a GPU in seconds. Ratio of operations:
+multiply-adds of the layers' matrices, the head's and visible attention pairs, i.e. what packing alone can gain. MFU:
+operations per second relative to a large matrix product of the same dtype. Peak memory: on a CPU of child processes,
+for the forest and the padded batch at once; on a GPU by torch's allocator for all sides.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fst_kernels import PolicyObjective
 
 @dataclass(frozen=True)
 class Batch:
-    """`contexts` x `problems` x `samples` sequences; the others are tokens."""
+    """`contexts` x `problems` x `samples` sequences; the other fields are in tokens."""
 
     contexts: int
     context: int
@@ -71,14 +72,14 @@ SHAPE = {
     "cpu": Shape(256, 4, 8, 4, 32, 768, 512, "float32"),
     "cuda": Shape(2048, 28, 16, 8, 128, 6144, 151936, "bfloat16"),
 }
-# Micro-batches tried: parts of the forest; groups of samples, or sequences, at a time.
+# Micro-batch sizes to try: parts of the forest; groups of samples, or sequences, at a time.
 FOREST, ONE_LEVEL, PADDED = (
     {"cpu": (1, 2, 4), "cuda": (1, 2)},
     {"cpu": (4, 8, 32), "cuda": (8, 32)},
     {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (4, 16, 64)},
 )
 
-LARGEST_PADDED = 16384  # tokens of a padded micro-batch tried on a CPU: larger ones only got slower
+LARGEST_PADDED = 16384  # largest padded micro-batch tried on a CPU, in tokens: larger ones were only slower
 
 
 def make_leaves(batch: Batch, vocabulary: int) -> list[Leaf]:
@@ -116,7 +117,7 @@ def make_model(shape: Shape, attention: str) -> PreTrainedModel:
 
 
 def one_level_batch(groups: Sequence[Sequence[Leaf]]) -> PackedBatch:
-    """One row per group, a forest of its own: what all of a group share is computed once per group."""
+    """One row per group, packed as its own forest: what the whole group shares is computed once per group."""
     packed = [forest_batch(group, share="prompts", device="cpu") for group in groups]
     n = packed[0].tokens
     assert all(p.tokens == n for p in packed), "rows of one batch are of one length here"
@@ -137,7 +138,7 @@ def one_level_batch(groups: Sequence[Sequence[Leaf]]) -> PackedBatch:
 
 
 def sides(leaves: list[Leaf], samples: int) -> dict[str, dict[str, Callable[[], list[PackedBatch]]]]:
-    """Side -> name of a micro-batch size -> the micro-batches, smallest first."""
+    """Side -> name of a micro-batch size -> its micro-batches, smallest first."""
     where, whole = measure.device(), len(pack(leaves).token_ids)
     groups = [leaves[i : i + samples] for i in range(0, len(leaves), samples)]
 
@@ -180,7 +181,7 @@ class Time:
 
 
 def step(model: PreTrainedModel, batches: Sequence[PackedBatch], labels: int) -> Time:
-    """Forward + backward over all micro-batches; gradients add up in the model."""
+    """Forward + backward over all micro-batches; gradients accumulate in the model."""
     model.zero_grad(set_to_none=True)
     losses = []
     begin, cpu_begin = measure.clock(), time.process_time()
@@ -214,7 +215,7 @@ def side_operations(shape: Shape, batches: Sequence[PackedBatch]) -> float:
 def sweep(
     model: PreTrainedModel, candidates: dict[str, Callable[[], list[PackedBatch]]], labels: int
 ) -> tuple[str, dict[str, float]]:
-    """Seconds of every candidate, over a sixteenth of its micro-batches where it has many (they are alike), scaled up."""
+    """Seconds of every candidate. With many (similar) micro-batches, a sixteenth of them is timed and scaled up."""
     if len(candidates) == 1:
         return next(iter(candidates)), {}
     found = {}
@@ -229,7 +230,7 @@ def sweep(
 
 
 def in_child(side: str, name: str, batch: dict[str, int]) -> tuple[measure.Run, measure.Run]:
-    """One side in a process of its own, for its peak memory: (warm up with a small part, the step)."""
+    """One side in its own process, for its peak memory: (warm-up on a small part, the step)."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     shape = SHAPE[measure.device().type]
     leaves = make_leaves(Batch(**batch), shape.vocabulary)
@@ -263,26 +264,25 @@ def main() -> None:
     batch, shape = replace(BATCH[kind], context=args.context, contexts=args.trees), SHAPE[kind]
     leaves = make_leaves(batch, shape.vocabulary)
     labels = sum(len(leaf.response_ids) for leaf in leaves)
-    made = sides(leaves, batch.samples)
+    candidates_of = sides(leaves, batch.samples)
     models = {name: make_model(shape, name) for name in (NAME, "sdpa")}
-    model_of = {side: models[attention_of(side)] for side in made}
+    model_of = {side: models[attention_of(side)] for side in candidates_of}
     dtype = getattr(torch, shape.dtype)
     rate = measure.matmul_rate(4096, shape.hidden, shape.intermediate, dtype)
     print(f"{len(leaves)} sequences, {args.threads} threads; sweep:")
     best, swept, batches = {}, {}, {}
-    for side, candidates in made.items():
+    for side, candidates in candidates_of.items():
         print(f" {side}")
         best[side], swept[side] = sweep(model_of[side], candidates, labels)
         batches[side] = candidates[best[side]]()
 
-    times: dict[str, list[Time]] = {side: [] for side in made}
+    times: dict[str, list[Time]] = {side: [] for side in candidates_of}
     failed: dict[str, str] = {}
     for round_ in range(args.rounds):
-        for side in (
-            made
-        ):  # forest and padded are the last of a round on their models: their gradients are compared below
+        # forest and padded run last on their models in a round: their gradients are compared below
+        for side in candidates_of:
             if side in failed or (side == "padded, one batch" and kind == "cpu" and round_ >= 2):
-                continue  # it takes as long as all others together
+                continue  # takes as long as all others together
             try:
                 times[side].append(step(model_of[side], batches[side], labels))
             except torch.cuda.OutOfMemoryError:

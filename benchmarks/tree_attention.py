@@ -3,16 +3,18 @@
     python -m pytest benchmarks/tree_attention.py [--size CONTEXTS,CONTEXT,PROBLEMS,PROBLEM,SAMPLES,RESPONSE,HEADS,KV_HEADS,DIM]
                                                   [--rounds R] [--threads T] [--out benchmarks/results]
 
-CONTEXTS contexts of CONTEXT tokens, under each PROBLEMS problems of PROBLEM tokens, under each SAMPLES responses of RESPONSE tokens.
-Peers: `sdpa, unpacked` is causal attention over the whole sequences, nothing shared (on a CPU 8 at a time); `sdpa, dense mask` has an N x N mask over the packed tokens; `flex_attention` the same mask as a mask_mod, with its block mask made
-outside or inside the timed call; `flash-attention 4` is FlexAttention with that backend; `flash-attn varlen` is the unpacked batch again.
-`tree_attention, mask included` analyses the forest in every call; a model does it once for all of its layers.
-FlexAttention has no backward on a CPU. What cannot run is a row that says why.
+CONTEXTS contexts of CONTEXT tokens, under each PROBLEMS problems of PROBLEM tokens, under each SAMPLES responses of
+RESPONSE tokens. Peers: `sdpa, unpacked` is causal attention over the whole sequences without sharing (on a CPU 8 at a
+time); `sdpa, dense mask` has an N x N mask over the packed tokens; `flex_attention` has the same mask as a mask_mod,
+with its block mask built outside or inside the timed call; `flash-attention 4` is FlexAttention with that backend;
+`flash-attn varlen` is the unpacked batch again. `tree_attention, mask included` analyses the forest in every call; a
+model does it once for all layers. FlexAttention has no backward on a CPU. A peer that cannot run is a row that says why.
 
-TFLOP/s count visible pairs, 4 D operations each forward and 14 D with the backward (two products and seven); `of floor` compares them with the
-rate of a large matrix product. For the unpacked peers the pairs are those that they have to compute, so their TFLOP/s are not below the
-forest's for computing more; their ms are. Times: on a GPU of CUDA events, on a CPU CPU seconds of all threads (and wall-clock ms beside).
-The last rows double the problems twice at the same depth: the time should at most double, too.
+TFLOP/s count visible pairs, 4 D operations each in the forward and 14 D with the backward (two and seven products); `of
+floor` compares them with the rate of a large matrix product. For the unpacked peers these are the pairs that they must
+compute, so computing more does not lower their TFLOP/s; their ms show it. Times: CUDA events on a GPU, CPU seconds of
+all threads on a CPU (with wall-clock ms beside them). The last rows double the number of problems twice at the same
+depth: the time should at most double, too.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ COLUMNS = (
     ("times_before", "x the last", ".2f"),
 )
 VARIANTS = {"forward": 4, "forward + backward": 14}  # operations per pair and D
-DENSE_LIMIT = 20_000  # tokens: beyond it an N x N mask does not fit beside the rest
+DENSE_LIMIT = 20_000  # tokens: beyond this, an N x N mask does not fit into memory
 
 
 class Case(NamedTuple):
-    """run(): out, whose sum is differentiated in the variant with a backward."""
+    """run() returns `out`, whose sum is differentiated in the variants with a backward."""
 
     inputs: tuple[Tensor, ...]
     run: Callable[[], Tensor]
@@ -81,7 +83,7 @@ def subtree_end(size: Size) -> Tensor:
 
 
 def qkv(size: Size, batch: int, n: int) -> tuple[Tensor, ...]:
-    """As a transformers model leaves them: token-major underneath."""
+    """In the memory layout that a transformers model produces: token-major."""
     heads, kv_heads, dim = size[6:]
     generator = torch.Generator(measure.device()).manual_seed(0)
     return tuple(
@@ -93,7 +95,7 @@ def qkv(size: Size, batch: int, n: int) -> tuple[Tensor, ...]:
 
 
 def packed(size: Size) -> tuple[Tensor, tuple[Tensor, ...], int]:
-    """subtree_end on the host, q, k, v, visible pairs."""
+    """subtree_end on the host, q, k, v, number of visible pairs."""
     end = subtree_end(size)
     return end, qkv(size, 1, len(end)), int((end - torch.arange(len(end))).sum())
 
@@ -129,7 +131,7 @@ def compiled_flex() -> Any:
 def flex(size: Size, included: bool, options: dict[str, Any] | None = None) -> Case:
     end, inputs, pairs = packed(size)
     n, end = len(end), end.to(measure.device())
-    if measure.device().type == "cpu":  # where it refuses inputs that could ask for a gradient
+    if measure.device().type == "cpu":  # it refuses inputs that require a gradient
         inputs = tuple(x.detach() for x in inputs)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -218,7 +220,7 @@ def call(case: Case, variant: str) -> Callable[[], object]:
 
 
 def in_child(peer: str, variant: str, size: list[int]) -> tuple[measure.Run, measure.Run]:
-    """For the peak memory: (warm up on a small forest, the call)."""
+    """For the peak memory: (warm-up on a small forest, the call)."""
     small = (1, 4, 1, 4, 1, 4, *size[6:])
     return call(PEERS[peer](small), variant), call(PEERS[peer](tuple(size)), variant)
 
@@ -274,7 +276,7 @@ def test_tree_attention(
     if measure.device().type == "cuda":
         peak: int | None = measure.cuda_peak_bytes(call(case, variant))
     elif peer.startswith("flex"):
-        peak = None  # the child would measure the C++ compiler too
+        peak = None  # the child would also measure the C++ compiler
     else:
         peak = measure.in_child("benchmarks.tree_attention", "in_child", peer, variant, size).peak_bytes
     results.add({"peer": peer, **row, "peak_mib": None if peak is None else peak / 2**20})
@@ -284,7 +286,8 @@ def test_tree_attention(
 def test_twice_the_problems_take_at_most_twice_the_time(
     benchmark: Any, results: measure.Results, size: Size, rounds: int, floor: float
 ) -> None:
-    """One timed function per benchmark fixture, so the three sizes take turns here, by the CPU's or the GPU's clock."""
+    """The pytest-benchmark fixture times one function per test, so the three sizes alternate here, timed by the CPU's
+    or the GPU's clock."""
     sizes = [(*size[:2], size[2] * times, *size[3:]) for times in (1, 2, 4)]
     cases = [tree(s, included=False) for s in sizes]
     works = [call(case, "forward + backward") for case in cases]

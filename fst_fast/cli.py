@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import signal
 import sys
 import time
 import traceback
@@ -16,14 +18,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fst_fast.errors import UserError
-from fst_fast.run.memory import keep_freed_memory
+from fst_fast import mini
+from fst_fast.errors import UserError, one_line
+from fst_fast.run.environment import prepare_environment, usable_cores
 
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
 OPTIONS = {
     "--run-dir": True,
     "--resume": False,
     "--allow-config-change": False,
+    "--allow-data-change": False,
     "--dry-run": False,
     "--debug": False,
     "--help": False,
@@ -32,6 +36,7 @@ OPTIONS = {
     "--problems": True,
     "--samples": True,
     "--split": True,
+    "--template": False,
 }
 
 
@@ -127,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
         help="with --resume: continue although CONFIG or overrides differ from the run's own configuration",
     )
     train.add_argument(
+        "--allow-data-change",
+        action="store_true",
+        help="with --resume: continue although the task gives other problems than the run has met; what was measured on the old ones is dropped",
+    )
+    train.add_argument(
         "--dry-run",
         action="store_true",
         help="print the resolved configuration and its batch numbers, do nothing",
@@ -145,6 +155,9 @@ def _parser() -> argparse.ArgumentParser:
         "--split", default="validation", metavar="NAME", help="of the task's problems; default: validation"
     )
     evaluate.add_argument(
+        "--model.path", dest="model", metavar="DIR", help="where the base model is now, if it was moved"
+    )
+    evaluate.add_argument(
         "--out", type=Path, metavar="FILE", help="where the figures are written, as JSON; default: nowhere"
     )
 
@@ -152,10 +165,15 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
-    probe.add_argument("--context", metavar="TEXT", help="default: fast.seed_context")
+    probe.add_argument("--context", type=_text, metavar="TEXT", help="default: fast.seed_context")
     probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
     probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
     probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
+    probe.add_argument(
+        "--template",
+        action="store_true",
+        help="sample nothing: show the prompts' token ids, their pieces and whose text they are",
+    )
 
     report = command(
         "report",
@@ -206,15 +224,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fst_fast import config_load
-    from fst_fast.batches import derived
+    from fst_fast.config import load as config_load
+    from fst_fast.config.derived import derived
 
     if args.allow_config_change and not args.resume:
         raise UserError("--allow-config-change goes with --resume")
+    if args.allow_data_change and not args.resume:
+        raise UserError("--allow-data-change goes with --resume")
     saved = args.run_dir / "config.yaml" if args.run_dir else None
     if args.config is None and args.resume and saved and saved.is_file():
         args.config = saved
-    config = config_load.load(args.config or default_config(), args.overrides)
+    config = config_load.load(args.config or mini.default_config(), args.overrides)
     if args.dry_run:
         if _is_first():
             print(config_load.dump(config), end="")
@@ -225,24 +245,32 @@ def _train(args: argparse.Namespace) -> None:
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")
     prepare_environment()
-    from fst_fast.policy import ranks
+    from fst_fast import distributed
     from fst_fast.trainer import train
 
-    ended = train(config, args.run_dir, resume=args.resume, allow_config_change=args.allow_config_change)
+    ended = train(
+        config,
+        args.run_dir,
+        resume=args.resume,
+        allow_config_change=args.allow_config_change,
+        allow_data_change=args.allow_data_change,
+    )
     if ended is not None and _is_first():
         print(f"fst report {args.run_dir} draws it; fst export {args.run_dir} OUT writes the model")
-    ranks.leave()
+    distributed.shut_down()
 
 
 def _eval(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.evaluate import evaluate_run
+    from fst_fast.commands.evaluate import evaluate_run
     from fst_fast.run.console import Console
     from fst_fast.run.folder import disk_errors, write_atomic
 
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} is not there")
-    result = evaluate_run(args.run_dir, problems=args.problems, samples=args.samples, split=args.split)
+    result = evaluate_run(
+        args.run_dir, problems=args.problems, samples=args.samples, split=args.split, model=args.model
+    )
     if args.out and _is_first():
         with disk_errors(f"{args.out} cannot be written"):
             write_atomic(args.out, (json.dumps({"split": args.split, **result}, indent=1) + "\n").encode())
@@ -251,12 +279,19 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> None:
-    from fst_fast import config_load
+    from fst_fast.config import load as config_load
 
-    config = config_load.load(args.config or default_config(), args.overrides)
+    config = config_load.load(args.config or mini.default_config(), args.overrides)
     prepare_environment()
-    from fst_fast.probe import probe
+    from fst_fast.commands.probe import probe, show_prompts
 
+    if args.template:
+        from rich.console import Console
+
+        console = Console(soft_wrap=True, highlight=False)
+        for row in show_prompts(config, context=args.context, problems=args.problems, split=args.split):
+            console.print(row)
+        return
     for line in probe(
         config, context=args.context, problems=args.problems, samples=args.samples, split=args.split
     ):
@@ -273,7 +308,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.export import export
+    from fst_fast.commands.export import export
 
     export(args.run_dir, args.out)
     print(args.out)
@@ -281,7 +316,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _replay(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.slow.dump import replay
+    from fst_fast.commands.replay import replay
 
     replay(args.dump, print)
 
@@ -289,10 +324,12 @@ def _replay(args: argparse.Namespace) -> None:
 def _experiment(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from fst_fast.experiment import EXPERIMENTS, Lab, run
-    from fst_fast.experiment.page import markdown
-    from fst_fast.experiment.runs import FAMILIES, FULL, QUICK
+    from fst_fast.experiments.experiments import EXPERIMENTS
+    from fst_fast.experiments.page import QUESTIONS, markdown, run
+    from fst_fast.experiments.runner import Runner
+    from fst_fast.experiments.runs import FAMILIES, FULL, QUICK
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end after their step
     budget = QUICK if args.quick else FULL
     if args.seeds:
         budget = replace(budget, seeds=args.seeds)
@@ -301,14 +338,14 @@ def _experiment(args: argparse.Namespace) -> None:
         if family not in FAMILIES:
             raise UserError(f"--families: {family!r} is not known; allowed are {', '.join(FAMILIES)}")
     names = list(EXPERIMENTS) if args.name == "all" else args.name.split(",")
-    lab = Lab(args.out, budget, families, args.workers or usable_cores(), dry=args.dry_run)
-    results = run(names, lab)
+    runner = Runner(args.out, budget, families, args.workers or usable_cores(), dry_run=args.dry_run)
+    results = run(names, runner)
     if args.dry_run:
-        for planned in lab.planned:
+        for planned in runner.planned:
             print(planned.name)
         return
     for name, result in results.items():
-        print(f"\n## {name}\n{result.question}\n\n{markdown(result)}")
+        print(f"\n## {name}\n{QUESTIONS[name]}\n\n{markdown(result)}")
     print(f"\n{args.out / 'report.html'}")
 
 
@@ -322,42 +359,10 @@ def _base(args: argparse.Namespace) -> None:
 
 def _doctor(args: argparse.Namespace) -> None:
     prepare_environment()
-    from fst_fast.doctor import findings
+    from fst_fast.commands.doctor import findings
 
     for line in findings():
         print(line)
-
-
-def default_config() -> Path:
-    """The mini star graph's file, shipped with the package (in a clone it is a link to configs/mini/star_graph.yaml)."""
-    return Path(__file__).parent / "mini" / "star_graph.yaml"
-
-
-def prepare_environment() -> None:
-    """Settings that libraries read when they are loaded; what the user has set stays. Call before torch and deepspeed are imported.
-
-    No network look-ups of models; quiet libraries; processes of one machine share its cores; DeepSpeed told that there is no GPU, which
-    it would otherwise find out with a page of warnings.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-    if processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
-    keep_freed_memory()
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, which a container or taskset can make fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _refuse(sentence: str, debug: bool) -> int:
@@ -368,7 +373,7 @@ def _refuse(sentence: str, debug: bool) -> int:
         sentence = f"process {os.environ['RANK']}: {sentence}"
     if debug:
         traceback.print_exc()
-    print(f"fst: {sentence}", file=sys.stderr, flush=True)
+    print(f"fst: {one_line(sentence)}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -377,9 +382,18 @@ def _is_first() -> bool:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: a whole number >= 1")
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        shown = repr(text) if len(text) <= 40 else f"a text of {len(text):,} characters"
+        raise argparse.ArgumentTypeError(
+            f"{shown} is refused; allowed: a whole number >= 1 of at most 18 digits"
+        )
     return int(text)
+
+
+def _text(text: str) -> str:
+    if re.search("[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: text in UTF-8")
+    return text
 
 
 def _version() -> str:

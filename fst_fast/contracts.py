@@ -11,13 +11,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+REWARD_ROUNDING = 4 * float(np.finfo(np.float32).eps)
+"""Rewards that differ by no more than this share of their magnitude are the same number: graders compute in float32 too, and 0.1 + 0.2 is
+not 0.3 in any type."""
+FULL_REWARD = 1.0 - REWARD_ROUNDING
+"""A reward from here on is the full one: ten times 0.1 is 0.9999999999999999."""
+_UNIT_ROUNDING = 1e-15  # what a subtraction in float64 leaves of rewards up to 1 that cancel
 
 Finish = Literal["stop", "length", "abort"]
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+CELLS = {
+    "neither": "base weights, seed context",
+    "context": "base weights, evolved contexts",
+    "weights": "trained weights, seed context",
+    "both": "trained weights, evolved contexts",
+}
+"""The four cells of an evaluation in the order in which they are shown: name -> label."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +92,25 @@ class Rollout:
     temperature: float
 
 
+def alike(rewards: ArrayLike) -> bool:
+    """Whether rewards, at least one, are equal up to rounding (REWARD_ROUNDING). NaN is like nothing, infinity like itself alone."""
+    r = np.asarray(rewards, dtype=np.float64)
+    if not np.isfinite(r).all():
+        return bool((r == r.flat[0]).all())
+    return bool(np.ptp(r) <= max(REWARD_ROUNDING * float(np.abs(r).max()), _UNIT_ROUNDING))
+
+
+class RolloutRequest(NamedTuple):
+    """Ask for one response. `sample` numbers the samples of one problem under one context and selects the random stream."""
+
+    context: Context
+    problem: Problem
+    sample: int
+
+
 @dataclass(frozen=True)
-class Sampled:
-    """A rollout, what its task said of it, and its text as the verifier read it."""
+class ScoredRollout:
+    """A rollout, its verdict, and its text as the verifier read it."""
 
     rollout: Rollout
     verdict: Verdict

@@ -10,54 +10,34 @@ so is each sample of the base model: its weights and random numbers are the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 
+from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem
-from fst_fast.export import newest
+from fst_fast.contracts import CELLS, FULL_REWARD, Context, Problem, RolloutRequest, alike
 from fst_fast.forest import Leaf
-from fst_fast.policy import ranks
-from fst_fast.policy.engine import load
-from fst_fast.policy.scoring import kl_to_reference
-from fst_fast.rollout.engine import RolloutEngine
-from fst_fast.rollout.server import ServerEngine
-from fst_fast.rollout.wave import Sampler, Triple
-from fst_fast.stages import make_stages, stage_at, stage_problems, task_spec
-from fst_fast.state import State
-from fst_fast.tasks.registry import load_task
-
-CELLS = ("neither", "context", "weights", "both")
+from fst_fast.policy.scoring import Batching, kl_to_reference
+from fst_fast.rollout.models import SamplingModels
+from fst_fast.rollout.sampler import Sampler
 
 
-@dataclass(frozen=True)
-class Models:
-    """What an evaluation needs of the models: the engines that sample from them and the modules behind them. fast: samples the fast phase."""
-
-    policy: RolloutEngine
-    base: RolloutEngine | ServerEngine
-    fast: RolloutEngine | ServerEngine
-    policy_module: nn.Module
-    base_module: nn.Module
-
-
-def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float | int]:
+def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float | int | None]:
     """mean@k with its standard error (over problems), pass@k, and the number of problems judged, of (problem id, reward). Unjudged samples
-    (None) do not count."""
+    (None) do not count. None: not measured, without a judged problem all of them, with one the standard error."""
     by_problem: dict[str, list[float]] = {}
     for problem_id, reward in rewards:
         if reward is not None:
             by_problem.setdefault(problem_id, []).append(reward)
     means = np.array([np.mean(r) for r in by_problem.values()])
     if not len(means):
-        return {"mean": 0.0, "stderr": 0.0, "pass_at_k": 0.0, "n": 0, "k": k}
-    stderr = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else 0.0
-    solved = [max(r) >= 1.0 for r in by_problem.values()]
+        return {"mean": None, "stderr": None, "pass_at_k": None, "n": 0, "k": k}
+    stderr = None
+    if len(means) > 1:
+        stderr = 0.0 if alike(means) else float(means.std(ddof=1) / math.sqrt(len(means)))
+    solved = [max(r) >= FULL_REWARD for r in by_problem.values()]
     return {
         "mean": float(means.mean()),
         "stderr": stderr,
@@ -67,25 +47,27 @@ def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float
     }
 
 
-def wave(
-    problems: Sequence[Problem], contexts: Sequence[Context], k: int
-) -> list[tuple[Context, Problem, int]]:
+def requests_of(problems: Sequence[Problem], contexts: Sequence[Context], k: int) -> list[RolloutRequest]:
     """k samples of every problem, the contexts taking turns; ordered by context so that shared prefixes stay together."""
-    triples = [(contexts[(i + j) % len(contexts)], p, j) for i, p in enumerate(problems) for j in range(k)]
-    return sorted(triples, key=lambda t: t[0].id)
+    requests = [
+        RolloutRequest(contexts[(i + j) % len(contexts)], p, j)
+        for i, p in enumerate(problems)
+        for j in range(k)
+    ]
+    return sorted(requests, key=lambda request: request.context.id)
 
 
 def evaluate(
     config: Config,
     sampler: Sampler,
-    models: Models,
+    models: SamplingModels,
     problems: Sequence[Problem],
     *,
     seed_context: Context,
     population: Sequence[Context],
     policy_version: int,
     base_rewards: dict[str, dict[str, float]] | None = None,
-    cells: Sequence[str] = CELLS,
+    cells: Collection[str] = CELLS,
 ) -> dict[str, Any]:
     """Sample and judge the cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}. The KL under
     the seed context belongs to the cell `weights`, that under the evolved ones to `both`; without its cell it is None.
@@ -113,11 +95,11 @@ def evaluate(
     for name in wanted:
         origin = same_as[name]
         if origin not in channels:
-            triples = wave(
+            requests = requests_of(
                 problems, [seed_context] if origin in ("neither", "weights") else list(population), k
             )
             base = origin in ("neither", "context")
-            rewards = _rewards(config, sampler, models, triples, policy_version, memory if base else None)
+            rewards = _rewards(config, sampler, models, requests, policy_version, memory if base else None)
             channels[origin] = cell(rewards, k)
         channels[name] = channels[origin]
     held_out = list(problems[: config.eval.kl_problems])
@@ -140,15 +122,15 @@ def evaluate(
 def _rewards(
     config: Config,
     sampler: Sampler,
-    models: Models,
-    triples: Sequence[Triple],
+    models: SamplingModels,
+    requests: Sequence[RolloutRequest],
     policy_version: int,
     memory: dict[str, dict[str, float]] | None,
 ) -> list[tuple[str, float | None]]:
-    """(problem id, reward) of each triple, under the trained model, or, given its memory, under the base model."""
+    """(problem id, reward) of each request, under the trained model, or, given its memory, under the base model."""
     known = {} if memory is None else {(c, key): r for c, of in memory.items() for key, r in of.items()}
-    keys = [(context.id, f"{problem.id}/{sample}") for context, problem, sample in triples]
-    fresh = [triple for triple, key in zip(triples, keys, strict=True) if key not in known]
+    keys = [(context.id, f"{problem.id}/{sample}") for context, problem, sample in requests]
+    fresh = [request for request, key in zip(requests, keys, strict=True) if key not in known]
     sampled = (
         []
         if not fresh
@@ -168,22 +150,23 @@ def _rewards(
         for (context_id, sample), reward in zip(keys, rewards, strict=True):
             if reward is not None:
                 memory.setdefault(context_id, {})[sample] = reward
-    return [(problem.id, reward) for (_, problem, _), reward in zip(triples, rewards, strict=True)]
+    return [(problem.id, reward) for (_, problem, _), reward in zip(requests, rewards, strict=True)]
 
 
 def kl(
     config: Config,
     sampler: Sampler,
-    models: Models,
+    models: SamplingModels,
     problems: Sequence[Problem],
     contexts: Sequence[Context],
     policy_version: int,
-) -> float:
-    """KL(train||base), exact over the vocabulary, mean over the tokens sampled from the trained policy, at training temperature.
+) -> float | None:
+    """KL(train||base), exact over the vocabulary, mean over the tokens sampled from the trained policy, at training temperature; None where
+    no token was sampled.
 
     Base and trained model both see the context.
     """
-    plan = ranks.mine(wave(problems, contexts, 1))
+    plan = distributed.local_shard(requests_of(problems, contexts, 1))
     sampled = sampler.local(
         models.policy,
         plan,
@@ -195,39 +178,12 @@ def kl(
     leaves = [
         Leaf(sampler.prompts.ids(c, p), s.rollout.response_ids)
         for (c, p, _), s in zip(plan, sampled, strict=True)
+        if len(s.rollout.response_ids)
     ]
     summed, count = 0.0, 0
     if leaves:
         summed, count = kl_to_reference(
-            models.policy_module, models.base_module, leaves, config, sampler.pad_id
+            models.policy_module, models.base_module, leaves, Batching.of(config, sampler.pad_id)
         )
-    summed, tokens = ranks.total([summed, count])
-    return summed / max(tokens, 1.0)
-
-
-def evaluate_run(
-    run_dir: Path, *, problems: int | None = None, samples: int | None = None, split: str = "validation"
-) -> dict[str, Any]:
-    """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says. split: of the task of the
-    last stage begun. Raises UserError where it has no problems."""
-    config, found = newest(run_dir)
-    if samples is not None:
-        config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
-    state = State.load(found / "state.json")
-    ranks.init()
-    with Sampler.open(config) as sampler:
-        base = load(config)
-        policy = base if config.method == "gepa" else load(config, found / "model")
-        own = sampler.engine(base)
-        served = sampler.server(base)
-        task = load_task(*task_spec(config))
-        stage = stage_at(make_stages(config, task), state.step)
-        return evaluate(
-            config,
-            sampler,
-            Models(sampler.engine(policy), served or own, served or own, policy, base),
-            stage_problems(config, task, stage, split)[: problems or config.eval.final_problems],
-            seed_context=Context.of(config.fast.seed_context),
-            population=state.population,
-            policy_version=0 if config.method == "gepa" else state.step,
-        )
+    summed, tokens = distributed.all_reduce_sum([summed, count])
+    return summed / tokens if tokens else None

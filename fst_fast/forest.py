@@ -1,17 +1,17 @@
 """A batch of token sequences as a forest: every shared prefix is stored, and computed, once.
 
-A *leaf* is one sequence, a prompt and its response. Leaves that begin with the same token ids share those tokens; where they diverge
-the trie has a *node* boundary. The nodes are written one after another in depth-first preorder, so that a node's descendants are the
-contiguous range behind it, and one int32 per token is the whole attention mask:
+A *leaf* is one sequence: a prompt and its response. Leaves that begin with the same token ids share those tokens; where
+they diverge, the trie has a *node* boundary. Nodes are laid out in depth-first preorder, so a node's descendants are
+the contiguous range after it, and one int32 per token encodes the whole attention mask:
 
     key i is visible to query j   iff   i <= j < subtree_end[i]
 
-`depth` is the token's position in its own sequence, the position for rotary embeddings. Sharing goes by token ids alone: contexts,
-problems and samples need no names here. With share="prompts" responses stay apart even where two samples agree (every label has a row
-of its own response, except the first, which all samples of a prompt predict from the prompt's last token); with share="all" they are
-merged as well, and one row can then carry the labels of many leaves.
+`depth` is a token's position in its own sequence, used for rotary embeddings. Sharing depends on token ids alone, not
+on contexts, problems or samples. With share="prompts", responses are kept separate even if two samples agree: every
+label has a row of its own response, except the first, which all samples of a prompt predict from the prompt's last
+token. With share="all", responses are merged too, and one row can carry the labels of many leaves.
 
-numpy only: arrays are compared whole, never token by token.
+numpy only: arrays are compared as a whole, never token by token.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Forest:
-    """N tokens in S nodes, M labels of L leaves. Nodes are in depth-first preorder; the first tokens of node s sit at node_start[s]."""
+    """N tokens in S nodes, M labels of L leaves. Nodes are in depth-first preorder; the tokens of node s start at node_start[s]."""
 
     token_ids: Ids  # [N]
     depth: NDArray[np.int32]  # [N]
@@ -57,7 +57,7 @@ class Forest:
     offset: Ids  # [M], which token of the leaf's response it is
 
     def path(self, leaf: int) -> Ids:
-        """Where the leaf's tokens (prompt, then response) lie in the forest, in order."""
+        """Indices in the forest of the leaf's tokens (prompt, then response), in order."""
         nodes = []
         node = int(self.leaf_node[leaf])
         while node >= 0:
@@ -67,7 +67,7 @@ class Forest:
 
 
 class _Trie:
-    """Nodes as parallel lists. Node 0 stands above the roots and has no tokens. A node that is split keeps its id for the lower part."""
+    """Nodes as parallel lists. Node 0 is the parent of all roots and has no tokens. Splitting a node keeps its id for the lower part."""
 
     def __init__(self) -> None:
         self.tokens: list[Ids] = [np.empty(0, np.int64)]
@@ -81,7 +81,7 @@ class _Trie:
         return len(self.tokens) - 1
 
     def insert(self, ids: Ids) -> int:
-        """Walk down along `ids`, splitting and adding where they diverge; the node at whose end they end."""
+        """Walk down along `ids`, splitting and adding nodes where they diverge; return the node at which they end."""
         node, at = 0, 0
         while at < len(ids):
             first = int(ids[at])
@@ -110,7 +110,7 @@ class _Trie:
 
 def _build(leaves: Sequence[Leaf], share: Share) -> tuple[_Trie, list[int]]:
     trie = _Trie()
-    known: dict[bytes, int] = {}  # most prompts come group_size times: look them up instead of walking
+    known: dict[bytes, int] = {}  # most prompts occur group_size times: look them up instead of walking
 
     def insert(ids: Ids) -> int:
         key = ids.tobytes()
@@ -128,10 +128,9 @@ def _build(leaves: Sequence[Leaf], share: Share) -> tuple[_Trie, list[int]]:
 
 
 def _preorder(trie: _Trie, ends: Sequence[int]) -> tuple[list[list[int]], list[int], dict[int, int]]:
-    """Nodes in preorder as runs of trie nodes. A node with one child, at whose end no leaf ends, is joined with that child.
+    """Nodes in preorder as runs of trie nodes. A node with a single child, at which no leaf ends, is joined with that child.
 
-    Returns the runs, the parent of each run, and for every trie node that ends a run the index of that run.
-    """
+    Returns the runs, the parent of each run, and the run that each trie node ends, if it ends one."""
     leaf_ends = set(ends)
     runs: list[list[int]] = []
     parents: list[int] = []
@@ -153,10 +152,9 @@ def _preorder(trie: _Trie, ends: Sequence[int]) -> tuple[list[list[int]], list[i
 
 
 def pack(leaves: Sequence[Leaf], *, share: Share = "prompts") -> Forest:
-    """Lay the leaves out as a forest. Order: trees and branches by first appearance, a prompt's responses before longer prompts.
+    """Lay the leaves out as a forest. Trees and branches are ordered by first appearance; a prompt's responses come before longer prompts.
 
-    Raises ValueError for a leaf without a prompt, and for ids that are not one-dimensional int64.
-    """
+    Raises ValueError for a leaf without a prompt, and for ids that are not one-dimensional int64."""
     _check(leaves, share)
     trie, ends = _build(leaves, share)
     runs, parents, index = _preorder(trie, ends)
@@ -199,7 +197,7 @@ def pack(leaves: Sequence[Leaf], *, share: Share = "prompts") -> Forest:
 def _rows(
     leaves: Sequence[Leaf], leaf_node: NDArray[np.int32], start: Ids, end: Ids, parents: Sequence[int]
 ) -> Ids:
-    """For each label the token before it: climb from the leaf's end until the response and one prompt token are covered."""
+    """The row of each label, i.e. the token before it: walk up from the leaf's end until the response and one prompt token are covered."""
     rows = [np.empty(0, np.int64)]
     for leaf, node in zip(leaves, leaf_node.tolist(), strict=True):
         missing = len(leaf.response_ids)
@@ -216,12 +214,11 @@ def _rows(
 
 
 def split(leaves: Sequence[Leaf], token_budget: int, *, share: Share = "prompts") -> list[list[int]]:
-    """Cut the leaves into as few micro-batches as the budget allows, the largest as small as that number permits.
+    """Cut the leaves into as few micro-batches as the budget allows, then make the largest one as small as possible.
 
-    In the forest's own order a run of leaves needs the whole path of its first leaf, then only the tokens between its end and the end
-    of the last. So parts are runs of leaves; ancestors of a cut are computed again in each part that needs them, which is exact.
-    Raises UserError where a single leaf is longer than `token_budget`.
-    """
+    In forest order, a run of leaves needs the whole path of its first leaf, then only the tokens between its end and
+    the end of the last. So each part is a run of leaves. Ancestors of a cut are recomputed in each part that needs
+    them, which is exact. Raises UserError if a single leaf is longer than `token_budget`."""
     if not leaves:
         return []
     longest = max(len(leaf) for leaf in leaves)
@@ -258,7 +255,7 @@ def split(leaves: Sequence[Leaf], token_budget: int, *, share: Share = "prompts"
 
 
 def unshared_tokens(leaves: Sequence[Leaf]) -> int:
-    """Tokens of the same leaves with nothing shared and no padding."""
+    """Total tokens of the leaves, without sharing or padding."""
     return sum(len(leaf) for leaf in leaves)
 
 

@@ -1,37 +1,28 @@
-"""What a run is at a given step, besides the weights: everything that a resumed run needs, as JSON.
+"""What a resumed run needs besides the weights, as JSON.
 
-Random numbers, minibatches and anchor sets derive from (seed, step, cycle), so no generator state is kept (run/randomness.py) and the step number
-is the data cursor. Nothing here belongs to one process: with another number of them the problems of a step are dealt out anew, whole groups
-each, and every rollout is still the same one.
+Random numbers, minibatches and anchor sets derive from (seed, step, cycle), so no generator state is kept (run/randomness.py) and the step
+number is the data cursor. Nothing here belongs to one process: with another number of processes the problems of a step are divided anew,
+whole groups each, and every rollout is still the same one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fst_fast.contexts.population import FastState
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Context, Rollout, ScoredRollout, Verdict
+from fst_fast.data.fingerprint import Fingerprint
 from fst_fast.errors import UserError
+from fst_fast.fast.population import FastState, Scores
+from fst_fast.rollout.reuse import ReusePool
+from fst_fast.run.counters import Counters
 
 FORMAT = 2
-
-
-@dataclass
-class Counters:
-    """What the training has cost so far, over all processes; evaluation is not counted."""
-
-    rollouts: int = 0  # sampled, the fast phase's included
-    fast_rollouts: int = 0
-    reused_rollouts: int = 0  # fast-phase rollouts that RL groups claimed
-    tokens_computed: int = 0  # tokens through a forward pass: rollouts, reference scoring, training
-    tokens_unshared: int = 0  # the same work with no prefix shared
-    skipped_steps: int = 0  # on_nonfinite=skip
 
 
 @dataclass
@@ -43,22 +34,32 @@ class State:
     step: int = 0
     cycle: int = 0
     counters: Counters = field(default_factory=Counters)
-    reusable: list[Sampled] = field(default_factory=list)  # this cycle's fast-phase rollouts, not yet claimed
-    base_rewards: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # see evaluate.evaluate; of the contexts last evaluated
+    reusable: ReusePool = field(default_factory=ReusePool)
+    base_rewards: dict[str, dict[str, float]] = field(default_factory=dict)  # see evaluate.evaluate
+    date: str = ""  # when the run began (ISO 8601): a chat template's today
+    base_weights: str = ""  # see policy/base_weights.py. Both are "" in a state of an earlier version
+    data: Fingerprint | None = None  # of what the task gave; None in a checkpoint of an earlier version
+
+    def forget_data(self) -> None:
+        """Drop what was measured on problems that are no longer the task's: rewards of the base model, rollouts to reuse, scores."""
+        self.base_rewards.clear()
+        self.reusable = ReusePool()
+        self.fast = replace(self.fast, scores=Scores(policy_version=-1))
 
     def save(self, path: Path) -> None:
         """Write the whole state as one JSON file."""
         tree = {
             "format": FORMAT,
+            "date": self.date,
+            "base_weights": self.base_weights,
             "step": self.step,
             "cycle": self.cycle,
             "counters": asdict(self.counters),
             "population": [asdict(c) for c in self.population],
             "fast": self.fast.to_json(),
-            "reusable": [sampled_to_json(s) for s in self.reusable],
+            "reusable": [scored_to_json(s) for s in self.reusable.rollouts],
             "base_rewards": self.base_rewards,
+            "data": self.data,
         }
         path.write_text(json.dumps(tree))
 
@@ -70,58 +71,45 @@ class State:
             if tree["format"] != FORMAT:
                 raise UserError(f"{path} has format {tree['format']!r}; this version reads {FORMAT}")
             return cls(
+                base_weights=str(tree.get("base_weights", "")),
                 fast=FastState.from_json(tree["fast"]),
                 population=[Context(**c) for c in tree["population"]],
                 step=tree["step"],
                 cycle=tree["cycle"],
                 counters=Counters(**tree["counters"]),
-                reusable=[sampled_from_json(s) for s in tree["reusable"]],
+                reusable=ReusePool([scored_from_json(s) for s in tree["reusable"]]),
                 base_rewards=tree["base_rewards"],
+                date=datetime.fromisoformat(tree["date"]).isoformat() if tree.get("date") else "",
+                data=_checked_fingerprint(tree.get("data")),
             )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{path} is not the state of a run: {type(error).__name__}: {str(error)[:200]}"
             ) from error
 
 
-def sampled_to_json(sampled: Sampled) -> dict[str, Any]:
+def _checked_fingerprint(tree: Any) -> Fingerprint | None:
+    """Raises ValueError where it is none."""
+    if tree is None:
+        return None
+    keys = {"problems", "hashed", "sha256"}
+    if not all(set(split) >= keys for stage in tree for split in stage.values()):
+        raise ValueError("data is not a fingerprint")
+    return list(tree)
+
+
+def scored_to_json(scored: ScoredRollout) -> dict[str, Any]:
     """A judged rollout as JSON; float32 log-probs survive the round trip exactly."""
-    rollout = dict(vars(sampled.rollout))
-    rollout["response_ids"] = sampled.rollout.response_ids.tolist()
-    rollout["logprobs"] = [float(x) for x in sampled.rollout.logprobs]
-    verdict = {**vars(sampled.verdict), "metrics": dict(sampled.verdict.metrics)}
-    return {"rollout": rollout, "verdict": verdict, "response": sampled.response}
+    rollout = dict(vars(scored.rollout))
+    rollout["response_ids"] = scored.rollout.response_ids.tolist()
+    rollout["logprobs"] = [float(x) for x in scored.rollout.logprobs]
+    verdict = {**vars(scored.verdict), "metrics": dict(scored.verdict.metrics)}
+    return {"rollout": rollout, "verdict": verdict, "response": scored.response}
 
 
-def sampled_from_json(tree: dict[str, Any]) -> Sampled:
-    """Undo `sampled_to_json`."""
+def scored_from_json(tree: dict[str, Any]) -> ScoredRollout:
+    """Undo `scored_to_json`."""
     rollout = dict(tree["rollout"])
     rollout["response_ids"] = np.array(rollout["response_ids"], dtype=np.int64)
     rollout["logprobs"] = np.array(rollout["logprobs"], dtype=np.float32)
-    return Sampled(Rollout(**rollout), Verdict(**tree["verdict"]), tree["response"])
-
-
-def minibatch(problems: Sequence[Problem], step: int, size: int, seed: int) -> list[Problem]:
-    """The problems of step `step`: a fresh permutation each epoch, whole batches only, so no problem stands twice in a batch."""
-    per_epoch = len(problems) // size
-    if per_epoch == 0:
-        raise UserError(
-            f"slow.problems_per_step={size} is more than the {len(problems)} problems of the training split; at most {len(problems)}"
-        )
-    epoch, place = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, 1, epoch]).permutation(len(problems))
-    return [problems[i] for i in order[place * size : (place + 1) * size]]
-
-
-def lookahead(problems: Sequence[Problem], step: int, steps: int, size: int, seed: int) -> list[Problem]:
-    """The union of the next `steps` minibatches, each problem once, in order."""
-    batches = (minibatch(problems, step + t, size, seed) for t in range(steps))
-    return list({p.id: p for batch in batches for p in batch}.values())
-
-
-def anchor_set(ahead: Sequence[Problem], size: int, cycle: int, seed: int) -> list[Problem]:
-    """`size` problems of the lookahead, drawn anew each cycle, in stream order."""
-    if len(ahead) <= size:
-        return list(ahead)
-    chosen = np.random.default_rng([seed, 2, cycle]).choice(len(ahead), size=size, replace=False)
-    return [ahead[i] for i in sorted(chosen)]
+    return ScoredRollout(Rollout(**rollout), Verdict(**tree["verdict"]), tree["response"])

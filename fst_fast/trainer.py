@@ -1,261 +1,275 @@
 """The cycle (arXiv 2605.12484, Algorithm 1): look ahead, fast phase, T slow steps, evaluate, checkpoint; again.
 
-    fast phase   weights frozen: the population of contexts evolves on an anchor set of the next T minibatches
-    slow phase   contexts frozen: T policy-gradient steps over those minibatches, G/K rollouts of every problem under each context
+    fast phase   weights frozen: the population of contexts evolves on an anchor set of the next T minibatches   fast/fast_phase.py
+    slow phase   contexts frozen: T policy-gradient steps over those minibatches                                 slow/slow_phase.py
 
-method=rl leaves the first out (the seed context serves all rollouts), method=gepa the second. A run may go through several tasks (stages.py),
-and the last steps on each may distil the contexts into the weights (slow/distil.py). Every process runs this same loop and
-takes the same decisions; rank 0 alone writes. Built in session.py, resumed from state.py, one step in slow/step.py.
+method=rl has no fast phase (the seed context serves all rollouts), method=gepa no slow phase. A run may go through several tasks
+(data/stages.py), and the last steps on each may distil the contexts into the weights (slow/distillation.py). Every process runs this same
+loop and takes the same decisions; rank 0 alone writes. startup.py builds or resumes the run; state.py is what a checkpoint keeps of it.
 """
 
 from __future__ import annotations
 
-import time
+import resource
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fst_fast import records
+from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Sampled
-from fst_fast.evaluate import CELLS, evaluate
-from fst_fast.fast.phase import fast_phase
-from fst_fast.policy import ranks
-from fst_fast.policy.engine import NonFiniteError
-from fst_fast.run import stop
+from fst_fast.contracts import CELLS, Rollout
+from fst_fast.data.stages import Stage, stage_at
+from fst_fast.data.stream import lookahead, minibatch
+from fst_fast.evaluate import evaluate
+from fst_fast.fast.fast_phase import fast_phase
+from fst_fast.rollout.reuse import ReusePool
+from fst_fast.run import signals
+from fst_fast.run.callbacks import Callback, RunEnd, RunStart
 from fst_fast.run.faults import reach
-from fst_fast.session import Session
-from fst_fast.slow import dump
-from fst_fast.slow.distil import contexts_of, distil
-from fst_fast.slow.distil import groups as groups_to_distil
-from fst_fast.slow.groups import cost, make_groups, plan_group
-from fst_fast.slow.step import optimise, sequences, skipped
-from fst_fast.stages import Stage
-from fst_fast.state import anchor_set, lookahead, minibatch
+from fst_fast.run.identity import identity
+from fst_fast.run.recorder import StepReport
+from fst_fast.slow.slow_phase import distillation_step, slow_step
+from fst_fast.startup import Run, build_run
 
 
 def train(
-    config: Config, run_dir: Path, *, resume: bool = False, allow_config_change: bool = False
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    allow_config_change: bool = False,
+    allow_data_change: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
-    """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None where a signal stopped it."""
+    """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None if a signal stopped it.
+
+    Raises UserError on bad input."""
     with (
-        stop.listening(speak=ranks.rank() == 0),
-        Session.open(config, run_dir, resume=resume, allow_config_change=allow_config_change) as s,
+        signals.stop_on_signals(announce=distributed.rank() == 0),
+        build_run(
+            config,
+            run_dir,
+            resume=resume,
+            allow_config_change=allow_config_change,
+            allow_data_change=allow_data_change,
+            callbacks=callbacks,
+        ) as run,
     ):
-        if s.state.step == 0 and config.eval.every and not s.continued:
-            measure(s, final=False)
-        while s.state.step < config.slow.steps and not s.stopping():
-            s.enter()
-            s.forget_prefixes()
-            distilling = s.stage.distils(s.state.step)
-            if config.method != "rl" and not distilling and s.step_of_stage % config.fast.cycle_steps == 0:
-                evolve(s)
+        state, send = run.state, run.recorder.callbacks.send
+        send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
+        if state.step == 0 and config.eval.every and not run.resumed:
+            evaluate_now(run, run.stages[0], final=False)
+        while state.step < config.slow.steps and not signals.stop_requested():
+            stage = enter_stage(run)
+            run.models.forget_prefixes()
+            distilling = stage.distils(state.step)
+            if config.method != "rl" and not distilling and begins_cycle(config, stage, state.step):
+                run_fast_phase(run, stage)
             if config.method == "gepa":
-                s.state.step = min(s.state.step + config.fast.cycle_steps, s.stage.end)
-            elif distilling:
-                consolidate(s)
+                state.step = min(state.step + config.fast.cycle_steps, stage.end)
             else:
-                learn(s)
-            done = s.state.step >= config.slow.steps
-            if s.due(config.eval.every) and not done:
-                measure(s, final=False)
-            if config.stages and s.state.step == s.stage.end and not done:
-                measure_stages(s)
-            if s.due(config.checkpoint.every) and not done:
-                s.checkpoint()
-        s.checkpoint()  # before the last evaluation: to continue a run that has ended is to measure it again, to the same figures
-        if s.state.step < config.slow.steps:
-            n = ranks.world_size()
-            how = "fst train" if n == 1 else f"the same launcher, {n} processes and train.py"
-            s.console.note(
-                f"stopped after step {s.state.step} of {config.slow.steps}; continue with: {how} --run-dir {run_dir} --resume"
-            )
-            return None
-        s.enter()
-        result = measure(s, final=True)
-        if config.stages:
-            measure_stages(s, own=result)
-        return s.finish(result)
+                run_slow_step(run, stage, distilling)
+            done = state.step >= config.slow.steps
+            if not done and due(config, state.step, config.eval.every):
+                evaluate_now(run, stage, final=False)
+            if not done and config.stages and state.step == stage.end:
+                evaluate_stages(run, stage)
+            if not done and due(config, state.step, config.checkpoint.every):
+                run.save_checkpoint()
+        run.save_checkpoint()  # before the last evaluation, which a resumed run repeats to the same figures
+        summary = finish(run) if state.step >= config.slow.steps else None
+        if summary is None:
+            run.recorder.note(how_to_continue(run))
+        send(RunEnd, step=state.step, summary=summary)
+        return summary
 
 
-def evolve(s: Session) -> None:
-    """The fast phase of one cycle: contexts move, weights do not."""
-    config, state = s.config, s.state
-    started = s.begin("fast phase")
-    ahead = lookahead(
-        s.stage.train, s.step_of_stage, config.fast.cycle_steps, config.slow.problems_per_step, config.seed
-    )
-    s.at_hand = {p.id: p for p in ahead}
-    version = s.policy_version
+def begins_cycle(config: Config, stage: Stage, step: int) -> bool:
+    return stage.local_step(step) % config.fast.cycle_steps == 0
 
-    def score(wave: Sequence[tuple[Context, Problem, int]]) -> list[Sampled]:
-        reach("fast.wave")
-        return s.sampler.spread(
-            s.models.fast,
-            wave,
-            stream=(config.seed, "fast", state.cycle),
-            policy_version=version,
-            temperature=config.rollout.temperature,
+
+def due(config: Config, step: int, every: int) -> bool:
+    """Whether something done every `every` steps is due. method=gepa moves a whole cycle at a time: due if it passed a multiple."""
+    stride = config.fast.cycle_steps if config.method == "gepa" else 1
+    return bool(every) and step // every > (step - stride) // every
+
+
+def enter_stage(run: Run) -> Stage:
+    """The stage of the next step. After distillation the population starts again from the seed context: the weights know the rest."""
+    state = run.state
+    stage = stage_at(run.stages, state.step)
+    if run.teacher is not None and not stage.distils(state.step):
+        run.teacher = None
+        state.fast = state.fast.reset_population()
+        state.population = [run.seed_context]
+    if stage.number and state.step == stage.first:
+        state.fast = replace(state.fast, idle=0, rest=0)  # idle cycles were counted on another task
+        run.recorder.note(
+            f"stage {stage.number + 1} of {len(run.stages)}: {stage.task}, steps {stage.first + 1} to {stage.end}"
         )
+    return stage
 
+
+def run_fast_phase(run: Run, stage: Stage) -> None:
+    """Evolve the contexts on the problems of the next T steps."""
+    config, state = run.config, run.state
+    ahead = lookahead(
+        stage.train, stage.local_step(state.step), config.fast.cycle_steps, config.slow.problems_per_step, config.seed
+    )  # fmt: skip
     result = fast_phase(
         state.fast,
-        anchor=anchor_set(ahead, config.fast.anchor_size, state.cycle, config.seed),
-        score=score,
-        reflect=s.reflect,
-        config=config.fast,
-        count_tokens=s.count_tokens,
+        ahead,
+        config=config,
         cycle=state.cycle,
-        policy_version=version,
-        seed=config.seed,
-        log=s.console.note,
-        fits=lambda context: s.fits(context, ahead),
+        step=state.step,
+        policy_version=run.policy_version,
+        sampler=run.sampler,
+        models=run.models,
+        reflect=run.reflect,
+        validation=stage.validation[: max(config.eval.problems, config.eval.final_problems)],
+        recorder=run.recorder,
     )
-    reach("fast.end")
     state.fast, state.population = result.state, list(result.population)
-    state.reusable = s.reusable(result.sampled)
+    reuse = config.fast.reuse_rollouts and config.method == "fst"
+    state.reusable = ReusePool.of(result.sampled, state.population) if reuse else ReusePool()
     state.counters.rollouts += len(result.sampled)
     state.counters.fast_rollouts += len(result.sampled)
-    s.count_rollout_tokens()
-    s.end("fast_s", started)
-    records.cycle(s, result.record, result.sampled)
+    state.counters.add_tokens(*run.models.new_tokens())
+    prompt = run.sampler.prompts.of_rollouts([line.context for line in state.fast.contexts.values()], ahead)
+
+    def prompt_text(rollout: Rollout) -> str:
+        return str(run.sampler.tokenizer.decode(prompt(rollout)))
+
+    lineage = {context_id: line.to_json() for context_id, line in state.fast.contexts.items()}
+    run.recorder.cycle(
+        result.record, result.sampled, state.population, lineage, step=state.step, cycle=state.cycle, prompt_text=prompt_text
+    )  # fmt: skip
     state.cycle += 1
 
 
-def learn(s: Session) -> None:
-    """One slow step: sample G rollouts per problem under the frozen contexts, judge, group, update the weights."""
-    config, state = s.config, s.state
-    started = s.begin("rollouts")
-    problems = minibatch(s.stage.train, s.step_of_stage, config.slow.problems_per_step, config.seed)
-    s.at_hand = {p.id: p for p in problems}
-    plans = [plan_group(p, state.population, config.slow.group_size) for p in problems]
-    claims = [
-        s.claim(plan) for plan in plans
-    ]  # for all problems on every process, so that all keep the same account
-    reused = sum(claim is not None for claims_of_problem in claims for claim in claims_of_problem)
-    missing = [sum(c is None for c in claims_of_problem) for claims_of_problem in claims]
-    plan = [t for plan_of_problem in ranks.mine_by_cost(plans, missing) for t in plan_of_problem]
-    claimed = [c for claims_of_problem in ranks.mine_by_cost(claims, missing) for c in claims_of_problem]
-    fresh = s.sampler.local(
-        s.models.policy,
-        [t for t, c in zip(plan, claimed, strict=True) if c is None],
-        stream=(config.seed, "slow", state.step),
-        policy_version=s.policy_version,
-        temperature=config.rollout.temperature,
+def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
+    """Take one optimiser step: policy gradient, or distillation of the contexts."""
+    config, state = run.config, run.state
+    assert run.policy is not None
+    problems = minibatch(
+        stage.train, stage.local_step(state.step), config.slow.problems_per_step, config.seed
     )
-    arriving = iter(fresh)
-    sampled = [c if c is not None else next(arriving) for c in claimed]
-    s.count_rollout_tokens()
-
-    s.end_sampling()
-    s.begin("update")
-    training = time.perf_counter()
-    groups = make_groups(
-        sampled, config.slow.advantage_eps, by_context=config.slow.advantage_group == "context"
-    )
-    kept = [g for g in groups if g.advantages is not None]
-    kept = ranks.level(kept, [cost(g, s.prompt_of) for g in kept])
-    prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in kept]
-    assert s.policy is not None
-    data = sequences(kept, prompts, config.slow.aggregation)
-    try:
-        numbers = optimise(
-            s.policy,
-            s.reference,
-            data,
-            config,
+    report: StepReport
+    if distilling:
+        report = distillation_step(
+            problems,
+            state.population,
+            run.seed_context,
+            run.distillation_teacher(),
+            config=config,
             step=state.step,
-            pad_id=s.sampler.pad_id,
+            sampler=run.sampler,
+            models=run.models,
+            policy=run.policy,
+            recorder=run.recorder,
         )
-    except NonFiniteError as bad:
-        s.policy.hand_over()  # the weights as they were, for the dump
-        s.non_finite(bad, dump.write(
-            s.run_dir, bad, data, kept, config, step=state.step, pad_id=s.sampler.pad_id, model=s.models.policy_module
-        ))  # fmt: skip
-        numbers = skipped(s.policy.lr(state.step))
-    s.warn_of_mismatch(numbers["mismatch_kl"], reused)
-    s.policy.hand_over()
-    s.add_seconds("train_s", time.perf_counter() - training)
-    state.step += 1
-    records.step(s, sampled, groups, numbers, reused, seconds=time.perf_counter() - started)
-
-
-def consolidate(s: Session) -> None:
-    """One step of context distillation: sample under the seed context, move towards what the frozen weights say under the evolved ones."""
-    config, state = s.config, s.state
-    started = s.begin("rollouts")
-    teacher = s.teach()
-    problems = minibatch(s.stage.train, s.step_of_stage, config.slow.problems_per_step, config.seed)
-    s.at_hand = {p.id: p for p in problems}
-    taught = dict(
-        zip(s.at_hand, contexts_of(len(problems), state.step * len(problems), state.population), strict=True)
-    )
-    sampled = s.sampler.local(
-        s.models.policy,
-        [t for p in ranks.mine(problems) for t in plan_group(p, [s.seed_context], config.slow.group_size)],
-        stream=(config.seed, "distil", state.step),
-        policy_version=s.policy_version,
-        temperature=config.rollout.temperature,
-    )
-    s.count_rollout_tokens()
-
-    s.end_sampling()
-    s.begin("update")
-    training = time.perf_counter()
-    assert s.policy is not None
-    groups = groups_to_distil(sampled)
-    prompts = [[s.prompt_of(m.rollout) for m in g.sampled] for g in groups]
-    read = [
-        [s.sampler.prompts.ids(taught[g.problem_id], s.at_hand[g.problem_id])] * len(g.sampled)
-        for g in groups
-    ]
-    try:
-        numbers = distil(
-            s.policy, teacher, groups, prompts, read, config, step=state.step, pad_id=s.sampler.pad_id
+    else:
+        report = slow_step(
+            problems,
+            state.population,
+            config=config,
+            step=state.step,
+            sampler=run.sampler,
+            models=run.models,
+            policy=run.policy,
+            reference=run.reference,
+            reusable=state.reusable,
+            recorder=run.recorder,
         )
-    except NonFiniteError as bad:
-        s.non_finite(bad, None)
-        numbers = skipped(s.policy.lr(state.step))
-    s.policy.hand_over()
-    s.add_seconds("train_s", time.perf_counter() - training)
+        run.recorder.warn_of_mismatch(report, step=state.step, limit=config.slow.mismatch_warning)
     state.step += 1
-    records.step(s, sampled, groups, {**numbers, "distilled": True}, 0, seconds=time.perf_counter() - started)
-
-
-def measure(s: Session, *, final: bool) -> dict[str, Any]:
-    """Evaluate on validation problems, the four cells at the end and those of eval.cells before, and write the result."""
-    problems, cells = (
-        (s.config.eval.final_problems, CELLS) if final else (s.config.eval.problems, s.config.eval.cells)
+    state.counters.add_tokens(*run.models.new_tokens())
+    run.recorder.step(
+        report,
+        step=state.step,
+        cycle=max(state.cycle - 1, 0),  # state.cycle counts the cycles begun
+        counters=state.counters,
+        unverified=run.sampler.unverified(),
     )
-    result = _cells(s, s.stage, problems, cells)
-    records.evaluation(s, result, final=final)
+
+
+def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
+    """Evaluate on validation problems, all four cells at the end and those of eval.cells before, and record the result."""
+    config = run.config
+    result = (
+        _evaluate(run, stage, config.eval.final_problems, list(CELLS))
+        if final
+        else _evaluate(run, stage, config.eval.problems, config.eval.cells)
+    )
+    named = {"stage": stage.number, "task": stage.task} if config.stages else {}
+    run.recorder.evaluation(
+        result, step=run.state.step, final=final, counters=run.state.counters, stage=named
+    )
     return result
 
 
-def measure_stages(s: Session, own: dict[str, Any] | None = None) -> None:
-    """At a stage's end: the four cells on its task and on those of all stages before, as many problems as the final evaluation has. own: on
-    its task, where that is known."""
-    for stage in s.stages[: s.stage.number + 1]:
-        known = own if stage is s.stage else None
-        records.stage_end(s, stage, known or _cells(s, stage, s.config.eval.final_problems))
+def evaluate_stages(run: Run, stage: Stage, own: dict[str, Any] | None = None) -> None:
+    """At the end of `stage`: the four cells on its task and on those of all stages before. own: on its own task, if already measured."""
+    for past in run.stages[: stage.number + 1]:
+        result = (
+            own
+            if past is stage and own
+            else _evaluate(run, past, run.config.eval.final_problems, list(CELLS))
+        )
+        run.recorder.stage_end(
+            result, step=run.state.step, after_stage=stage.number, stage=past.number, task=past.task
+        )
 
 
-def _cells(s: Session, stage: Stage, problems: int, cells: Sequence[str] = CELLS) -> dict[str, Any]:
-    config, state = s.config, s.state
-    started = s.begin("evaluation")
-    s.forget_prefixes()
+def _evaluate(run: Run, stage: Stage, problems: int, cells: Sequence[str]) -> dict[str, Any]:
+    state = run.state
+    run.recorder.begin("evaluation", state.step)
+    run.models.forget_prefixes()
     reach("evaluation")
-    result = evaluate(
-        config,
-        s.sampler,
-        s.models,
-        stage.validation[:problems],
-        seed_context=s.seed_context,
-        population=state.population,
-        policy_version=s.policy_version,
-        base_rewards=state.base_rewards,
-        cells=cells,
-    )
-    s.forget_rollout_tokens()
-    s.end("eval_s", started)
+    with run.recorder.stopwatch.phase("eval_s"):
+        result = evaluate(
+            run.config,
+            run.sampler,
+            run.models,
+            stage.validation[:problems],
+            seed_context=run.seed_context,
+            population=state.population,
+            policy_version=run.policy_version,
+            base_rewards=state.base_rewards,
+            cells=cells,
+        )
+    run.models.skip_tokens()
     return result
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Measure the four cells, write summary.json and return it."""
+    config, state = run.config, run.state
+    stage = enter_stage(run)
+    result = evaluate_now(run, stage, final=True)
+    if config.stages:
+        evaluate_stages(run, stage, own=result)
+    peak = max(distributed.all_gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    summary = {
+        **identity(config),
+        "channels": result["channels"],
+        "k": result["k"],
+        "steps": 0 if config.method == "gepa" else state.step,
+        **asdict(state.counters),
+        "seconds": run.recorder.stopwatch.total(),
+        "kl_seed": result["kl_seed"],
+        "kl_evolved": result["kl_evolved"],
+        "peak_memory_bytes": peak,
+    }
+    if config.stages:
+        summary["stages"] = run.recorder.stage_ends
+    run.recorder.summary(summary, step=state.step)
+    return summary
+
+
+def how_to_continue(run: Run) -> str:
+    """What a run says that a signal has stopped."""
+    n = distributed.world_size()
+    how = "fst train" if n == 1 else f"the same launcher, {n} processes and train.py"
+    return f"stopped after step {run.state.step} of {run.config.slow.steps}; continue with: {how} --run-dir {run.run_dir} --resume"

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels of cascade decoding for GPUs that need not be there: registers, spills, shared memory, tensor cores.
 
-    python scripts/aot_cascade_decode.py [--arch 80 90 100] [--only "D=128 64 rows"] [--json FILE]
+    python scripts/aot_cascade_decode.py [--arch 80 90 100 103 120] [--only "D=128 64 rows"] [--json FILE]
 
 The report and its exit code are those of aot_report.py; here stand the cases.
 """
@@ -34,8 +34,12 @@ def cascade_decode_cases() -> Iterator[aot_report.Case]:
     ]:
         wide = op.padded(dim)
         for rows in op.row_tiles(DTYPES[dtype]):
-            tile = op.tile(dim, rows, DTYPES[dtype])
-            for kind, page, window in [(k, p, w) for k, p in PAGES.items() for w in (False, True)]:
+            tiles = {
+                arch: op.tile(dim, rows, DTYPES[dtype], (arch // 10, arch % 10)) for arch in aot_report.ALL
+            }
+            for tile, kind, page, window in [
+                (t, k, p, w) for t in set(tiles.values()) for k, p in PAGES.items() for w in (False, True)
+            ]:
                 if kind == "pages" and (window or (dtype, dim) not in (("bf16", 128), ("bf16", 256))):
                     continue  # the loads differ, what surrounds them does not
                 yield aot_report.Case(
@@ -50,6 +54,7 @@ def cascade_decode_cases() -> Iterator[aot_report.Case]:
                     {"D": dim, "DIM": wide, "ROWS": rows, "KEYS": tile.keys, "PRECISION": "ieee"}
                     | {"NODE_PAGE": page, "SUFFIX_PAGE": page, "WINDOW": window},
                     unaligned=("heads", "kv_heads", "window", "group"),
+                    archs=tuple(arch for arch, own in tiles.items() if own == tile),
                     warps=tile.warps,
                     stages=tile.stages,
                     # Below 64 rows there is neither wgmma nor tcgen05.

@@ -1,9 +1,10 @@
-"""Compiles the Triton kernels for GPUs that need not be there and says what they take: registers, spills, shared memory, instructions.
+"""Compiles the Triton kernels for GPUs that need not be there and says what they take: registers, spills, shared memory, instructions, buffers.
 
-    python scripts/aot_report.py [--arch 80 90 100] [--only head_statistics] [--json FILE]
+    python scripts/aot_report.py [--arch 80 90 100 103 120] [--only head_statistics] [--json FILE]
 
-Exit code 1 if a kernel does not compile, spills, needs more shared memory than a block can have, or lacks the instructions that it
-was written for. A kernel's cases stand in a function of its own below and are listed in CASES.
+Exit code 1 if a kernel does not compile, spills, needs more shared memory than a block can have, lacks the instructions that it was written for,
+or has a loop with fewer buffers than its stages give (aot_inspect.py). A kernel's cases stand in a function of its own below and are listed in
+CASES.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 os.environ.pop("TRITON_INTERPRET", None)  # kernels defined under it cannot be compiled
 
+import aot_inspect
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
-# What is looked for in the PTX, by architecture.
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-TMA = {90: "cp.async.bulk.tensor", 100: "cp.async.bulk.tensor"}
+ALL = tuple(aot_inspect.MACHINES)
 
 
 class Case(NamedTuple):
@@ -37,29 +34,26 @@ class Case(NamedTuple):
     signature: dict[str, str]  # argument -> type ("*bf16", "i32", ...) of those that are no constant
     constants: dict[str, Any]  # argument -> value, None for a tensor that is not given
     unaligned: tuple[str, ...] = ()  # integers that are not multiples of 16; all others and all pointers are
-    archs: tuple[int, ...] = (80, 90, 100)
+    archs: tuple[int, ...] = ALL
     warps: int = 4
     stages: int = 3
     tensor_cores: bool | str = False  # True: the architecture's own; else the instruction that is looked for
     tma: bool = False
-
-
-class Found(NamedTuple):
-    case: str
-    arch: int
-    registers: int
-    local_bytes: int
-    shared_bytes: int
-    complaints: list[str]
+    pendings: int = 0  # products that a wait of wgmma in the loop leaves running
 
 
 def linear_logprob_cases() -> Iterator[Case]:
     from fst_kernels.linear_logprob import triton as op
     from fst_kernels.linear_logprob import triton_kernels as kernels
 
-    rows = dict.fromkeys(("temperature", "peak", "log_total", "ref_peak", "ref_log_total"), "*fp32")
+    rows = dict.fromkeys(("inverse", "peak", "log_total", "ref_peak", "ref_log_total"), "*fp32")
     partial = dict.fromkeys(("peaks", "totals", "moments"), "*fp32")
-    for tiles, archs in ((op.AMPERE, (80, 90, 100)), (op.HOPPER, (90,)), (op.BLACKWELL, (100,))):
+    for tiles, archs in (
+        (op.AMPERE, ALL),
+        (op.HOPPER, (90,)),
+        (op.BLACKWELL, (100, 103)),
+        (op.CONSUMER, (120,)),
+    ):
         # Tensors that are not given are None.
         for what, optional, softcap in (
             ("", {"bias": None, "products": None}, {"softcap": None}),
@@ -70,10 +64,10 @@ def linear_logprob_cases() -> Iterator[Case]:
             arguments = (
                 dict.fromkeys(("hidden", "weight"), "*bf16")
                 | optional
-                | {"temperature": "*fp32", "starts": "*i64", "labels": "*i64", "label_logits": "*fp32"}
+                | {"inverse": "*fp32", "starts": "*i64", "labels": "*i64", "label_logits": "*fp32"}
                 | partial
                 | dict.fromkeys(("num_rows", "vocabulary", "size", "hidden_stride", "weight_stride"), "i32")
-                | {"products_stride": "i32"}
+                | {"products_stride": "i32", "group": "i32"}
                 | softcap
             )
             yield Case(
@@ -83,12 +77,13 @@ def linear_logprob_cases() -> Iterator[Case]:
                 {name: None for name, kind in arguments.items() if kind is None}
                 | {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "SPLIT": tiles.split}
                 | {"TMA": tiles.tma, "HALVES": tiles.halves, "UPCAST": False},
-                unaligned=("num_rows",),
+                unaligned=("num_rows", "group"),
                 archs=archs,
                 warps=tiles.warps,
                 stages=tiles.stages,
                 tensor_cores=True,
                 tma=tiles.tma,
+                pendings=1,
             )
     yield Case(
         "combine",
@@ -147,7 +142,7 @@ def linear_logprob_cases() -> Iterator[Case]:
 CASES: list[Callable[[], Iterator[Case]]] = [linear_logprob_cases]
 
 
-def compile_case(case: Case, arch: int) -> Found:
+def compile_case(case: Case, arch: int) -> aot_inspect.Report:
     names = case.kernel.arg_names
     missing = [n for n in names if n not in case.signature and n not in case.constants]
     assert not missing, f"{case.name}: no type and no value for {', '.join(missing)}"
@@ -168,61 +163,36 @@ def compile_case(case: Case, arch: int) -> Found:
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True},
     )
-    registers, local = resource_usage(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    complaints = []
-    if local:
-        complaints.append(f"{local} bytes of local memory per thread; none is accepted")
-    if shared > SHARED_LIMIT[arch]:
-        complaints.append(f"{shared} bytes of shared memory, a block has {SHARED_LIMIT[arch]}")
-    ptx = compiled.asm["ptx"]
-    for wanted, table in ((case.tensor_cores, TENSOR_CORES), (case.tma and arch in TMA, TMA)):
-        instruction = wanted if isinstance(wanted, str) else table.get(arch, "")
-        if wanted and instruction not in ptx:
-            complaints.append(f"no {instruction} in the PTX")
-    return Found(case.name, arch, registers, local, shared, complaints)
-
-
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory (stack and spills) per thread, read by the cuobjdump that Triton brings along."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"aot_report_{os.getpid()}.cubin"
-    path.write_bytes(cubin)
-    try:
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-    finally:
-        path.unlink()
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+    return aot_inspect.judge(
+        compiled, arch, warps=case.warps, stages=case.stages, tensor_cores=case.tensor_cores, tma=case.tma,
+        pendings=case.pendings,
+    )  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--arch", type=int, nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     given = parser.parse_args()
-    print(f"Triton {triton.__version__}\n{'registers':>9} {'local B':>7} {'shared B':>8}  kernel", flush=True)
+    print(aot_inspect.HEADER, flush=True)
     found = []
     for case in (case for cases in CASES for case in cases() if given.only in case.name):
         for arch in sorted(set(case.archs) & set(given.arch)):
             one = compile_case(case, arch)
-            found.append(one)
-            print(
-                f"{one.registers:9} {one.local_bytes:7} {one.shared_bytes:8}  sm_{arch} {one.case}",
-                flush=True,
+            found.append(
+                {"case": case.name, "arch": arch, "complaints": one.complaints} | one.usage._asdict()
             )
+            print(f"{one.line()}  sm_{arch} {case.name}", flush=True)
             for complaint in one.complaints:
                 print(f"          !! {complaint}", flush=True)
     if given.json:
-        given.json.write_text(json.dumps([one._asdict() for one in found], indent=1) + "\n")
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
     if not found:
         print(f"no kernel is called {given.only!r} on these architectures")
-    return int(not found or any(one.complaints for one in found))
+    return int(not found or any(one["complaints"] for one in found))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 """Compiles the Triton kernels of tree attention for GPUs that need not be there and says what they take.
 
-    python scripts/aot_tree_attention.py [--arch 80 90 100] [--dim 64 80 96 128 256] [--dtype bf16 fp16 fp32] [--window no yes] [--spill 0]
+    python scripts/aot_tree_attention.py [--arch 80 90 100 103 120] [--dim 64 80 96 128 256] [--dtype bf16 fp16 fp32] [--window no yes] [--spill 0]
 
-One line per kernel: registers, bytes of local memory per thread, shared memory of a block, tensor-core and TMA instructions. Exit code 1
-if a kernel does not compile, spills (more than --spill bytes), needs more shared memory than a block has, or lacks tensor cores (16-bit types) or TMA where asked for.
+One line per kernel: registers, bytes of local memory per thread, shared memory of a block, SASS instructions, blocks per multiprocessor, and of
+each loop its buffers and pending products. Exit code 1 if a kernel does not compile, spills (more than --spill bytes), needs more shared memory
+than a block has, lacks tensor cores (16-bit types) or TMA where asked for, or has a loop with fewer buffers than its stages give (aot_inspect.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 os.environ.pop("TRITON_INTERPRET", None)  # kernels defined under it cannot be compiled
 
+import aot_inspect
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fst_kernels.tree_attention import list_kernels
 from fst_kernels.tree_attention import triton as op
 from fst_kernels.tree_attention import triton_kernels as kernels
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-TMA = "cp.async.bulk.tensor"
+ALL = tuple(aot_inspect.MACHINES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT_POINTERS = (
     *(
@@ -62,10 +60,10 @@ TILED = {
 
 def passes(tiles: op.Tiling, window: bool) -> Iterator[tuple[str, Any, op.Tile, bool, dict[str, Any]]]:
     """Name, kernel, tile, TMA, constants of its own. With `window` the variants that a sliding window takes, and no others."""
-    plain = op.Tile(64, tiles.dkdv.keys, 4, 3)
+    plain = op.Tile(op.DELTA_ROWS, tiles.dkdv.keys, 4, 3)
     queries = op.Tile(tiles.forward.queries, tiles.forward.keys, 4, 3)
     suffix, own = (" window", {"WINDOW": True}) if window else ("", {"WINDOW": False})
-    yield "list" + suffix, kernels.list_kernel, queries, False, {"SCAN": op.SCAN, **own}
+    yield "list" + suffix, list_kernels.list_kernel, queries, False, {"SCAN": op.SCAN, **own}
     yield "forward" + suffix, kernels.forward_kernel, tiles.forward, tiles.tma, own
     yield "dq" + suffix, kernels.dq_kernel, tiles.dq, tiles.tma, own
     for dk, dv in ((True, False), (False, True)) if tiles.apart else ((True, True),):
@@ -73,9 +71,9 @@ def passes(tiles: op.Tiling, window: bool) -> Iterator[tuple[str, Any, op.Tile, 
         yield name, kernels.dkdv_kernel, tiles.dkdv, tiles.tma, {"DK": dk, "DV": dv, **own}
     if window:
         near = op.Tile(tiles.dkdv.queries, tiles.dkdv.keys, 4, 3)
-        yield "tile list", kernels.tile_list_kernel, near, False, {"SCAN": op.SCAN}
-        yield "thin, of keys", kernels.thin_kernel, near, False, {"OF_KEYS": True}
-        yield "thin, of queries", kernels.thin_kernel, queries, False, {"OF_KEYS": False}
+        yield "tile list", list_kernels.tile_list_kernel, near, False, {"SCAN": op.SCAN}
+        yield "thin, of keys", list_kernels.thin_kernel, near, False, {"OF_KEYS": True}
+        yield "thin, of queries", list_kernels.thin_kernel, queries, False, {"OF_KEYS": False}
     else:
         yield "delta", kernels.delta_kernel, plain, False, {}
         yield "reduce", kernels.reduce_kernel, op.Tile(64, tiles.dkdv.keys, 8, 3), False, {}
@@ -119,24 +117,11 @@ def compile_one(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=tile.launch)
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory (stack and spills) per thread, read by the cuobjdump that Triton brings along."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--arch", type=int, nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 80, 96, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
     parser.add_argument("--window", nargs="+", default=["no", "yes"], choices=["no", "yes"])
@@ -144,10 +129,7 @@ def main() -> int:
         "--spill", type=int, default=0, help="bytes of local memory per thread that are accepted"
     )
     given = parser.parse_args()
-    print(
-        f"Triton {triton.__version__}\n{'registers':>9} {'local B':>7} {'shared B':>8} {'tensor':>6} {'TMA':>3}",
-        flush=True,
-    )
+    print(aot_inspect.HEADER, flush=True)
     failed = 0
     for arch, dtype, dim in ((a, t, d) for a in given.arch for t in given.dtype for d in given.dim):
         variants = [
@@ -157,24 +139,15 @@ def main() -> int:
         ]
         for name, kernel, tile, tma, own in variants:
             compiled = compile_one(kernel, tile, tma, own, dim, dtype, arch)
-            ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
-            registers, local = resource_usage(compiled.asm["cubin"])
-            products, bulk = ptx.count(TENSOR_CORES[arch]), ptx.count(TMA)
             multiplies = dtype != "fp32" and "PRECISION" in kernel.arg_names
-            complaints = [
-                f"{local} bytes of local memory" * (local > given.spill),
-                f"more than the {SHARED_LIMIT[arch]} bytes of shared memory a block has"
-                * (shared > SHARED_LIMIT[arch]),
-                f"no {TENSOR_CORES[arch]}" * (multiplies and not products),
-                f"no {TMA}" * (tma and not bulk),
-            ]
-            said = ", ".join(c for c in complaints if c)
-            failed += bool(said)
+            one = aot_inspect.judge(
+                compiled, arch, warps=tile.warps, stages=tile.stages, tensor_cores=multiplies, tma=tma, spill=given.spill
+            )  # fmt: skip
+            failed += bool(one.complaints)
             shape = f"{tile.queries}x{tile.keys} {tile.warps} warps {tile.stages} stages"
-            print(
-                f"{registers:9} {local:7} {shared:8} {products:6} {bulk:3}  sm_{arch} {dtype} D={dim} {name} {shape}{said and '  !! ' + said}",
-                flush=True,
-            )
+            print(f"{one.line()}  sm_{arch} {dtype} D={dim} {name} {shape}", flush=True)
+            for complaint in one.complaints:
+                print(f"          !! {complaint}", flush=True)
     return int(failed > 0)
 
 

@@ -1,1 +1,1 @@
-"""The fast phase: evolving the contexts while the weights stand still."""
+"""The fast phase: contexts evolve while the weights are frozen. Start with fast_phase.py."""

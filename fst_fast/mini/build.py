@@ -1,13 +1,13 @@
-"""Train the mini base model from scratch: `build_base(out, seed=0)` writes a Hugging Face folder and returns what it measured.
+"""Train the mini base model from scratch: `build_base(out, seed=0)` writes a Hugging Face folder and returns its measurements.
 
-Qwen3 architecture, 0.8M parameters, about a quarter of an hour on 2 cores. Three stages by step number, never by the clock, so the same
-seed, step count and thread count give the same weights:
+Qwen3 architecture, 0.8M parameters, about a quarter of an hour on 2 cores. Three stages by step number, never by the
+clock, so the same seed, step count and thread count give the same weights:
   lists    only list documents, from 3 edges up to 15: the model learns to look edges up, forwards and backwards;
   mixed    half lists, half answers on graphs of every size up to the mini task's;
-  answers  nearly all answers at full size, the learning rate falling to zero.
-Muon (arXiv 2502.16982) for the matrices, AdamW for the rest. What makes the look-up appear within a minute is the start: two heads of the
-first layer begin as "one token back" and "two tokens back" (see _look_back). Looking an edge up needs both, rotary attention without
-biases finds them very slowly by itself, and from there the matching is learned in some 200 steps.
+  answers  nearly all answers at full size, the learning rate decaying to zero.
+Muon (arXiv 2502.16982) for the matrices, AdamW for the rest. The initialisation makes the look-up emerge within a
+minute: two heads of the first layer start as "one token back" and "two tokens back" (see _look_back). Looking up an
+edge needs both, and rotary attention without biases finds them very slowly on its own; with them the matching is learned in some 200 steps.
 """
 
 from __future__ import annotations
@@ -37,22 +37,20 @@ STEPS = 3200
 _DOCUMENTS: dict[world.Kind, int] = {
     "star_graph": 12, "linked_facts": 12, "list_programs": 16, "formula_choice": 16,
 }  # fmt: skip
-"""Documents of a step."""
+"""Documents per step."""
 _TOGETHER: tuple[tuple[world.Kind, ...], ...] = (
     ("star_graph", "linked_facts"),
     ("list_programs", "formula_choice"),
 )
-"""Kinds whose documents are about as long go through the model together."""
+"""Kinds batched together because their documents have similar lengths."""
 _MUON_LR, _ADAM_LR = 0.01, 2e-3
-_DRILLS_UNTIL, _MIXED_UNTIL = (
-    0.15,
-    0.4,
-)  # fractions of the steps; the learning rate falls from _MIXED_UNTIL on
+# fractions of the steps; the learning rate falls from _MIXED_UNTIL on
+_DRILLS_UNTIL, _MIXED_UNTIL = (0.15, 0.4)
 _ROPE_THETA, _EMBEDDING_STD = 10000.0, 0.1
 
 
 def mini_task(kind: world.Kind = "star_graph", **changes: Any) -> Task:
-    """The task of a kind as the shipped base is built and measured for it."""
+    """The task of a kind with the settings that the shipped base model is built and measured with."""
     standard: dict[str, Any] = (
         {"form": "mini", "arms": 5, "path": 4, "ids": 40} if kind == "star_graph" else {}
     )
@@ -66,11 +64,10 @@ def build_base(
     threads: int | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and save into `out` (config, bf16 safetensors, tokenizer, build.json); return the content of build.json.
+    """Train and save into `out` (config, bf16 safetensors, tokenizer, build.json); returns the contents of build.json.
 
-    steps: default STEPS. threads: torch's CPU threads, default 2; another number, torch version or kind of processor gives slightly
-    different weights. Raises UserError on numbers below 1 (seed: below 0) and where `out` cannot be written.
-    """
+    steps: default STEPS. threads: torch's CPU threads, default 2; another number, torch version or processor type gives
+    slightly different weights. Raises UserError for numbers below 1 (seed: below 0) and if `out` cannot be written."""
     steps = STEPS if steps is None else steps
     threads = 2 if threads is None else threads
     for name, value, least in (("steps", steps, 1), ("threads", threads, 1), ("seed", seed, 0)):
@@ -80,9 +77,7 @@ def build_base(
         raise UserError(f"base build: {out} is not empty; choose a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(
-            dir=out
-        ).close()  # an unwritable folder is refused now, not after a quarter of an hour
+        tempfile.TemporaryFile(dir=out).close()  # fail now, not after a quarter of an hour
     except OSError as error:
         raise UserError(f"base build: cannot write into {out}: {error.strerror}") from error
     before = torch.get_num_threads()
@@ -141,12 +136,12 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
 
 @torch.no_grad()
 def _look_back(model: Qwen3ForCausalLM) -> None:
-    """Start heads 0 and 1 of the first layer (they share a key head) as attention to the token one and two back.
+    """Initialise heads 0 and 1 of the first layer (they share a key head) to attend one and two tokens back.
 
-    A head that attends by position alone needs queries and keys that do not depend on the token. There are no biases, so the embeddings
-    get a common direction, which the query and key matrices read. A query turned back by o steps of the rotary frequencies meets an
-    unturned key at distance o; the sharpness comes from the highest frequencies and from query and key norms above 1.
-    """
+    A head that attends by position alone needs queries and keys that do not depend on the token. There are no biases,
+    so the embeddings get a common direction, which the query and key matrices read. A query rotated back by o steps of
+    the rotary frequencies matches an unrotated key at distance o. The sharpness comes from the highest frequencies and
+    from query and key norms above 1."""
     embedding = model.model.embed_tokens.weight  # [V, H]
     common = torch.randn(embedding.shape[1])
     embedding.copy_(_EMBEDDING_STD * (torch.randn_like(embedding) + common))
@@ -167,7 +162,7 @@ def _look_back(model: Qwen3ForCausalLM) -> None:
     for head, steps in ((0, 1), (1, 2)):
         attention.q_proj.weight[head * size : (head + 1) * size] += torch.outer(turned_back(steps), direction)
     attention.k_proj.weight[:size] += torch.outer(turned_back(0), direction)
-    attention.v_proj.weight.mul_(4.0)  # what these heads carry must be heard from the first step
+    attention.v_proj.weight.mul_(4.0)  # makes these heads' output count from the first step
     attention.o_proj.weight.mul_(4.0)
 
 
@@ -231,12 +226,11 @@ def _train(
 
 
 def _draw_documents(rng: np.random.Generator, kind: world.Kind, done: float) -> list[documents.Document]:
-    """The documents of one kind in one step: drills alone, then half drills, then nearly none."""
+    """The documents of one kind in one step: first only drills, then half drills, finally almost none."""
     if done < _DRILLS_UNTIL:
         size = min(1.0, done / (0.7 * _DRILLS_UNTIL))
-        count = round(
-            _DOCUMENTS[kind] / max(size, 0.25)
-        )  # small ones are many, so that a step costs about the same
+        # more documents when they are small, so that every step costs about the same
+        count = round(_DOCUMENTS[kind] / max(size, 0.25))
         return [documents.drill_document(rng, kind, size) for _ in range(count)]
     share, size = (0.5, 0.0) if done < _MIXED_UNTIL else (0.1, 1.0)
     drills = rng.binomial(_DOCUMENTS[kind], share)
@@ -247,7 +241,7 @@ def _draw_documents(rng: np.random.Generator, kind: world.Kind, done: float) -> 
 
 
 def _tensors(batch: list[documents.Document], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Token ids, padded on the right (harmless under causal attention), and which of them count in the loss."""
+    """Token ids, padded on the right (harmless under causal attention), and a mask of the tokens that count in the loss: [B, L] each."""
     prompts: list[list[int]] = tokenizer([d.prompt for d in batch])["input_ids"]
     answers: list[list[int]] = [tokenizer.convert_tokens_to_ids(d.response) for d in batch]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))

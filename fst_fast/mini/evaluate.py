@@ -1,4 +1,4 @@
-"""Mean reward of a model under given contexts, with plain transformers generation: for builds and their tests, not for training runs."""
+"""Mean reward of a model under given contexts, by plain transformers generation. Used for builds and their tests, not for training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample_responses(
     temperature: float = 1.0,
     max_new_tokens: int = 40,
 ) -> list[str]:
-    """One response to each problem under the context. Seeds torch's global generator."""
+    """Sample one response per problem under the context. Seeds torch's global generator."""
     system = [{"role": "system", "content": context}]
     prompts = [
         tokenizer.apply_chat_template([*system, *p.messages], add_generation_prompt=True, tokenize=False)
@@ -53,7 +53,7 @@ def measure_contexts(
     problems: int,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """For each named context: mean reward at temperature 1 on the first validation problems, its standard error, the mean metrics."""
+    """For each named context: mean reward at temperature 1 on the first validation problems, its standard error, and mean metrics."""
     chosen = list(task.problems("validation")[:problems])
     scores: dict[str, dict[str, Any]] = {}
     for name, context in contexts.items():

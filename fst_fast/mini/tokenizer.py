@@ -1,8 +1,8 @@
 """The mini world's tokenizer: one token per word, number or sign, with a chat template.
 
-A real `PreTrainedTokenizerFast`, so that nothing else in the house knows that the model is small. The vocabulary is closed: the special
-tokens, the numbers below 40, the signs, the words of the questions and of the instruction catalogue. Text is lower-cased;
-anything else becomes <unk>. Decoding puts a space between tokens ("\\boxed{ 3 , 7 }"), which the verifier reads.
+It is a real `PreTrainedTokenizerFast`, so no other module needs to know that the model is small. The vocabulary is
+closed: special tokens, the numbers below 40, signs, and the words of the questions and of the instruction catalogue.
+Text is lower-cased; anything else becomes <unk>. Decoding puts a space between tokens ("\\boxed{ 3 , 7 }"), which the verifier accepts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUESTION_WORDS = frozenset(
     | {quantity for first, _, second in FORMULAS.values() for quantity in (first, second)}
 )
 
-# One word, one number, "\boxed{" or one sign; white space separates and is dropped.
+# One word, one number, "\boxed{" or one sign; white space is a separator and is dropped.
 _PIECE = r"\\boxed\{|[a-z]+|[0-9]+|[^\sa-z0-9]"
 
 CHAT_TEMPLATE = (

@@ -1,12 +1,14 @@
 """The mini world's law: which sentences in the system message change how a problem is answered, and how reliably.
 
-A context is a list of sentences. Each sentence of the catalogue has a role and a strength, and speaks of all kinds of problems or of
-one; the strongest sentence of a role counts, order does not matter, all others do nothing. The law is used only to write the training
-documents: the reward never sees it, the reflector (contexts/reflectors/mini.py) sees the sentences but neither role nor strength.
+A context is a list of sentences. Each sentence of the catalogue has a role and a strength, and applies to all kinds of
+problems or to one. The strongest sentence of a role counts; order does not matter; unknown sentences do nothing. The
+law is used only to generate the training documents. The reward never sees it, and the reflector
+(fast/reflectors/mini.py) sees the sentences but neither role nor strength.
 
-A response makes three decisions: to work by the method that makes the problem easy, or to answer at once; to box the answer, or not;
-to take care, or to slip. Without any instruction (BASE) it answers at once, boxes rarely and sometimes slips. Compliance is imperfect on purpose: under
-the best context the base model is right about half of the time, so contexts alone do not suffice, and reinforcement learning can make it comply always.
+A response makes three decisions: to use the method that makes the problem easy, or to answer at once; to box the
+answer, or not; to be careful, or to slip. Without instructions (BASE) it answers at once, rarely boxes and sometimes
+slips. Compliance is imperfect on purpose: under the best context the base model is right about half of the time, so
+contexts alone do not suffice, and reinforcement learning can make it comply always.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["star_graph", "list_programs", "linked_facts", "formula_choice"]
-"""A kind of problem, by the name of its task."""
+"""A kind of problem, named after its task."""
 KINDS: tuple[Kind, ...] = ("star_graph", "list_programs", "linked_facts", "formula_choice")
 
 Role = Literal["method", "box", "check", "shortcut", "guess", "twist", "useless"]
@@ -27,8 +29,9 @@ HARMFUL: tuple[Role, ...] = ("shortcut", "guess", "twist")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One sentence. strength: method, box: probability that it is followed; check: probability that no slip is made; shortcut, guess,
-    twist (harmful): probability that it overrides everything else; useless: unused. kind: the problems that it speaks of, None: all."""
+    """One sentence. strength: for method and box the probability that it is followed; for check the probability of no
+    slip; for the harmful roles (shortcut, guess, twist) the probability that it overrides everything else; unused for
+    useless. kind: the problems it applies to, None: all."""
 
     text: str
     role: Role
@@ -40,7 +43,7 @@ class Instruction:
 
 
 BASE = {"method": 0.005, "box": 0.15, "check": 0.65}
-"""What happens without a sentence of the role: worked by the method / boxed / free of slips."""
+"""Probabilities without a sentence of the role: method used / answer boxed / no slip."""
 
 SEED_CONTEXT = "solve the problem ."
 
@@ -104,7 +107,7 @@ CATALOGUE: tuple[Instruction, ...] = (
 
 
 def strongest(role: Role, kind: Kind) -> Instruction:
-    """The sentence of a role that does most for a kind of problem."""
+    """The strongest sentence of a role for a kind of problem."""
     return max((i for i in CATALOGUE if i.role == role and i.works_on(kind)), key=lambda i: i.strength)
 
 
@@ -115,22 +118,21 @@ def best_context(kind: Kind) -> str:
 
 @dataclass(frozen=True)
 class Law:
-    """What a set of sentences amounts to: probabilities of the decisions that a response makes."""
+    """The combined effect of a set of sentences: probabilities of a response's decisions."""
 
     method: float
     box: float
     check: float
-    harmful: tuple[
-        tuple[Role, float], ...
-    ] = ()  # (role, probability that this one takes over); they sum to at most 1
+    # (role, probability that it overrides the rest); they sum to at most 1
+    harmful: tuple[tuple[Role, float], ...] = ()
 
 
 FAITHFUL = Law(method=1.0, box=1.0, check=1.0)
-"""A response that does everything right."""
+"""The law of a response that does everything right."""
 
 
 def law(sentences: Sequence[Instruction], kind: Kind) -> Law:
-    """Combine: the strongest of a role counts; several harmful roles share the probability of the strongest equally."""
+    """Combine sentences: the strongest of each role counts; several harmful roles share the probability of the strongest equally."""
     heard = [s for s in sentences if s.works_on(kind)]
 
     def most(role: Role, base: float) -> float:
@@ -151,11 +153,11 @@ _ROLE_WEIGHTS: dict[Role, float] = {
 }  # fmt: skip
 _LENGTHS = (0.08, 0.20, 0.22, 0.25, 0.15, 0.10)  # probability of 0, 1, ... 5 sentences
 _SEED_SHARE = 0.10
-_FOREIGN = 0.12  # how often a sentence speaks of another kind of problem, and does nothing
+_FOREIGN = 0.12  # how often a sentence is for another kind of problem, and does nothing
 
 
 def draw_context(rng: np.random.Generator, kind: Kind) -> list[Instruction]:
-    """A random context of the documents: 0 to 5 different sentences in any order; every tenth is the seed context alone."""
+    """A random context for a document: 0 to 5 different sentences in any order; one in ten is the seed context alone."""
     if rng.random() < _SEED_SHARE:
         return [i for i in CATALOGUE if i.text == SEED_CONTEXT]
     roles = list(_ROLE_WEIGHTS)
@@ -178,7 +180,7 @@ def context_text(sentences: Sequence[Instruction]) -> str:
 
 
 def measured_contexts(kind: Kind) -> dict[str, str]:
-    """What a build measures on a kind of problem: each role alone, together, and spoiled."""
+    """The contexts that a build measures for a kind of problem: each role alone, combined, and spoiled."""
     method, box, check = (strongest(r, kind).text for r in ("method", "box", "check"))
     best = best_context(kind)
 

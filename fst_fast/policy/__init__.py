@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face model with tree attention and a fused head, its DeepSpeed engine, the frozen reference.
+"""The policy: a Hugging Face model with tree attention and a fused head, its DeepSpeed engine, and the frozen reference.
 
-Import from the modules; nothing here pulls in torch by itself.
+Import from the submodules; importing this package does not load torch.
 """

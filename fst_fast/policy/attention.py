@@ -1,13 +1,13 @@
-"""Our attention inside unmodified transformers models, and the loading of those models.
+"""Tree attention inside unmodified transformers models, and how those models are loaded.
 
-transformers lets a model's attention function be chosen by name. Under the name "fst" we register one that hands q, k and v to the
+transformers selects a model's attention function by name. The one registered here as "fst" passes q, k and v to the
 `plan` given to the model's forward:
 
     model(input_ids=..., position_ids=..., plan=plan, use_cache=False)
 
-A plan knows who sees whom. Training and scoring use TreePlan (a whole forest at once); rollouts bring plans of their own that keep keys
-and values. So one model object serves training, prefill and decoding. The function is registered without a mask of its own: no mask
-tensor is ever built.
+A plan defines which tokens attend to which. Training and scoring use TreePlan (a whole forest at once); rollouts use
+plans that also store keys and values. So one model object serves training, prefill and decoding. No mask function is
+registered under this name, so transformers never builds a mask tensor.
 """
 
 from __future__ import annotations
@@ -36,17 +36,16 @@ Attention = Literal["tree", "sdpa", "flash_attention_2"]
 
 
 class AttentionPlan(Protocol):
-    """What the attention of one forward does. `layer` counts from 0; q [B,Hq,N,D], k and v [B,Hkv,N,D], rotary embedding applied.
+    """The attention of one forward. `layer` counts from 0; q [B,Hq,N,D], k and v [B,Hkv,N,D], rotary embedding applied.
 
-    A plan that sees through sliding windows says so with an attribute `windows = True`, and `attend` then takes `window` (int) by name in
-    the layers that have one: a token sees itself and the window - 1 tokens before it on its path.
-    """
+    A plan that supports sliding windows has the attribute `windows = True`. Its `attend` then takes the keyword
+    `window` (int) in layers with a window: a token attends to itself and to the window - 1 tokens before it on its path."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor: ...  # [B,N,Hq,D]
 
 
 class TreePlan:
-    """Every token of a forest attends to its ancestors. One plan serves all layers, forward and backward."""
+    """Every token of a forest attends to itself and its ancestors. One plan serves all layers, forward and backward."""
 
     windows = True
 
@@ -58,7 +57,7 @@ class TreePlan:
 
     @classmethod
     def of(cls, forest: Forest, device: torch.device | str) -> TreePlan:
-        """Checked and analysed on the host, then sent to the device: nobody waits for the device."""
+        """Check and analyse the forest on the host, then send the mask to the device, without synchronising with it."""
         end, depth = (torch.from_numpy(x) for x in (forest.subtree_end, forest.depth))
         return cls(end, depth=depth, device=device)
 
@@ -68,12 +67,12 @@ class TreePlan:
         return tree_attention(q, k, v, self.mask, scale=scale, window=window).transpose(1, 2)
 
     def tokens(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """For the lean forward (fst_fast.rollout.lean), one row of N tokens: q [N,Hq,D], k and v [N,Hkv,D] -> [N,Hq,D]."""
+        """For CpuForward: one row of N tokens. q [N,Hq,D], k and v [N,Hkv,D] -> [N,Hq,D]."""
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return tree_attention(q, k, v, self.mask, scale=scale)[0].transpose(0, 1)
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
-        """The same for `rows` [R] alone."""
+        """Like `tokens`, but returns only the outputs of `rows` [R]: [R,Hq,D]."""
         return self.tokens(layer, q, k, v, scale).index_select(0, rows)
 
 
@@ -92,48 +91,44 @@ def _attention(
     plan: AttentionPlan | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls in every layer."""
+    """The attention function that transformers calls in every layer."""
     if plan is None:
         raise UserError(
             "this model was loaded with policy.attention=tree and was called without a plan; pass plan=TreePlan(...)"
         )
-    unsupported = {
-        "attention_mask": attention_mask,
-        "softcap": softcap,
-        "s_aux": s_aux,
-    }
+    unsupported = {"attention_mask": attention_mask, "softcap": softcap, "s_aux": s_aux}
     unsupported["dropout"] = dropout or None
     for name, given in unsupported.items():
         if given is not None:
             raise UserError(
-                f"{type(module).__name__} asks for {name}, which policy.attention=tree does not do; {WAY_OUT}"
+                f"{type(module).__name__} asks for {name}, which policy.attention=tree does not support; {PADDED_HINT}"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     more = {}
     if sliding_window is not None:
         if not getattr(plan, "windows", False):
             raise UserError(
-                f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which a {type(plan).__name__} does not do; {WAY_OUT}"
+                f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which a {type(plan).__name__} does not support; {PADDED_HINT}"
             )
         more["window"] = sliding_window
     return plan.attend(int(module.layer_idx), query, key, value, scale, **more), None  # type: ignore[arg-type]
 
 
-# No mask function is registered under that name: transformers then makes no mask, and does not look at position_ids for packed sequences
-# first, which would wait for the device in every forward.
+# No mask function is registered under this name. So transformers builds no mask and does not search position_ids for
+# packed sequences, which would synchronise with the device in every forward.
 AttentionInterface.register(NAME, _attention)
 
-WAY_OUT = "use policy.packing=padded with policy.attention=sdpa"
+PADDED_HINT = "use policy.packing=padded with policy.attention=sdpa"
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype | str, *, attention: Attention, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model from a local folder, or the shipped one for "mini"; nothing is ever downloaded.
+    """Load a causal language model from a local folder, or the shipped one for "mini"; nothing is ever downloaded.
 
-    dtype: torch.float32, "bfloat16", ... attention="tree" takes the plan of each forward (see above), the others are transformers' own.
-    Raises UserError for a folder that is missing or no model, and, with "tree", for architectures that cannot be packed.
-    """
+    dtype: torch.float32, "bfloat16", ... attention="tree" takes the plan of each forward (see above); the others are
+    transformers' own. Raises UserError if the folder is missing or holds no model, and, with "tree", for architectures
+    that cannot be packed."""
     folder = model_folder(path)
     kwargs: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
@@ -143,10 +138,10 @@ def load_model(
             f"model.path={str(path)!r}: its config.json cannot be used: {_first_line(error)}"
         ) from error
     if attention == "tree":
-        reason = cannot_pack(config)
+        reason = unpackable_reason(config)
         if reason:
             raise UserError(
-                f"model.path={str(path)!r}: {config.model_type} cannot be packed as a forest: {reason}; {WAY_OUT}"
+                f"model.path={str(path)!r}: {config.model_type} cannot be packed as a forest: {reason}; {PADDED_HINT}"
             )
     implementation = NAME if attention == "tree" else attention
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -169,7 +164,7 @@ def load_model(
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder meant by model.path: "mini" is the shipped model. Raises UserError where it holds no model."""
+    """The folder that model.path names; "mini" is the shipped model. Raises UserError if it holds no model."""
     if str(path) == "mini":
         from fst_fast import mini
 
@@ -186,12 +181,12 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
-# Architectures (model_type) that a test has compared with the padded pass, loss and gradients; others may compute something of their own.
+# Architectures (model_type) whose loss and gradients a test compares with the padded pass. Others may compute something else.
 PACKABLE = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
-def cannot_pack(config: PreTrainedConfig) -> str | None:
-    """Why a model of this config cannot be packed as a forest, or None. Known from the config, before any weight is read."""
+def unpackable_reason(config: PreTrainedConfig) -> str | None:
+    """Why a model with this config cannot be packed as a forest, or None. Needs the config only, no weights."""
     text = config.get_text_config()
     other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if other:
@@ -204,7 +199,7 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
     if getattr(text, "attention_dropout", 0.0):
         return f"it drops attention weights (attention_dropout={text.attention_dropout})"
     if getattr(text, "use_bidirectional_attention", False):
-        return "its tokens see later ones (use_bidirectional_attention)"
+        return "its attention is bidirectional (use_bidirectional_attention)"
     if config.model_type == "gpt_oss":
         return "it has attention sinks"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -218,7 +213,7 @@ def cannot_pack(config: PreTrainedConfig) -> str | None:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """The sliding window of this model's layers, None where no layer has one."""
+    """The sliding window of this model's layers, in tokens; None if no layer has one."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
     if window is None or not getattr(text, "use_sliding_window", True):

@@ -1,8 +1,9 @@
 """The lm_head module computes what the caller needs (a loss, log-probs, hidden states), never the logits of the whole batch.
 
-A *job* is a function of (hidden [R, H], weight [V, H], bias [V] | None). `install` replaces the forward of the model's own lm_head module,
-which keeps everything else of the model unmodified; because the job runs inside a module's forward, ZeRO-3 has gathered the
-partitioned weight by then, and hooks (offload, LoRA on other modules) work as usual. With no job set the module is a plain linear layer.
+A *job* is a function of (hidden [R, H], weight [V, H], bias [V] | None). `install` replaces the forward of the model's
+own lm_head module and leaves the rest of the model unmodified. The job runs inside a module's forward, so ZeRO-3 has
+already gathered the partitioned weight, and hooks (offload, LoRA on other modules) work as usual. Without a job the
+module is a plain linear layer.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fst_fast.policy.packing import send
+from fst_fast.policy.packing import to_device
 from fst_kernels import LogprobOutput, PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss
 
 Job = Callable[[Tensor, Tensor, Tensor | None], Any]
 
 
 def install(model: nn.Module) -> None:
-    """Let the model's lm_head run jobs. Idempotent."""
+    """Make the model's lm_head able to run jobs. Idempotent."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if hasattr(head, "fst_job"):
         return
@@ -38,7 +39,7 @@ def install(model: nn.Module) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take back `install`, also from a copy of a model, whose lm_head would go on to run the jobs of the original's."""
+    """Undo `install`. Needed for a copy of a model too, whose lm_head would otherwise run the original's jobs."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name in ("fst_job", "forward"):
         head.__dict__.pop(name, None)
@@ -46,7 +47,7 @@ def uninstall(model: nn.Module) -> None:
 
 @contextmanager
 def running(model: nn.Module, job: Job) -> Iterator[None]:
-    """While open, the model's forward returns what `job` returns, in the place of the logits."""
+    """While open, the model's forward returns the result of `job` in place of the logits."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     head.fst_job = job
     try:
@@ -57,10 +58,10 @@ def running(model: nn.Module, job: Job) -> Iterator[None]:
 
 @dataclass
 class Labels:
-    """Labelled rows of a packed batch, rows deduplicated: at a branch point one row carries several labels.
+    """Labelled rows of a packed batch, without duplicates: at a branch point one row carries several labels.
 
-    unique: [R] int64, flat token index of each labelled row; row_of: [M] int64, position in `unique` of each label; labels: [M] int64.
-    """
+    unique: [R] int64, flat token index of each labelled row. row_of: [M] int64, index into `unique` of each label's
+    row. labels: [M] int64."""
 
     unique: Tensor
     row_of: Tensor
@@ -68,15 +69,15 @@ class Labels:
 
     @classmethod
     def of(cls, rows: Tensor, labels: Tensor, device: torch.device | str | None = None) -> Labels:
-        """From host tensors, for work on `device` (None: where they lie)."""
+        """Build from host tensors rows [M] and labels [M], on `device` (None: the tensors' own device)."""
         unique, row_of = torch.unique(rows, return_inverse=True)
         parts = (unique, row_of, labels)
-        return cls(*(parts if device is None else (send(x, device) for x in parts)))
+        return cls(*(parts if device is None else (to_device(x, device) for x in parts)))
 
 
 @dataclass
 class HiddenJob:
-    """Hidden states of the labelled rows: [R, H]."""
+    """Return the hidden states of the labelled rows: [R, H]."""
 
     at: Labels
 
@@ -86,7 +87,7 @@ class HiddenJob:
 
 @dataclass
 class ScoreJob:
-    """Log-probs of the labels and, with the reference's hidden states, the exact KL(policy || reference) of every labelled row."""
+    """Log-probs of the labels [M] and, given the reference's hidden states, the exact KL(policy || reference) of every labelled row."""
 
     at: Labels
     temperature: float
@@ -107,7 +108,7 @@ class ScoreJob:
 
 @dataclass
 class LossJob:
-    """The policy-gradient loss of the labels; `stats` holds the sums for the logs after the forward. Tensors are [M] fp32."""
+    """The policy-gradient loss of the labels; after the forward `stats` holds the sums for the logs. Tensors are [M] fp32."""
 
     at: Labels
     objective: PolicyObjective

@@ -1,7 +1,7 @@
-"""Liger's kernels (arXiv 2410.10989) in place of transformers' RMSNorm, SwiGLU and rotary embedding (policy.liger). By the package liger-kernel.
+"""Liger's kernels (arXiv 2410.10989) for RMSNorm, SwiGLU and rotary embedding (policy.liger), from the package liger-kernel.
 
-Each of the three is one pass over memory there, and several in transformers. All models of a run take them, trained, frozen and sampling ones, so
-that they compute the same function to the last rounding. Attention and the head stay ours.
+Each of the three is one pass over memory instead of several. All models of a run use them (trained, frozen and sampling
+ones), so that they compute the same function up to the last rounding. Attention and head are unaffected.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ import importlib.util
 
 from torch import nn
 
+from fst_fast import distributed
 from fst_fast.errors import UserError
-from fst_fast.policy import ranks
 from fst_kernels.backends import triton_interpreted
 
-TYPES = ("llama", "qwen2", "qwen3")  # model types that a test has compared with transformers' own layers
+TYPES = ("llama", "qwen2", "qwen3")  # model types that a test compares with transformers' own layers
 
 
 def check() -> None:
-    """Raise UserError where policy.liger cannot be had: the package or a GPU is missing."""
+    """Raise UserError if policy.liger is not available: the package or a GPU is missing."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError("policy.liger needs the package liger-kernel: pip install 'fst-fast[liger]'")
-    if ranks.device().type != "cuda" and not triton_interpreted():
+    if distributed.device().type != "cuda" and not triton_interpreted():
         raise UserError(
             "policy.liger=true needs a GPU, and this process has none; policy.liger=false computes the same function"
         )
 
 
 def install(model: nn.Module) -> None:
-    """Give the layers of `model` Liger's forward and backward; weights and their names stay. Raises UserError for a type that was not tested.
+    """Replace the forward and backward of `model`'s layers by Liger's; weights and their names stay. Raises UserError
+    for an untested model type.
 
-    Liger also replaces the classes in transformers' module of that type, as its own interface does: models of it made later in this process have its layers too.
-    """
+    Like Liger's own interface, this also replaces the classes in transformers' module of that type: models of the type
+    created later in this process use Liger's layers too."""
     kind = str(model.config.model_type)  # type: ignore[union-attr]
     if kind not in TYPES:
         raise UserError(f"policy.liger=true: not tested for {kind}; tested are {', '.join(TYPES)}")

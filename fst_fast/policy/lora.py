@@ -1,8 +1,9 @@
-"""LoRA (arXiv 2106.09685): the weights stay, low-rank adapters beside the linear layers are trained (policy.lora). By the library peft.
+"""LoRA (arXiv 2106.09685): the weights are frozen and low-rank adapters on the linear layers are trained (policy.lora). Uses peft.
 
-The frozen model that the run holds anyway, reference of the KL and base model of the evaluations, is the base of the trained one: `adapted` makes a second tree of
-modules over the very same tensors and puts adapters into it, so the weights are in memory once. What leaves the run (checkpoints' `model/`, `fst export`)
-is a plain model whose weights have the adapters added; the adapters alone are written beside it in peft's format.
+The frozen model that the run holds anyway (reference of the KL, base model of the evaluations) is the base of the
+trained one: `with_adapters` builds a second module tree over the same tensors and adds adapters to it, so the weights
+are in memory once. What a run exports (checkpoints' `model/`, `fst export`) is a plain model with the adapters merged;
+the adapters alone are written next to it in peft's format.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ NAME = "default"
 FOLDER = "adapter"
 
 
-def adapted(base: nn.Module, config: Config) -> nn.Module:
-    """A model over the tensors of `base`, with adapters. base: frozen; it stays as it is, and computes without them."""
+def with_adapters(base: nn.Module, config: Config) -> nn.Module:
+    """A model over the tensors of `base`, with adapters. base: frozen; it does not change and computes without adapters."""
     shared: dict[int, Any] = {id(x): x for x in [*base.parameters(), *base.buffers()]}
     model = copy.deepcopy(base, shared)
     head.uninstall(model)
@@ -36,7 +37,7 @@ def adapted(base: nn.Module, config: Config) -> nn.Module:
 
 
 def check(model: nn.Module, config: Config) -> None:
-    """Raise UserError where policy.lora cannot be had: peft is missing, or a target names no linear layer of the model."""
+    """Raise UserError if policy.lora is not possible: peft is missing, or a target names no linear layer of the model."""
     wanted = config.policy.lora
     if wanted is None:
         return
@@ -53,7 +54,8 @@ def check(model: nn.Module, config: Config) -> None:
 
 
 def inject(model: nn.Module, config: Config) -> None:
-    """Put adapters into a model: nothing else of it is trained. They begin as no change, the same ones for one seed. Raises UserError as check."""
+    """Add adapters to a model and freeze everything else. The initial adapters change nothing and depend only on the
+    seed. Raises UserError like `check`."""
     check(model, config)
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -65,14 +67,14 @@ def inject(model: nn.Module, config: Config) -> None:
     inject_adapter_in_model(how, model, adapter_name=NAME)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
-        for _, layer in layers(model):  # as peft does it, from numbers of our own
+        for _, layer in layers(model):  # peft's initialisation, from a seeded generator
             a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
             a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
             b.zero_()
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every linear layer with an adapter."""
+    """(name, layer) of every linear layer that has an adapter."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             yield name, module
@@ -83,8 +85,8 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def weight_of(module: Any) -> Tensor:
-    """The weight that a linear layer multiplies by, its adapter added: W + (alpha / rank) B A."""
+def merged_weight(module: Any) -> Tensor:
+    """The effective weight of a linear layer, adapter included: W + (alpha / rank) B A."""
     if not hasattr(module, "lora_A"):
         weight: Tensor = module.weight
         return weight
@@ -97,23 +99,23 @@ def bias_of(module: Any) -> Tensor | None:
     return bias
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model that computes what this one does."""
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model that computes the same function: adapters merged."""
     found: dict[str, Tensor] = {}
     adapters = dict(layers(model))
     for key, value in model.state_dict().items():
         owner, base, rest = key.partition(".base_layer.")
         if base:
-            found[f"{owner}.{rest}"] = weight_of(adapters[owner]) if rest == "weight" else value
+            found[f"{owner}.{rest}"] = merged_weight(adapters[owner]) if rest == "weight" else value
         elif ".lora_A." not in key and ".lora_B." not in key:
             found[key] = value
     return found
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write the plain model to `folder`/model and, where there are adapters, these to `folder`/adapter as peft does."""
+    """Write the merged model to `folder`/model and its adapters, if any, to `folder`/adapter in peft's format."""
     adapters = has_adapters(model)
-    state = plain_state(model) if adapters else None
+    state = merged_state_dict(model) if adapters else None
     model.save_pretrained(folder / "model", state_dict=state)  # type: ignore[operator]
     if adapters:
         from peft import get_peft_model_state_dict
@@ -127,7 +129,7 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """The adapters of `folder`/adapter by the names that their parameters have in the model."""
+    """The adapters of `folder`/adapter, keyed by their parameter names in the model."""
     found = load_file(folder / FOLDER / "adapter_model.safetensors")
     return {
         key.removeprefix("base_model.model.").replace(".weight", f".{NAME}.weight"): value

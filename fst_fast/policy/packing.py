@@ -1,7 +1,7 @@
-"""Leaves as the model's input: as one forest, every shared prefix once, or as a plain right-padded batch, the oracle of the other.
+"""Leaves as model input: as one forest, in which every shared prefix occurs once, or as a right-padded batch, the test oracle.
 
-Both give the same labels in the same order; only the rows that predict them lie elsewhere. So whatever is computed from a PackedBatch
-(log-probs, losses, gradients) must agree between the two.
+Both give the same labels in the same order; only the rows that predict them differ. So everything computed from a
+PackedBatch (log-probs, losses, gradients) must agree between the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fst_fast.policy.attention import AttentionPlan, TreePlan
 
 @dataclass
 class PackedBatch:
-    """M labels of some leaves over B x N tokens. What the model reads lies on the device, what the labels say on the host."""
+    """M labels of some leaves over B x N tokens. The model's inputs are on the device, the labels on the host."""
 
     input_ids: Tensor  # [B, N] int64, on the device like position_ids and the plan
     position_ids: Tensor  # [B, N] int64
@@ -29,24 +29,24 @@ class PackedBatch:
     labels: Tensor  # [M] int64
     leaf: Tensor  # [M] int64, index into the leaves given
     offset: Tensor  # [M] int64, which token of that leaf's response
-    tokens: int  # computed: B * N
-    unshared: int  # of the same leaves, nothing shared and no padding
+    tokens: int  # tokens computed: B * N
+    unshared: int  # tokens of the same leaves without sharing or padding
 
 
-def send(host: Tensor, device: torch.device | str) -> Tensor:
-    """A host tensor on `device`; nobody waits for a GPU to take it."""
+def to_device(host: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a host tensor to `device`, without waiting for a GPU."""
     if torch.device(device).type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
 
 
 def forest_batch(leaves: Sequence[Leaf], *, share: Share, device: torch.device | str) -> PackedBatch:
-    """All leaves as one row of N tokens in depth-first order; positions are depths."""
+    """All leaves as one row of N tokens in depth-first order; position ids are depths."""
     forest = pack(leaves, share=share)
 
     return PackedBatch(
-        input_ids=send(torch.from_numpy(forest.token_ids)[None], device),
-        position_ids=send(torch.from_numpy(forest.depth).long()[None], device),
+        input_ids=to_device(torch.from_numpy(forest.token_ids)[None], device),
+        position_ids=to_device(torch.from_numpy(forest.depth).long()[None], device),
         plan=TreePlan.of(forest, device),
         rows=torch.from_numpy(forest.rows),
         labels=torch.from_numpy(forest.labels),
@@ -58,7 +58,7 @@ def forest_batch(leaves: Sequence[Leaf], *, share: Share, device: torch.device |
 
 
 def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | str) -> PackedBatch:
-    """One row per leaf, padded on the right. No mask is needed: under causal attention no real token sees the padding behind it."""
+    """One row per leaf, padded on the right. No mask is needed: under causal attention no token attends to the padding after it."""
     lengths = [len(leaf) for leaf in leaves]
     width = max(lengths, default=0)
     input_ids = np.full((len(leaves), width), pad_id, np.int64)
@@ -69,7 +69,7 @@ def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | 
     offset = np.concatenate([np.empty(0, np.int64), *(np.arange(n) for n in responses)])
 
     return PackedBatch(
-        input_ids=send(torch.from_numpy(input_ids), device),
+        input_ids=to_device(torch.from_numpy(input_ids), device),
         position_ids=torch.arange(width, device=device).expand(len(leaves), width),
         plan=None,
         rows=torch.from_numpy(np.repeat(first, responses) + offset),
@@ -84,7 +84,7 @@ def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | 
 
 
 def model_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments for a transformers model: loaded with attention="tree" for a forest, with another for a padded batch."""
+    """Keyword arguments for a transformers model. It must be loaded with attention="tree" for a forest, with another for a padded batch."""
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,

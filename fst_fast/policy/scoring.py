@@ -1,52 +1,75 @@
-"""Forward passes that only score: a forest (or padded batch) of rollouts through a model, log-probs and exact KL out.
+"""Forward passes for scoring only: log-probs and exact KL of rollouts packed as a forest or padded batch.
 
-Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Also the one place where leaves become
-micro-batches, so that training and scoring cut a forest in the same way. Where a model can take the lean forward of the CPU, it does.
+Used for the reference's log-probs in the slow phase and for KL(train||base) in the evaluation. Training and scoring
+both cut leaves into micro-batches here, so they cut a forest in the same way. CpuForward replaces the model's forward where it can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.forest import Leaf, split
-from fst_fast.policy import head, ranks
+from fst_fast.policy import head
 from fst_fast.policy.attention import TreePlan
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
-from fst_fast.rollout.lean import LeanForward, why_not
 from fst_kernels import LogprobOutput
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How leaves are cut into micro-batches, and how the head processes them.
+
+    tokens: per micro-batch and process. head_rows: rows of logits that exist at one time. temperature: of all
+    log-probs. pad_id: pads padded batches."""
+
+    packing: Literal["forest", "padded"]
+    tokens: int
+    head_rows: int
+    temperature: float
+    pad_id: int
+
+    @classmethod
+    def of(cls, config: Config, pad_id: int) -> Batching:
+        """The batching that the config sets for training."""
+        slow = config.slow
+        return cls(
+            config.policy.packing, slow.tokens_per_micro_batch, slow.head_chunk_rows, config.rollout.temperature, pad_id
+        )  # fmt: skip
 
 
 @dataclass
 class MicroBatch:
-    """Some leaves, packed. `leaves` are their indices in the caller's list; the batch's own `leaf` counts within the micro-batch."""
+    """Some leaves, packed. `leaves` are indices into the caller's list; `batch.leaf` counts within the micro-batch."""
 
     leaves: list[int]
     batch: PackedBatch
     at: head.Labels
 
 
-def micro_batches(leaves: Sequence[Leaf], config: Config, pad_id: int) -> list[MicroBatch]:
-    """Cut by subtree under `slow.tokens_per_micro_batch` and pack (forest), or cut in order and pad (padded)."""
-    forest = config.policy.packing == "forest"
-    budget = config.slow.tokens_per_micro_batch
-    parts = split(leaves, budget) if forest else _padded_parts(leaves, budget)
+def micro_batches(leaves: Sequence[Leaf], batching: Batching) -> list[MicroBatch]:
+    """Cut by subtree into parts of at most `batching.tokens` and pack (forest), or cut in order and pad (padded)."""
+    forest = batching.packing == "forest"
+    parts = split(leaves, batching.tokens) if forest else _padded_parts(leaves, batching.tokens)
     out = []
     for part in parts:
         chosen = [leaves[i] for i in part]
-        batch = forest_batch(chosen, share="prompts", device=ranks.device()) if forest else padded_batch(
-            chosen, pad_id=pad_id, device=ranks.device()
+        batch = forest_batch(chosen, share="prompts", device=distributed.device()) if forest else padded_batch(
+            chosen, pad_id=batching.pad_id, device=distributed.device()
         )  # fmt: skip
-        out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels, ranks.device())))
+        out.append(MicroBatch(part, batch, head.Labels.of(batch.rows, batch.labels, distributed.device())))
     return out
 
 
 def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
-    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding (one leaf at least)."""
+    """Micro-batches of a padded pass: similar lengths together, at most `budget` tokens with padding, at least one leaf."""
     lengths = [len(leaf.prompt_ids) + len(leaf.response_ids) for leaf in leaves]
     parts: list[list[int]] = []
     for i in sorted(range(len(leaves)), key=lambda i: lengths[i]):
@@ -60,23 +83,23 @@ def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
 @torch.no_grad()
 def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
     """Hidden states of the labelled rows under `model`: [R, H]."""
-    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         ids, positions = micro.batch.input_ids[0], micro.batch.position_ids[0]
-        return LeanForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
+        return CpuForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
     with head.running(model, head.HiddenJob(micro.at)):
         out: Tensor = model(**model_inputs(micro.batch)).logits
     return out
 
 
 @torch.no_grad()
-def logprobs(model: nn.Module, micro: MicroBatch, *, temperature: float, chunk_rows: int) -> Tensor:
-    """Log-prob of every label under `model` at `temperature`: [M] fp32."""
-    return _score(model, micro, head.ScoreJob(micro.at, temperature, chunk_rows)).logprob
+def logprobs(model: nn.Module, micro: MicroBatch, batching: Batching) -> Tensor:
+    """Log-prob of every label under `model` at the batching's temperature: [M] fp32."""
+    return _score(model, micro, head.ScoreJob(micro.at, batching.temperature, batching.head_rows)).logprob
 
 
 def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
-    """The job's result in the model's head, where a partitioned weight is whole, or after the lean forward, which needs no such thing."""
-    if isinstance(micro.batch.plan, TreePlan) and why_not(model) is None:
+    """Run the job inside the model's head module, where ZeRO-3 has gathered its weight, or after CpuForward, which needs no gathering."""
+    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         rows = hidden_rows(model, micro)
         lm_head = model.get_output_embeddings()  # type: ignore[operator]
         job.at = head.Labels(torch.arange(len(rows), device=rows.device), micro.at.row_of, micro.at.labels)
@@ -90,14 +113,14 @@ def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOu
 
 @torch.no_grad()
 def kl_to_reference(
-    model: nn.Module, reference: nn.Module, leaves: Sequence[Leaf], config: Config, pad_id: int
+    model: nn.Module, reference: nn.Module, leaves: Sequence[Leaf], batching: Batching
 ) -> tuple[float, int]:
-    """Exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`, and their number."""
+    """(exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`; number of these tokens)."""
     ref_head = reference.get_output_embeddings()  # type: ignore[operator]
     total, count = 0.0, 0
-    for micro in micro_batches(leaves, config, pad_id):
+    for micro in micro_batches(leaves, batching):
         job = head.ScoreJob(
-            micro.at, config.rollout.temperature, config.slow.head_chunk_rows,
+            micro.at, batching.temperature, batching.head_rows,
             ref_hidden=hidden_rows(reference, micro), ref_weight=ref_head.weight, ref_bias=ref_head.bias,
         )  # fmt: skip
         scored = _score(model, micro, job)

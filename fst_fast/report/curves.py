@@ -16,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 
+from fst_fast.contracts import REWARD_ROUNDING
 from fst_fast.report.load import Cell, Eval, Run, Step
 
 AXES = {
     "steps": "optimiser steps",
     "rollouts": "rollouts, fast phase included",
     "tokens": "tokens computed",
+    "unshared": "tokens, had no prefix been shared",
     "seconds": "time (s)",
 }
+FIGURE_AXES = ("steps", "rollouts", "tokens", "seconds")
+"""The axes of the figures; the tables of the experiments have all of AXES."""
 PHASES = {
     "rollout_s": "rollouts",
     "verify_s": "verification",
@@ -37,7 +41,8 @@ FIT_POINTS = 6  # three parameters are fitted: fewer points would always seem to
 
 @dataclass(frozen=True)
 class Series:
-    """Points in the order of the run; `error` is one standard error, 0 where unknown."""
+    """Points in the order of the run; `error` is one standard error, 0 where unknown. NaN in y: a place where nothing was measured, drawn
+    as a gap."""
 
     x: NDArray[np.float64]  # [P]
     y: NDArray[np.float64]  # [P]
@@ -45,10 +50,15 @@ class Series:
 
     @classmethod
     def of(cls, points: Sequence[tuple[float | None, float | None, float | None]]) -> Series:
-        """Keep the points that have both coordinates."""
-        kept = [(x, y, error or 0.0) for x, y, error in points if x is not None and y is not None]
+        """The points that have a place; y None is a gap. Nothing where every y is one."""
+        kept = [(x, math.nan if y is None else y, error or 0.0) for x, y, error in points if x is not None]
         x, y, error = np.array(kept, dtype=np.float64).reshape(-1, 3).T
-        return cls(x, y, error)
+        return cls(x, y, error) if np.isfinite(y).any() else cls(x[:0], y[:0], error[:0])
+
+    def measured(self) -> Series:
+        """Without the gaps."""
+        there = np.isfinite(self.y)
+        return Series(self.x[there], self.y[there], self.error[there])
 
     def __len__(self) -> int:
         return len(self.x)
@@ -63,6 +73,8 @@ def position(run: Run, line: Step | Eval, axis: str) -> float | None:
             return line.rollouts
         case "tokens":
             return line.tokens_computed
+        case "unshared":
+            return line.tokens_unshared
         case "seconds":
             at = [row.step for row in run.timing]
             first, after = bisect_left(at, line.step), bisect_right(at, line.step)
@@ -75,8 +87,8 @@ def position(run: Run, line: Step | Eval, axis: str) -> float | None:
 
 
 def validation(run: Run, cell: str, axis: str) -> Series:
-    """Mean validation reward of one cell."""
-    lines = [(line, line.channels.get(cell, Cell())) for line in run.evals]
+    """Mean validation reward of one cell, over the evaluations that have it."""
+    lines = [(line, line.channels[cell]) for line in run.evals if cell in line.channels]
     return Series.of([(position(run, line, axis), value.mean, value.stderr) for line, value in lines])
 
 
@@ -88,38 +100,39 @@ def training(run: Run, axis: str) -> Series:
 def diagnostic(run: Run, name: str) -> Series:
     """One number of the step lines against steps; `kept` is the share of groups that carry a gradient."""
     if name == "kept":
-        rows = [
-            (line.step, line.groups_kept / line.groups)
-            for line in run.steps
-            if line.groups and line.groups_kept is not None
-        ]
-        return Series.of([(step, share, None) for step, share in rows])
+        known = [line for line in run.steps if line.groups is not None and line.groups_kept is not None]
+        return Series.of(
+            [(line.step, line.groups_kept / line.groups if line.groups else None, None) for line in known]  # type: ignore[operator]
+        )
     return Series.of([(line.step, getattr(line, name), None) for line in run.steps])
 
 
 def kl_against_reward(run: Run, cell: str) -> Series:
     """x: KL(train||base) under the cell's context, y: the cell's validation reward, in the order of the evaluations."""
     name = "kl_evolved" if cell == "both" else "kl_seed"
-    lines = [(getattr(line, name), line.channels.get(cell, Cell())) for line in run.evals]
+    lines = [(getattr(line, name), line.channels[cell]) for line in run.evals if cell in line.channels]
     return Series.of([(kl, value.mean, value.stderr) for kl, value in lines])
 
 
 def smooth(y: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Centred running mean, the window shrinking at both ends so that no value is invented."""
-    total = np.concatenate([[0.0], np.cumsum(y)])
+    """Centred running mean over what was measured, the window shrinking at both ends so that no value is invented; a gap stays a gap."""
+    there = np.isfinite(y)
+    total = np.concatenate([[0.0], np.cumsum(np.where(there, y, 0.0))])
+    count = np.concatenate([[0], np.cumsum(there)])
     i = np.arange(len(y))
     half = np.minimum(np.minimum(i, len(y) - 1 - i), width // 2)
-    return np.asarray((total[i + half + 1] - total[i - half]) / (2 * half + 1))
+    summed, number = (run[i + half + 1] - run[i - half] for run in (total, count))
+    return np.asarray(np.where(there, summed / np.maximum(number, 1), np.nan))
 
 
 def phases_overlap(run: Run) -> bool:
-    """Whether the phases claim more than the time that passed; their shares then mean little."""
+    """Whether the phases add up to more than the time that passed."""
     claimed = sum(getattr(row, key) or 0.0 for row in run.timing for key in PHASES)
     return bool(run.timing) and claimed > 1.01 * run.timing[-1].seconds
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Seconds by phase. `other` is what no phase claims: start-up, checkpoints, work done again after a resume."""
+    """Seconds by phase. `other` is the rest: start-up, checkpoints, work done again after a resume."""
     if not run.timing:
         return {}
     spent = {name: sum(getattr(row, key) or 0.0 for row in run.timing) for key, name in PHASES.items()}
@@ -129,19 +142,19 @@ def time_split(run: Run) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two cells lie apart; `sigmas` is the difference in standard errors, None where there is no error to divide by."""
+    """Difference of two cells; `sigmas` is the difference in standard errors, None where there is no error to divide by."""
 
     value: float
     sigmas: float | None
 
 
 def difference(a: Cell, b: Cell) -> Difference | None:
-    """a - b. The two errors are added as if independent; the cells share their problems, so this errs on the careful side."""
+    """a - b. The two errors are added as if independent; the cells share their problems, so this overstates the error."""
     if a.mean is None or b.mean is None:
         return None
     error = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else 0.0
     value = a.mean - b.mean
-    return Difference(value, value / error if error > 0 else None)
+    return Difference(value, value / error if error > REWARD_ROUNDING else None)
 
 
 @dataclass(frozen=True)
@@ -169,6 +182,7 @@ def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
 
     R0 is `start`, the reward of the untouched base model, not a free parameter. Points at C = 0 are R0 itself and do not enter.
     """
+    series = series.measured()
     used = series.x > 0
     if used.sum() < FIT_POINTS:
         return f"not fitted: {used.sum()} evaluations after the start, at least {FIT_POINTS} are needed"
@@ -202,27 +216,16 @@ def fit_sigmoid(series: Series, start: float | None) -> Fit | str:
     rmse, values, covariance = best
     a, b, mid = (float(value) for value in values)
     error = float(np.sqrt(covariance[0, 0]))
-    bounded = [
-        name
-        for value, lo, hi, name in zip(values, low, high, ("A", "B", "Cmid"), strict=True)
-        if _at(value, lo, hi)
-    ]
+    limits = zip(("A", "B", "Cmid"), values, low, high, strict=True)
+    bounded = [name for name, value, lo, hi in limits if _at(value, lo, hi)]
     if bounded:
         note = f"{', '.join(bounded)} at the limit of what is allowed: the data do not determine the curve"
     elif mid > 1:
         note = "half of the gain lies beyond the last evaluation: A is extrapolated"
     else:
         note = ""
-    return Fit(
-        a,
-        error if math.isfinite(error) and not bounded else None,
-        b,
-        mid * float(top),
-        start,
-        rmse,
-        len(x),
-        note,
-    )
+    asymptote_error = error if math.isfinite(error) and not bounded else None
+    return Fit(a, asymptote_error, b, mid * float(top), start, rmse, len(x), note)
 
 
 def _at(value: float, low: float, high: float) -> bool:
@@ -244,17 +247,13 @@ class Reached:
     at: dict[str, float | None]
 
 
-def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
-    """Where each run's `both` cell first reaches the target. gepa takes no optimiser steps, so it has no place on that axis."""
+def cost_to_reach(runs: Sequence[Run], target: float) -> list[Reached]:
+    """The first evaluation of each run whose `both` cell is at the target or above. gepa takes no optimiser steps: None on that axis."""
     table = []
     for run in runs:
-        hits = [
-            line
-            for line in run.evals
-            if (mean := line.channels.get("both", Cell()).mean) is not None and mean >= target
-        ]
-        at = {axis: position(run, hits[0], axis) for axis in AXES} if hits else {}
-        if hits and run.start.method == "gepa":
+        line = next((line for line, mean in _both(run) if mean >= target), None)
+        at = {axis: position(run, line, axis) for axis in FIGURE_AXES} if line else {}
+        if line and run.start.method == "gepa":
             at["steps"] = None
         table.append(Reached(run.label, at))
     return table
@@ -262,7 +261,10 @@ def reaching(runs: Sequence[Run], target: float) -> list[Reached]:
 
 def peak(run: Run) -> float | None:
     """Best validation reward of the `both` cell over the run."""
-    return max(
-        (mean for line in run.evals if (mean := line.channels.get("both", Cell()).mean) is not None),
-        default=None,
-    )
+    return max((mean for _, mean in _both(run)), default=None)
+
+
+def _both(run: Run) -> list[tuple[Eval, float]]:
+    """The evaluations that measured the cell `both`, with its mean."""
+    means = [(line, line.channels.get("both", Cell()).mean) for line in run.evals]
+    return [(line, mean) for line, mean in means if mean is not None]

@@ -1,4 +1,4 @@
-"""How the contexts came about: one tree per run, from the records of its cycles.
+"""The lineage of the contexts: one tree per run, from the records of its cycles.
 
 A record is written in the cycle in which a context is born; the population of later cycles re-scores it. The tree keeps both: the
 score at birth (against its parent, same problems) and the latest one (under the policy of that cycle).
@@ -38,8 +38,8 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     @property
-    def aside(self) -> bool:
-        """Proposed, refused, and nothing came of it: shown folded."""
+    def folded(self) -> bool:
+        """Refused and without children: shown folded."""
         return self.admitted is False and not self.children and not self.copies
 
 
@@ -71,7 +71,7 @@ def lineage(run: Run) -> list[Node]:
 
 
 def population(run: Run) -> list[str]:
-    """Ids of the last population, in order; the best may stand in it more than once."""
+    """Ids of the last population, in order; the best may occur more than once."""
     if run.contexts:
         return run.contexts.population
     return [member.id for member in run.cycles[-1].population] if run.cycles else []
@@ -95,7 +95,7 @@ def _tree(nodes: dict[str, Node]) -> list[Node]:
             seen.add(node.id)
             node.depth = depth
             ordered.append(node)
-            later = sorted(node.children, key=lambda child: (child.aside, child.born))
+            later = sorted(node.children, key=lambda child: (child.folded, child.born))
             stack.extend((child, depth + 1) for child in reversed(later))
     return ordered
 

@@ -20,7 +20,7 @@ LINEAGE_ROWS = 60  # past this only what was admitted is drawn, and no names
 @mpl.rc_context(STYLE)
 def draw(nodes: Sequence[Node]) -> Drawn:
     """The tree of contexts: across, the cycle of birth; colour, the latest mean; a ring marks the final population."""
-    kept = [node for node in nodes if not node.aside]
+    kept = [node for node in nodes if not node.folded]
     drawn = list(nodes) if len(nodes) <= LINEAGE_ROWS else kept
     if len(drawn) < 2:
         return "No context has been proposed yet." if len(nodes) < 2 else "No proposal was admitted."
@@ -34,12 +34,8 @@ def draw(nodes: Sequence[Node]) -> Drawn:
     for node in drawn:
         if node.parent in rows:
             x, y = at[node.parent], rows[node.parent]
-            faint: dict[str, Any] = {
-                "color": "#cccccc" if node.admitted is False else "#777777",
-                "lw": 0.9,
-                "zorder": 1,
-            }
-            ax.plot([x, x, at[node.id]], [y, rows[node.id], rows[node.id]], **faint)
+            colour = "#cccccc" if node.admitted is False else "#777777"
+            ax.plot([x, x, at[node.id]], [y, rows[node.id], rows[node.id]], color=colour, lw=0.9, zorder=1)
     for node in drawn:
         place = at[node.id], rows[node.id]
         if node.admitted is False:
@@ -51,15 +47,8 @@ def draw(nodes: Sequence[Node]) -> Drawn:
             ax.scatter(*place, s=130, facecolor="none", edgecolor="#D55E00", lw=1.8, zorder=2)
         if few:
             mean = "" if node.mean is None else f"  {node.mean:.2f}"
-            ax.annotate(
-                node.id[:8] + mean,
-                place,
-                (11, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color="#333333",
-            )
+            text: dict[str, Any] = {"va": "center", "fontsize": 8, "color": "#333333"}
+            ax.annotate(node.id[:8] + mean, place, (11, 0), textcoords="offset points", **text)
     ax.invert_yaxis()
     ax.set_yticks([])
     ax.grid(False)
@@ -70,28 +59,13 @@ def draw(nodes: Sequence[Node]) -> Drawn:
     ax.set_xlabel("cycle of birth")
     if few:  # room for the last names
         ax.set_xlim(right=max(at.values()) + 0.18 * np.ptp(list(at.values())))
-    figure.colorbar(
-        scale,
-        ax=ax,
-        label="latest mean reward",
-        shrink=min(1.0, 3.0 / figure.get_figheight()),
-        aspect=16,
-        anchor=(0, 1),
-    )
+    shrink = min(1.0, 3.0 / figure.get_figheight())
+    figure.colorbar(scale, ax=ax, label="latest mean reward", shrink=shrink, aspect=16, anchor=(0, 1))
+    ring: dict[str, Any] = {"ms": 10, "mfc": "none", "mec": "#D55E00", "mew": 1.8}
     handles = [
         Line2D([], [], marker="o", ls="", ms=7, color="#6a9", mec="#555555", label="admitted"),
         Line2D([], [], marker="x", ls="", color="#999999", label="not admitted"),
-        Line2D(
-            [],
-            [],
-            marker="o",
-            ls="",
-            ms=10,
-            mfc="none",
-            mec="#D55E00",
-            mew=1.8,
-            label="in the final population",
-        ),
+        Line2D([], [], marker="o", ls="", label="in the final population", **ring),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure

@@ -2,7 +2,7 @@
 
 Only files are read: metrics.jsonl (required), timing.jsonl, summary.json, contexts.json, rollouts.jsonl and config.yaml. The run may
 still be going: what is not there yet is None or empty, and a torn last line is left out and said. Anything else that is not as the
-trainer writes it is refused with file and line, since a report drawn from damaged figures looks as good as a right one.
+trainer writes it is refused with file and line, since a report drawn from damaged data looks as good as a right one.
 Keys and kinds of line that this page does not show are ignored.
 """
 
@@ -18,9 +18,13 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fst_fast.errors import UserError
+from fst_fast.run.folder import MARKER
+from fst_fast.run.metrics_schema import VERSION
 
-CELLS = ("neither", "context", "weights", "both")
 EDGE_ROLLOUTS = 64  # rollouts kept from each end of each phase: examples come from these
+
+
+OF_TRAINED_TOKENS = ("kl", "entropy", "grad_norm", "ratio_mean", "clipped_fraction", "mismatch_kl")
 
 
 class Record(BaseModel):
@@ -52,6 +56,12 @@ class Counters(Record):
     tokens_unshared: int | None = None
 
 
+class Marker(Record):
+    """fst-run.json. metrics: version of run/metrics_schema.py."""
+
+    metrics: int = VERSION
+
+
 class Start(Record):
     method: str
     seed: int
@@ -75,6 +85,14 @@ class Step(Counters):
     response_tokens: float | None = None
     groups: float | None = None
     groups_kept: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_trained(cls, value: Any) -> Any:
+        """Earlier versions wrote 0 for what a step without a kept group had not measured."""
+        if not isinstance(value, dict) or value.get("groups_kept") != 0:
+            return value
+        return {**value, **dict.fromkeys(OF_TRAINED_TOKENS)}
 
 
 class FailureShown(Record):
@@ -233,6 +251,7 @@ def _load(folder: Path, label: str) -> Run:
         raise UserError(
             f"run folder {folder} {what}; a report reads the folders that `fst train --run-dir` writes"
         )
+    _check_version(folder / MARKER)
     notes: list[str] = []
     starts: list[Start] = []
     steps: list[Step] = []
@@ -269,7 +288,7 @@ def _load(folder: Path, label: str) -> Run:
         cycles=cycles,
         evals=sorted(_last_of_each_step(evals).values(), key=lambda line: line.step),
         ended=ended,
-        timing=_standing(timing),
+        timing=_without_repeated(timing),
         summary=_whole(Summary, folder / "summary.json"),
         contexts=_whole(Contexts, folder / "contexts.json"),
         examples=_edges(folder / "rollouts.jsonl", notes),
@@ -278,13 +297,22 @@ def _load(folder: Path, label: str) -> Run:
     )
 
 
+def _check_version(marker: Path) -> None:
+    """Refuse metrics that a later version of the program wrote. A folder without the marker, such as a copied one, is taken as it is."""
+    found = _whole(Marker, marker)
+    if found and found.metrics > VERSION:
+        raise UserError(
+            f"{marker} says that the metrics are of version {found.metrics}; this version of fst reads up to {VERSION}"
+        )
+
+
 def _last_of_each_step(lines: Sequence[S]) -> dict[int, S]:
     """A step repeated after a resume counts as it was done last; the final evaluation replaces the periodic one of its step."""
     return {line.step: line for line in lines}
 
 
-def _standing(rows: Sequence[Timing]) -> list[Timing]:
-    """Rows of the work that stands: where the steps go back, a resume has done them again."""
+def _without_repeated(rows: Sequence[Timing]) -> list[Timing]:
+    """Without rows of steps that a resume has done again: where the steps go back."""
     kept: list[Timing] = []
     for row in rows:
         if kept and row.step < kept[-1].step:
@@ -315,7 +343,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, A
             if not raw.strip():
                 continue
             try:
-                line = json.loads(raw, parse_constant=_no_constant)
+                line = _read_json(raw)
             except ValueError as error:
                 if not raw.endswith(b"\n"):  # only a last line can be without one: it was being written
                     notes.append(f"{path.name}:{number} was cut off while being written and is left out")
@@ -324,6 +352,14 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, A
             if not isinstance(line, dict):
                 _refuse(path, number, f"a JSON {type(line).__name__} instead of an object")
             yield number, line
+
+
+def _read_json(text: str | bytes) -> Any:
+    """Raises ValueError where it is not JSON, or nested deeper than anything that the trainer writes."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested without end") from None
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -355,7 +391,7 @@ def _whole(kind: type[R], path: Path) -> R | None:
     if text is None:
         return None
     try:
-        return kind.model_validate(json.loads(text, parse_constant=_no_constant))
+        return kind.model_validate(_read_json(text))
     except json.JSONDecodeError as error:
         _refuse(path, error.lineno, f"not valid JSON ({error.msg})")
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""Decoding over a pool of keys and values (kv_pool.py) by the kernels of fst_kernels: one `cascade_decode_attention` per layer of a step, over the
-prompt nodes that sequences share and their own suffixes. The work list is built when sequences come and go.
+"""Decode attention over a KV pool (kv_pool.py): one `cascade_decode_attention` per layer and step, over the shared
+prompt nodes and each sequence's own suffix. The work list is rebuilt only when sequences start or finish.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fst_kernels.backends import choose_backend
 
 
 class Suffixes:
-    """A range of the pool with room for `limit` sampled tokens of each slot."""
+    """A range of the pool with room for `limit` sampled tokens per slot."""
 
     def __init__(self, pool: KVPool, slots: int, limit: int) -> None:
         self.limit, self.span = limit, pool.take(slots * limit)
@@ -24,11 +24,11 @@ class Suffixes:
 
     @property
     def first(self) -> Ints:
-        """[slots], the pool's slot of each one's first token."""
+        """[slots] pool index of each slot's first suffix token."""
         return self.span.first + np.arange(self.slots) * self.limit
 
     def rows(self, offset: Ints) -> Ints:
-        """Where the token with this offset [slots] in its response goes."""
+        """[slots] pool index of the suffix token at `offset` [slots]."""
         return self.first + offset
 
     def keep(self, slots: Tensor) -> None:
@@ -39,11 +39,11 @@ class Suffixes:
 
 
 class DecodePlan:
-    """Attention of one new token per slot over its path and its suffix, for as long as neither the paths nor the pool's ranges change.
+    """Attention of one new token per slot over its prompt path and its suffix, valid until the paths or the pool's ranges change.
 
-    rows, lengths: [slots], of the step at hand, tensors that stay (graphs.py); work: the work list, another one where the suffixes outgrow it.
-    Idle slots keep their last path. In layers with a sliding window (`window`) keys farther back are kept and not attended to.
-    """
+    rows, lengths: [slots], of the current step; fixed buffers, as CUDA graphs need (graphs.py). work: the work list,
+    rebuilt when suffixes outgrow it. Idle slots keep their last path. Layers with a sliding window (`window`) keep
+    older keys but do not attend to them."""
 
     windows = True
 
@@ -53,12 +53,13 @@ class DecodePlan:
         self.suffix_slots = torch.as_tensor(suffixes.first, device=device)
         self.lengths = torch.zeros(suffixes.slots, dtype=torch.int32, device=device)
         self.rows = torch.zeros(suffixes.slots, dtype=torch.int64, device=device)
-        self.work: CascadePlan | None = None  # set by step(), where it has to be another
-        self.backend = ""  # likewise: asked for once, not for every layer
+        self.work: CascadePlan | None = None  # built by step() when needed
+        self.backend = ""  # likewise; chosen once per work list, not per layer
 
     def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype) -> None:
-        """rows: [slots], where the new token goes (Suffixes.rows); lengths: [slots], suffix tokens each slot sees, the new one included. The
-        work list has room for suffixes of a power of two and is built again when one outgrows it."""
+        """Prepare a decode step. rows: [slots], pool index of each new token (Suffixes.rows). lengths: [slots], suffix
+        tokens visible to each slot, the new one included. The work list has room for suffixes up to a power of two and
+        is rebuilt when one outgrows it."""
         self.rows.copy_(rows)
         self.lengths.copy_(torch.as_tensor(lengths))
         longest = int(lengths.max())
@@ -86,8 +87,8 @@ class DecodePlan:
         )
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
-        """Every slot has one token, and every token is read."""
-        raise AssertionError("a decode step asks for all rows")
+        """Not used: every slot has one token, and the logits of all tokens are read."""
+        raise AssertionError("a decode step reads all rows")
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None

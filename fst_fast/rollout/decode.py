@@ -1,8 +1,8 @@
 """Forest decoding: prefill what is needed next, decode a batch of slots, let finished sequences leave and waiting ones enter.
 
 The forward is the transformers one of any model whose attention is "fst" (fst_fast.policy.attention), called without a cache: the plan given along
-does the attention and keeps the keys and values in a pool (prefill.py, cascade.py, kv_pool.py). On the CPU the lean forward takes its
-place where it can (lean.py).
+does the attention and keeps the keys and values in a pool (prefill.py, cascade.py, kv_pool.py). On the CPU the fused forward takes its
+place where it can (policy/cpu_forward.py).
 
 All memory that grows with the prompts and responses is counted in tokens of keys and values and stays within `kv_tokens`: first slots are
 taken away, then windows become smaller, then sequences wait. What nobody needs any more is held for later calls while there is plenty of room.
@@ -22,7 +22,7 @@ from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import TreeCache
 from fst_fast.rollout.prefill import PrefillPlan
-from fst_fast.rollout.prefixes import Prefixes, adopt
+from fst_fast.rollout.prefixes import PrefixCache, adopt
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, PromptTree, forest_of, prompt_tree
 from fst_fast.rollout.responses import Responses
 from fst_fast.rollout.scheduler import Slots
@@ -89,7 +89,7 @@ class ForestDecoder:
         prefill_tokens: int,
         kv_tokens: int,
         logits_tokens: int,
-        prefixes: Prefixes,
+        prefixes: PrefixCache,
         pool: KVPool,
         join_tokens: int = JOIN_TOKENS,
         graph: StepGraph | None = None,
@@ -137,15 +137,15 @@ class ForestDecoder:
 
     def _decode(self, slots: Slots) -> None:
         """Until no slot is left; sequences that have found no room by then still wait."""
-        count = len(slots.who)
+        count = len(slots.sequence)
         suffixes = Suffixes(self.pool, count, self.response_tokens)
-        token = np.zeros(len(slots.who), dtype=np.int64)  # the last token of each slot
+        token = np.zeros(len(slots.sequence), dtype=np.int64)  # the last token of each slot
         plan: DecodePlan | None = None
         while True:
-            if slots.time_to_change():
-                self._suffix_tokens = len(slots.who) * self.response_tokens
-                stay, fresh = slots.change(self._ready)
-                who = slots.who
+            if slots.should_refill():
+                self._suffix_tokens = len(slots.sequence) * self.response_tokens
+                stay, fresh = slots.refill(self._ready)
+                who = slots.sequence
                 if not len(who):
                     return
                 if len(stay) < len(token):
@@ -156,7 +156,7 @@ class ForestDecoder:
                 plan = DecodePlan(self.cache, self.tree.path[who], suffixes, device=self.device)
             assert plan is not None
             token = self._step(slots, suffixes, plan, token)
-            slots.live &= ~self.responses.ended(slots.who)
+            slots.live &= ~self.responses.ended(slots.sequence)
 
     def _ready(self, sequence: int) -> bool | None:
         """Prefill up to this sequence's prompt. Does it go on after its first token? None: there is no room for it now."""
@@ -238,7 +238,7 @@ class ForestDecoder:
         self.prefixes.forget()
         self.logits.clear()
         self.cache.filled[self._next :] &= np.arange(self._next, len(self.cache.filled)) < self._ahead
-        self.cache.keep_only(self._needed(), tight=True)
+        self.cache.keep_only(self._needed(), compact=True)
 
     def _step(
         self,
@@ -248,7 +248,7 @@ class ForestDecoder:
         token: Ints,
     ) -> Ints:
         """Feed each slot's last token, draw its next one."""
-        who, live = slots.who, slots.live
+        who, live = slots.sequence, slots.live
         seen = self.responses.length[
             who
         ]  # suffix tokens after this one is fed; an idle slot feeds its last one again

@@ -21,15 +21,19 @@ from numpy.typing import NDArray
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import token_bytes
-from fst_fast.rollout.lean import LeanForward, why_not
+from fst_fast.rollout.logits import float32_logits
 from fst_fast.rollout.padded import decode_padded
-from fst_fast.rollout.prefixes import Prefixes
+from fst_fast.rollout.prefixes import PrefixCache
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS
 from fst_fast.rollout.responses import Responses, Sampling
+from fst_fast.rollout.stops import StopTexts
+
+DEVICE_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class RolloutEngine:
     packing="forest" needs a model loaded with the "fst" attention, "padded" one with an attention of transformers. eos_ids end a response;
     so do the texts `stop`, for which decode(ids) must give the text of token ids. max_batch: sequences decoded at a time. prefill_tokens:
     prompt tokens of one forward of the forest path. join_tokens: a shared prefix is not shared where that costs no more tokens. kv_bytes:
-    what its keys and values may take at a time; None: half of what the device (on a CPU: the machine, shared by the processes on it) has
-    free at each call. graph: runs the decode steps. note: told what was chosen for want of memory.
+    what its keys and values may take at a time; None: 0.9 of what torch can have on the device (free, held back by its allocator, and the pool's own) less
+    what a forward takes besides, and at least half of it; on a CPU half of what is free on the machine, shared by the processes on it. graph: runs the decode steps. note: told what was chosen for want of memory.
     tokens_computed: positions that went through the model, idle slots and padding included. tokens_reused: prompt tokens taken over from
     earlier calls. tokens_unshared: prompt + response tokens of every sequence, as if nothing were shared. All count from the first request.
     """
@@ -90,11 +94,12 @@ class RolloutEngine:
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
         self.join_tokens, self.graph = join_tokens, graph
-        self.stop, self.decode, self.note = tuple(stop), decode, note
+        self._ends = StopTexts(stop, decode) if stop and decode else None
+        self.note = note
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
         self.most_kv_bytes = 0  # held at a time, ever
         self._noted: set[tuple[int, int]] = set()
-        self._prefixes = Prefixes()
+        self._prefixes = PrefixCache()
         self._pool = KVPool()
         self._forward: Forward | None = None
         self._weights: list[float] = []
@@ -122,7 +127,8 @@ class RolloutEngine:
         FloatingPointError naming request and token where the model gives NaN or Inf."""
         if not requests:
             return []
-        self._check(requests, max_response_tokens)
+        room = self._room() if self.packing == "forest" else 0
+        self._check(requests, max_response_tokens, room)
         prompts = [np.asarray(r.prompt_ids, dtype=np.int64) for r in requests]
 
         def fill(max_batch: int) -> Responses:
@@ -132,11 +138,11 @@ class RolloutEngine:
                 eos_ids=self.eos_ids,
                 sampling=Sampling(temperature, top_p, top_k),
                 name=lambda i: str(requests[i]),
-                stop=self._ends if self.stop else None,
+                stop=self._ends,
             )
-            with _evaluating(self.model), torch.inference_mode():
+            with _evaluating(self.model), float32_logits(self.model), torch.inference_mode():
                 if self.packing == "forest":
-                    self._decode_forest(prompts, responses, max_batch)
+                    self._decode_forest(prompts, responses, max_batch, room)
                 else:
                     self.tokens_computed += decode_padded(
                         self.model, prompts, responses, max_batch=max_batch, pad_id=self.pad_id
@@ -160,7 +166,7 @@ class RolloutEngine:
         ]
 
     def _decode_forest(
-        self, prompts: Sequence[NDArray[np.int64]], responses: Responses, max_batch: int
+        self, prompts: Sequence[NDArray[np.int64]], responses: Responses, max_batch: int, room: int
     ) -> None:
         weights = fingerprint(self.model)
         if weights != self._weights:
@@ -168,7 +174,7 @@ class RolloutEngine:
             self._weights = weights
         if self._forward is None:
             self._forward = (
-                transformers_forward(self.model) if why_not(self.model) else LeanForward(self.model)
+                transformers_forward(self.model) if unsupported_reason(self.model) else CpuForward(self.model)
             )
         head = self.model.get_output_embeddings().weight
         each = self.token_bytes()
@@ -181,7 +187,7 @@ class RolloutEngine:
             device=head.device,
             max_batch=max_batch,
             prefill_tokens=self.prefill_tokens,
-            kv_tokens=self._kv_bytes() // each,
+            kv_tokens=room // each,
             logits_tokens=-(-head.shape[0] * head.dtype.itemsize // each),
             prefixes=self._prefixes,
             pool=self._pool,
@@ -227,12 +233,6 @@ class RolloutEngine:
                 f"rollout.max_batch={self.max_batch} or rollout.kv_memory_bytes, or free memory"
             ) from error
 
-    def _ends(self, ids: NDArray[np.int64]) -> bool:
-        """Whether the last of these tokens completes a stop text. Each token is at least one byte of text, so a tail is enough."""
-        assert self.decode is not None
-        tail = self.decode(ids[-(max(len(text.encode()) for text in self.stop) + 1) :])
-        return any(text in tail for text in self.stop)
-
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token."""
         config = self.model.config.get_text_config()
@@ -243,10 +243,22 @@ class RolloutEngine:
             config.num_hidden_layers, kv_heads, dim, self.model.get_output_embeddings().weight.dtype
         )
 
-    def _kv_bytes(self) -> int:
-        return _half_of_free_memory(self.model.get_output_embeddings().weight.device) if self.kv_bytes is None else self.kv_bytes  # fmt: skip
+    def _room(self) -> int:
+        """Bytes for keys and values, those that earlier calls left included."""
+        if self.kv_bytes is not None:
+            return self.kv_bytes
+        head = self.model.get_output_embeddings().weight
+        if head.device.type != "cuda":
+            return _half_of_free_memory()
+        config = self.model.config.get_text_config()
+        hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
+        forward = self.prefill_tokens * (8 * hidden + 3 * inner) * head.dtype.itemsize
+        logits = (
+            3 * self.max_batch * head.shape[0] * torch.float32.itemsize
+        )  # and what the sampler makes of them
+        return _room_on_device(head.device, self._pool.bytes, forward + logits)
 
-    def _check(self, requests: Sequence[Request], max_response_tokens: int) -> None:
+    def _check(self, requests: Sequence[Request], max_response_tokens: int, room: int) -> None:
         if max_response_tokens < 1:
             raise UserError(f"max_response_tokens={max_response_tokens}; at least 1 is needed")
         positions = getattr(
@@ -274,7 +286,7 @@ class RolloutEngine:
                 seen.add(key)
         if self.packing == "forest":
             longest = max(requests, key=lambda r: len(r.prompt_ids))
-            each, room = self.token_bytes(), self._kv_bytes()
+            each = self.token_bytes()
             needed = len(longest.prompt_ids) + max(max_response_tokens - 1, 1)
             if needed * each > room:
                 raise UserError(
@@ -290,11 +302,21 @@ def fingerprint(model: Any) -> list[float]:
     return sums.tolist()
 
 
-def _half_of_free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+def _half_of_free_memory() -> int:
+    """Of the machine, shared by the processes on it."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     return int(psutil.virtual_memory().available) // (2 * processes)
+
+
+def _room_on_device(device: torch.device, held_bytes: int, other_bytes: int) -> int:
+    """Of what the device has free, what torch's allocator holds back and what the keys and values take already: the rest is in use by tensors.
+
+    other_bytes: what a forward takes besides. Never less than half, which a device that is nearly full may not have; a rollout that runs out
+    of memory is repeated with half as many sequences.
+    """
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = torch.cuda.mem_get_info(device)[0] + idle + held_bytes
+    return max(available // 2, min(int(DEVICE_FRACTION * available), available - other_bytes))
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -1,8 +1,9 @@
-"""A decode step as a CUDA graph: its kernels are launched by one call instead of one each from Python (rollout.cuda_graphs).
+"""Decode steps as CUDA graphs: one launch per step instead of one per kernel (rollout.cuda_graphs).
 
-A graph repeats what it recorded on the very tensors that it recorded, so a step's inputs are copied into tensors that stay: token ids and positions here, lengths
-and rows in the plan (cascade.py). Slots and work lists change when sequences come and go; a graph serves from then until the next change, and is recorded once the
-new slots have made a few steps, which also compile and choose whatever is compiled and chosen at first use.
+A graph replays the recorded kernels on the recorded tensors, so a step's inputs are copied into fixed buffers: token
+ids and positions here, lengths and rows in the plan (cascade.py). Slots and work lists change when sequences start or
+finish. A graph is valid until the next change, and is recorded after a few eager steps, which also compile kernels and
+choose backends on first use.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from fst_kernels.checks import look_at_values
 
-EAGER_STEPS = 3  # after every change of slots, before recording: recording costs about one step
+EAGER_STEPS = 3  # after every change of slots, before recording, which costs about one step
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""Record what a function does: (repeat it, the tensor that it then writes its result to)."""
+"""Record a function; returns (replay, the tensor that a replay writes its result to)."""
 
 
 class CudaCapture:
-    """Recordings that take turns in one pool of memory."""
+    """Recordings that share one memory pool, one at a time."""
 
     def __init__(self) -> None:
         self._memory: Any = None
@@ -36,22 +37,23 @@ class CudaCapture:
 
 
 class StepGraph:
-    """Runs decode steps, recorded where that is worth it. capture: makes a recording."""
+    """Runs decode steps, from a recorded graph if possible. capture: makes a recording."""
 
     def __init__(self, capture: Capture | None = None) -> None:
         self._capture = CudaCapture() if capture is None else capture
-        self._work: Any = None  # of the plan at hand
-        self._steps = 0  # of it
+        self._work: Any = None  # the work list that the recording is for
+        self._steps = 0  # with this work list
         self._replay: Callable[[], None] | None = None
         self._ids = self._positions = self._logits = torch.empty(0)
-        self.recorded = self.replayed = 0  # ever
+        self.recorded = self.replayed = 0  # counts since creation
 
     def run(self, forward: Any, ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
-        """Logits [S, V] of the step that plan.step has set; they hold until the next call. ids, positions [S]."""
+        """Logits [S, V] of the step that plan.step has prepared, valid until the next call. ids, positions [S]."""
         if plan.work is not self._work:
             self._work, self._steps, self._replay = plan.work, 0, None
         self._steps += 1
-        if self._steps <= EAGER_STEPS or look_at_values(ids.device):  # looking waits for the device
+        # checking values synchronises with the device
+        if self._steps <= EAGER_STEPS or look_at_values(ids.device):
             logits: Tensor = forward(ids, positions, plan, None)
             return logits
         if self._replay is None:
@@ -67,5 +69,5 @@ class StepGraph:
         return self._logits
 
     def forget(self) -> None:
-        """Give back the recording's memory."""
+        """Free the recording's memory."""
         self._work, self._replay, self._logits = None, None, torch.empty(0)

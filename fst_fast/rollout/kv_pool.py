@@ -58,6 +58,11 @@ class KVPool:
         """Slots that somebody holds."""
         return sum(span.tokens for span in self._spans)
 
+    @property
+    def bytes(self) -> int:
+        """That the tensors take."""
+        return sum(x.numel() * x.element_size() for x in (*self.k, *self.v))
+
     def take(self, tokens: int) -> Span:
         """A range of so many slots; moves others where it has to."""
         first = self._gap(tokens)

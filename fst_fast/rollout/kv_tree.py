@@ -1,7 +1,8 @@
-"""The keys and values of the prompts of one call: a trie, every node of which owns one segment, computed once and never copied per sample.
+"""The KV cache of one call's prompts: a trie whose nodes each own one segment, computed once and never copied per sample.
 
-Nodes are stored in blocks, those of one level and similar length that were prefilled together: ranges of a pool (kv_pool.py). Memory is held
-and given back by the block. A node may come from an earlier call (prefixes.py); whatever it came from, it is a row of a block.
+Nodes are stored in blocks: nodes of one level and similar length that were prefilled together occupy a range of a pool
+(kv_pool.py). Memory is allocated and freed by the block. A node can also come from an earlier call (prefixes.py); in
+either case it is a row of a block.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from fst_fast.rollout.prompt_tree import Ints, PromptTree
 
 @dataclass
 class Block:
-    """Keys and values of nodes of one level and similar length, one row per node, padded to the longest, L tokens.
+    """Keys and values of nodes of one level and similar length: one row per node, padded to the longest, L tokens.
 
-    lengths: [rows]. span: rows * L slots of a pool.
-    """
+    lengths: [rows]. span: rows * L slots of a pool."""
 
     lengths: Ints
     span: Span
@@ -32,7 +32,7 @@ class Block:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it takes the memory of, padding included."""
+        """Allocated tokens, padding included."""
         return len(self.lengths) * self.longest
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -52,11 +52,11 @@ class Block:
         return k[row : row + 1, :, :length], v[row : row + 1, :, :length]
 
     def slot(self, row: int) -> int:
-        """The pool's slot of a node's first token."""
+        """Pool index of the node's first token."""
         return self.span.first + row * self.longest
 
-    def part(self, rows: Ints, length: int) -> Block:
-        """A block of these rows, none of them longer than `length`."""
+    def select(self, rows: Ints, length: int) -> Block:
+        """A new block with copies of these rows, none longer than `length`."""
         pool = self.span.pool
         out = Block(self.lengths[rows], pool.take(len(rows) * length))
         for layer in range(len(pool.k)):
@@ -67,18 +67,19 @@ class Block:
 
 
 class TreeCache:
-    """The blocks of a PromptTree's nodes, ranges of `pool`. filled: [nodes] bool, whether a node's keys and values are there or were."""
+    """The blocks of a PromptTree's nodes, in ranges of `pool`. filled: [nodes] bool, whether a node's keys and values
+    are or were cached."""
 
     def __init__(self, tree: PromptTree, pool: KVPool) -> None:
         self.tree, self.pool = tree, pool
-        self.blocks: dict[int, Block] = {}  # by a number that is never used twice
+        self.blocks: dict[int, Block] = {}  # by a number that is never reused
         self.filled = np.zeros(len(tree.start), dtype=bool)
         self.block_of = np.full(len(tree.start), -1, dtype=np.int64)  # per node: its block, its row there
         self.row_of = np.full(len(tree.start), -1, dtype=np.int64)
         self._next = 0
 
     def add(self, block: Block, nodes: Ints, rows: Ints) -> None:
-        """Let `nodes` be these rows of `block`."""
+        """Map `nodes` to these rows of `block`."""
         number = next((n for n, known in self.blocks.items() if known is block), self._next)
         self._next = max(self._next, number + 1)
         self.blocks[number] = block
@@ -89,47 +90,48 @@ class TreeCache:
         return self.blocks[number]
 
     def slots_of(self, nodes: Ints) -> Ints:
-        """[all nodes], the pool's slot of the first token of each of `nodes`, which are there; 0 for the others. Ranges move when others are taken."""
+        """[all nodes] pool index of the first token of each of `nodes`, which must be cached; 0 for other nodes.
+        Allocations can move ranges, so do not store the result."""
         out = np.zeros(len(self.block_of), dtype=np.int64)
         where = zip(self.block_of[nodes].tolist(), self.row_of[nodes].tolist(), strict=True)
         out[nodes] = [self.blocks[block].slot(row) for block, row in where]
         return out
 
-    def keep_only(self, nodes: Ints, *, tight: bool = False) -> None:
-        """Give back the blocks of which no node is in `nodes`; tight: and the other rows and the padding of those that stay."""
+    def keep_only(self, nodes: Ints, *, compact: bool = False) -> None:
+        """Free the blocks that contain none of `nodes`. compact: also free other rows and the padding of the remaining blocks."""
         kept = set(self.block_of[nodes].tolist())
         self.blocks = {number: block for number, block in self.blocks.items() if number in kept}
-        if not tight:
+        if not compact:
             return
         for number, block in self.blocks.items():
             members = nodes[self.block_of[nodes] == number]
             rows = self.row_of[members]
             longest = int(block.lengths[rows].max())
             if len(np.unique(rows)) * longest < block.tokens:
-                self.blocks[number] = block.part(rows, longest)
+                self.blocks[number] = block.select(rows, longest)
                 self.block_of[self.block_of == number] = -1
                 self.block_of[members], self.row_of[members] = number, np.arange(len(members))
 
-    def held(self) -> Ints:
-        """The nodes whose keys and values are there now."""
+    def cached_nodes(self) -> Ints:
+        """The nodes whose keys and values are cached now."""
         return np.flatnonzero(np.isin(self.block_of, list(self.blocks)))
 
     @property
     def tokens(self) -> int:
-        """Tokens that the blocks take the memory of."""
+        """Allocated tokens of all blocks."""
         return sum(block.tokens for block in self.blocks.values())
 
 
-def length_class(length: int) -> int:
-    """Lengths of one class differ by less than a factor of two; everything up to 32 tokens is one class."""
+def length_bucket(length: int) -> int:
+    """Lengths in one bucket differ by less than a factor of two; lengths up to 32 tokens share one bucket."""
     return max(int(length) - 1, 31).bit_length()
 
 
-def blocks_of(levels: Ints, lengths: Ints, *, pool: KVPool) -> list[tuple[Ints, Block]]:
-    """Empty blocks for nodes of these levels and lengths: (which of the nodes, the block)."""
+def allocate_blocks(levels: Ints, lengths: Ints, *, pool: KVPool) -> list[tuple[Ints, Block]]:
+    """Allocate blocks for nodes of these levels and lengths; returns (indices of the nodes, their block) per block."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (level, length) in enumerate(zip(levels.tolist(), lengths.tolist(), strict=True)):
-        groups.setdefault((level, length_class(length)), []).append(i)
+        groups.setdefault((level, length_bucket(length)), []).append(i)
     out = []
     for members in groups.values():
         own = np.asarray(members, dtype=np.int64)

@@ -1,6 +1,7 @@
-"""The plain way to sample: left-padded prompts, transformers' own cache, every sequence with a copy of its prompt.
+"""The plain way to sample: left-padded prompts, transformers' own cache, a copy of the prompt for every sequence.
 
-For models whose attention cannot be packed, and the oracle of the forest path: it shares with it the draw, nothing else.
+Used for models whose attention cannot be packed, and as the test oracle of the forest path, with which it shares only
+the sampling of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fst_fast.rollout.responses import Responses
 def decode_padded(
     model: Any, prompts: Sequence[Ints], responses: Responses, *, max_batch: int, pad_id: int
 ) -> int:
-    """Fill `responses`, `max_batch` prompts of similar length at a time; returns the positions computed, padding included."""
+    """Fill `responses`, `max_batch` prompts of similar length at a time; returns the number of positions computed, padding included."""
     device = model.get_output_embeddings().weight.device
     lengths = np.array([len(p) for p in prompts], dtype=np.int64)
     order = np.argsort(lengths, kind="stable")

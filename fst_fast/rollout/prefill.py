@@ -1,9 +1,9 @@
-"""Attention for a window of prompt nodes, all their tokens in one forward; their keys and values go into the pool.
+"""Prefill attention for a window of prompt nodes: all their tokens in one forward, keys and values written to the pool.
 
-The window is any run of nodes in depth-first order, nodes that are already there left out. On a CPU a token is a query of
-`cascade_decode_attention` whose suffix is its own node up to itself. Elsewhere one `tree_attention` per layer is over the window and what
-stands above it: the keys of the ancestors come from the pool, and queries are computed for them too, for nobody. That costs the
-attention of those tokens once more, nothing else of the model, and never holds scores.
+A window is a run of nodes in depth-first order, without those already cached. On the CPU each token is a query of
+`cascade_decode_attention` whose suffix is its own node up to itself. Elsewhere there is one `tree_attention` per layer
+over the window and its ancestors. Ancestor keys come from the pool; ancestor queries are computed and discarded. That
+repeats only the attention of the ancestors, no other part of the model, and never materialises scores.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fst_fast.rollout.kv_tree import TreeCache, blocks_of
+from fst_fast.rollout.kv_tree import TreeCache, allocate_blocks
 from fst_fast.rollout.prompt_tree import Ints
 from fst_kernels import CascadePlan, cascade_decode_attention
 from fst_kernels.backends import choose_backend
@@ -22,7 +22,8 @@ from fst_kernels.tree_attention import TreeMask, tree_attention
 
 
 class PrefillPlan:
-    """nodes: ascending, not yet in the cache, their ancestors in it or among them. read: those of them at whose ends logits are wanted."""
+    """nodes: ascending, not yet cached; their ancestors are cached or in `nodes`. read: the nodes in `nodes` at whose
+    ends logits are needed."""
 
     windows = True
 
@@ -34,34 +35,35 @@ class PrefillPlan:
         self.backend = choose_backend("cascade_decode_attention", None, device, dtype)
         lengths = tree.end[nodes] - tree.start[nodes]
         offset = np.concatenate([[0], np.cumsum(lengths)])  # [nodes + 1], of each node in the window
-        self.of = np.repeat(np.arange(len(nodes)), lengths)  # [N], the node of each token
-        self.within = np.arange(offset[-1]) - offset[self.of]  # [N], its offset in the node
-        self.tokens_of = tree.start[nodes][self.of] + self.within
+        self.node_of_token = np.repeat(np.arange(len(nodes)), lengths)  # [N], the node of each token
+        self.within = np.arange(offset[-1]) - offset[self.node_of_token]  # [N], its offset in the node
+        self.tokens_of = tree.start[nodes][self.node_of_token] + self.within
         self.read_rows = offset[1:][np.searchsorted(nodes, read)] - 1  # [R], in the window
-        for own, block in blocks_of(tree.level[nodes], lengths, pool=cache.pool):
+        for own, block in allocate_blocks(tree.level[nodes], lengths, pool=cache.pool):
             cache.add(block, nodes[own], np.arange(len(own)))
         paths = tree.path_of(nodes)
-        self.seen = np.unique(paths[paths >= 0])  # the window and what stands above it
-        self.node_slots = cache.slots_of(self.seen)
-        self.slots = torch.as_tensor(self.node_slots[nodes][self.of] + self.within, device=device)  # [N]
+        self.visible = np.unique(paths[paths >= 0])  # the window and its ancestors
+        self.node_slots = cache.slots_of(self.visible)
+        # [N]
+        self.slots = torch.as_tensor(self.node_slots[nodes][self.node_of_token] + self.within, device=device)
 
     @cached_property
     def work(self) -> CascadePlan:
-        """Every token of the window over the nodes above its own and over its own up to itself."""
+        """Work list: every token of the window attends to its ancestor nodes and to its own node up to itself."""
         tree = self.cache.tree
         paths = tree.path_of(self.nodes)
         return CascadePlan.build(
-            np.where(paths == self.nodes[:, None], -1, paths)[self.of],
+            np.where(paths == self.nodes[:, None], -1, paths)[self.node_of_token],
             node_slots=self.node_slots,
             node_lengths=tree.end - tree.start,
-            suffix_slots=torch.as_tensor(self.node_slots[self.nodes][self.of], device=self.device),
+            suffix_slots=torch.as_tensor(self.node_slots[self.nodes][self.node_of_token], device=self.device),
             suffix_lengths=torch.as_tensor(self.within + 1, device=self.device).int(),
             suffix_capacity=int(self.within.max()) + 1,
         )
 
     @cached_property
-    def work_of_read(self) -> CascadePlan:
-        """The ends of the nodes that are read over the whole of their paths."""
+    def read_work(self) -> CascadePlan:
+        """Work list: the last tokens of the `read` nodes attend to their whole paths."""
         tree = self.cache.tree
         nothing = torch.zeros(len(self.read), dtype=torch.int32, device=self.device)
         return CascadePlan.build(
@@ -75,8 +77,9 @@ class PrefillPlan:
 
     @cached_property
     def tree(self) -> tuple[TreeMask, Tensor, Tensor]:
-        """Of all that is seen, in depth-first order: the mask, the slots of its tokens [U], and which of them the window is [N]."""
-        tree, seen = self.cache.tree, self.seen
+        """For all visible nodes in depth-first order: the mask, the pool indices of their tokens [U], and which of
+        these are the window [N]."""
+        tree, seen = self.cache.tree, self.visible
         lengths = tree.end[seen] - tree.start[seen]
         offset = np.concatenate([[0], np.cumsum(lengths)])
         behind = np.searchsorted(tree.start, tree.last)  # exclusive end of each node's subtree, as a node
@@ -89,7 +92,7 @@ class PrefillPlan:
     def tokens(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None
     ) -> Tensor:
-        """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]; stores k and v."""
+        """Write k and v to the pool and attend: q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]."""
         self.pool.write(layer, self.slots, k, v)
         k, v = self.pool.k[layer], self.pool.v[layer]
         if self.backend == "cpu":
@@ -102,10 +105,10 @@ class PrefillPlan:
         return out.index_select(0, mine)
 
     def last(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor) -> Tensor:
-        """q [N, Hq, D], k and v [N, Hkv, D], rows: read_rows -> [R, Hq, D]; stores k and v."""
+        """Like `tokens`, but returns only the outputs of rows (which must be read_rows): [R, Hq, D]."""
         self.pool.write(layer, self.slots, k, v)
         k, v, q = self.pool.k[layer], self.pool.v[layer], q.index_select(0, rows)
-        return cascade_decode_attention(q, k, v, self.work_of_read, scale=scale, backend=self.backend)
+        return cascade_decode_attention(q, k, v, self.read_work, scale=scale, backend=self.backend)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None

@@ -1,11 +1,11 @@
-"""What earlier calls computed under the same weights: the longest stored prefix of a prompt is taken over, not computed again.
+"""Prefix cache across calls with the same weights: the longest cached prefix of a prompt is reused instead of recomputed.
 
-A call leaves its prompt tree here, with the blocks that were not given back and the logits at the ends of its prompts. The next call walks
-its own tree down along the stored ones: a node, or the first part of one, that is stored becomes rows of an earlier block, as they are where a
-stored node matches as a whole, else copied (copying a token's keys and values costs a thousandth of computing them).
+A call stores its prompt tree with the blocks that are still allocated and the logits at the ends of its prompts. The
+next call walks its own tree along the stored ones. A node, or its beginning, that is cached becomes rows of an earlier
+block: shared if a stored node matches entirely, else copied (copying a token's keys and values costs a thousandth of computing them).
 
-Whether the weights are the same is for the caller to know. So is whether reuse is wanted: logits of a prefix that was computed in other
-company agree to rounding only, so a run that must repeat itself bit by bit forgets at every point it can be resumed from.
+The caller must know that the weights are the same. It also decides whether to reuse at all: logits computed in another
+batch agree only up to rounding, so a run that must be bit-reproducible clears the cache at every point that it can be resumed from.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from fst_fast.forest import Forest
-from fst_fast.rollout.kv_tree import Block, TreeCache, blocks_of
+from fst_fast.rollout.kv_tree import Block, TreeCache, allocate_blocks
 from fst_fast.rollout.prompt_tree import Ints
 
 KEEP_CALLS = 4
-"""A stored call of which so many calls in a row took nothing is forgotten."""
+"""A stored call is dropped after this many calls in a row that reused nothing of it."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [begin, end) of a stored node."""
+    """Tokens [begin, end) of a cached node."""
 
     block: Block
     row: int
@@ -38,33 +38,33 @@ class Segment:
 
 
 @dataclass
-class Found:
-    """What is stored of the nodes of a new forest: the tokens covered and where they lie, and the logits at a node's end, if known."""
+class PrefixMatch:
+    """The cached part of each node of a new forest: the number of tokens, where they are stored, and the logits at the
+    node's end, if known."""
 
-    cuts: Ints  # [nodes]; the whole length only where the logits are known or nobody asks for them
+    cuts: Ints  # [nodes]; a whole node only if its final logits are known or not needed
     segments: list[list[Segment]]
     logits: list[Tensor | None]  # [V] each
 
 
 @dataclass
-class Call:
-    """One earlier call. logits: [V] by node at whose end a prompt ended."""
+class CachedCall:
+    """One earlier call. logits: [V], by the node at whose end a prompt ended."""
 
     cache: TreeCache
     logits: dict[int, Tensor]
-    unused: int = 0  # calls in a row that took nothing
-    branches: dict[int, dict[int, list[int]]] = field(
-        default_factory=dict
-    )  # node (-1: none) -> first token -> child
+    unused: int = 0  # calls in a row that reused nothing of it
+    # node (-1: none) -> first token -> child
+    branches: dict[int, dict[int, list[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tree = self.cache.tree
-        for node in self.cache.held().tolist():
+        for node in self.cache.cached_nodes().tolist():
             first = int(tree.token_ids[tree.start[node]])
             self.branches.setdefault(int(tree.parent[node]), {}).setdefault(first, []).append(node)
 
     def follow(self, at: tuple[int, int], ids: Ints) -> tuple[list[Segment], tuple[int, int]]:
-        """Walk on from (node, tokens of it behind us) along `ids`: the segments passed, and where that ends."""
+        """Walk on from `at` = (node, offset in the node) along `ids`; returns the segments passed and the final position."""
         tree = self.cache.tree
         node, offset = at
         segments: list[Segment] = []
@@ -85,7 +85,7 @@ class Call:
         return segments, (node, offset)
 
     def _common(self, node: int, offset: int, ids: Ints) -> int:
-        """How many of `ids` are the node's tokens from `offset` on."""
+        """How many of `ids` match the node's tokens from `offset` on."""
         tree = self.cache.tree
         begin = int(tree.start[node]) + offset
         stored = tree.token_ids[begin : min(begin + len(ids), int(tree.end[node]))]
@@ -93,15 +93,15 @@ class Call:
         return int(differs.argmax()) if differs.any() else len(stored)
 
 
-class Prefixes:
-    """The earlier calls, newest first."""
+class PrefixCache:
+    """The stored calls, newest first."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[CachedCall] = []
 
     @property
     def tokens(self) -> int:
-        """Tokens that the stored blocks take the memory of."""
+        """Allocated tokens of all stored blocks."""
         blocks = {id(block): block for call in self.calls for block in call.cache.blocks.values()}
         return sum(block.tokens for block in blocks.values())
 
@@ -110,17 +110,15 @@ class Prefixes:
 
     def keep(self, cache: TreeCache, logits: dict[int, Tensor]) -> None:
         if cache.blocks:
-            self.calls.insert(0, Call(cache, logits))
+            self.calls.insert(0, CachedCall(cache, logits))
 
-    def find(self, forest: Forest) -> Found:
-        """The longest stored prefixes of a forest's nodes; nobody counts as using a call of which a newer one has as much."""
+    def find(self, forest: Forest) -> PrefixMatch:
+        """The longest cached prefixes of a forest's nodes. A call counts as unused if newer calls have as much of everything."""
         ends = set(forest.leaf_node.tolist())
         count = len(forest.node_start)
-        found = Found(np.zeros(count, np.int64), [[] for _ in range(count)], [None] * count)
+        found = PrefixMatch(np.zeros(count, np.int64), [[] for _ in range(count)], [None] * count)
         used: set[int] = set()
-        reached: list[
-            dict[int, tuple[int, int]]
-        ] = []  # per node: call -> where its walk stands at the node's end
+        reached: list[dict[int, tuple[int, int]]] = []  # per node: call -> its position at the node's end
         rows = zip(
             forest.node_start.tolist(), forest.node_end.tolist(), forest.node_parent.tolist(), strict=True
         )
@@ -137,9 +135,7 @@ class Prefixes:
                     reached[node][number] = now
                     length = call.cache.tree.end[now[0]] - call.cache.tree.start[now[0]]
                     logits = call.logits.get(now[0]) if now[1] == length else None
-                    if (
-                        node in ends and logits is None
-                    ):  # the last token has to go through the model for its logits
+                    if node in ends and logits is None:  # the last token must be recomputed for its logits
                         segments, covered = _shortened(segments), covered - 1
                 if covered > found.cuts[node] or (covered == found.cuts[node] and found.logits[node] is None and logits is not None):  # fmt: skip
                     found.cuts[node], found.segments[node], found.logits[node] = covered, segments, logits
@@ -156,8 +152,8 @@ def _shortened(segments: list[Segment]) -> list[Segment]:
     return segments[:-1] + rest
 
 
-def adopt(cache: TreeCache, forest: Forest, found: Found, *, layers: int) -> dict[int, Tensor]:
-    """Put what was found into the cache of the tree that was cut by it; the logits at the ends of nodes, by node of the tree."""
+def adopt(cache: TreeCache, forest: Forest, found: PrefixMatch, *, layers: int) -> dict[int, Tensor]:
+    """Enter the matches into the cache of the tree that was cut at them; returns the known logits by tree node."""
     tree = cache.tree
     node_of = np.searchsorted(tree.start, forest.node_start)  # the first piece of each node of the forest
     logits: dict[int, Tensor] = {}
@@ -172,7 +168,7 @@ def adopt(cache: TreeCache, forest: Forest, found: Found, *, layers: int) -> dic
             logits[piece] = known
     nodes = np.array([piece for piece, _ in copied], dtype=np.int64)
     lengths = tree.end[nodes] - tree.start[nodes]
-    for own, block in blocks_of(tree.level[nodes], lengths, pool=cache.pool):
+    for own, block in allocate_blocks(tree.level[nodes], lengths, pool=cache.pool):
         for layer in range(layers):
             both = []
             for which in (0, 1):

@@ -1,27 +1,44 @@
 """Context + problem = prompt: the only place where text becomes the policy's input tokens.
 
-The context goes into the system message of the tokenizer's chat template. Where the problem already has a system message the two are one:
-the context first, a blank line, then the data's text. An empty context adds nothing, so the prompt is then the data's own.
+The context goes into the system message of the chat template. Where the problem already has a system message the two are one: the context
+first, a blank line, then the data's text. An empty context adds nothing, so the prompt is then the data's own. For a template that takes no
+system message all of it goes before the first user message instead (model.system). template.py checks the template when a run starts.
+
+The template's own text makes special tokens; the text of messages never does (special_tokens.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from fst_fast.contracts import Context, Message, Problem
+from fst_fast.contracts import Context, Message, Problem, Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import model_folder
+from fst_fast.rollout.chat_template import ChatTemplate
+from fst_fast.rollout.special_tokens import Span, SpecialTokens
+
+System = Literal["system", "user"]
+ROLES = frozenset(
+    {"system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "environment"}
+)
+"""What a message's role may be: templates write it into their markup."""
+_OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"  # private-use characters that mark a text in a rendered prompt
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, chat_template: str | Path | None = None
+) -> Any:
     """The tokenizer of a local model folder, or the shipped one for "mini"; nothing is ever downloaded.
 
-    Raises UserError where there is none, where it has no chat template, or where it is empty.
+    chat_template: a file that replaces its own template. Raises UserError where there is no tokenizer, where it has no chat template, or
+    where it is empty.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -30,6 +47,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path={str(path)!r}: its tokenizer cannot be loaded: {reason}") from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
     if not tokenizer.chat_template:
         raise _no_template(path)
     if not tokenizer.encode(
@@ -41,10 +60,23 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def end_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
+def read_template(path: str | Path) -> str:
+    """The text of the file that model.chat_template names. Raises UserError."""
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"model.chat_template={str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"model.chat_template={str(path)!r} is not a text in UTF-8") from error
+    if not text.strip():
+        raise UserError(f"model.chat_template={str(path)!r} is empty")
+    return text
+
+
+def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """The token ids that end a response: the tokenizer's eos and those of the model's generation config, ascending."""
-    config = getattr(model, "generation_config", None)
-    found = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+    found = [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)]
     ids = {
         i
         for entry in found
@@ -58,49 +90,221 @@ def end_ids(tokenizer: Any, model: Any) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def messages_with_context(context: Context, problem: Problem) -> list[Message]:
-    """The chat messages of a prompt; the problem's own messages are left as they are."""
+def response_text(tokenizer: Any, ids: Sequence[int] | NDArray[np.int64], ends: Collection[int]) -> str:
+    """A response as graders and reflectors read it: without the end tokens `ends` that close it, with every other token, special or not."""
+    kept = [int(i) for i in ids]
+    while kept and kept[-1] in ends:
+        kept.pop()
+    return str(tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def messages_with_context(context: Context, problem: Problem, system: System = "system") -> list[Message]:
+    """The chat messages of a prompt; the problem's own messages are left as they are.
+
+    system="user": there is no system message, its text goes before the first user message. Raises UserError where there is none."""
     messages: list[Message] = list(problem.messages)
-    if not context.text:
-        return messages
-    if messages and messages[0]["role"] == "system":
-        own = messages[0]["content"]
+    parts = [context.text]
+    if messages and messages[0].get("role") == "system":
+        if not context.text and system == "system":
+            return messages
+        parts.append(messages[0]["content"])
+        rest, first = messages[1:], messages[0]
+    else:
+        rest, first = messages, {"role": "system", "content": ""}
+    text = "\n\n".join(part for part in parts if part)
+    if system == "system":
+        return [{**first, "content": text}, *rest] if text else rest
+    if not text:
+        return rest
+    at = next((i for i, message in enumerate(rest) if message.get("role") == "user"), None)
+    if at is None:
+        raise UserError(
+            f"problem {problem.id} has no user message, and the chat template takes no system message: there is no place for a context"
+        )
+    own = rest[at]["content"]
+    folded = {**rest[at], "content": f"{text}\n\n{own}" if own else text}
+    return [*rest[:at], folded, *rest[at + 1 :]]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer, its chat template, and where a context goes."""
+
+    tokenizer: Any
+    template: ChatTemplate
+    special: SpecialTokens = field(repr=False)
+    system: System = "system"
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, system: System = "system", **how: Any) -> Chat:
+        """how: variables, date and where of the ChatTemplate. Raises UserError where the tokenizer has no chat template."""
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if not getattr(tokenizer, "chat_template", None):
+            raise _no_template(name)
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError as error:  # several by name, none of them the default
+            raise UserError(
+                f"the tokenizer of model {name}: {str(error).splitlines()[0]}; name one file by model.chat_template"
+            ) from error
+        variables = {**tokenizer.special_tokens_map, **how.pop("variables", {})}
+        return cls(
+            tokenizer, ChatTemplate(source, variables, **how), SpecialTokens(tokenizer, source), system
+        )
+
+    def with_system(self, system: System) -> Chat:
+        return replace(self, system=system)
+
+    def prompt(self, context: Context, problem: Problem) -> NDArray[np.int64]:
+        """Token ids [P] of the prompt, up to where the assistant's turn begins, or to the end of the last message where that is the
+        assistant's, which the response then continues. Raises UserError."""
+        try:
+            _check(problem.messages)
+            messages = messages_with_context(context, problem, self.system)
+            return np.asarray(self.ids(messages), dtype=np.int64)
+        except UserError as error:
+            if not problem.id or problem.id in str(error):
+                raise
+            raise UserError(f"problem {problem.id}: {error}") from error
+
+    def text(self, messages: Sequence[Message]) -> str:
+        """The prompt as the string that is encoded."""
+        _check(messages)
+        last = bool(messages) and messages[-1]["role"] == "assistant"
+        return self.template.render(messages, continue_last=last)
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt's token ids. Where no message spells a special token they are those of `text(messages)`."""
+        text = self.text(messages)
+        suspects = [s for m in messages for key, s in m.items() if key != "role" and self._touches(s)]
+        if not suspects:
+            return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        # What the template writes whatever the messages say: the same messages, the suspect texts replaced by a harmless one.
+        harmless = self.text(_each_text(messages, lambda s: "x" if s in suspects else s))
+        wanted = self.special.sequence(self.tokenizer(harmless, add_special_tokens=False)["input_ids"])
+        for spans in self._places(messages, text, suspects):
+            ids = self.special.encode(text, spans)
+            if self.special.sequence(ids) == wanted:
+                return ids
+        why = (
+            "the chat template changes it so that it cannot be told from the template's own"
+            if self.special.backend is not None
+            else f"a tokenizer of the class {type(self.tokenizer).__name__} cannot encode it as text; use one with a tokenizer.json"
+        )
+        raise UserError(
+            f"the text {min(suspects, key=len)[:60]!r} spells a special token, and {why}, or take the token out of the text"
+        )
+
+    def _touches(self, value: object) -> bool:
+        return isinstance(value, str) and self.special.touches(value)
+
+    def _places(self, messages: Sequence[Message], text: str, suspects: list[str]) -> list[list[Span]]:
+        """Where the suspect texts are in the rendered text, from the first of these ways that finds them, then nowhere.
+
+        The text is rendered once more with marks inside the white space at its ends, which a template may trim; a template that looks at the
+        text itself (Qwen3 cuts at </think>) then writes something else, and the marks go around every special token that is spelt."""
+
+        def mark_whole(s: str) -> str:
+            return _wrap(s) if s in suspects else s
+
+        def mark_words(s: str) -> str:
+            if s in suspects:
+                for word in self.special.words.values():
+                    s = s.replace(word, f"{_OPEN}{word}{_CLOSE}")
+            return s
+
+        if self.special.backend is None:
+            return [[]]
+        found = []
+        for mark in (mark_whole, mark_words):
+            spans, plain = _marked(self.text(_each_text(messages, mark)))
+            if plain == text:
+                found.append(spans)
+        return [*found, []]
+
+    def pieces(self, messages: Sequence[Message]) -> list[tuple[int, str, str]]:
+        """(id, its characters, whose) of every token of a prompt. whose: the role of the message that wrote it, "special", or "template"."""
+        text, ids = self.text(messages), self.ids(messages)
+        if self.special.backend is None:
+            return [(i, str(self.tokenizer.decode([i])), "special" if i in self.special.words else "?") for i in ids]  # fmt: skip
+        whose = ["template"] * len(text)
+        written: list[Span] = []
+        for message in messages:
+            spans, plain = _marked(
+                self.text([{**m, "content": _wrap(m["content"])} if m is message else m for m in messages])
+            )
+            for start, end in spans if plain == text else []:
+                whose[start:end] = [message["role"]] * (end - start)
+                written.append((start, end))
+        located = self.special.locate(text, [])
+        if [number for number, _, _ in located] != ids:
+            located = self.special.locate(text, written)
         return [
-            {**messages[0], "content": f"{context.text}\n\n{own}" if own else context.text},
-            *messages[1:],
-        ]
-    return [{"role": "system", "content": context.text}, *messages]
+            (
+                number,
+                text[start:end],
+                "special" if number in self.special.words and number != self.special.unknown else (whose[start] if start < len(whose) else "template"),
+            )
+            for number, start, end in located
+        ]  # fmt: skip
 
 
-def render_prompt(tokenizer: Any, context: Context, problem: Problem) -> NDArray[np.int64]:
-    """Token ids [P] of the prompt, up to where the assistant's turn begins.
+def _wrap(text: str) -> str:
+    inner = text.strip()
+    return text.replace(inner, f"{_OPEN}{inner}{_CLOSE}", 1) if inner else text
 
-    Raises UserError where the tokenizer has no chat template.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise _no_template(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
-    ids = tokenizer.apply_chat_template(
-        messages_with_context(context, problem), tokenize=True, add_generation_prompt=True, return_dict=False
-    )
-    return np.asarray(ids, dtype=np.int64)
+
+def _check(messages: Sequence[Message]) -> None:
+    """Raise UserError where a message is none."""
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise UserError(f"a message has the role {role!r}; allowed are {', '.join(sorted(ROLES))}")
+        if not isinstance(content, str):
+            raise UserError(f"the content of a message is {type(content).__name__}; it must be a text")
+
+
+def _each_text(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
+    """The messages, every text but the roles changed."""
+    return [
+        {k: change(v) if k != "role" and isinstance(v, str) else v for k, v in m.items()} for m in messages
+    ]
+
+
+def _marked(text: str) -> tuple[list[Span], str]:
+    """The spans between marks, as positions in the text without the marks, and that text. A mark without its partner is dropped."""
+    spans: list[Span] = []
+    kept: list[str] = []
+    length, opened = 0, -1
+    for character in text:
+        if character == _OPEN:
+            opened = length
+        elif character == _CLOSE:
+            if opened >= 0:
+                spans.append((opened, length))
+            opened = -1
+        else:
+            kept.append(character)
+            length += 1
+    return spans, "".join(kept)
 
 
 def _no_template(model: object) -> UserError:
     return UserError(
         f"the tokenizer of model {model} has no chat template, so a context has no system message to go into; "
-        "use a model that has one, or add it to the model's folder as chat_template.jinja"
+        "use a model that has one, or add it to the model's folder as chat_template.jinja or by model.chat_template"
     )
 
 
 class PromptCache:
-    """Prompts of one tokenizer by (context id, problem id): each is rendered once while it is in use.
+    """Prompts by (context id, problem id): each is rendered once while it is in use.
 
     A prompt of more than `max_prompt_tokens` tokens raises UserError with the names of problem and context. At most `capacity` prompts
     are kept, the oldest go first.
     """
 
-    def __init__(self, tokenizer: Any, *, max_prompt_tokens: int, capacity: int = 65536) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, chat: Chat, *, max_prompt_tokens: int, capacity: int = 65536) -> None:
+        self.chat = chat
         self.max_prompt_tokens = max_prompt_tokens
         self.capacity = capacity
         self._ids: dict[tuple[str, str], NDArray[np.int64]] = {}
@@ -109,7 +313,7 @@ class PromptCache:
         """Token ids [P], read-only."""
         key = context.id, problem.id
         if key not in self._ids:
-            ids = render_prompt(self.tokenizer, context, problem)
+            ids = self.chat.prompt(context, problem)
             if len(ids) > self.max_prompt_tokens:
                 raise UserError(
                     f"problem {problem.id} with context {context.id} has {len(ids)} prompt tokens; "
@@ -120,3 +324,11 @@ class PromptCache:
                 del self._ids[next(iter(self._ids))]
             self._ids[key] = ids
         return self._ids[key]
+
+    def of_rollouts(
+        self, contexts: Sequence[Context], problems: Sequence[Problem]
+    ) -> Callable[[Rollout], NDArray[np.int64]]:
+        """A function from a rollout, under one of these contexts on one of these problems, to the ids of its prompt."""
+        context_of = {context.id: context for context in contexts}
+        problem_of = {problem.id: problem for problem in problems}
+        return lambda rollout: self.ids(context_of[rollout.context_id], problem_of[rollout.problem_id])

@@ -1,4 +1,4 @@
-"""The trie of a batch's prompts, in the arrays that prefill and decoding look things up in. numpy only."""
+"""The trie of a batch's prompts, as arrays for prefill and decoding. numpy only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fst_fast.forest import Forest, Leaf, pack
 Ints = NDArray[np.int64]
 _NONE = np.zeros(0, dtype=np.int64)
 JOIN_TOKENS = 32
-"""A node costs an attention call of its own in every layer of every step, about as much as computing and reading this many tokens."""
+"""The cost of one node, in tokens: in every layer of every step it needs its own attention call, which takes about as
+long as computing and reading this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,21 @@ class PromptTree:
     path: Ints
 
     def path_of(self, nodes: Ints) -> Ints:
-        """Each node and what is above it, from the root: [nodes, levels], then -1."""
+        """[nodes, levels]: each node's path from the root, padded with -1."""
         return _paths(nodes, self.parent, self.level)
 
 
 def forest_of(prompts: Sequence[Ints], *, join_tokens: int = JOIN_TOKENS) -> Forest:
-    """Equal prefixes merged, but for those too short to be worth a node: a node at which no prompt ends is given to its children, each with
-    a copy of its tokens, where that makes at most `join_tokens` tokens more."""
+    """Merge equal prefixes, except those too short to be worth a node: a node at which no prompt ends is copied into
+    its children if that adds at most `join_tokens` tokens."""
     forest = pack([Leaf(np.asarray(prompt, dtype=np.int64), _NONE) for prompt in prompts])
     above = forest.node_parent.tolist()
     children = np.bincount(forest.node_parent.astype(np.int64) + 1, minlength=len(above) + 1)[1:].tolist()
     ends = set(forest.leaf_node.tolist())
-    tokens: list[Ints] = []  # of the nodes that stay
+    tokens: list[Ints] = []  # of the remaining nodes
     parent: list[int] = []
-    number: list[int] = []  # of each old node; of one that is given away, its parent's
-    given: list[Ints] = []  # what each old node gives to its children
+    number: list[int] = []  # new index of each old node; of a node copied into its children, its parent's
+    given: list[Ints] = []  # tokens that each old node passes to its children
     for node, up in enumerate(above):
         own = forest.token_ids[forest.node_start[node] : forest.node_end[node]]
         ids = own if up < 0 else np.concatenate([given[up], own])
@@ -87,8 +88,8 @@ def forest_of(prompts: Sequence[Ints], *, join_tokens: int = JOIN_TOKENS) -> For
 def prompt_tree(
     prompts: Sequence[Ints] | Forest, *, max_node_tokens: int, cuts: Ints | None = None
 ) -> PromptTree:
-    """A segment longer than `max_node_tokens` becomes a chain of nodes, so that one can be prefilled at a time. cuts: per node of the
-    forest, how many of its first tokens are to be a node of their own, of any length; 0: none."""
+    """Build the tree. A segment longer than `max_node_tokens` becomes a chain of nodes, so that they can be prefilled
+    one by one. cuts: per forest node, how many of its first tokens form a node of their own, of any length (0: none)."""
     forest = prompts if isinstance(prompts, Forest) else forest_of(prompts, join_tokens=0)
     start: list[int] = []
     end: list[int] = []

@@ -1,7 +1,6 @@
-"""The draw of one token per sequence, and the record of what was drawn: the same for every way to compute logits.
+"""Sample one token per sequence and record it, identically for every way to compute the logits.
 
-A token depends on its sequence's seed, on its offset in the response and on the logits, on nothing else: that is what makes a rollout
-reproducible whatever batch it ran in.
+A token depends only on its sequence's seed, its offset in the response and the logits, so a rollout is reproducible in any batch.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """Sampling parameters."""
 
     temperature: float
     top_p: float | None
@@ -30,9 +29,9 @@ class Sampling:
 
 
 class Responses:
-    """stop(ids [n]): whether a response that now ends with `ids` ends there, for reasons other than an eos token.
+    """The responses sampled so far. stop(ids [n]): whether a response ends after `ids` for a reason other than an eos token.
 
-    ids int64 and logprobs float32 [sequences, limit], length [sequences], finish [sequences] ("" while it runs)."""
+    ids int64 and logprobs float32 [sequences, limit], length [sequences], finish [sequences] ("" while running)."""
 
     def __init__(
         self,
@@ -58,10 +57,9 @@ class Responses:
         self.stop = stop
 
     def draw(self, logits: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> Ints:
-        """Draw and record the next token of each sequence from logits [S, V]; rows that are not live are drawn and forgotten.
+        """Sample and record the next token of each sequence from logits [S, V]. Rows that are not live are sampled and discarded.
 
-        Returns the ids [S]. Raises FloatingPointError where a live row's logits give no probability (NaN or Inf among them).
-        """
+        Returns the ids [S]. Raises FloatingPointError if a live row's logits contain NaN or Inf."""
         reach("rollout")
         offset = self.length[sequences]
         where = torch.as_tensor(np.stack([self.seeds[sequences], offset])).to(logits.device)

@@ -1,9 +1,9 @@
-"""Which sequence is decoded in which slot: arithmetic on numbers, no torch.
+"""Assigns sequences to decode slots. Pure arithmetic, no torch.
 
-Sequences are admitted in the depth-first order of the prompt tree, so those that run together share as much as they can and a node is
-forgotten soon after its last sequence. A sequence that ends leaves its slot idle. Slots change hands in bulk, because each change rebuilds
-the decode work list: once an eighth of them is idle they are refilled, and when nobody waits any more the batch is cut to the live ones
-once a quarter is idle. The price: that share of a step is at most computed for nobody.
+Sequences are admitted in depth-first order of the prompt tree, so that concurrent sequences share as much as possible
+and a node can be freed soon after its last sequence. A finished sequence leaves its slot idle. Slots are refilled in
+bulk, because every change rebuilds the decode work list: once an eighth of the slots is idle, or, with an empty queue,
+the batch is shrunk once a quarter is idle. At most that share of a step is wasted on idle slots.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ Ints = NDArray[np.int64]
 class Slots:
     """At most `slots` of the sequences in `order` at a time.
 
-    who: [slots], the sequence in each slot; an idle slot keeps its last one, -1 before the first. live: [slots], is it being decoded?
-    """
+    sequence: [slots], the sequence in each slot; an idle slot keeps its last one, -1 before the first. live: [slots],
+    whether the slot is being decoded."""
 
     def __init__(self, order: Ints, slots: int) -> None:
         self.order = order
-        self.next = 0  # order[next:] wait
-        self.who = np.full(min(slots, len(order)), -1, dtype=np.int64)
-        self.live = np.zeros(len(self.who), dtype=bool)
+        self.next = 0  # order[next:] is the queue
+        self.sequence = np.full(min(slots, len(order)), -1, dtype=np.int64)
+        self.live = np.zeros(len(self.sequence), dtype=bool)
 
-    def time_to_change(self) -> bool:
+    def should_refill(self) -> bool:
         idle = len(self.live) - int(self.live.sum())
         share = 8 if self.next < len(self.order) else 4
         return idle > 0 and share * idle >= len(self.live)
 
-    def change(self, ready: Callable[[int], bool | None]) -> tuple[Ints, Ints]:
-        """Fill the idle slots from the queue and drop those for which nobody waits: afterwards every slot is live.
+    def refill(self, ready: Callable[[int], bool | None]) -> tuple[Ints, Ints]:
+        """Fill idle slots from the queue and drop the rest, so that every slot is live.
 
-        ready(sequence): called for the first of the queue; True: it takes the slot, False: it needs no decoding (it ended with its first
-        token), None: there is no room for it now; it waits and the slots that are still idle are dropped. Returns (stay, fresh): the old numbers of the remaining slots in their new order; the new numbers of the refilled ones.
-        """
+        ready(sequence) is called for the head of the queue. True: it takes a slot. False: it needs no decoding (it
+        ended with its first token). None: there is no memory for it now, so it waits and the remaining idle slots are
+        dropped. Returns (stay, fresh): the old indices of the remaining slots in their new order, and the new indices
+        of the refilled ones."""
         admitted: list[int] = []
         idle = np.flatnonzero(~self.live)
         while len(admitted) < len(idle) and self.next < len(self.order):
@@ -50,8 +51,8 @@ class Slots:
             if goes_on:
                 admitted.append(sequence)
         filled = idle[: len(admitted)]
-        self.who[filled] = admitted
+        self.sequence[filled] = admitted
         self.live[filled] = True
         stay = np.flatnonzero(self.live)
-        self.who, self.live = self.who[stay], self.live[stay]
+        self.sequence, self.live = self.sequence[stay], self.live[stay]
         return stay, np.searchsorted(stay, filled)

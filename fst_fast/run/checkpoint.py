@@ -1,13 +1,15 @@
-"""Checkpoints that are whole or absent, wherever the process or the machine stops.
+"""Checkpoints that are complete or absent, wherever the process or the machine stops.
 
-    RUN/checkpoints/.tmp-step-000020/     being written; means nothing
-    RUN/checkpoints/step-000020/          whole: manifest.json lists every file with size and SHA-256
-    RUN/checkpoints/latest                the name of the newest
+    RUN/checkpoints/.tmp-step-000020/     being written; ignored
+    RUN/checkpoints/step-000020/          complete: manifest.json lists every file with size and SHA-256
+    RUN/checkpoints/latest                the name of the newest one
 
-The order makes it so: files, manifest, fsync of all, rename, `latest` by replacement, and only then do old ones go (renamed to
-.tmp-... first, so that a removal cut short leaves no half a checkpoint). `latest()` believes nothing that does not match its manifest.
-The manifest also says what wrote the checkpoint (versions, processes, configuration) and how long the run's logs (RUN/*.jsonl) were at that moment: a resumed run cuts them back to it (metrics.py).
-With several processes rank 0 calls begin, all write into the folder, and after a barrier rank 0 calls commit; the folder is shared.
+The order of writes guarantees this: files, manifest, fsync of all, rename, atomic replacement of `latest`, and only
+then are old checkpoints deleted. They are renamed to .tmp-... first, so an interrupted deletion leaves no partial
+checkpoint. `latest()` accepts only checkpoints that match their manifest. The manifest also records what wrote the
+checkpoint (versions, number of processes, configuration) and the length of the run's logs (RUN/*.jsonl); a resumed run
+truncates them to it (metrics.py). With several processes rank 0 calls begin, all write into the shared folder, and
+after a barrier rank 0 calls commit.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from fst_fast.errors import UserError
 from fst_fast.run.faults import reach
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
 
-FORMAT = 2  # 1 held DeepSpeed's own files
+FORMAT = 2  # format 1 held DeepSpeed's own files
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".tmp-"
@@ -35,9 +37,9 @@ _HASHERS = 8
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into. What an interrupted save left is removed.
+    """Create an empty temporary folder for the checkpoint of `step`, after removing those of interrupted saves.
 
-    Raises UserError where the disk cannot hold a checkpoint as large as the last one."""
+    Raises UserError if the disk has no room for a checkpoint as large as the last one."""
     root = run_dir / "checkpoints"
     with disk_errors(f"{root} cannot be written"):
         root.mkdir(exist_ok=True)
@@ -66,18 +68,18 @@ def commit(
     keep_every: int = 0,
     written_by: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Make what was written into `tmp` the checkpoint of `step`, then remove all but the `keep_last` newest up to it and those of every
-    `keep_every`th step (0: none). written_by: what `written_by` says later.
+    """Turn `tmp` into the checkpoint of `step`, then delete older ones except the `keep_last` newest and every
+    `keep_every`th step (0: none). written_by: recorded in the manifest and returned by `written_by`.
 
-    Checkpoints of later steps go too: they belong to a future that is being run again. Where a whole checkpoint of this step is already
-    there it stays and `tmp` goes: with the same configuration it is the same. Raises UserError where the disk refuses; the old
-    checkpoints are then as they were."""
-    assert keep_last >= 2, "with one checkpoint a damaged one would be the end of the run"
+    Checkpoints of later steps are deleted too, since those steps are being run again. If a complete checkpoint of this
+    step exists, it stays and `tmp` is deleted: with the same configuration they are equal. Raises UserError on disk
+    errors, which leave the old checkpoints unchanged."""
+    assert keep_last >= 2, "keep_last must be at least 2: a damaged checkpoint needs a predecessor"
     root = run_dir / "checkpoints"
     final = root / f"step-{step:06d}"
     with disk_errors(f"the checkpoint of step {step} cannot be written to {root}"):
         try:
-            _seal(run_dir, tmp, step, written_by or {})
+            _write_manifest(run_dir, tmp, step, written_by or {})
             reach("save.manifest")
             if final.exists() and find_damage(final) is None:
                 shutil.rmtree(tmp)
@@ -103,17 +105,16 @@ def commit(
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint, the one that `latest` names first; None if there is none at all.
+    """The newest complete checkpoint, preferring the one that `latest` names; None if there are no checkpoints.
 
-    Damaged ones are skipped with a warning. Raises UserError where no other is left: a run must not begin anew over them unasked."""
+    Damaged ones are skipped with a warning. Raises UserError if all are damaged, since a run must not silently start over."""
     root = run_dir / "checkpoints"
     folders = _by_step(root)
     pointer = root / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
     damage: str | None = None
-    for folder in sorted(
-        folders, key=lambda folder: folder.name != named
-    ):  # stable: the others stay newest first
+    # stable sort: the others stay newest first
+    for folder in sorted(folders, key=lambda folder: folder.name != named):
         damage = find_damage(folder)
         if damage is None:
             return folder
@@ -126,7 +127,7 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None where every file is as the manifest says."""
+    """What is wrong with a checkpoint, naming the file; None if every file matches the manifest."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]
@@ -137,7 +138,7 @@ def find_damage(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    for name, (size, _) in expected.items():  # sizes first: they cost nothing
+    for name, (size, _) in expected.items():  # sizes first, which are cheap
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -158,19 +159,19 @@ def find_damage(folder: Path) -> str | None:
 
 
 def log_sizes(run_dir: Path, step: int) -> dict[str, int]:
-    """Bytes of each log of the run, by name, when the checkpoint of `step` was made."""
+    """The size in bytes of each log of the run, by name, when the checkpoint of `step` was written."""
     manifest = json.loads((run_dir / "checkpoints" / f"step-{step:06d}" / MANIFEST).read_text())
     return {str(name): int(size) for name, size in manifest["logs"].items()}
 
 
 def written_by(folder: Path) -> dict[str, Any]:
-    """What the checkpoint's writer said of itself."""
+    """What the manifest records about the writer of the checkpoint."""
     found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["written_by"]
     return found
 
 
-def _seal(run_dir: Path, tmp: Path, step: int, written_by: Mapping[str, Any]) -> None:
-    """Manifest; everything under `tmp`, and the logs as far as they are, durable."""
+def _write_manifest(run_dir: Path, tmp: Path, step: int, written_by: Mapping[str, Any]) -> None:
+    """Write the manifest and fsync everything under `tmp` and the run's logs."""
     logs = sorted(run_dir.glob("*.jsonl"))
     for path in logs:
         _fsync_file(path)
@@ -191,7 +192,7 @@ def _seal(run_dir: Path, tmp: Path, step: int, written_by: Mapping[str, Any]) ->
 
 
 def _hashes(files: list[Path]) -> list[str]:
-    """SHA-256 of each, several at a time: hashing leaves the interpreter's lock."""
+    """SHA-256 of each file, in parallel: hashing releases the GIL."""
     if not files:
         return []
     with ThreadPoolExecutor(min(_HASHERS, len(files), os.cpu_count() or 1)) as pool:
@@ -209,7 +210,7 @@ def _fsync_file(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """It stops being a checkpoint at once; its files go afterwards."""
+    """Rename a checkpoint, which invalidates it at once, then delete its files."""
     doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
     os.rename(folder, doomed)
     fsync_folder(folder.parent)
@@ -218,7 +219,7 @@ def _remove(folder: Path) -> None:
 
 
 def _by_step(root: Path) -> list[Path]:
-    """Folders that have a checkpoint's name, newest first."""
+    """The checkpoint folders, newest first."""
     found = (
         [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
         if root.is_dir()

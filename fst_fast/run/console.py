@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-CELLS = {"neither": "neither", "context": "context only", "weights": "weights only", "both": "both"}
+from fst_fast.contracts import CELLS
 
 
 class Console:
@@ -77,7 +77,7 @@ class Console:
         """After an evaluation: its record of metrics.jsonl."""
         channels = record.get("channels", {})
         cells = [
-            f"{CELLS[name]} {self._percent(channels[name])}"
+            f"{name} {self._percent(channels[name])}"
             for name in CELLS
             if name in channels and channels[name]["n"]
         ]
@@ -87,7 +87,7 @@ class Console:
             if record.get(key) is not None
         ]
         self._say(
-            f"evaluation at step {record['step']}: {', '.join(cells)}"
+            f"evaluation at step {record['step']}: {', '.join(cells) or 'nothing could be judged'}"
             + (f"; KL to base: {', '.join(kls)}" if kls else "")
         )
 
@@ -97,8 +97,8 @@ class Console:
         A cell may say its k; one without problems (n = 0) was not measured."""
         k = next((cell["k"] for cell in channels.values() if cell.get("k")), "k")
         rows = [("", f"mean@{k}", f"pass@{k}", "problems")]
-        for name, label in CELLS.items():
-            cell = channels.get(name)
+        for name, meaning in CELLS.items():
+            cell, label = channels.get(name), f"{name}: {meaning}"
             if cell is None or not cell["n"]:
                 rows.append((label, "not measured", "", ""))
             else:
@@ -110,15 +110,8 @@ class Console:
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        notes = (
-            "context: the evolved population instead of the seed context",
-            "weights: the trained weights instead of the base model",
-        )
-        self._say(
-            "\n".join(
-                ["", "Reward on the validation problems", rule, lines[0], rule, *lines[1:], rule, *notes]
-            )
-        )
+        title = "Reward on the validation problems"
+        self._say("\n".join(["", title, rule, lines[0], rule, *lines[1:], rule]))
 
     def note(self, text: str) -> None:
         """Anything else that a person should read."""
@@ -165,7 +158,8 @@ class Console:
     def _percent(self, cell: Mapping[str, Any]) -> str:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         sign = "±" if "±".encode(encoding, "replace") != b"?" else "+-"
-        return f"{100 * cell['mean']:.1f} {sign} {100 * cell['stderr']:.1f} %"
+        error = "" if cell["stderr"] is None else f" {sign} {100 * cell['stderr']:.1f}"
+        return f"{100 * cell['mean']:.1f}{error} %"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -1,8 +1,8 @@
-"""Crashes on demand, for the tests that kill a run everywhere: FST_FAULT=point:n ends this process by SIGKILL when it is there the n-th time.
+"""Crashes on demand for the crash tests: FST_FAULT=point:n kills this process by SIGKILL when it reaches `point` for the n-th time.
 
-`FST_FAULT=backward:3` meets every process of the run, `FST_FAULT=backward:3:1` rank 1 alone. SIGKILL and nothing milder: no handler, no
-`finally`, no flush runs, as when the machine loses its power or the kernel its memory. Unset, a point costs one comparison.
-The points stand where they are reached; docs/reliability.md says what each promises.
+`FST_FAULT=backward:3` applies to every process of the run, `FST_FAULT=backward:3:1` to rank 1 only. With SIGKILL no
+handler, `finally` or flush runs, as when the machine loses power or the kernel runs out of memory. If unset, a point
+costs one comparison. The code calls `reach` at each of POINTS; docs/reliability.md says what each one guarantees.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from fst_fast.errors import UserError
 
 VARIABLE = "FST_FAULT"
 POINTS = (
-    "fast.wave",  # a fast-phase wave is about to be sampled
+    "fast.wave",  # a batch of fast-phase rollouts is about to be sampled
     "reflection",  # the reflector is about to be asked
-    "fast.end",  # the new population is known and not written
+    "fast.end",  # the new population is chosen but not saved
     "rollout",  # a token of every running sequence is about to be drawn, in any phase
-    "verification",  # a wave is sampled and not judged
-    "backward",  # the gradients of a micro-batch are there
-    "optimiser",  # the weights have taken the gradients, nobody knows yet
-    "hand_over",  # the rollouts have the new weights
+    "verification",  # a batch is sampled but not verified
+    "backward",  # the gradients of a micro-batch are computed
+    "optimiser",  # the weights are updated, nothing is recorded yet
+    "hand_over",  # the sampling model has the new weights
     "metrics",  # a record is about to be written
     "evaluation",  # an evaluation begins
-    "save.begin",  # the folder of a checkpoint is there, empty
-    "save.engine",  # the optimiser's state is in it
-    "save.state",  # state.json too
-    "save.model",  # the weights as safetensors too
-    "save.manifest",  # the manifest too, all of it durable
-    "save.rename",  # the folder has its name, `latest` names the one before
-    "save.latest",  # `latest` names it, the oldest is still there
-    "save.cleanup",  # the oldest has lost its name, its files are there
-    "summary",  # the run has ended, summary.json is not written
+    "save.begin",  # the checkpoint's temporary folder exists, empty
+    "save.engine",  # the optimiser's state is written
+    "save.state",  # state.json is written
+    "save.model",  # the weights are written as safetensors
+    "save.manifest",  # the manifest is written, everything is durable
+    "save.rename",  # the folder is renamed, `latest` names the previous one
+    "save.latest",  # `latest` names it, the oldest still exists
+    "save.cleanup",  # the oldest is renamed, its files still exist
+    "summary",  # the run is finished, summary.json is not written
 )
 
 _point = ""  # none
@@ -40,7 +40,7 @@ _left = 0
 
 
 def arm(rank: int = 0) -> None:
-    """Read FST_FAULT. Raises UserError where it names no point."""
+    """Read FST_FAULT for this rank. Raises UserError if it is malformed or names no point."""
     global _point, _left
     _point, _left = "", 0
     text = os.environ.get(VARIABLE, "")
@@ -59,7 +59,7 @@ def arm(rank: int = 0) -> None:
 
 
 def reach(point: str) -> None:
-    """This process is at `point` now."""
+    """Report that this process is at `point`; it dies here if FST_FAULT says so."""
     if point == _point:
         _die()
 

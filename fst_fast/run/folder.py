@@ -1,8 +1,9 @@
-"""The run folder: opened by one process, never one that is not ours, never by two runs at a time.
+"""The run folder: created or resumed by one process, never a foreign folder, never used by two runs at once.
 
-A marker file, `fst-run.json`, says that a folder is ours and is written last: a folder whose making was cut off holds at most the lock and
-the configuration, and is taken over. The lock is an flock, which the system drops when the process ends however it ends, so a run
-killed with -9 leaves nothing to clean up. Every small file is replaced as a whole (temporary file, fsync, rename).
+A marker file, `fst-run.json`, identifies a run folder and is written last. So a folder whose creation was interrupted
+holds at most the lock and the configuration, and can be reused. The lock is an flock, which the system releases when
+the process ends in any way, so a run killed by SIGKILL leaves nothing to clean up. Every small file is replaced
+atomically (temporary file, fsync, rename).
 Only rank 0 opens the folder. docs/run_folder.md lists the files.
 """
 
@@ -14,14 +15,14 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fst_fast.config.yaml_text import YamlProblem, read_yaml
 from fst_fast.errors import UserError
+from fst_fast.run.metrics_schema import VERSION
 
 MARKER = "fst-run.json"
 FORMAT = 1
@@ -30,20 +31,14 @@ CONFIG = "config.yaml"
 _PROBE = ".tmp-probe"
 _PROBE_BYTES = 1 << 16
 _ABSENT = object()
-FIXED = (
-    "method ",
-    "task ",
-    "task_args",
-    "model.",
-    "fast.population ",
-    "fast.seed_context ",
-)
-"""How the changes begin that no permission allows: the weights, the optimiser's state or the population are those of the old value."""
+FIXED = ("method ", "task ", "task_args", "model.", "fast.population ", "fast.seed_context ")
+"""Prefixes of changes that allow_config_change does not permit: the weights, the optimiser's state or the population
+depend on the old value."""
 
 
 @dataclass
 class RunFolder:
-    """An open run folder; hold it for as long as the run writes. resumed: it was there before."""
+    """An open run folder; keep it open while the run writes. resumed: the run existed before."""
 
     path: Path
     resumed: bool
@@ -51,7 +46,7 @@ class RunFolder:
     changes: list[str] = field(default_factory=list)  # of the configuration, accepted by allow_config_change
 
     def close(self) -> None:
-        """Give the lock back. May be called twice."""
+        """Release the lock. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -71,55 +66,60 @@ def open_run(
     config_hash: str,
     allow_config_change: bool = False,
     defaults: Mapping[str, Any] | None = None,
+    moved: Collection[str] = (),
 ) -> RunFolder:
-    """Make a new run folder, or with `resume` open the one that is there. Raises UserError where that cannot be done.
+    """Create a new run folder or, with `resume`, open an existing one. Raises UserError if that is not possible.
 
-    config_hash decides whether the configuration is the same; where it differs, the two YAML trees name the keys. allow_config_change:
-    take the new one, unless a key of FIXED differs. defaults: what keys mean that the run's tree does not have, since they came later."""
+    config_hash decides whether the configuration is unchanged; if not, the two YAML trees are compared to name the
+    keys. allow_config_change: accept the new configuration unless a key in FIXED differs. defaults: values of keys that
+    are missing from the run's configuration because they were introduced later.
+    moved: keys that name the same thing at another place, whose change needs no permission."""
     path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
     with disk_errors(f"--run-dir {path} cannot be written"):
         names = sorted(os.listdir(path)) if path.exists() else []
-    ours = MARKER in names
-    if not ours and not set(names) <= {LOCK, CONFIG, _PROBE}:
+    is_run = MARKER in names
+    if not is_run and not set(names) <= {LOCK, CONFIG, _PROBE}:
         raise UserError(
             f"--run-dir {path} is not empty and not a run of fst (it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
             "choose a new folder"
         )
-    if ours and not resume:
+    if is_run and not resume:
         raise UserError(
             f"--run-dir {path} already holds a run; continue it with --resume, or choose another --run-dir"
         )
-    if resume and not ours:
+    if resume and not is_run:
         raise UserError(f"--resume: there is no run in {path}; without --resume a new one is started there")
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         with disk_errors(f"--run-dir {path} cannot be written"):
             path.mkdir(parents=True, exist_ok=True)
-            _probe(path / _PROBE)
+            _check_writable(path / _PROBE)
         lock = _take_lock(path)
         changes: list[str] = []
         try:
-            if ours:
-                changes = _check_config(path, config_yaml, config_hash, allow_config_change, defaults or {})
+            if is_run:
+                changes = _check_config(
+                    path, config_yaml, config_hash, allow_config_change, defaults or {}, moved
+                )
             elif (path / MARKER).exists():
-                raise UserError(f"--run-dir {path} was made by another run just now; choose another folder")
+                raise UserError(f"--run-dir {path} was just created by another run; choose another folder")
             else:
-                _mark(path, config_yaml, config_hash)
+                _initialise(path, config_yaml, config_hash)
         except BaseException:
             os.close(lock)
             raise
     except BaseException:
-        for folder in made:  # leave no empty folders behind; one that another run has taken is not empty
+        for folder in created:  # leave no empty folders; one that another run uses is not empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    return RunFolder(path, resumed=ours, _lock=lock, changes=changes)
+    return RunFolder(path, resumed=is_run, _lock=lock, changes=changes)
 
 
-def _probe(file: Path) -> None:
-    """Find out whether the disk takes bytes, not only names."""
+def _check_writable(file: Path) -> None:
+    """Test that the disk accepts data, not only names."""
     try:
         file.write_bytes(b"\0" * _PROBE_BYTES)
     finally:
@@ -127,7 +127,7 @@ def _probe(file: Path) -> None:
             file.unlink()
 
 
-def _mark(path: Path, config_yaml: str, config_hash: str) -> None:
+def _initialise(path: Path, config_yaml: str, config_hash: str) -> None:
     try:
         _write_config(path, config_yaml, config_hash)
     except BaseException:
@@ -138,7 +138,7 @@ def _mark(path: Path, config_yaml: str, config_hash: str) -> None:
 
 def _write_config(path: Path, config_yaml: str, config_hash: str) -> None:
     write_atomic(path / CONFIG, config_yaml.encode())
-    write_json(path / MARKER, {"format": FORMAT, "config_hash": config_hash})
+    write_json(path / MARKER, {"format": FORMAT, "metrics": VERSION, "config_hash": config_hash})
 
 
 def _take_lock(path: Path) -> int:
@@ -165,35 +165,43 @@ def _take_lock(path: Path) -> int:
 
 
 def _check_config(
-    path: Path, config_yaml: str, config_hash: str, allow_change: bool, defaults: Mapping[str, Any]
+    path: Path,
+    config_yaml: str,
+    config_hash: str,
+    allow_change: bool,
+    defaults: Mapping[str, Any],
+    moved: Collection[str],
 ) -> list[str]:
     try:
         marker = json.loads((path / MARKER).read_text())
         old_text = (path / CONFIG).read_text()
-        old = yaml.safe_load(old_text)
-        known = marker["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        old = read_yaml(old_text)
+        known = marker["format"] == FORMAT and marker.get("metrics", VERSION) == VERSION
+    except (OSError, ValueError, KeyError, TypeError, YamlProblem) as error:
         raise UserError(
             f"--resume: {path / MARKER} or {path / CONFIG} is damaged ({error}); the run cannot be continued"
         ) from error
     if not known:
         raise UserError(
-            f"--resume: {path} was written in format {marker['format']}, this version of fst reads format {FORMAT}"
+            f"--resume: {path} was written in format {marker['format']} with metrics of version {marker.get('metrics', VERSION)}, this version "
+            f"of fst reads format {FORMAT} and metrics of version {VERSION}"
         )
     if marker.get("config_hash") == config_hash:
         return []
-    changes = changed_keys(_over(defaults, old), yaml.safe_load(config_yaml))
-    if changes and not allow_change:
+    changes = changed_keys(_with_defaults(defaults, old), read_yaml(config_yaml))
+    harmless = tuple(f"{key} " for key in moved)
+    real = [change for change in changes if not (harmless and change.startswith(harmless))]
+    if real and not allow_change:
         raise UserError(
-            f"--resume: the configuration is not that of the run in {path}: {'; '.join(changes)}; "
+            f"--resume: the configuration is not that of the run in {path}: {'; '.join(real)}; "
             "--allow-config-change continues with the new one"
         )
-    fixed = [change for change in changes if change.startswith(FIXED)]
-    before, now = _over(defaults, old).get("stages") or [], yaml.safe_load(config_yaml).get("stages") or []
+    fixed = [change for change in real if change.startswith(FIXED)]
+    now = read_yaml(config_yaml).get("stages") or []
+    before = _with_defaults(defaults, old).get("stages") or []
     if before != now[: len(before)] or bool(before) != bool(now):
-        fixed += [
-            change for change in changes if change.startswith("stages ")
-        ]  # more stages may follow, no other change
+        # stages may be appended, not changed
+        fixed += [change for change in changes if change.startswith("stages ")]
     if fixed:
         raise UserError(
             f"--allow-config-change: what the checkpoints hold depends on {'; '.join(fixed)}; start a new run for it"
@@ -203,12 +211,12 @@ def _check_config(
     return changes
 
 
-def _over(defaults: Mapping[str, Any], tree: Any) -> Any:
-    """The tree, with what it does not say as the defaults have it: a key that came later had its default then."""
+def _with_defaults(defaults: Mapping[str, Any], tree: Any) -> Any:
+    """The tree, with defaults filled in for the keys that it lacks: a key introduced later had its default value."""
     if not isinstance(tree, Mapping):
         return tree
     merged = {
-        key: _over(value, tree[key]) if isinstance(value, Mapping) and key in tree else value
+        key: _with_defaults(value, tree[key]) if isinstance(value, Mapping) and key in tree else value
         for key, value in defaults.items()
     }
     return {
@@ -218,7 +226,7 @@ def _over(defaults: Mapping[str, Any], tree: Any) -> Any:
 
 
 def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
-    """`slow.lr was 1e-06, is 1e-05` for every leaf in which two trees differ."""
+    """`slow.lr was 1e-06, is 1e-05` for every leaf in which the two trees differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = [*old, *(key for key in new if key not in old)]
         return [
@@ -236,11 +244,10 @@ def changed_keys(old: Any, new: Any, at: str = "") -> list[str]:
 
 @contextlib.contextmanager
 def disk_errors(what_failed: str) -> Iterator[None]:
-    """What the system refuses (full disk, permission, a folder that went away) becomes one sentence for the user.
+    """Turn disk errors (full disk, permissions, a folder that disappeared) into one UserError.
 
-    safetensors and torch report a full disk as errors of their own. torch's says only that the position in its archive
-    (inline_container.cc) is not the expected one.
-    """
+    safetensors and torch report a full disk by errors of their own; torch only says that the position in its archive
+    (inline_container.cc) is unexpected."""
     try:
         yield
     except OSError as error:
@@ -249,18 +256,18 @@ def disk_errors(what_failed: str) -> Iterator[None]:
         text = " ".join(str(error).split())[:200]
         if any(sign in text for sign in ("No space left", "PytorchStreamWriter", "inline_container.cc")):
             raise UserError(f"{what_failed}, probably because the disk is full: {text}") from error
-        if "(os error " in text:  # a quota, a file system that has become read-only
+        if "(os error " in text:  # an exceeded quota, a file system that became read-only
             raise UserError(f"{what_failed}: {text}") from error
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by strict JSON as a whole; on an error the old file stays."""
+    """Atomically replace `path` by strict JSON; on an error the old file stays."""
     write_atomic(path, (json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` as a whole; on an error the old file stays. Raises UserError where the disk refuses."""
+    """Atomically replace the contents of `path`; on an error the old file stays. Raises UserError on disk errors."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with disk_errors(f"{path} cannot be written"):
         try:
@@ -276,7 +283,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the entries of a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

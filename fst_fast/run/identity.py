@@ -1,4 +1,4 @@
-"""What a run and its checkpoints say of themselves."""
+"""How a run identifies itself, in its summary and its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from fst_fast import __version__
+from fst_fast import __version__, distributed
 from fst_fast.config import Config
-from fst_fast.config_load import config_hash
-from fst_fast.policy import ranks
+from fst_fast.config.load import config_hash
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -23,8 +22,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def writer(config: Config) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run that writes it."""
-    return {"config_hash": config_hash(config), "processes": ranks.world_size(), "versions": versions()}
+    """What a checkpoint's manifest records about the run that writes it."""
+    return {"config_hash": config_hash(config), "processes": distributed.world_size(), "versions": versions()}
 
 
 def versions() -> dict[str, str]:

@@ -124,12 +124,16 @@ def _plain(value: Any, at: str) -> Any:
     raise TypeError(f"{at} is a {type(value).__name__}, which JSON does not have")
 
 
-def numbers_of(fields: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers of a record under names like `eval/channels/both/mean`; texts and lists have no curve and are left out."""
+def numbers_of(fields: Mapping[str, Any], prefix: str, *, missing: float | None = None) -> dict[str, float]:
+    """The numbers of a record under names like `eval/channels/both/mean`; texts and lists have no curve and are left out.
+
+    missing: what stands for a number that was not measured (null); None: it is left out too."""
     found: dict[str, float] = {}
     for key, value in fields.items():
         if isinstance(value, Mapping):
-            found |= numbers_of(value, f"{prefix}/{key}")
+            found |= numbers_of(value, f"{prefix}/{key}", missing=missing)
         elif isinstance(value, int | float | np.number) and not isinstance(value, bool):
             found[f"{prefix}/{key}"] = float(value)
+        elif value is None and missing is not None:
+            found[f"{prefix}/{key}"] = missing
     return found

@@ -1,8 +1,8 @@
-"""Where random numbers come from: every use has a seed of its own, a hash of what it is; no generator runs on from step to step.
+"""Seeds: every use of randomness has its own seed, a hash of what it is for. No generator's state carries over between steps.
 
-So there is no state of a generator to save, a resumed run draws what the unbroken one would have drawn, and another number of processes changes
-no rollout. Code that is not ours (dropout, a user's task or reflector) draws from the global generators of Python, numpy and torch: these are
-seeded anew at the beginning of every phase of every step.
+So no generator state has to be saved, a resumed run draws the same numbers as an uninterrupted one, and the number of
+processes changes no rollout. Code outside our control (dropout, a user's task or reflector) draws from the global
+generators of Python, numpy and torch, which are reseeded at the start of every phase of every step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 
 def stream_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' text: the random stream of one sequence, whatever process or batch it runs in."""
+    """A 63-bit seed hashed from the parts' text: the random stream of one sequence, in whatever process or batch it runs."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def seed_globals(*parts: object) -> None:
-    """Seed the generators that libraries draw from, those of all devices included, by what this process is about to do."""
+    """Seed the global generators of Python, numpy and torch (all devices) from the parts' text."""
     seed = stream_seed("global", *parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)

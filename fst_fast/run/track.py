@@ -1,7 +1,7 @@
-"""Experiment trackers, each imported only when it is asked for: TensorBoard, Weights & Biases, trackio.
+"""Experiment trackers: TensorBoard, Weights & Biases, trackio. Each is imported only if configured.
 
-They are copies for looking at; metrics.jsonl is the record. A resumed run goes on under the identity kept in RUN/track.json. After a
-resume W&B and trackio may see steps again that they saw before the kill: the values are the same.
+Trackers hold copies; metrics.jsonl is the record. A resumed run continues under the id stored in RUN/track.json. After
+a resume W&B and trackio may receive steps twice; the values are the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Tracker(Protocol):
 
 class TensorBoard:
     def __init__(self, folder: Path, resume_step: int | None) -> None:
-        # purge_step hides what an earlier part of the run wrote for the steps that are run again.
+        # purge_step hides earlier records of the steps that are run again.
         purge = None if resume_step is None else resume_step + 1
         self._writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter(
             str(folder), purge_step=purge
@@ -71,7 +71,7 @@ class Trackio:
 
 
 def open_trackers(run_dir: Path, config: TrackConfig, *, resume_step: int | None) -> list[Tracker]:
-    """The trackers that the configuration asks for. Raises UserError where a package is missing or a tracker does not start."""
+    """The configured trackers. Raises UserError if a package is missing or a tracker fails to start."""
     trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(TensorBoard(run_dir / "tensorboard", resume_step))
@@ -83,7 +83,7 @@ def open_trackers(run_dir: Path, config: TrackConfig, *, resume_step: int | None
 
 
 def check_trackers(config: TrackConfig) -> None:
-    """Refuse a tracker whose package is missing, before anything is written."""
+    """Raise UserError if the package of a configured tracker is missing, before anything is written."""
     wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb, "trackio": config.trackio}
     modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
     for key, asked in wanted.items():

@@ -1,1 +1,1 @@
-"""The slow phase: groups, advantages and one optimiser step over a forest of rollouts."""
+"""The slow phase: policy-gradient steps on the weights while the contexts are frozen. Start with slow_phase.py."""

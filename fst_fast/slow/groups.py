@@ -12,30 +12,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.contracts import Context, Problem, Rollout, Sampled
+from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout, alike
 
 
-def plan_group(
-    problem: Problem, population: Sequence[Context], group_size: int
-) -> list[tuple[Context, Problem, int]]:
-    """The G samples of one problem: (context, problem, sample), G/K under each of the K contexts.
+def plan_group(problem: Problem, population: Sequence[Context], group_size: int) -> list[RolloutRequest]:
+    """The G requests of one problem, G/K under each of the K contexts.
 
-    A context that stands twice in the population (fewer distinct texts than K) gets further sample numbers, not the same ones again.
+    A context that is twice in the population (fewer distinct texts than K) gets further sample numbers, not the same ones again.
     """
     per_context = group_size // len(population)
     seen: Counter[str] = Counter()
     plan = []
     for context in population:
         for _ in range(per_context):
-            plan.append((context, problem, seen[context.id]))
+            plan.append(RolloutRequest(context, problem, seen[context.id]))
             seen[context.id] += 1
     return plan
 
 
 def advantages(rewards: Sequence[float], eps: float) -> NDArray[np.float32] | None:
-    """(r - mean) / (std + eps) with the population std; None for a group without variance, which carries no gradient [ScaleRL]."""
+    """(r - mean) / (std + eps) with the population std; None for a group without variance, which carries no gradient [ScaleRL].
+
+    A spread at the level of rounding (contracts.alike) is no variance: divided by itself it would be advantages of order 1."""
     r = np.asarray(rewards, dtype=np.float64)
-    if len(r) < 2 or np.all(r == r[0]):
+    if len(r) < 2 or alike(r):
         return None
     centred: NDArray[np.float32] = ((r - r.mean()) / (r.std() + eps)).astype(np.float32)
     return centred
@@ -46,16 +46,16 @@ class Group:
     """The judged rollouts of one problem and their advantages (None: dropped, no variance)."""
 
     problem_id: str
-    sampled: list[Sampled]
+    members: list[ScoredRollout]
     advantages: NDArray[np.float32] | None
 
 
-def make_groups(sampled: Sequence[Sampled], eps: float, *, by_context: bool = False) -> list[Group]:
+def make_groups(sampled: Sequence[ScoredRollout], eps: float, *, by_context: bool = False) -> list[Group]:
     """Group by problem id in order of first appearance. A rollout that could not be judged counts as no sample, never as 0.
 
     by_context: a rollout's advantage is taken among those of its context alone, 0 where they are all alike; the group stays one, so that
     problems weigh the same."""
-    by_problem: dict[str, list[Sampled]] = defaultdict(list)
+    by_problem: dict[str, list[ScoredRollout]] = defaultdict(list)
     for s in sampled:
         members = by_problem[s.rollout.problem_id]
         if s.verdict.reward is not None:
@@ -70,7 +70,7 @@ def make_groups(sampled: Sequence[Sampled], eps: float, *, by_context: bool = Fa
     ]
 
 
-def _by_context(members: Sequence[Sampled], eps: float) -> NDArray[np.float32] | None:
+def _by_context(members: Sequence[ScoredRollout], eps: float) -> NDArray[np.float32] | None:
     """Advantages within each context; None where no context's rewards differ."""
     out = np.zeros(len(members), np.float32)
     contexts = [m.rollout.context_id for m in members]
@@ -83,37 +83,39 @@ def _by_context(members: Sequence[Sampled], eps: float) -> NDArray[np.float32] |
     return out if found else None
 
 
-def _reward(sampled: Sampled) -> float:
+def _reward(sampled: ScoredRollout) -> float:
     assert sampled.verdict.reward is not None
     return sampled.verdict.reward
 
 
 def cost(group: Group, prompt_of: Callable[[Rollout], NDArray[np.int64]]) -> int:
     """What a group costs an update, in tokens: its responses, and each of its prompts once (contexts that groups share are counted in each)."""
-    prompts = {m.rollout.context_id: len(prompt_of(m.rollout)) for m in group.sampled}
-    return sum(prompts.values()) + sum(len(m.rollout.response_ids) for m in group.sampled)
+    prompts = {m.rollout.context_id: len(prompt_of(m.rollout)) for m in group.members}
+    return sum(prompts.values()) + sum(len(m.rollout.response_ids) for m in group.members)
 
 
 def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[float]], float]:
     """Unnormalised weight of each token of each rollout of each kept group, and their sum over this process's groups.
 
     problem: mean over the tokens of a problem, then over problems (the paper); token: mean over all tokens; sequence: mean over a
-    sequence's tokens, then over sequences. Dividing by the sum over all processes makes one global denominator.
+    sequence's tokens, then over sequences. Dividing by the sum over all processes makes one global denominator. What has no token, an
+    empty response or a problem with nothing else, has weight 0 and is not counted in the denominator.
     """
     weights: list[list[float]] = []
     denominator = 0.0
     for group in groups:
-        lengths = [len(m.rollout.response_ids) for m in group.sampled]
+        lengths = [len(m.rollout.response_ids) for m in group.members]
         match aggregation:
             case "problem":
-                weights.append([1.0 / sum(lengths)] * len(lengths))
-                denominator += 1.0
+                each = 1.0 / sum(lengths) if any(lengths) else 0.0
+                weights.append([each] * len(lengths))
+                denominator += float(any(lengths))
             case "token":
                 weights.append([1.0] * len(lengths))
                 denominator += sum(lengths)
             case "sequence":
-                weights.append([1.0 / n for n in lengths])
-                denominator += len(lengths)
+                weights.append([1.0 / n if n else 0.0 for n in lengths])
+                denominator += sum(n > 0 for n in lengths)
             case _:
                 raise ValueError(f"aggregation={aggregation!r}; allowed: problem, token, sequence")
     return weights, denominator

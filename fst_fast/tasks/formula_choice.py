@@ -1,9 +1,9 @@
-"""Formula choice: which of four options does a formula give? The mini world's counterpart of physics questions with options.
+"""Formula choice: which of four options does a formula give? The mini world's counterpart of multiple-choice physics questions.
 
     mass 3 time 5 acceleration 4 . force ? a 7 b 12 c 34 d 15       ->  \\boxed{ b }
 
-Some quantities are given, more than are needed; one is asked for, and its formula must be known. Reward 1 iff the last \\boxed{} holds
-the letter of the right value; a guess is right one time in four. The feedback says which formula, number or letter was wrong.
+More quantities are given than needed; one is asked for, and its formula must be known. Reward 1 iff the last \\boxed{}
+holds the letter of the right value; a guess is right one time in four. The feedback says which formula, number or letter is wrong.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.contracts import Verdict
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
+from fst_fast.tasks.generated import MiniTask
 
 LETTERS = ("a", "b", "c", "d")
 
@@ -32,17 +30,17 @@ FORMULAS: dict[str, tuple[str, str, str]] = {
     "power": ("voltage", "*", "current"),
     "pull": ("weight", "+", "drag"),
 }
-"""The quantity asked for -> its formula. Values stay below 40, the numbers of the mini vocabulary."""
+"""The quantity asked for -> its formula. Values are below 40, the numbers of the mini vocabulary."""
 
 QUANTITIES = tuple(sorted({name for a, _, b in FORMULAS.values() for name in (a, b)}))
 LARGEST = 6
 GIVEN = {"easy": 2, "hard": 4}
-"""Quantities given at each level, of which two are needed; the split `ood` has one more."""
+"""Quantities given at each level, two of which are needed; the split `ood` has one more."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`given` in the order printed; `options` are the values behind the letters a to d."""
+    """`given` in printed order; `options` are the values of the letters a to d."""
 
     given: tuple[tuple[str, int], ...]
     asked: str
@@ -61,7 +59,7 @@ class Choice:
 
 
 def draw_choice(rng: np.random.Generator, given: int) -> Choice:
-    """Wrong options are what other numbers of the question, or the other sign, would give, then numbers nearby."""
+    """Wrong options are results for other numbers of the question or for the other sign, then random numbers."""
     names = list(FORMULAS)
     asked = names[int(rng.integers(len(names)))]
     first, _, second = FORMULAS[asked]
@@ -87,61 +85,33 @@ def question(choice: Choice) -> str:
     return f"{given} . {choice.asked} ? {options}"
 
 
-class FormulaChoice(Generated[Choice]):
+class FormulaChoice(MiniTask[Choice]):
     """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
 
-    name = "formula_choice"
+    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
 
-    def __init__(
-        self,
-        level: Literal["easy", "hard"] = "hard",
-        train: int = 2000,
-        validation: int = 256,
-        seed: int = 0,
-        ood: int = 256,
-    ) -> None:
-        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
-        if level not in GIVEN:
-            raise UserError(f"formula_choice: level={level!r} is not known; allowed are {', '.join(GIVEN)}")
-        self.level = level
+    def _sample(self, rng: np.random.Generator, size: int) -> Choice:
+        return draw_choice(rng, size)
 
-    def _draw(self, rng: np.random.Generator, split: str) -> Choice:
-        return draw_choice(rng, GIVEN[self.level] + (split == "ood"))
+    def _question(self, choice: Choice) -> str:
+        return question(choice)
+
+    def _answer(self, choice: Choice) -> str:
+        return choice.letter
+
+    def _judge(self, choice: Choice, response: str) -> Verdict:
+        return judge(choice, response)
 
     def _key(self, choice: Choice) -> Hashable:
         given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
         return given, list(FORMULAS).index(choice.asked), choice.options
-
-    def _settings(self) -> str:
-        return f"level={self.level}"
-
-    def _problem(self, choice: Choice, id: str) -> Problem:
-        return Problem(
-            id=id,
-            messages=({"role": "user", "content": question(choice)},),
-            answer=choice.letter,
-            meta={
-                "given": [list(item) for item in choice.given],
-                "asked": choice.asked,
-                "options": list(choice.options),
-            },
-        )
-
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        meta = problem.meta
-        given = tuple((str(name), int(number)) for name, number in meta["given"])
-        return judge(Choice(given, str(meta["asked"]), tuple(meta["options"])), response)
-
-    def gold(self, problem: Problem) -> str:
-        """A response that gets reward 1."""
-        return f"\\boxed{{ {problem.answer} }}"
 
 
 def judge(choice: Choice, response: str) -> Verdict:
     """Compare the last \\boxed{} with the letter. Metrics: boxed, formula (the formula is written out), numbers (its numbers too)."""
     a, b, value = choice.values()
     first, sign, second = FORMULAS[choice.asked]
-    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))
+    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", work_before(response)))
     formula = f"{choice.asked} = {first} {sign} {second}" in work
     numbers = re.search(rf"= {a} {re.escape(sign)} {b} = {value}(?![0-9])", work) is not None
 
@@ -151,7 +121,7 @@ def judge(choice: Choice, response: str) -> Verdict:
 
     try:
         content = last_box(response, "the letter of the option")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         return verdict(0.0, str(why), "\\boxed" in response)
     if content not in LETTERS:
         return verdict(0.0, f"the box must hold one letter from a to d, but it holds {content[:40]!r}.")

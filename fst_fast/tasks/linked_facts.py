@@ -1,10 +1,10 @@
-"""Linked facts: an answer that stands at the end of a chain of facts. The mini world's counterpart of multi-hop questions (HoVer).
+"""Linked facts: the answer is at the end of a chain of facts. The mini world's counterpart of multi-hop questions (HoVer).
 
     facts 12 friend 7 , 7 boss 5 , 5 city 30 , ... . 12 friend boss city ?       ->  \\boxed{ 30 }
 
-Every person has one friend, one boss, one twin and one city, all of them listed in any order; the question starts at a person and
-follows relations to a city. Reward 1 iff the last \\boxed{} holds that city; the feedback says which fact of the chain was got wrong or
-left out.
+Every person has one friend, one boss, one twin and one city, all listed in random order; the question starts at a
+person and follows relations to a city. Reward 1 iff the last \\boxed{} holds that city; the feedback says which fact of
+the chain is wrong or missing.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.contracts import Verdict
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
+from fst_fast.tasks.generated import MiniTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
 PERSONS = 4
@@ -28,14 +26,14 @@ LAST = "city"
 RELATIONS = (*LINKS, LAST)
 
 HOPS = {"easy": 2, "hard": 3}
-"""Facts in the chain at each level, the city's included; the split `ood` has one more."""
+"""Facts in the chain at each level, including the city's; the split `ood` has one more."""
 
 Fact = tuple[int, str, int]
 
 
 @dataclass(frozen=True)
 class Web:
-    """`facts` in the order printed; the chain starts at `start` and follows `relations`, the last of which is the city."""
+    """`facts` in printed order; the chain starts at `start` and follows `relations`, the last of which is the city."""
 
     facts: tuple[Fact, ...]
     start: int
@@ -52,7 +50,7 @@ class Web:
 
 
 def draw_web(rng: np.random.Generator, hops: int) -> Web:
-    """Persons and cities are different numbers. Nobody is their own friend, boss or twin; the relations of a chain differ."""
+    """Persons and cities are different numbers. No person is their own friend, boss or twin; the relations of a chain differ."""
     ids = rng.permutation(MINI_IDS).tolist()
     persons, cities = ids[:PERSONS], ids[PERSONS : 2 * PERSONS]
     facts: list[Fact] = [(p, LAST, c) for p, c in zip(persons, cities, strict=True)]
@@ -67,33 +65,31 @@ def draw_web(rng: np.random.Generator, hops: int) -> Web:
 
 
 def question(web: Web) -> str:
-    return f"facts {' , '.join(worded(fact) for fact in web.facts)} . {web.start} {' '.join(web.relations)} ?"
+    return (
+        f"facts {' , '.join(fact_text(fact) for fact in web.facts)} . {web.start} {' '.join(web.relations)} ?"
+    )
 
 
-def worded(fact: Fact) -> str:
+def fact_text(fact: Fact) -> str:
     return f"{fact[0]} {fact[1]} {fact[2]}"
 
 
-class LinkedFacts(Generated[Web]):
+class LinkedFacts(MiniTask[Web]):
     """Task `linked_facts`, in the mini vocabulary. level: `easy` (two facts in a chain) or `hard` (three)."""
 
-    name = "linked_facts"
+    name, instance_type, sizes_by_level = "linked_facts", Web, HOPS
 
-    def __init__(
-        self,
-        level: Literal["easy", "hard"] = "hard",
-        train: int = 2000,
-        validation: int = 256,
-        seed: int = 0,
-        ood: int = 256,
-    ) -> None:
-        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
-        if level not in HOPS:
-            raise UserError(f"linked_facts: level={level!r} is not known; allowed are {', '.join(HOPS)}")
-        self.level = level
+    def _sample(self, rng: np.random.Generator, size: int) -> Web:
+        return draw_web(rng, size)
 
-    def _draw(self, rng: np.random.Generator, split: str) -> Web:
-        return draw_web(rng, HOPS[self.level] + (split == "ood"))
+    def _question(self, web: Web) -> str:
+        return question(web)
+
+    def _answer(self, web: Web) -> int:
+        return web.chain()[-1][2]
+
+    def _judge(self, web: Web, response: str) -> Verdict:
+        return judge(web, response)
 
     def _key(self, web: Web) -> Hashable:
         def number(relation: str) -> int:
@@ -102,43 +98,19 @@ class LinkedFacts(Generated[Web]):
         facts = tuple(sorted((who, number(relation), whom) for who, relation, whom in web.facts))
         return facts, web.start, tuple(map(number, web.relations))
 
-    def _settings(self) -> str:
-        return f"level={self.level}"
-
-    def _problem(self, web: Web, id: str) -> Problem:
-        return Problem(
-            id=id,
-            messages=({"role": "user", "content": question(web)},),
-            answer=web.chain()[-1][2],
-            meta={
-                "facts": [list(fact) for fact in web.facts],
-                "start": web.start,
-                "relations": list(web.relations),
-            },
-        )
-
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        meta = problem.meta
-        facts = tuple((int(who), str(relation), int(whom)) for who, relation, whom in meta["facts"])
-        return judge(Web(facts, int(meta["start"]), tuple(meta["relations"])), response)
-
-    def gold(self, problem: Problem) -> str:
-        """A response that gets reward 1."""
-        return f"\\boxed{{ {problem.answer} }}"
-
 
 def judge(web: Web, response: str) -> Verdict:
     """Compare the last \\boxed{} with the city. Metrics: boxed, hops (every fact of the chain is written out)."""
     chain = web.chain()
-    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", response.partition("\\boxed")[0]))
-    written = [re.search(rf"(?<![0-9]){worded(fact)}(?![0-9])", work) is not None for fact in chain]
+    work = " ".join(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", work_before(response)))
+    written = [re.search(rf"(?<![0-9]){fact_text(fact)}(?![0-9])", work) is not None for fact in chain]
 
     def wrong(feedback: str, boxed: bool = True) -> Verdict:
         return Verdict(0.0, feedback, {"boxed": float(boxed), "hops": float(all(written))})
 
     try:
         content = last_box(response, "the city")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         return wrong(str(why), "\\boxed" in response)
     if not re.fullmatch(r"[0-9]{1,9}", content):
         return wrong(f"the box must hold one number, the city, but it holds {content[:40]!r}.")

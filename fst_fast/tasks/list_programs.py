@@ -1,10 +1,10 @@
-"""List programs: what does a short program give for a list? The mini world's counterpart of program-output prediction (CodeIO).
+"""List programs: the output of a short program on a list. The mini world's counterpart of program-output prediction (CodeIO).
 
     list 3 7 1 9 : reverse rotate next first ?        ->  \\boxed{ 2 }
 
-Four different numbers and a few operations, applied from left to right; the last one takes a number out of the list. Written out step by
-step the answer is easy; in the head it is one number of four. Reward 1 iff the last \\boxed{} holds it; the feedback says after which operation
-the written steps, or else the answer, went wrong.
+Four different numbers and a few operations, applied from left to right; the last one picks a number from the list.
+Written out step by step the answer is easy; without, it is a guess among four numbers. Reward 1 iff the last \\boxed{}
+holds it; the feedback says after which operation the written steps, or else the answer, went wrong.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.contracts import Verdict
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
+from fst_fast.tasks.generated import MiniTask
 from fst_fast.tasks.star_graph import MINI_IDS
 
 LENGTH = 4
@@ -31,10 +29,10 @@ OPERATIONS: dict[str, Callable[[Numbers], Numbers]] = {
     "swap": lambda x: (x[1], x[0], *x[2:]),
     "next": lambda x: tuple((n + 1) % MINI_IDS for n in x),
 }
-"""Name -> what it does: back to front; the first to the end; the first two exchanged; the following number of each (0 after 39)."""
+"""Name -> function: reverse the list; move the first number to the end; swap the first two; add one to each (0 after 39)."""
 
 PICKS = {"first": 0, "last": -1}
-"""The last word of a program -> the place of the number that it takes."""
+"""The last word of a program -> the index of the number that it picks."""
 
 STEPS = {"easy": 2, "hard": 3}
 """Operations of a program at each level, before the pick; the split `ood` has one more."""
@@ -72,64 +70,37 @@ def draw_program(rng: np.random.Generator, steps: int) -> Program:
 
 
 def question(program: Program) -> str:
-    return f"list {spaced(program.numbers)} : {' '.join(program.operations)} {program.pick} ?"
+    return f"list {joined(program.numbers)} : {' '.join(program.operations)} {program.pick} ?"
 
 
-def spaced(numbers: Sequence[int]) -> str:
+def joined(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-class ListPrograms(Generated[Program]):
+class ListPrograms(MiniTask[Program]):
     """Task `list_programs`, in the mini vocabulary. level: `easy` (2 operations) or `hard` (3)."""
 
-    name = "list_programs"
+    name, instance_type, sizes_by_level = "list_programs", Program, STEPS
 
-    def __init__(
-        self,
-        level: Literal["easy", "hard"] = "hard",
-        train: int = 2000,
-        validation: int = 256,
-        seed: int = 0,
-        ood: int = 256,
-    ) -> None:
-        super().__init__(train=train, validation=validation, ood=ood, seed=seed)
-        if level not in STEPS:
-            raise UserError(f"list_programs: level={level!r} is not known; allowed are {', '.join(STEPS)}")
-        self.level = level
+    def _sample(self, rng: np.random.Generator, size: int) -> Program:
+        return draw_program(rng, size)
 
-    def _draw(self, rng: np.random.Generator, split: str) -> Program:
-        return draw_program(rng, STEPS[self.level] + (split == "ood"))
+    def _question(self, program: Program) -> str:
+        return question(program)
+
+    def _answer(self, program: Program) -> int:
+        return program.answer
+
+    def _judge(self, program: Program, response: str) -> Verdict:
+        return judge(program, response)
 
     def _key(self, program: Program) -> Hashable:
         operations = tuple(list(OPERATIONS).index(name) for name in program.operations)
         return program.numbers, operations, PICKS[program.pick]
 
-    def _settings(self) -> str:
-        return f"level={self.level}"
-
-    def _problem(self, program: Program, id: str) -> Problem:
-        return Problem(
-            id=id,
-            messages=({"role": "user", "content": question(program)},),
-            answer=program.answer,
-            meta={
-                "numbers": list(program.numbers),
-                "operations": list(program.operations),
-                "pick": program.pick,
-            },
-        )
-
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        meta = problem.meta
-        return judge(Program(tuple(meta["numbers"]), tuple(meta["operations"]), str(meta["pick"])), response)
-
-    def gold(self, problem: Problem) -> str:
-        """A response that gets reward 1."""
-        return f"\\boxed{{ {problem.answer} }}"
-
 
 def judge(program: Program, response: str) -> Verdict:
-    """Compare the last \\boxed{} with the number. Metrics: boxed, steps (every operation of the program is written out, and right)."""
+    """Compare the last \\boxed{} with the number. Metrics: boxed, steps (every operation is written out correctly)."""
     states = program.states()
     written = _written(program, response)
     right = [found == state for found, state in zip(written, states, strict=True)]
@@ -139,7 +110,7 @@ def judge(program: Program, response: str) -> Verdict:
 
     try:
         content = last_box(response, "the number")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         return wrong(str(why), "\\boxed" in response)
     if re.fullmatch(r"[0-9]{1,9}([\s,]+[0-9]{1,9})+", content):
         return wrong(
@@ -153,7 +124,7 @@ def judge(program: Program, response: str) -> Verdict:
     for name, found, state, good in zip(program.operations, written, states, right, strict=True):
         if found is not None and not good:
             return wrong(
-                f"the step {name} is wrong: it gives {spaced(state)}, but {spaced(found)} was written."
+                f"the step {name} is wrong: it gives {joined(state)}, but {joined(found)} was written."
             )
     missing = sum(found is None for found in written)
     if missing:
@@ -161,13 +132,13 @@ def judge(program: Program, response: str) -> Verdict:
             f"{answer} is wrong, and {missing} of {len(states)} steps of the program were not written out."
         )
     return wrong(
-        f"every step is right, but {program.pick} of {spaced(states[-1])} is {program.answer}, not {answer}."
+        f"every step is right, but {program.pick} of {joined(states[-1])} is {program.answer}, not {answer}."
     )
 
 
 def _written(program: Program, response: str) -> list[Numbers | None]:
-    """The list that stands behind each operation's name in the response, in the program's order; None where a step is not written."""
-    words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", response.partition("\\boxed")[0])
+    """The list after each operation's name in the response, in the program's order; None for a step that is not written."""
+    words = re.findall(r"[a-z]+|[0-9]{1,9}|[^\sa-z0-9]", work_before(response))
     found: list[Numbers | None] = []
     at = 0
     for name in program.operations:

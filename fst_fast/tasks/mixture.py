@@ -1,23 +1,24 @@
-"""Several tasks as one: what a run through stages (config: `stages`) verifies with, and a task of its own (`task: mixture`).
+"""Several tasks combined into one: used to verify a run with several stages (config: `stages`), and as a task (`task: mixture`).
 
-Every problem id is prefixed with the number of its part, so that ids stay unique where two parts are the same task, and so that a verdict
-comes from the part that the problem is of.
+Every problem id is prefixed with the index of its part. So ids stay unique if two parts are the same task, and a
+verdict comes from the part that the problem belongs to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 from fst_fast.contracts import Problem, Task, Verdict
 from fst_fast.errors import UserError
+from fst_fast.tasks.generated import LazyProblems
 
 
 class Mixture:
-    """Task `mixture`: the problems of all parts, one part after the other (batches are drawn at random from them).
+    """Task `mixture`: the problems of all parts, concatenated (batches are drawn at random from them).
 
-    tasks: [{task: NAME, task_args: {...}}, ...]. Raises UserError where one of them cannot be made."""
+    tasks: [{task: NAME, task_args: {...}}, ...]. Raises UserError if one of them cannot be created."""
 
     def __init__(self, tasks: Sequence[Mapping[str, Any]]) -> None:
         from fst_fast.tasks.registry import load_task
@@ -36,7 +37,7 @@ class Mixture:
             self.parts.append(load_task(part["task"], part.get("task_args") or {}))
 
     def part(self, number: int, split: str) -> Sequence[Problem]:
-        """The problems of one part, under their ids in the mixture."""
+        """The problems of one part, with their ids in the mixture."""
         return _Numbered(self.parts[number].problems(split), number)
 
     def problems(self, split: str) -> Sequence[Problem]:
@@ -47,7 +48,7 @@ class Mixture:
         return task.verify(own, response)
 
     def gold(self, problem: Problem) -> str:
-        """The part's own gold response. Parts without one: str(answer), as the registry does for a task that has none."""
+        """The part's own gold response; str(answer) for parts without `gold`, as in the registry."""
         task, own = self._own(problem)
         gold = getattr(task, "gold", None)
         return str(gold(own) if gold is not None else own.answer)
@@ -57,49 +58,39 @@ class Mixture:
         return self.parts[int(number)], replace(problem, id=own_id)
 
 
-class _Numbered(Sequence[Problem]):
+def in_memory(problems: Sequence[Problem]) -> bool:
+    """Whether looking at every problem of a split costs nothing but the looking: they are not made or read anew."""
+    return bool(getattr(problems, "in_memory", isinstance(problems, list | tuple)))
+
+
+class _Numbered(LazyProblems):
+    """The problems of one part, with the part's number prefixed to their ids."""
+
     def __init__(self, problems: Sequence[Problem], number: int) -> None:
         self._problems, self._number = problems, number
+        self.in_memory = in_memory(problems)
 
     def __len__(self) -> int:
         return len(self._problems)
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return [self._named(p) for p in self._problems[index]]
-        return self._named(self._problems[index])
-
-    def __iter__(self) -> Iterator[Problem]:
-        return map(self._named, self._problems)
-
-    def _named(self, problem: Problem) -> Problem:
+    def _get(self, index: int) -> Problem:
+        problem = self._problems[index]
         return replace(problem, id=f"{self._number}/{problem.id}")
 
 
-class _Joined(Sequence[Problem]):
+class _Joined(LazyProblems):
+    """The concatenation of several sequences."""
+
     def __init__(self, parts: Sequence[Sequence[Problem]]) -> None:
         self._parts = parts
+        self.in_memory = all(map(in_memory, parts))
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
+    def _get(self, index: int) -> Problem:
         for part in self._parts:
-            if 0 <= at < len(part):
-                return part[at]
-            at -= len(part)
+            if index < len(part):
+                return part[index]
+            index -= len(part)
         raise IndexError(index)
-
-    def __iter__(self) -> Iterator[Problem]:
-        return (problem for part in self._parts for problem in part)

@@ -1,12 +1,12 @@
 """Star graph: find the one arm that ends at the goal. The paper's planning task (arXiv 2605.12484, star-graph experiment).
 
-A start s has `arms` chains of equal length; one of them, the gold path of `path` nodes, ends at the goal g. All edges are shuffled
-and printed as `u,v u,v ...`. From the front every arm looks alike, so a walk that only looks one edge ahead is right once in `arms`
-times; walking back from the goal is unambiguous. Reward 1 iff the last \\boxed{} of the response holds the whole path, else 0; the
-feedback says where the submitted path went wrong.
+A start node has `arms` chains of equal length; one of them, the gold path of `path` nodes, ends at the goal. All edges
+are shuffled and printed as `u,v u,v ...`. From the start all arms look alike, so a walk that looks only one edge ahead
+is right once in `arms` times; walking back from the goal is unambiguous. Reward 1 iff the last \\boxed{} of the
+response holds the whole path, else 0. The feedback says where the submitted path is wrong.
 
-Two wordings of one generator: `paper` (25 arms, 20 nodes, ids below 500) for real models, `mini` for the vocabulary of the mini base
-model. The split `ood` has paths one node longer than those trained on.
+There are two forms: `paper` (25 arms, 20 nodes, ids below 500) for real models, `mini` for the vocabulary of the mini
+base model. In the split `ood` paths are one node longer than in training.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.boxed import Unboxed, last_box
-from fst_fast.tasks.generated import Generated
+from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
+from fst_fast.tasks.generated import GeneratedTask
 
 MINI_IDS = 40
 """The mini vocabulary has the numbers 0..39."""
@@ -32,7 +32,7 @@ _NODE = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Graph:
-    """One star graph: `chains[0]` is the gold path, every chain starts with the start node; `edges` in the order printed."""
+    """One star graph: `chains[0]` is the gold path, every chain begins with the start node; `edges` are in printed order."""
 
     chains: tuple[tuple[int, ...], ...]
     edges: tuple[tuple[int, int], ...]
@@ -70,8 +70,8 @@ def paper_question(graph: Graph) -> str:
     )
 
 
-class StarGraph(Generated[Graph]):
-    """Task `star_graph`. Raises UserError where the numbers do not allow a graph."""
+class StarGraph(GeneratedTask[Graph]):
+    """Task `star_graph`. Raises UserError if the settings do not allow a graph."""
 
     name = "star_graph"
 
@@ -105,11 +105,7 @@ class StarGraph(Generated[Graph]):
         self.form, self.arms, self.path, self.ids = form, arms, path, ids
 
     def verify(self, problem: Problem, response: str) -> Verdict:
-        return judge(
-            tuple(problem.answer),
-            {(int(u), int(v)) for u, v in problem.meta["edges"]},
-            response,
-        )
+        return judge(tuple(problem.answer), {(int(u), int(v)) for u, v in problem.meta["edges"]}, response)
 
     def gold(self, problem: Problem) -> str:
         """A response that gets reward 1."""
@@ -117,9 +113,8 @@ class StarGraph(Generated[Graph]):
 
     def _draw(self, rng: np.random.Generator, split: str) -> Graph:
         arms, path = self.arms, self.path
-        if (
-            split == "ood"
-        ):  # paths one node longer than in training; one arm fewer, so that the question is about as long
+        # paths one node longer than in training; one arm fewer keeps the question about as long
+        if split == "ood":
             arms, path = max(2, arms - 1), path + 1
             if 1 + arms * (path - 1) > self.ids:
                 raise UserError(
@@ -148,7 +143,8 @@ class StarGraph(Generated[Graph]):
 
 
 def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> Verdict:
-    """Compare the last \\boxed{} with the gold path. Metrics: boxed, walk (a list of real edges from the start), goal (it ends there)."""
+    """Compare the last \\boxed{} with the gold path. Metrics: boxed, walk (a walk over existing edges from the start),
+    goal (it ends there)."""
 
     def wrong(feedback: str, *, walk: bool = False, reached: bool = False) -> Verdict:
         return Verdict(0.0, feedback, {"boxed": float(boxed), "walk": float(walk), "goal": float(reached)})
@@ -157,7 +153,7 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
     boxed = True
     try:
         content = last_box(response, "the path")
-    except Unboxed as why:
+    except NoBoxedAnswer as why:
         boxed = "\\boxed" in response
         return wrong(str(why))
     items = [item for part in content.split(",") for item in (part.split() or [""])]
@@ -183,7 +179,7 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
                 f"the edge {a},{b} does not exist: the path skips {skipped}, which lies between {a} and {b}."
             )
         return wrong(f"the edge {a},{b} does not exist.")
-    # A walk over real edges from the start that is not the gold path: it stops too early or left on another arm.
+    # A walk over existing edges that is not the gold path: it stops too early or took another arm.
     end = nodes[-1]
     if nodes == gold[: len(nodes)]:
         return wrong(
@@ -197,7 +193,7 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
 
 
 def _between(a: int, b: int, edges: set[tuple[int, int]]) -> list[int]:
-    """The nodes strictly between a and b on the way from a to b; empty if b cannot be reached. Every node but the start has one parent."""
+    """The nodes strictly between a and b on the way from a to b; empty if b is not reachable. Every node but the start has one parent."""
     parent = {v: u for u, v in edges}
     nodes: list[int] = []
     at = parent.get(b)

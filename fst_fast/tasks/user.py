@@ -1,8 +1,8 @@
-"""Objects that the user names as `file.py:name`: a task, a grader, a reflector.
+"""Load objects that the user names as `file.py:name`: a task, a grader, a reflector.
 
-The file becomes a module whose name is a hash of its path, kept in sys.modules: the same file is the same module in the trainer and
-in every verifying child, so that objects of its classes can be pickled from one to the other. The file's folder is appended to
-sys.path, as if the file were run as a script, so it may import its neighbours.
+The file becomes a module in sys.modules named by a hash of its path. So the same file is the same module in the trainer
+and in every verifying child, and objects of its classes can be pickled between them. The file's folder is appended to
+sys.path, as if the file were run as a script, so that it can import its neighbours.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def load_module(file: Path, where: str) -> ModuleType:
 
 
 def describe(error: BaseException, path: Path | None = None) -> str:
-    """`KeyError: 'x' (my_task.py:12)`: the error and the innermost line of the user's own file that led to it."""
+    """`KeyError: 'x' (my_task.py:12)`: the error and the innermost line of the user's file in its traceback."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, SyntaxError):
         return " ".join(text.split())
@@ -77,7 +77,7 @@ def describe(error: BaseException, path: Path | None = None) -> str:
 
 
 def make_task(cls: Any, args: Mapping[str, Any], where: str) -> Task:
-    """Call the class with task_args and look at what came out. Raises UserError."""
+    """Instantiate the class with task_args and check the result. Raises UserError."""
     if not inspect.isclass(cls):
         raise UserError(
             f"{where} is {_kind(cls)}; it must be a class with the methods problems(split) and verify(problem, response)"
@@ -100,7 +100,7 @@ def make_task(cls: Any, args: Mapping[str, Any], where: str) -> Task:
 
 
 def call_user(call: Callable[[], Any], what_failed: str) -> Any:
-    """Run code of the user's; whatever it raises becomes one sentence."""
+    """Run the user's code; any exception becomes a UserError of one sentence."""
     try:
         return call()
     except UserError:

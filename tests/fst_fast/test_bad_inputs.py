@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from fst_fast import config_load, mini
+from fst_fast import mini
 from fst_fast.cli import main
 from fst_fast.config import Config
-from fst_fast.contexts.population import FastState
+from fst_fast.config import load as config_load
 from fst_fast.contracts import Context
+from fst_fast.fast.population import FastState
 from fst_fast.run import checkpoint
 from fst_fast.run.folder import open_run
 from fst_fast.state import State
@@ -94,6 +95,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in {
         "key.yaml": "slow: {lrr: 1}", "twice.yaml": "seed: 1\nseed: 2", "list.yaml": "- a", "open.yaml": "slow: [1", "type.yaml": "slow: {lr: '3'}",
         "python.yaml": "task_args: {x: !!python/object/apply:os.system [true]}", "tab.yaml": "slow:\n\tlr: 1",
+        "itself.yaml": "seed: 1\ntask_args: &a {x: [*a]}", "nested.yaml": "[" * 3000, "void.yaml": "\n", "binary.yaml": "x: !!binary aGVsbG8=",
+        "half.yaml": 'fast: {seed_context: "\\ude00"}', "line.yaml": "fast: {seed_context: a\u2028b}",
     }.items():  # fmt: skip
         (here / name).write_text(text)
     (here / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
@@ -217,6 +220,21 @@ QUICK: list[tuple[list[str], str]] = [
     (["train", "{here}/tab.yaml", *NEW], "is not valid YAML: line 2"),
     (["train", "{here}/type.yaml", *NEW], 'slow.lr="3" is refused; allowed: a number > 0'),
     (["train", "{here}/python.yaml", *NEW], "could not determine a constructor"),
+    (["train", "{here}/itself.yaml", *NEW], "is not valid YAML: line 2: the alias *a is inside its own anchor"),
+    (["train", "{here}/nested.yaml", *NEW], "is not valid YAML: line 1: lists and keys are nested deeper than 50 levels"),
+    (["train", "{here}/void.yaml", *NEW], "{here}/void.yaml is empty; it must hold keys such as `method: fst`, or a comment"),
+    (["train", "{here}/binary.yaml", *NEW], "line 1: could not determine a constructor for the tag '!!binary'; allowed are text, numbers"),
+    (["train", "{here}/half.yaml", *NEW], "{here}/half.yaml: fast.seed_context holds U+DE00, which is half a character"),
+    (["train", "{here}/line.yaml", *NEW], "line 1: the character U+2028 is refused; write it as"),
+    ([*TRAIN, "--seed=" + "4" * 5000], "a whole number of 5,000 digits; at most 100 are taken"),
+    ([*TRAIN, "--task_args.x=" + "[" * 3000], "nested deeper than 50 levels"),
+    ([*TRAIN, "--eval.cells=all"], '--eval.cells="all" is refused; allowed: one or more of neither, context, weights, both'),
+    ([*TRAIN, "--policy.lora=16"], "--policy.lora=16 is refused; allowed: null or a section with the keys rank, alpha, targets"),
+    ([*TRAIN, "--fast.seed_context=caf\udce9"], "--fast.seed_context holds U+DCE9, which is half a character; allowed: text in UTF-8"),
+    ([*TRAIN, "--task_args.x=1e999"], "--task_args.x=inf is refused; allowed: a finite number"),
+    (["train", *NEW, "two\nlines.yaml", "more\nlines"], "unrecognized arguments: more\\nlines"),
+    (["probe", "--context", "caf\udce9"], "is refused; allowed: text in UTF-8"),
+    (["eval", "{here}/run", "--problems", "9" * 5000], "a text of 5,000 characters is refused; allowed: a whole number >= 1"),
     ([*TRAIN, "--slow.lr=1e300"], "--slow.lr=1e+300 is refused; allowed: a number > 0 and <= 1"),
     ([*TRAIN, "--slow.lr=.nan"], "--slow.lr=nan is refused; allowed: a finite number"),
     ([*TRAIN, "--method=sft"], '--method="sft" is refused; allowed: fst or rl or gepa'),
@@ -330,7 +348,7 @@ SLOW: list[tuple[list[str], str]] = [  # each starts a verifying child, some loa
     (["train", "--run-dir", "{here}/file", *SMALL], "--run-dir {here}/file is a file; it must be a folder or not exist"),
     (["train", "--run-dir", "{here}/none", "--resume", *SMALL], "--resume: there is no run in {here}/none"),
     (["train", "--run-dir", "{here}/run-marker", "--resume"], "fst-run.json or {here}/run-marker/config.yaml is damaged"),
-    (["train", "--run-dir", "{here}/run-marker9", "--resume"], "was written in format 9, this version of fst reads format 1"),
+    (["train", "--run-dir", "{here}/run-marker9", "--resume"], "was written in format 9 with metrics of version"),
     (["train", "--run-dir", "{here}/run-statefmt", "--resume"], "state.json has format 0; this version reads"),
     ([*TRAIN, "--slow.problems_per_step=100000", "--task_args.train=8"], "slow.problems_per_step=100000 is more than the"),
     ([*TRAIN, "--rollout.max_response_tokens=1000"], "are 1256 tokens; the model has 512 positions"),
@@ -376,8 +394,8 @@ def test_the_table_is_as_large_as_it_claims() -> None:
 
 
 def test_a_port_that_nobody_listens_at_is_a_reply_with_an_error_not_the_end() -> None:
-    from fst_fast.contexts.reflection import Failure, ReflectionPrompt
-    from fst_fast.contexts.reflectors import make_reflector
+    from fst_fast.fast.reflection import Failure, ReflectionPrompt
+    from fst_fast.fast.reflectors import make_reflector
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

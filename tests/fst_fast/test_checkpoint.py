@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent: after a kill, a full disk, a flipped bit."""
+"""A checkpoint is complete or absent: after a kill, a full disk, a flipped bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync takes its time on a busy machine and changes nothing that a process can see; the test of the order looks at the calls."""
+    """Skip fsync, which is slow on a busy machine and has no effect that a process can see. The test of the order of
+    writes records the calls."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -92,7 +93,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_that_names_the_file(
     assert str(caught[0].message) == f"checkpoint {broken} is skipped: {said}"
 
 
-def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew_over_them(tmp_path: Path) -> None:
+def test_without_a_complete_checkpoint_the_run_refuses_to_start_over(tmp_path: Path) -> None:
     (save(tmp_path, 20) / "model.bin").write_text("")
     (save(tmp_path, 40) / "model.bin").unlink()
     with (
@@ -131,7 +132,7 @@ def test_a_whole_checkpoint_of_the_same_step_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step-000020"]
 
 
-def test_checkpoints_of_a_future_that_is_run_again_go(tmp_path: Path) -> None:
+def test_checkpoints_of_later_steps_are_deleted_when_a_step_is_repeated(tmp_path: Path) -> None:
     for step in (20, 40, 60):
         save(tmp_path, step, keep_last=3)
     save(tmp_path, 30)
@@ -147,7 +148,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 
 
 KILLED_AT = {
-    "before the manifest": "checkpoint._seal",
+    "before the manifest": "checkpoint._write_manifest",
     "inside the manifest": "checkpoint._fsync_file",
     "before the rename": "os.rename",
     "before latest": "checkpoint.write_atomic",

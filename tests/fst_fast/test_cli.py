@@ -10,6 +10,7 @@ import pytest
 
 from fst_fast import cli
 from fst_fast.errors import UserError
+from fst_fast.run import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +62,7 @@ def test_help_names_every_command_and_exits_with_0(capsys):
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "--run-dir is missing"),
         (["train", "--run-dir", "x", "--allow-config-change"], "--allow-config-change goes with --resume"),
+        (["train", "--run-dir", "x", "--allow-data-change"], "--allow-data-change goes with --resume"),
         (["train", "none.yaml", "--dry-run"], "config file none.yaml does not exist"),
         (["train", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml"),
         (["train", "--dry-run", "--slow.lrr=1"], "unknown key --slow.lrr; did you mean slow.lr?"),
@@ -128,8 +130,8 @@ def test_train_gets_the_config_the_folder_and_resume(monkeypatch, tmp_path):
     seen = []
     replace_train(
         monkeypatch,
-        lambda config, run_dir, *, resume, allow_config_change: seen.append(
-            (config.slow.lr, config.method, run_dir, resume, allow_config_change)
+        lambda config, run_dir, *, resume, allow_config_change, allow_data_change: seen.append(
+            (config.slow.lr, config.method, run_dir, resume, allow_config_change, allow_data_change)
         ),
     )
     assert (
@@ -144,11 +146,12 @@ def test_train_gets_the_config_the_folder_and_resume(monkeypatch, tmp_path):
                 "rl",
                 "--resume",
                 "--allow-config-change",
+                "--allow-data-change",
             ]
         )
         == 0
     )
-    assert seen == [(5e-4, "rl", tmp_path / "run", True, True)]
+    assert seen == [(5e-4, "rl", tmp_path / "run", True, True, True)]
 
 
 def test_resume_without_a_config_takes_the_run_s_own(monkeypatch, tmp_path):
@@ -213,12 +216,12 @@ def test_only_the_first_process_prints_the_dry_run(monkeypatch, capsys):
 
 
 def test_processes_of_one_machine_share_its_cores_unless_the_user_says_otherwise(monkeypatch):
-    monkeypatch.setattr(cli, "usable_cores", lambda: 12)
+    monkeypatch.setattr(environment, "usable_cores", lambda: 12)
     monkeypatch.setenv("LOCAL_SIZE", "4")
-    cli.prepare_environment()
+    environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    cli.prepare_environment()
+    environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 

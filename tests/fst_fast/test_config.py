@@ -1,15 +1,18 @@
+import importlib.util
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_fast.batches import derived
 from fst_fast.config import Config
-from fst_fast.config_load import config_hash, dump, field_at, keys, load
+from fst_fast.config.derived import derived
+from fst_fast.config.keys import field_at, keys
+from fst_fast.config.load import config_hash, dump, load
 from fst_fast.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -260,6 +263,16 @@ def test_every_key_has_a_description():
         field = field_at(key)
         assert field is not None, key
         assert field.description or "." not in key, f"{key} has no docstring"
+
+
+def test_the_reference_page_is_what_the_docstrings_say():
+    script = ROOT / "scripts" / "config_reference.py"
+    spec = importlib.util.spec_from_file_location("config_reference", script)
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), (
+        f"run python {script.relative_to(ROOT)}"
+    )
 
 
 def test_another_task_leaves_the_file_s_task_args_behind(tmp_path):

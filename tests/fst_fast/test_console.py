@@ -95,16 +95,14 @@ def test_the_final_table_shows_the_four_cells_in_columns() -> None:
     assert out.getvalue().splitlines() == [
         "",
         "Reward on the validation problems",
-        "-------------------------------------------------",
-        "                      mean@4    pass@4   problems",
-        "-------------------------------------------------",
-        "neither          3.1 ± 0.5 %     9.4 %        128",
-        "context only    41.0 ± 2.0 %    70.0 %        128",
-        "weights only    not measured                     ",
-        "both           100.0 ± 0.0 %   100.0 %        128",
-        "-------------------------------------------------",
-        "context: the evolved population instead of the seed context",
-        "weights: the trained weights instead of the base model",
+        "----------------------------------------------------------------------------",
+        "                                                 mean@4    pass@4   problems",
+        "----------------------------------------------------------------------------",
+        "neither: base weights, seed context         3.1 ± 0.5 %     9.4 %        128",
+        "context: base weights, evolved contexts    41.0 ± 2.0 %    70.0 %        128",
+        "weights: trained weights, seed context     not measured                     ",
+        "both: trained weights, evolved contexts   100.0 ± 0.0 %   100.0 %        128",
+        "----------------------------------------------------------------------------",
     ]
 
 

@@ -51,7 +51,7 @@ def test_the_target_is_reached_at_the_first_evaluation_above_it(tmp_path: Path) 
     assert target == max(
         line["channels"]["both"]["mean"] for line in metrics_of(tmp_path / "rl") if line["kind"] == "eval"
     )
-    reached = curves.reaching(runs, target)
+    reached = curves.cost_to_reach(runs, target)
     first = next(
         line
         for line in metrics_of(tmp_path / "fst")
@@ -61,7 +61,7 @@ def test_the_target_is_reached_at_the_first_evaluation_above_it(tmp_path: Path) 
     assert reached[0].at["rollouts"] == first["rollouts"]
     assert reached[2].at["steps"] is None  # gepa takes none
     assert reached[1].at
-    assert curves.reaching(runs, 2.0)[0].at == {}
+    assert curves.cost_to_reach(runs, 2.0)[0].at == {}
 
 
 def test_the_running_mean_invents_no_values() -> None:

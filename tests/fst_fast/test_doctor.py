@@ -1,7 +1,8 @@
 import shutil
 
 import fst_kernels
-from fst_fast import cli, doctor
+from fst_fast import cli
+from fst_fast.commands import doctor
 
 
 def test_doctor_exits_with_0_and_says_what_was_chosen_and_why(capsys):
@@ -31,7 +32,7 @@ def test_doctor_reports_a_backend_that_cannot_run_instead_of_failing(monkeypatch
 
 def test_doctor_says_what_confines_graders_and_programs(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "isolation", lambda: "NOT isolated as a whole: Landlock: not here")
-    monkeypatch.setattr(doctor, "why_unlimited", lambda: "no limit: not here")
+    monkeypatch.setattr(doctor, "unlimited_reason", lambda: "no limit: not here")
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "  programs run by run_code: NOT isolated as a whole: Landlock: not here\n" in out

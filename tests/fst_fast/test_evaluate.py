@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from fst_fast import evaluate as module
-from fst_fast.config import Config
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
-from fst_fast.evaluate import Models, cell, evaluate, wave
+from fst_fast.config import Config, EvalConfig
+from fst_fast.contracts import CELLS, Context, Problem, Rollout, ScoredRollout, Verdict
+from fst_fast.evaluate import cell, evaluate, requests_of
+from fst_fast.rollout.models import SamplingModels
 
 SEED, A, B = Context.of("seed"), Context.of("a"), Context.of("b")
 PROBLEMS = [Problem(str(i), [{"role": "user", "content": "?"}], None) for i in range(4)]
 
 
-def sampled(problem: str, reward: float | None, context: str = "c") -> Sampled:
-    return Sampled(
+def sampled(problem: str, reward: float | None, context: str = "c") -> ScoredRollout:
+    return ScoredRollout(
         Rollout(problem, context, 0, np.array([1]), np.zeros(1, np.float32), "stop", 0, 1.0),
         Verdict(reward),
         "",
     )
+
+
+def test_the_configuration_allows_exactly_the_four_cells() -> None:
+    field = EvalConfig.model_fields["cells"]
+    (allowed,) = get_args(field.annotation)
+    assert get_args(allowed) == tuple(CELLS)
+    assert field.default == list(CELLS)
 
 
 def test_a_cell_is_the_mean_over_problems_with_its_standard_error_and_pass_at_k() -> None:
@@ -49,7 +57,7 @@ def test_an_unjudged_sample_does_not_count_as_a_failure() -> None:
 
 
 def test_evolved_contexts_take_turns_evenly_over_problems_and_samples() -> None:
-    plan = wave(PROBLEMS, [A, B], 3)
+    plan = requests_of(PROBLEMS, [A, B], 3)
     assert len(plan) == 12
     assert sum(c is A for c, _, _ in plan) == 6
     assert {(p.id, k) for _, p, k in plan} == {(p.id, k) for p in PROBLEMS for k in range(3)}
@@ -62,7 +70,7 @@ class RecordingSampler:
     def __init__(self) -> None:
         self.asked: list[tuple[str, frozenset[str]]] = []
 
-    def spread(self, engine: str, plan: Sequence[Any], **how: Any) -> list[Sampled]:
+    def spread(self, engine: str, plan: Sequence[Any], **how: Any) -> list[ScoredRollout]:
         assert how["paired"]
         self.asked.append((engine, frozenset(c.text for c, _, _ in plan)))
         return [sampled(p.id, float(engine == "policy"), c.id) for c, p, _ in plan]
@@ -86,7 +94,7 @@ def test_cells_that_are_one_by_construction_are_sampled_once(
 ) -> None:
     monkeypatch.setattr(module, "kl", lambda *_: 0.25)
     sampler: Any = RecordingSampler()
-    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
+    models: Any = SamplingModels("policy", "base", "policy", None, None)  # type: ignore[arg-type]
     config = Config.model_validate({"method": method})
     got = evaluate(
         config, sampler, models, PROBLEMS, seed_context=SEED, population=population, policy_version=version
@@ -126,7 +134,7 @@ def test_only_the_cells_asked_for_are_sampled(
 
     monkeypatch.setattr(module, "kl", kl)
     sampler: Any = RecordingSampler()
-    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
+    models: Any = SamplingModels("policy", "base", "policy", None, None)  # type: ignore[arg-type]
     got = evaluate(
         Config.model_validate({"method": method}), sampler, models, PROBLEMS, seed_context=SEED,
         population=population, policy_version=5, cells=cells,
@@ -138,7 +146,7 @@ def test_only_the_cells_asked_for_are_sampled(
 
 
 def measured(sampler: Any, memory: dict[str, dict[str, float]], population: list[Context]) -> dict[str, Any]:
-    models: Any = Models("policy", "base", "policy", None, None)  # type: ignore[arg-type]
+    models: Any = SamplingModels("policy", "base", "policy", None, None)  # type: ignore[arg-type]
     return evaluate(
         Config(), sampler, models, PROBLEMS, seed_context=SEED, population=population, policy_version=0,
         base_rewards=memory,
@@ -167,3 +175,19 @@ def test_a_sample_that_could_not_be_judged_is_tried_again() -> None:
     sampler.spread = lambda engine, plan, **how: [sampled(p.id, None, c.id) for c, p, _ in plan]
     measured(sampler, memory, [SEED])
     assert memory == {}
+
+
+def test_what_was_not_measured_is_none_and_rounding_is_no_spread() -> None:
+    assert cell([("p", None), ("q", None)], 2) == {
+        "mean": None,
+        "stderr": None,
+        "pass_at_k": None,
+        "n": 0,
+        "k": 2,
+    }
+    assert cell([], 1)["mean"] is None
+    one = cell([("p", 0.5), ("p", 1.0)], 2)
+    assert (one["mean"], one["stderr"], one["n"]) == (0.75, None, 1)
+    same = cell([("p", 0.1 + 0.2), ("q", 0.3), ("r", 0.3)], 1)
+    assert same["stderr"] == 0.0
+    assert cell([("p", sum([0.1] * 10)), ("q", 0.999)], 1)["pass_at_k"] == 0.5

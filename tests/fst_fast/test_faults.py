@@ -1,4 +1,4 @@
-"""The fault injector: what it reads, that it counts, and that it is silent unless asked."""
+"""The fault injector: what it parses, that it counts, and that it does nothing unless configured."""
 
 import os
 import re
@@ -15,7 +15,7 @@ SOURCE = Path(faults.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def killed(monkeypatch):
-    """The signals that were sent; disarmed afterwards."""
+    """The signals sent; disarmed afterwards."""
     sent = []
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     yield sent
@@ -63,7 +63,7 @@ def test_a_count_that_is_no_whole_number_is_refused(monkeypatch, text):
         arm(monkeypatch, text)
 
 
-def test_every_named_point_stands_in_the_code_once():
+def test_every_named_point_occurs_in_the_code_once():
     found = [
         name
         for path in SOURCE.rglob("*.py")

@@ -1,4 +1,4 @@
-"""The packer: what it stores, what each token sees, and that cutting it up loses nothing."""
+"""The packer: what it stores, what each token attends to, and that splitting loses nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ few = settings(max_examples=40, deadline=None)
 
 @few
 @given(some_leaves, shares)
-def test_every_path_spells_its_leaf_and_depth_counts_along_it(leaves: list[Leaf], share: Share) -> None:
+def test_every_path_gives_its_leaf_and_depth_is_the_position(leaves: list[Leaf], share: Share) -> None:
     forest = pack(leaves, share=share)
     for i, one in enumerate(leaves):
         path = forest.path(i)
@@ -123,7 +123,9 @@ def test_split_covers_every_leaf_once_and_every_part_fits(
 
 @few
 @given(some_leaves, shares, st.integers(10, 40))
-def test_no_smaller_largest_part_gives_as_few_parts(leaves: list[Leaf], share: Share, budget: int) -> None:
+def test_split_minimises_the_largest_part_for_its_number_of_parts(
+    leaves: list[Leaf], share: Share, budget: int
+) -> None:
     parts = split(leaves, budget, share=share)
     largest = max(len(pack([leaves[i] for i in part], share=share).token_ids) for part in parts)
     if largest > max(map(len, leaves)):

@@ -1,5 +1,6 @@
-"""gepa 0.1.4 as the oracle: driven with one candidate at a time over the same deterministic scorer, it accepts what we accept, and its
-Pareto selection gives every candidate the weight that ours does. Also the bridge between the two contracts."""
+"""gepa 0.1.4 as the oracle. Driven with one candidate at a time over the same deterministic scorer, it accepts what we
+accept, and its Pareto selection weights every candidate as ours does. Also tests the bridge between the two interfaces.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fst_fast.config import FastConfig
-from fst_fast.contexts import pareto
-from fst_fast.contexts.gepa_adapter import GepaBridge, problems_of, score_with
-from fst_fast.contexts.population import FastState
-from fst_fast.contexts.reflection import Reply
-from fst_fast.contracts import Problem, Rollout, Sampled, Verdict
-from fst_fast.fast.phase import fast_phase
+from fst_fast.contracts import Problem, Rollout, ScoredRollout, Verdict
+from fst_fast.fast import pareto
+from fst_fast.fast.evolution import evolve
+from fst_fast.fast.gepa_adapter import GepaBridge, problems_of, score_with
+from fst_fast.fast.population import FastState
+from fst_fast.fast.reflection import Reply
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
 SEED = "seed text"
@@ -34,7 +35,7 @@ claim = settings(max_examples=80, deadline=None)
 
 
 def reward(text, problem):
-    """A problem wants its word; two words do harm on some problems."""
+    """A problem needs its word; two words harm on some problems."""
     value = 0.5 * (WORDS[problem.answer] in text) + 0.25 * ("alpha" in text and "beta" in text)
     return max(0.0, value - 0.5 * ("epsilon" in text and problem.answer == 1) - 0.25 * ("zeta" in text))
 
@@ -42,7 +43,7 @@ def reward(text, problem):
 def score(items):
     nothing = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     return [
-        Sampled(
+        ScoredRollout(
             Rollout(p.id, c.id, k, *nothing, "stop", 0, 1.0),
             Verdict(reward(c.text, p), f"wants {WORDS[p.answer]}"),
             "r",
@@ -101,7 +102,7 @@ def test_gepa_driven_one_candidate_at_a_time_accepts_what_we_accept(texts):
 
 
 def accepted_one_at_a_time(texts):
-    """Our rule, one child at a time, parent = best so far: what `optimize` is told to do above."""
+    """Our rule, one child at a time, parent = best so far, as `optimize` is configured above."""
     rows = {text: np.array([[reward(text, p)] for p in PROBLEMS]) for text in [SEED, *texts]}
     archive = [SEED]
     for text in texts:
@@ -113,11 +114,11 @@ def accepted_one_at_a_time(texts):
 
 @settings(max_examples=25, deadline=None)
 @given(proposals)
-def test_the_fast_phase_with_one_child_a_wave_accepts_by_the_same_rule(texts):
+def test_the_fast_phase_with_one_child_per_generation_accepts_by_the_same_rule(texts):
     config = FastConfig(
         population=1, children=1, samples=1, first_generations=len(texts), admit_z=0, rollout_budget=10**4
     )
-    result = fast_phase(
+    result = evolve(
         FastState.initial(SEED), anchor=PROBLEMS, score=score, reflect=Proposals(texts), config=config,
         count_tokens=lambda text: len(text.split()), cycle=0, policy_version=0, seed=1, log=quiet,
     )  # fmt: skip
@@ -148,7 +149,8 @@ def test_without_a_margin_admission_is_gepas_strict_improvement(pair):
 
 
 def one_of_each_mean(scores):
-    """Among equal means gepa's order is that of a dict; two different means differ on some problem."""
+    """gepa orders equal means as its dict does, so the means here are distinct; two different means differ on some
+    problem."""
     first = np.unique(scores.mean(axis=1), return_index=True)[1]
     return scores[np.sort(first)]
 
@@ -162,7 +164,7 @@ matrices = (
 
 
 def gepa_front(scores):
-    """gepa's own mapping: problem -> the candidates that score best there."""
+    """gepa's mapping: problem -> the candidates that score best on it."""
     return {
         j: {int(i) for i in np.flatnonzero(scores[:, j] == scores[:, j].max())}
         for j in range(scores.shape[1])
@@ -224,7 +226,7 @@ def test_a_gepa_adapter_scores_for_the_fast_phase():
             for p in prompts
         ]
 
-    result = fast_phase(
+    result = evolve(
         FastState.initial("go"), anchor=problems_of(WORDS), score=score_with(adapter, component="system", policy_version=0),
         reflect=reflect, config=FastConfig(population=2, children=2, samples=1, failures_shown=3, first_generations=3),
         count_tokens=lambda text: len(text.split()), cycle=0, policy_version=0, seed=0, log=quiet,

@@ -1,6 +1,7 @@
-"""Decode steps that are recorded and repeated: inputs reach the recording through tensors that stay, and a recording ends with its slots.
+"""Recorded and replayed decode steps: inputs reach the recording through fixed buffers, and a recording is valid until
+its slots change.
 
-What repeats here is a function instead of a CUDA graph; the GPU's own recording is the test at the end.
+Here a plain function stands in for the CUDA graph; the test at the end records on a GPU.
 """
 
 from __future__ import annotations
@@ -13,14 +14,7 @@ from torch import Tensor
 pytest.importorskip("transformers")  # scripts/gpu_check.sh loads this file on machines that may lack it
 
 from fst_fast.rollout.graphs import EAGER_STEPS, StepGraph
-from tests.fst_fast.test_rollout import (
-    assert_same,
-    forest,
-    make_model,
-    padded,
-    requests_of,
-    sample,
-)
+from tests.fst_fast.test_rollout import assert_same, forest, make_model, padded, requests_of, sample
 
 
 def recording(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -33,10 +27,10 @@ def recording(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return replay, out
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_repeated_steps_give_the_same_rollouts(lean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not lean:
-        monkeypatch.setattr("fst_fast.rollout.engine.why_not", lambda _: "the test says so")
+@pytest.mark.parametrize("fused", [True, False])
+def test_repeated_steps_give_the_same_rollouts(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr("fst_fast.rollout.engine.unsupported_reason", lambda _: "the test says so")
     monkeypatch.setattr("fst_fast.rollout.graphs.look_at_values", lambda _: False)
     requests = requests_of(samples=1)
     said = sample(padded(make_model(attention="sdpa"), eos=()), requests, 150)
@@ -47,7 +41,7 @@ def test_repeated_steps_give_the_same_rollouts(lean: bool, monkeypatch: pytest.M
     assert graph.replayed > 200
 
 
-def test_few_steps_and_looks_at_values_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_runs_and_runs_with_value_checks_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = StepGraph(recording)
     sample(forest(make_model(), eos=(), graph=graph), requests_of(), 12)
     assert graph.recorded == 0, "on a CPU values are always looked at"

@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fst_fast.contracts import Context, Problem, Rollout, Sampled, Verdict
+from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.slow.groups import advantages, cost, make_groups, plan_group, token_weights
+from fst_fast.slow.update import sequences
 
 PROBLEM = Problem("p", [{"role": "user", "content": "?"}], None)
 
 
-def sampled(problem: str, reward: float | None, context: str = "c", tokens: int = 3) -> Sampled:
+def sampled(problem: str, reward: float | None, context: str = "c", tokens: int = 3) -> ScoredRollout:
     rollout = Rollout(problem, context, 0, np.arange(tokens), np.zeros(tokens, np.float32), "stop", 0, 1.0)
-    return Sampled(rollout, Verdict(reward), "")
+    return ScoredRollout(rollout, Verdict(reward), "")
 
 
 def test_a_group_is_spread_evenly_over_the_contexts() -> None:
@@ -43,7 +44,7 @@ def test_advantages_are_the_rewards_in_units_of_the_population_deviation(rewards
 
 def test_rollouts_of_one_problem_are_one_group_across_contexts() -> None:
     groups = make_groups([sampled("p", 1.0, "c1"), sampled("q", 0.0, "c1"), sampled("p", 0.0, "c2")], 1e-6)
-    assert [(g.problem_id, len(g.sampled)) for g in groups] == [("p", 2), ("q", 1)]
+    assert [(g.problem_id, len(g.members)) for g in groups] == [("p", 2), ("q", 1)]
     assert groups[0].advantages is not None
     np.testing.assert_allclose(groups[0].advantages, [1, -1], rtol=1e-5)
     assert groups[1].advantages is None
@@ -61,10 +62,10 @@ def test_within_a_context_rollouts_are_compared_with_each_other_alone() -> None:
 
 def test_an_unjudged_rollout_is_no_sample_and_not_a_zero() -> None:
     [group] = make_groups([sampled("p", 1.0), sampled("p", None), sampled("p", 1.0)], 1e-6)
-    assert len(group.sampled) == 2
+    assert len(group.members) == 2
     assert group.advantages is None  # with a 0 in the place of None there would be variance
     [empty] = make_groups([sampled("p", None)], 1e-6)
-    assert empty.sampled == []
+    assert empty.members == []
     assert empty.advantages is None
 
 
@@ -101,3 +102,63 @@ def test_the_cost_of_a_group_counts_every_prompt_once_and_every_response() -> No
     )
     length = {"a": 10, "b": 30}
     assert cost(group, lambda rollout: np.zeros(length[rollout.context_id], np.int64)) == 10 + 30 + 3 + 5 + 3
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [0.1 + 0.2, 0.3],
+        [0.7 + 0.1, 0.8, 0.8, 0.2 * 4],
+        [float(np.float32(0.1) + np.float32(0.2)), 0.3, 0.3],  # a grader that computes in float32
+        [1.0, sum([0.1] * 10)],
+        [0.0, 0.1 + 0.2 - 0.3],  # what a subtraction leaves
+        [3e-9, 3e-9 * (1 + 2e-16)],
+    ],
+)
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-20])
+def test_a_spread_at_the_level_of_rounding_is_no_variance(rewards: list[float], eps: float) -> None:
+    assert advantages(rewards, eps) is None
+    judged = [sampled("p", r, "a") for r in rewards] + [sampled("p", 1.0, "b"), sampled("p", 0.0, "b")]
+    [group] = make_groups(judged, eps, by_context=True)
+    assert group.advantages is not None
+    assert not group.advantages[: len(rewards)].any(), "within their context they are alike"
+
+
+@pytest.mark.parametrize("rewards", [[0.3, 0.300001], [1e-8, 2e-8], [0.0, 1e-12], [0.999999, 1.0]])
+def test_a_small_difference_that_is_no_rounding_counts(rewards: list[float]) -> None:
+    got = advantages(rewards, 0.0)
+    assert got is not None
+    np.testing.assert_allclose(got, [-1, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "lengths", "weights", "denominator"),
+    [
+        ("sequence", [4, 0, 2], [0.25, 0.0, 0.5], 2),
+        ("sequence", [0, 0], [0.0, 0.0], 0),
+        ("problem", [0, 0, 0], [0.0, 0.0, 0.0], 0),
+        ("problem", [0, 5], [0.2, 0.2], 1),
+        ("token", [0, 0], [1.0, 1.0], 0),
+    ],
+)
+def test_what_has_no_token_has_weight_zero_and_is_not_counted(
+    aggregation: str, lengths: list[int], weights: list[float], denominator: float
+) -> None:
+    [group] = make_groups([sampled("p", float(i == 0), tokens=n) for i, n in enumerate(lengths)], 1e-6)
+    assert token_weights([group], aggregation) == ([weights], denominator)
+
+
+@pytest.mark.parametrize("aggregation", ["problem", "token", "sequence"])
+def test_an_empty_response_becomes_no_sequence_and_the_weights_of_the_others_sum_to_one(
+    aggregation: str,
+) -> None:
+    empty = make_groups([sampled("e", 1.0, tokens=0), sampled("e", 0.0, tokens=0)], 1e-6)
+    mixed = make_groups([sampled("p", 1.0, tokens=3), sampled("p", 0.0, tokens=0)], 1e-6)
+    prompts = [[np.array([1, 2])] * 2] * 2
+    data = sequences([*empty, *mixed], prompts, aggregation)
+    assert [len(leaf.response_ids) for leaf in data.leaves] == [3]
+    assert data.start.tolist() == [0]
+    np.testing.assert_allclose(data.weights.sum(), 1.0, rtol=1e-6)
+    nothing = sequences(empty, prompts[:1], aggregation)
+    assert not nothing.leaves
+    assert not len(nothing.weights)

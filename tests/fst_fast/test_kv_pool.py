@@ -1,4 +1,4 @@
-"""The pool of keys and values: ranges come, go and are moved together, and what is in them stays what it was."""
+"""The pool of keys and values: ranges are allocated, freed and moved, and keep their contents."""
 
 from __future__ import annotations
 
@@ -20,14 +20,7 @@ from fst_fast.rollout import cascade, prefill
 from fst_fast.rollout.kv_pool import KVPool, Span
 from fst_kernels import cascade_decode_attention
 from fst_kernels.tree_attention import tree_attention
-from tests.fst_fast.test_rollout import (
-    assert_same,
-    forest,
-    make_model,
-    padded,
-    requests_of,
-    sample,
-)
+from tests.fst_fast.test_rollout import assert_same, forest, make_model, padded, requests_of, sample
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAYERS = 2
@@ -96,7 +89,7 @@ def test_a_range_cut_to_some_of_its_slots_holds_these_in_their_order():
 
 @pytest.mark.skipif(INTERPRETED, reason="the outer process runs this file")
 def test_by_the_triton_kernels_it_is_the_same_in_the_interpreter():
-    """Triton reads TRITON_INTERPRET when it is imported: this file runs once more in a process of its own."""
+    """Triton reads TRITON_INTERPRET at import, so this file runs again in its own process."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "inside_the_interpreter", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -1,6 +1,7 @@
-"""policy.liger: Liger's layers compute what transformers' own do, loss, gradients and rollouts.
+"""policy.liger: Liger's layers compute the same as transformers' own: loss, gradients and rollouts.
 
-Liger's kernels are Triton's: this file runs itself once more in a process with TRITON_INTERPRET=1, which Triton reads when it is imported.
+Liger's kernels use Triton: this file runs itself again in a process with TRITON_INTERPRET=1, which Triton reads at
+import.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import liger, ranks
+from fst_fast.policy import liger
 from fst_fast.policy.attention import NAME
-from fst_fast.policy.engine import Policy, load
+from fst_fast.policy.cpu_forward import unsupported_reason
 from fst_fast.policy.packing import forest_batch
-from fst_fast.rollout.lean import why_not
+from fst_fast.policy.trained import TrainedPolicy, load
 from tests.fst_fast.test_kv_pool import assert_same, forest, make_model, padded, requests_of, sample
 from tests.fst_fast.test_packing import gradients, random_leaves, tiny_config
 
@@ -48,7 +50,8 @@ def test_without_a_gpu_it_is_refused():
 
 @pytest.fixture(autouse=True)
 def what_the_interpreter_lacks(monkeypatch):
-    """Compiled kernels get a Python float as a float32 of theirs, which has `.to`, and know CUDA's libdevice; interpreted ones do not."""
+    """Compiled kernels convert a Python float to their float32, which has `.to`, and support CUDA's libdevice;
+    interpreted ones do not."""
     if not INTERPRETED:
         return
     import triton.language as tl
@@ -98,7 +101,7 @@ def test_layers_compute_the_same_on_a_gpu(kind):
 
 
 @inside
-def test_rollouts_say_the_same(monkeypatch):
+def test_rollouts_are_the_same(monkeypatch):
     monkeypatch.setenv("FST_KERNELS", "reference")  # only Liger's kernels are tried here
     requests = requests_of(contexts=(9, 4), problems=(3, 5), samples=1)
     said = sample(padded(make_model(attention="sdpa")), requests, 4)  # before Liger replaces rotary embedding
@@ -109,15 +112,15 @@ def test_rollouts_say_the_same(monkeypatch):
 
 @inside
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
-def test_every_model_of_a_run_has_them(lora):
-    ranks.init()
+def test_every_model_of_a_run_uses_ligers_layers(lora):
+    distributed.init()
     config = Config.model_validate({"policy": {"liger": True, "lora": lora}})
-    for model in (load(config), Policy(config).module):
-        assert "another forward" in str(why_not(model))
+    for model in (load(config), TrainedPolicy(config).module):
+        assert "another forward" in str(unsupported_reason(model))
 
 
 @inside
-def test_another_type_is_refused():
+def test_an_untested_model_type_is_refused():
     model = AutoModelForCausalLM.from_config(tiny_config("gemma3_text"), attn_implementation=NAME)
     with pytest.raises(UserError, match="not tested for gemma3_text; tested are llama"):
         liger.install(model)

@@ -1,4 +1,6 @@
-"""LoRA: the base's weights are shared, only adapters move, every path computes with them, and what leaves a run is a plain model."""
+"""LoRA: the base's weights are shared, only adapters are trained, every path applies them, and exports are plain
+models.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,20 @@ pytest.importorskip("peft")
 
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import engine, lora
+from fst_fast.policy import lora, trained
 from fst_fast.policy.attention import TreePlan
-from fst_fast.policy.engine import Policy
+from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
+from fst_fast.policy.scoring import Batching
+from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
-from fst_fast.rollout.lean import LeanForward, why_not
-from fst_fast.slow.step import micro_jobs, optimise
+from fst_fast.slow.slow_phase import objective_of
+from fst_fast.slow.update import Reference, micro_jobs
 from fst_fast.state import State
-from tests.fst_fast import test_slow_step
-from tests.fst_fast.test_slow_step import config_of, data, rollouts
+from tests.fst_fast import test_update
+from tests.fst_fast.test_update import config_of, data, rollouts, take_step
 from tests.integration.launch import REPO, one_thread, records
 
-models = test_slow_step.models  # a fixture
+models = test_update.models  # a fixture
 
 
 def with_lora(config: Config, **how: Any) -> Config:
@@ -37,7 +41,7 @@ def with_lora(config: Config, **how: Any) -> Config:
 
 
 def spoil(model: torch.nn.Module) -> None:
-    """Adapters that change something."""
+    """Set adapters that change the output."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, layer in lora.layers(model):
@@ -61,9 +65,9 @@ def test_the_weights_are_in_memory_once_and_the_base_computes_without_adapters(
     models: tuple[Path, Path],
 ) -> None:
     config = with_lora(config_of(models))
-    base = engine.load(config)
+    base = trained.load(config)
     before = logits(base, IDS)
-    policy = Policy(config, base)
+    policy = TrainedPolicy(config, base)
     assert torch.equal(logits(policy.module, IDS), before), "adapters begin as no change"
     spoil(policy.module)
     assert torch.equal(logits(base, IDS), before)
@@ -85,13 +89,18 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weight_it_adds_to(
     plain_config = config_of(models, kl=kl, kl_coef=0.1)
     config = with_lora(plain_config)
     sampled, prompts = rollouts()
-    policy = Policy(config, engine.load(config))
+    policy = TrainedPolicy(config, trained.load(config))
     spoil(policy.module)
-    reference = engine.load(config, models[1])
-    policy.forward_backward(micro_jobs(data(config, sampled, prompts), config, reference, 0)[1])
-    plain = Policy(plain_config)
-    plain.module.load_state_dict(lora.plain_state(policy.module))
-    plain.forward_backward(micro_jobs(data(config, sampled, prompts), plain_config, reference, 0)[1])
+    reference = trained.load(config, models[1])
+
+    def jobs(config: Config) -> Any:
+        batch, batching = data(config, sampled, prompts), Batching.of(config, 0)
+        return micro_jobs(batch, Reference(reference), objective_of(config.slow), batching)[1]
+
+    policy.forward_backward(jobs(config))
+    plain = TrainedPolicy(plain_config)
+    plain.module.load_state_dict(lora.merged_state_dict(policy.module))
+    plain.forward_backward(jobs(plain_config))
     weights = dict(plain.module.named_parameters())
     count = 0
     for name, layer in lora.layers(policy.module):
@@ -105,16 +114,16 @@ def test_the_gradient_of_an_adapter_is_that_of_the_weight_it_adds_to(
     assert count == 14
 
 
-def test_lean_and_plain_forwards_compute_with_the_adapters(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_cpu_and_transformers_forwards_apply_the_adapters(models: tuple[Path, Path], tmp_path: Path) -> None:
     config = with_lora(config_of(models))
-    policy = Policy(config, engine.load(config))
+    policy = TrainedPolicy(config, trained.load(config))
     model: Any = policy.module
     spoil(model)
     want = logits(model, IDS)
-    assert why_not(model) is None
+    assert unsupported_reason(model) is None
     plan = TreePlan(torch.full((len(IDS),), len(IDS), dtype=torch.int32))
     torch.testing.assert_close(
-        LeanForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
+        CpuForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
     )
     lora.save(model, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -127,7 +136,7 @@ def test_lean_and_plain_forwards_compute_with_the_adapters(models: tuple[Path, P
         AutoModelForCausalLM.from_pretrained(models[0]), tmp_path / lora.FOLDER
     )
     torch.testing.assert_close(loaded(IDS[None]).logits[0], want, rtol=1e-4, atol=1e-4)
-    again = Policy(config, engine.load(config))
+    again = TrainedPolicy(config, trained.load(config))
     again.load_adapters(tmp_path)
     assert torch.equal(logits(again.module, IDS), want)
 
@@ -141,12 +150,12 @@ def test_rollouts_sample_with_the_adapters_as_they_are_at_each_call(models: tupl
         Request(str(i), "c", 0, np.concatenate([root, rng.integers(0, 50, 4)]), seed=i) for i in range(6)
     ]
     config = with_lora(config_of(models))
-    policy = Policy(config, engine.load(config))
+    policy = TrainedPolicy(config, trained.load(config))
     ours = RolloutEngine(policy.module, eos_ids=(), pad_id=0, max_batch=64, packing="forest", join_tokens=0)
     first = sample(ours, requests, 5)
     spoil(policy.module)
-    merged: Any = engine.load(config)
-    merged.load_state_dict(lora.plain_state(policy.module))
+    merged: Any = trained.load(config)
+    merged.load_state_dict(lora.merged_state_dict(policy.module))
     theirs = RolloutEngine(merged, eos_ids=(), pad_id=0, max_batch=64, packing="forest", join_tokens=0)
     second = sample(ours, requests, 5)
     assert_same(second, sample(theirs, requests, 5))
@@ -156,10 +165,10 @@ def test_rollouts_sample_with_the_adapters_as_they_are_at_each_call(models: tupl
 def test_a_step_moves_adapters_alone(models: tuple[Path, Path]) -> None:
     config = with_lora(config_of(models))
     sampled, prompts = rollouts()
-    base = engine.load(config)
+    base = trained.load(config)
     kept = {name: p.clone() for name, p in base.named_parameters()}
-    policy = Policy(config, base)
-    optimise(policy, base, data(config, sampled, prompts), config, step=0, pad_id=0)
+    policy = TrainedPolicy(config, base)
+    take_step(config, policy, base, data(config, sampled, prompts))
     assert all(torch.equal(p, kept[name]) for name, p in base.named_parameters())
     assert all(layer.lora_B[lora.NAME].weight.abs().max() > 0 for _, layer in lora.layers(policy.module))
 
@@ -167,7 +176,7 @@ def test_a_step_moves_adapters_alone(models: tuple[Path, Path]) -> None:
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(models: tuple[Path, Path]) -> None:
     config = with_lora(config_of(models), targets=["q_proj", "wq"])
     with pytest.raises(UserError, match=r"no linear layers named wq; it has down_proj, gate_proj, .*q_proj"):
-        Policy(config, engine.load(config))
+        TrainedPolicy(config, trained.load(config))
 
 
 LORA = ["--policy.lora.rank=4", "--slow.lr=1e-3"]
@@ -182,7 +191,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_interrupted_and_resumed_is_the_run_that_went_through(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     from tests.integration.test_train import command, run
 
     folder = tmp_path / "run"
@@ -202,8 +211,8 @@ def test_a_run_interrupted_and_resumed_is_the_run_that_went_through(whole: Path,
 def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
     whole: Path, tmp_path: Path
 ) -> None:
-    from fst_fast.evaluate import evaluate_run
-    from fst_fast.export import export
+    from fst_fast.commands.evaluate import evaluate_run
+    from fst_fast.commands.export import export
 
     reported = json.loads((whole / "summary.json").read_text())
     assert reported["kl_seed"] > 0
@@ -225,7 +234,7 @@ def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
     assert [s for s in records(whole, "step") if s["grad_norm"] > 0]
 
 
-def test_without_peft_or_with_a_wrong_target_a_run_begins_nothing(
+def test_without_peft_or_with_a_wrong_target_a_run_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fst_fast.cli import main

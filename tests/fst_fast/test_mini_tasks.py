@@ -160,8 +160,8 @@ def test_the_verdict_on_a_formula_says_what_was_wrong(response: str, reward: flo
 
 
 @given(st.integers(0, 10**6))
-def test_the_words_of_a_problem_say_all_that_its_answer_needs(seed: int) -> None:
-    """Each is solved again from its text alone."""
+def test_a_problem_can_be_solved_from_its_text_alone(seed: int) -> None:
+    """Every problem is solved again from its text alone."""
     task = LinkedFacts(train=1, validation=1, ood=1, seed=seed)
     for split in ("train", "ood"):
         [problem] = task.problems(split)

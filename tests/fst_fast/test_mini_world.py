@@ -1,4 +1,6 @@
-"""The mini world: tokenizer, documents, the shipped base and its measured behaviour, a reproducible build, the reflector of rules."""
+"""The mini world: tokenizer, documents, the shipped base model and its measured behaviour, a reproducible build, the
+rule-based reflector.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from fst_fast import mini
-from fst_fast.contexts.reflectors.mini import MAX_SENTENCES, SENTENCES, reflect, split_sentences
 from fst_fast.errors import UserError
+from fst_fast.fast.reflectors.mini import MAX_SENTENCES, SENTENCES, reflect, split_sentences
 from fst_fast.mini import documents, world
 from fst_fast.mini.build import build_base, mini_task
 from fst_fast.mini.evaluate import measure_contexts
@@ -117,7 +119,8 @@ def test_a_drill_of_facts_repeats_each_and_supervises_the_looked_up_number(size:
 
 
 def rewards(kind: world.Kind, law: world.Law, n: int = 2000) -> tuple[float, float, float]:
-    """Mean reward of responses drawn by a law on the task's problems; how many were boxed; how many were worked by the method."""
+    """Mean reward of responses drawn from a law on the task's problems; the shares that are boxed and that use the
+    method."""
     rng = np.random.default_rng(0)
     task, module = mini_task(kind), documents.KINDS[kind]
     seen = np.zeros(3)
@@ -162,9 +165,8 @@ def test_a_faithful_response_is_right_and_one_at_once_is_luck(kind: world.Kind) 
 @pytest.mark.parametrize("role", world.HARMFUL)
 def test_a_harmful_sentence_dominates_the_helpful_ones(kind: world.Kind, role: world.Role) -> None:
     law = world.law(sentences(kind, "method", "box", "check", role), kind)
-    luck = (
-        0.25 if kind == "formula_choice" and role != "twist" else 0.0
-    )  # any letter is right one time in four
+    # any letter is right one time in four
+    luck = 0.25 if kind == "formula_choice" and role != "twist" else 0.0
     assert rewards(kind, law, 800)[0] < 0.12 + luck
 
 

@@ -1,4 +1,6 @@
-"""Forest and padded batches of the same leaves, through real model architectures: the same loss, the same gradient of every parameter."""
+"""Forest and padded batches of the same leaves, through real model architectures: same loss, same gradient of every
+parameter.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,10 @@ from fst_fast.policy.attention import (
     NAME,
     PACKABLE,
     TreePlan,
-    cannot_pack,
     load_model,
     model_folder,
     sliding_window,
+    unpackable_reason,
 )
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
 
@@ -79,7 +81,7 @@ def tiny_config(architecture: str, **more: Any) -> Any:
 
 @cache
 def models(architecture: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same weights twice: tree attention, and transformers' own."""
+    """The same weights twice: with tree attention and with transformers' own."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation="sdpa")
     tree = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation=NAME)
@@ -90,7 +92,7 @@ def models(architecture: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 def gradients(
     model: PreTrainedModel, batch: PackedBatch, weights: torch.Tensor
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """A policy-gradient-like loss: every label has a weight of its own, so that a label at a wrong row cannot cancel."""
+    """A loss like a policy gradient: every label has its own weight, so that a label at a wrong row cannot cancel out."""
     model.zero_grad()
     rows = model(**model_inputs(batch)).logits.flatten(0, 1)[batch.rows]
     loss = (torch.nn.functional.cross_entropy(rows, batch.labels, reduction="none") * weights).sum() / len(
@@ -101,7 +103,8 @@ def gradients(
 
 
 def random_leaves(seed: int) -> list[Leaf]:
-    """Contexts that share a beginning, problems under each, samples of different lengths; some prompts without a response."""
+    """Contexts with a common beginning, problems under each, samples of different lengths; some prompts without a
+    response."""
     rng = np.random.default_rng(seed)
     header = rng.integers(1, VOCAB, rng.integers(0, 4))
     contexts = [
@@ -110,9 +113,8 @@ def random_leaves(seed: int) -> list[Leaf]:
     ]
     problems = [rng.integers(1, VOCAB, rng.integers(1, 6)) for _ in range(rng.integers(1, 4))]
     leaves = [
-        Leaf(
-            np.concatenate([c, p]), rng.integers(1, 3, rng.integers(0, 7))
-        )  # two ids only: responses often agree
+        # two ids only: responses often agree
+        Leaf(np.concatenate([c, p]), rng.integers(1, 3, rng.integers(0, 7)))
         for c in contexts
         for p in problems
         for _ in range(rng.integers(1, 4))
@@ -140,9 +142,8 @@ def test_forest_and_padded_batches_have_the_same_loss_and_gradient(
     assert loss == pytest.approx(expected, abs=1e-5)
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
-        assert name.endswith("k_proj.bias") or grad.abs().max() > 1e-5, (
-            name
-        )  # a bias of all keys moves no softmax
+        # a bias of all keys moves no softmax
+        assert name.endswith("k_proj.bias") or grad.abs().max() > 1e-5, name
         torch.testing.assert_close(
             grad, expected_grads[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -171,7 +172,7 @@ def test_padding_ids_change_nothing() -> None:
     assert torch.equal(one, other)
 
 
-def test_a_leaf_seen_in_a_forest_is_the_leaf_seen_alone() -> None:
+def test_a_leaf_in_a_forest_gives_the_same_output_as_alone() -> None:
     leaves = random_leaves(11)
     tree, plain = models("llama")
     forest = pack(leaves)
@@ -229,10 +230,9 @@ class Through:
         return q.transpose(1, 2)
 
 
-@pytest.mark.parametrize(
-    "architecture", [name for name in CONFIGS if name != "qwen3_moe"]
-)  # whose routing counts
-def test_a_forward_waits_for_no_number(architecture: str) -> None:
+# except qwen3_moe, whose routing reads counts back from the device
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "qwen3_moe"])
+def test_a_forward_does_not_synchronise_with_the_device(architecture: str) -> None:
     tree, _ = models(architecture)
     for shape in ((1, 6), (6, 1)):  # a forest, a decode step
         ids = torch.zeros(shape, dtype=torch.int64)
@@ -242,7 +242,7 @@ def test_a_forward_waits_for_no_number(architecture: str) -> None:
         bool(ids.any())
 
 
-def test_a_mask_beside_the_plan_is_refused() -> None:
+def test_a_mask_together_with_a_plan_is_refused() -> None:
     tree, _ = models("qwen3")
     plan = TreePlan(torch.full((3,), 3, dtype=torch.int32))
     with pytest.raises(UserError, match=r"attention_mask.*policy.packing=padded"):
@@ -272,7 +272,7 @@ def test_load_model_gives_the_saved_weights_in_the_type_asked_for(tmp_path: Path
         (Gemma2Config(), "caps attention scores .attn_logit_softcapping=50.0"),
         (GptOssConfig(), "attention sinks"),
         (AutoConfig.for_model("llama4_text"), "layers of type chunked_attention"),
-        (Gemma3TextConfig(use_bidirectional_attention=True), "see later ones"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "is bidirectional"),
         (AutoConfig.for_model("olmo2"), "not been tested as a forest; tested are gemma3_text, llama"),
         (MambaConfig(), "linear_attention|recurrent state|swapped"),
         (AutoConfig.for_model("deepseek_v3"), "v_head_dim=128"),
@@ -292,7 +292,7 @@ def test_architectures_that_cannot_be_packed_are_named_with_the_reason(
 
 
 def test_every_packable_architecture_is_compared_with_the_padded_pass_here() -> None:
-    assert [cannot_pack(tiny_config(name)) for name in CONFIGS] == [None] * len(CONFIGS)
+    assert [unpackable_reason(tiny_config(name)) for name in CONFIGS] == [None] * len(CONFIGS)
     assert {tiny_config(name).model_type for name in CONFIGS} == set(PACKABLE)
 
 
@@ -336,7 +336,7 @@ def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
         load_model(tmp_path, "float32", attention="tree")
 
 
-def test_a_folder_may_be_given_from_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_folder_may_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     monkeypatch.setenv("HOME", str(tmp_path))

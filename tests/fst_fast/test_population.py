@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fst_fast.contexts import pareto
-from fst_fast.contexts.population import FastState, Lineage, Scores, Shown
 from fst_fast.contracts import Context
+from fst_fast.fast import pareto
+from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
 
 claim = settings(max_examples=60, deadline=None)  # no timing assertions
 
@@ -23,12 +23,12 @@ matrices = st.tuples(st.integers(1, 6), st.integers(1, 7)).flatmap(
 
 
 def select(scores, k, *, seed=None):
-    """Selection where the scores are one sample per problem."""
+    """Selection with one sample per problem as scores."""
     return pareto.select(scores, scores[..., None], k, seed=seed)
 
 
 def brute_wins(scores):
-    """By the definition, one problem and one context at a time."""
+    """The definition, applied to one problem and one context at a time."""
     front = np.zeros(scores.shape, dtype=bool)
     for j in range(scores.shape[1]):
         known = [(s, i) for i, s in enumerate(scores[:, j]) if not np.isnan(s)]
@@ -42,7 +42,7 @@ def brute_wins(scores):
 
 @claim
 @given(matrices)
-def test_the_front_is_who_scores_best_on_each_problem_that_distinguishes(scores):
+def test_the_front_holds_the_best_contexts_of_each_distinguishing_problem(scores):
     np.testing.assert_array_equal(pareto.wins(scores), brute_wins(scores))
 
 
@@ -55,7 +55,7 @@ def test_sums_in_another_order_still_tie():
 
 @claim
 @given(matrices)
-def test_the_undominated_cover_every_won_problem_and_none_of_them_is_spare(scores):
+def test_the_undominated_cover_every_won_problem_and_none_is_redundant(scores):
     front, standing = pareto.wins(scores), pareto.undominated(scores)
     assert (front[standing].any(axis=0) == front.any(axis=0)).all()
     if front.any():
@@ -75,7 +75,7 @@ def test_parent_weights_are_the_shares_of_problems_won(scores):
     np.testing.assert_allclose(weights, expected)
 
 
-def test_a_problem_on_which_all_tie_gives_nobody_mass():
+def test_a_problem_on_which_all_tie_adds_no_parent_weight():
     scores = np.array([[1.0, 1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0, 0.0]])
     np.testing.assert_allclose(pareto.parent_weights(scores), [2 / 3, 1 / 3])
 
@@ -95,7 +95,7 @@ def test_selection_keeps_exactly_k_with_the_best_mean_first_and_repeats_only_the
 
 @claim
 @given(matrices, st.integers(0, 5))
-def test_with_room_enough_nobody_is_left_out_who_would_add_two_problems(scores, seed):
+def test_with_enough_room_every_context_that_adds_two_problems_is_kept(scores, seed):
     front = brute_wins(scores)
     kept = select(scores, len(scores), seed=seed if seed < len(scores) else None)
     gains = (front & ~front[kept].any(axis=0)).sum(axis=1)
@@ -111,7 +111,7 @@ def test_the_seed_stays_while_it_alone_wins_a_problem_and_is_not_clearly_worse()
     assert select(far, 2, seed=0) == [1, 2]
 
 
-def test_a_context_that_nobody_could_judge_is_kept_while_there_is_room():
+def test_an_unjudged_context_is_kept_while_there_is_room():
     scores = np.array([[0.5, 1.0], [np.nan, np.nan], [0.5, 0.0]])
     assert select(scores, 3) == [0, 1, 0]
 
@@ -172,7 +172,7 @@ def test_unjudged_samples_are_no_samples():
 
 
 def cover_everything(scores, k):
-    """The selection without thresholds: cover every won problem, then fill by mean."""
+    """Selection without thresholds: cover every won problem, then fill by mean."""
     front, order = pareto.wins(scores), [int(row) for row in np.argsort(-scores.mean(axis=1), kind="stable")]
     kept = order[:1]
     while len(kept) < k:
@@ -185,23 +185,18 @@ def cover_everything(scores, k):
 @pytest.mark.parametrize(
     ("kinds", "better_by"),
     [
-        (
-            [(0.02, 0.02), (0.05, 0.05), (0.12, 0.12), (0.3, 0.3), (0.35, 0.35), (0.5, 0.5)],
-            0.05,
-        ),  # one is good
-        (
-            [(0.0, 0.6), (0.8, 0.02), (0.0, 0.5), (0.0, 0.4), (0.0, 0.1), (0.1, 0.3), (0.02, 0.02)],
-            0.0,
-        ),  # a rare specialist
+        # one is good
+        ([(0.02, 0.02), (0.05, 0.05), (0.12, 0.12), (0.3, 0.3), (0.35, 0.35), (0.5, 0.5)], 0.05),
+        # a rare specialist
+        ([(0.0, 0.6), (0.8, 0.02), (0.0, 0.5), (0.0, 0.4), (0.0, 0.1), (0.1, 0.3), (0.02, 0.02)], 0.0),
     ],
 )
 def test_the_thresholds_keep_better_contexts_and_cover_as_much(kinds, better_by):
     rng = np.random.default_rng(11)
     difference = []
     for _ in range(200):
-        true = np.where(
-            rng.random(32) < 0.15, *(np.array(kinds).T[..., None])
-        )  # [C, 32]: first number: the rare kind of problem
+        # [C, 32]: first number: the rare kind of problem
+        true = np.where(rng.random(32) < 0.15, *(np.array(kinds).T[..., None]))
         rewards = (rng.random((*true.shape, 2)) < true[..., None]).astype(float)
         scores = rewards.mean(axis=2)
         ours, plain = (
@@ -216,7 +211,7 @@ def test_the_thresholds_keep_better_contexts_and_cover_as_much(kinds, better_by)
 def test_scores_of_another_policy_version_are_dropped():
     scores = Scores(3)
     scores.add("a", "p", 1.0)
-    same, moved = scores.at(3), scores.at(4)
+    same, moved = scores.at_version(3), scores.at_version(4)
     same.add("a", "p", 0.0)
     assert same.cells == {"a": {"p": (2, 1.0)}}
     assert moved.cells == {}
@@ -241,7 +236,7 @@ def states(draw):
             policy_version=draw(st.none() | st.integers(0, 9)),
             mean=draw(st.none() | reals),
             n=draw(st.integers(0, 99)),
-            failures=tuple(draw(st.lists(st.builds(Shown, texts, texts), max_size=2))),
+            failures=tuple(draw(st.lists(st.builds(ShownFailure, texts, texts), max_size=2))),
             reflection=draw(texts),
         )
         for c in contexts

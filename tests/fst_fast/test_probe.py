@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fst_fast.config_load import load
+from fst_fast.commands.probe import probe
+from fst_fast.config.load import load
 from fst_fast.errors import UserError
 from fst_fast.mini.tokenizer import make_tokenizer
-from fst_fast.probe import probe
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def test_probe_shows_prompt_responses_rewards_and_feedback(config):
     assert text.count("  sample ") == 6
     assert text.count("reward 0, ") + text.count("reward 1, ") == 6
     assert "feedback: " in text
+    assert lines[0].startswith("chat template: the context is the system message")
     assert lines[-1].endswith("over 6 of 6 rollouts")
 
 

@@ -9,8 +9,14 @@ from transformers import PreTrainedTokenizerFast
 
 from fst_fast.contracts import Context, Problem
 from fst_fast.errors import UserError
-from fst_fast.rollout import prompt as prompt_module
-from fst_fast.rollout.prompt import PromptCache, end_ids, load_tokenizer, messages_with_context, render_prompt
+from fst_fast.rollout.prompt import (
+    Chat,
+    PromptCache,
+    end_ids,
+    load_tokenizer,
+    messages_with_context,
+    response_text,
+)
 
 TEMPLATE = (
     "{% for m in messages %}[ {{ m['role'] }} ] {{ m['content'] }} {% endfor %}"
@@ -35,6 +41,10 @@ WORDS = [
 CONTEXT = Context.of("be brief")
 PROBLEM = Problem("p1", [{"role": "user", "content": "add 1 2"}], answer=3)
 WITH_SYSTEM = Problem("p2", [{"role": "system", "content": "use digits"}, *PROBLEM.messages], answer=3)
+
+
+def render_prompt(tokenizer, context, problem):
+    return Chat.of(tokenizer).prompt(context, problem)
 
 
 @pytest.fixture
@@ -80,22 +90,23 @@ def test_a_tokenizer_without_chat_template_is_refused_by_name(tokenizer):
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_names_and_numbers(tokenizer):
-    assert len(PromptCache(tokenizer, max_prompt_tokens=14).ids(CONTEXT, PROBLEM)) == 14
+    assert len(PromptCache(Chat.of(tokenizer), max_prompt_tokens=14).ids(CONTEXT, PROBLEM)) == 14
     with pytest.raises(
         UserError, match=rf"problem p1 with context {CONTEXT.id} has 14 .*max_prompt_tokens=13"
     ):
-        PromptCache(tokenizer, max_prompt_tokens=13).ids(CONTEXT, PROBLEM)
+        PromptCache(Chat.of(tokenizer), max_prompt_tokens=13).ids(CONTEXT, PROBLEM)
 
 
 def test_prompts_are_rendered_once_and_cannot_be_written_to(tokenizer, monkeypatch):
     calls: list[str] = []
 
-    def spy(tokenizer, context, problem):
+    def spy(chat, context, problem):
         calls.append(problem.id)
-        return render_prompt(tokenizer, context, problem)
+        return prompt(chat, context, problem)
 
-    monkeypatch.setattr(prompt_module, "render_prompt", spy)
-    cache = PromptCache(tokenizer, max_prompt_tokens=100, capacity=2)
+    prompt = Chat.prompt
+    monkeypatch.setattr(Chat, "prompt", spy)
+    cache = PromptCache(Chat.of(tokenizer), max_prompt_tokens=100, capacity=2)
     assert cache.ids(CONTEXT, PROBLEM) is cache.ids(CONTEXT, PROBLEM)
     cache.ids(CONTEXT, WITH_SYSTEM)
     assert calls == ["p1", "p2"]
@@ -128,11 +139,18 @@ def test_a_saved_tokenizer_without_template_is_refused(tokenizer, tmp_path):
 
 
 def test_end_ids_are_those_of_tokenizer_and_generation_config(tokenizer):
-    class Model:
-        generation_config = type("Config", (), {"eos_token_id": [2, WORDS.index("<end>")]})()
-
-    assert end_ids(tokenizer, Model()) == (2, WORDS.index("<end>"))
-    assert end_ids(tokenizer, object()) == (WORDS.index("<end>"),)
+    config = type("Config", (), {"eos_token_id": [2, WORDS.index("<end>")]})()
+    assert end_ids(tokenizer, config) == (2, WORDS.index("<end>"))
+    assert end_ids(tokenizer, None) == (WORDS.index("<end>"),)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="has no eos token"):
-        end_ids(tokenizer, object())
+        end_ids(tokenizer, None)
+
+
+def test_a_grader_reads_every_token_but_the_ones_that_end_the_response(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "<answer>"]})
+    think, answer, end, two = tokenizer.convert_tokens_to_ids(["[THINK]", "<answer>", "<end>", "2"])
+    ids = [think, two, end, answer, two, end, end]
+    assert response_text(tokenizer, ids, {end}).split() == ["[THINK]", "2", "<end>", "<answer>", "2"]
+    assert response_text(tokenizer, np.array([two, answer]), {end}).split() == ["2", "<answer>"]
+    assert response_text(tokenizer, [end, end], {end}) == ""

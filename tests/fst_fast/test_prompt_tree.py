@@ -1,4 +1,4 @@
-"""The trie of a call's prompts: whatever is merged, joined or cut, a prompt's path spells the prompt."""
+"""The trie of a call's prompts: however nodes are merged, joined or cut, a prompt's path gives the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generators that foreign code draws from depend on what the process is about to do, and on nothing that it did before."""
+"""The global generators depend only on what the process is about to do, not on what it did before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def draws(*parts: object) -> tuple[float, float, float]:
     return random.random(), float(np.random.random()), float(torch.rand(()))
 
 
-def test_every_generator_begins_anew_with_each_phase_step_and_rank() -> None:
+def test_every_generator_is_reseeded_for_each_phase_step_and_rank() -> None:
     first = draws(0, "update", 3, 1)
     draws(0, "update", 4, 1)
     random.random(), np.random.random(), torch.rand(5)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fst_fast.contexts.reflection import (
+from fst_fast.fast.fences import without_thought
+from fst_fast.fast.reflection import (
+    PLACEHOLDER,
     SHOWN_CHARS,
     Failure,
     ReflectionPrompt,
@@ -14,13 +16,16 @@ from fst_fast.contexts.reflection import (
     Reply,
     ask,
     extract,
-    without_thinking,
 )
 
 
-def read(text, *, finish="stop", known=(), limit=50):
+def read(text, *, finish="stop", known=(), limit=50, special="<|im_end|>"):
     return extract(
-        Reply(text, finish), known_texts=list(known), count_tokens=lambda t: len(t.split()), max_tokens=limit
+        Reply(text, finish),
+        known_texts=list(known),
+        count_tokens=lambda t: len(t.split()),
+        max_tokens=limit,
+        spells_special=lambda t: special in t,
     )
 
 
@@ -43,11 +48,27 @@ def test_a_long_response_is_shown_without_its_middle():
         ("Sure:\n```\ntrace back first\n```", "trace back first"),
         ("```text\ntrace back\nthen box\n```\nDone.", "trace back\nthen box"),
         ("```trace back```", "trace back"),
-        ("```\nold draft\n```\nbetter:\n```\nnew one\n```", "new one"),
+        ("```\nold draft\n```\nbetter:\n```text\nnew one\n```", "new one"),
+        ("```\nold draft\n```\nbetter:\n````\nnew one\n````", "new one"),
         ("<think>```\nno\n```</think>\n```\nyes\n```", "yes"),
         ("I think ```\nno\n``` hm</think>```\nyes\n```", "yes"),  # the chat template had opened the block
         ("<THINKING>x</THINKING>```\nyes\n```", "yes"),
         ("````\nuse ```python``` fences\n````", "use ```python``` fences"),
+        ("````\nuse\n```\ncode\n```\nthen stop\n````", "use\n```\ncode\n```\nthen stop"),
+        ("```\nform:\n```python\nx = 1\n```\nend\n```", "form:\n```python\nx = 1\n```\nend"),
+        (
+            "```md\n1.\n```json\n{}\n```\n2.\n```sh\nls\n```\n3.\n```",
+            "1.\n```json\n{}\n```\n2.\n```sh\nls\n```\n3.",
+        ),
+        ("I looked at ```x``` first.\n```\nanswer in ```json``` form\n```", "answer in ```json``` form"),
+        ("```Trace\nback from the goal```", "Trace\nback from the goal"),
+        ("```rules\nbe brief\n```", "rules\nbe brief"),
+        ("```plaintext\r\nbe brief\r\n```", "be brief"),
+        ("```\nwrite <think></think> before the answer\n```", "write <think></think> before the answer"),
+        ("<think>hm</think>\n```\nput <think>work</think> first\n```", "put <think>work</think> first"),
+        ("```\nend your thought with </think> and answer\n```", "end your thought with </think> and answer"),
+        ("<think>they want <think> tags</think>```\nuse tags\n```", "use tags"),
+        ("<think>a</think>\n<thinking>b</thinking>\n```\nc\n```", "c"),
         ("```\n\n  padded  \n\n```", "padded"),
     ],
 )
@@ -63,6 +84,13 @@ def test_the_last_fenced_block_outside_thinking_is_the_context(reply, context):
         ("<think>so I would say ```\nx\n```", "unfenced"),  # cut off while thinking: the known failure
         ("so maybe ```\nx\n``` no</think> I give up", "unfenced"),
         ("```\nfirst\n```\nand then ```\nnever closed", "unfenced"),
+        ("```\nold draft\n```\nbetter:\n```\nnew one\n```", "ambiguous"),
+        ("```\nform:\n```\nx = 1\n```\nend\n```", "ambiguous"),
+        ("```text\ndraft\n```\nand\n```\nnew\n```", "ambiguous"),
+        ("``` " * 66, "ambiguous"),
+        (f"```\n{PLACEHOLDER}\n```", "placeholder"),
+        ("```\n[The  revised instruction.]\n```", "placeholder"),
+        ("```\nBe brief.<|im_end|>\n```", "special_token"),
         ("```\n\n```", "empty"),
         ("```\n   \n```", "empty"),
         ("```\nhalf \ud800 pair\n```", "not_text"),
@@ -75,6 +103,24 @@ def test_what_cannot_be_a_context_is_refused_with_a_reason(reply, reason):
 
 def test_a_reply_stopped_by_length_is_refused_even_with_a_fence():
     assert read("```\nfine\n```", finish="length") == Refusal("length")
+
+
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [
+        ("LENGTH", "length"),
+        ("max_tokens", "length"),
+        ("MAX_TOKENS", "length"),
+        ("error", "error"),
+        ("none", "cut_off"),
+        ("tool_calls", "cut_off"),
+        ("Content_Filter", "cut_off"),
+        ("", "cut_off"),
+    ],
+)
+def test_only_a_reply_that_its_model_ended_is_whole(finish, reason):
+    assert read("```\nfine\n```", finish=finish) == Refusal(reason)
+    assert read("```\nfine\n```", finish="STOP") == read("```\nfine\n```", finish="eos") == "fine"
 
 
 @pytest.mark.parametrize("finish", ["abort", "content_filter"])
@@ -102,10 +148,10 @@ def test_no_reply_breaks_the_reading_and_no_thinking_gets_through(pieces):
     text = "".join(pieces)
     found = read(text)
     assert isinstance(found, (str, Refusal))
-    assert "<think>" not in without_thinking(text)
+    assert not without_thought(text).lstrip().startswith("<think>")
     if isinstance(found, str):
         assert found == found.strip() != ""
-        assert found in without_thinking(text)
+        assert found in without_thought(text)
 
 
 PROMPTS = [ReflectionPrompt("a", []), ReflectionPrompt("b", [])]

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fst_fast.contexts.reflection import Failure, ReflectionPrompt, Refusal, Reply, extract
-from fst_fast.contexts.reflectors import make_reflector
 from fst_fast.errors import UserError
+from fst_fast.fast.reflection import Failure, ReflectionPrompt, Refusal, Reply, extract
+from fst_fast.fast.reflectors import make_reflector
 
 KEY = "sk-very-secret-0123456789"
 PROMPT = ReflectionPrompt("solve it", [Failure("2+2?", "five", "no", 0.0)])
@@ -20,7 +20,7 @@ PROMPT = ReflectionPrompt("solve it", [Failure("2+2?", "five", "no", 0.0)])
 Answer = tuple[int, bytes, dict[str, str]]
 
 
-def completion(text: str | None, *, finish: str = "stop", choices: int = 1) -> Answer:
+def completion(text: str | None, *, finish: str | None = "stop", choices: int = 1) -> Answer:
     message = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
     body = {
         "id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [message] * choices,
@@ -240,6 +240,25 @@ def test_optional_fields_are_left_out_when_not_wanted():
     with serving(lambda n, body: completion("x")) as server:
         openai_at(server, send_seed=False)([PROMPT], seeds=[3])
     assert {"seed", "temperature"}.isdisjoint(server.requests[0])
+
+
+def test_with_a_temperature_nothing_else_shapes_the_distribution():
+    neutral = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "n": 1}
+    neutral |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    with serving(lambda n, body: completion("x")) as server:
+        openai_at(server, temperature=0.7)([PROMPT], seeds=[3])
+        openai_at(server, temperature=0.7, send_sampling=False)([PROMPT], seeds=[3])
+        openai_at(server)([PROMPT], seeds=[3])
+    full, bare, default = server.requests
+    assert full == {**bare, **neutral}
+    assert default == {key: value for key, value in bare.items() if key != "temperature"}
+    assert "top_p" not in bare
+
+
+def test_a_reply_without_a_finish_reason_is_not_taken_for_a_whole_one():
+    with serving(lambda n, body: completion("x", finish=None)) as server:
+        (reply,) = openai_at(server)([PROMPT], seeds=[0])
+    assert reply.finish not in ("stop", "length")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The rollout engine against transformers: same tokens, same log-probs, whatever is shared, batched, refilled or cut."""
+"""The rollout engine against transformers: same tokens and log-probs however prompts are shared, batched, refilled or
+cut.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,7 @@ def make_model(kind: str = "qwen3", attention: str = NAME):
 
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request, monkeypatch):
-    """The attention and the sampler of what runs here."""
+    """The attention and sampling backend of this machine."""
     needs_a_compiler(request.param)
     monkeypatch.setenv("FST_KERNELS", request.param)
 
@@ -91,7 +93,7 @@ def plain_model():
 
 @pytest.fixture(scope="module")
 def expected(plain_model):
-    """What the padded engine says to requests_of()."""
+    """The padded engine's rollouts for requests_of()."""
     rollouts = sample(padded(plain_model), requests_of())
     assert len({len(r.response_ids) for r in rollouts}) > 3, (
         "lengths must differ, or nothing ever leaves the batch"
@@ -116,7 +118,7 @@ def ids(rng: np.random.Generator, n: int) -> NDArray[np.int64]:
 def requests_of(
     contexts: Sequence[int] = (18, 7), problems: Sequence[int] = (3, 9, 1), samples: int = 2
 ) -> list[Request]:
-    """Prompts of shared contexts and problems, one that is a context alone and one that ends inside a context."""
+    """Prompts with shared contexts and problems, one that is a context alone, and one that ends inside a context."""
     rng = np.random.default_rng(0)
     context_ids = [ids(rng, n) for n in contexts]
     problem_ids = [ids(rng, n) for n in problems]
@@ -176,7 +178,7 @@ def test_greedy_rollouts_are_those_of_transformers_generate(kind):
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", WINDOWED)
 @pytest.mark.parametrize("prefill_tokens", [4, 16])
-def test_windows_slide_over_whatever_the_prompts_are_cut_into(kind, prefill_tokens):
+def test_sliding_windows_work_across_prompt_cuts(kind, prefill_tokens):
     expected = sample(padded(make_model(kind, "sdpa")), requests_of())
     engine = forest(make_model(kind), max_batch=5, prefill_tokens=prefill_tokens)
     assert_same(sample(engine, requests_of()), expected)
@@ -212,12 +214,12 @@ def test_forest_and_padded_engine_give_the_same_rollouts(model, expected):
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(64, 8192), (1, 8192), (3, 17), (4, 8), (14, 3)])
-@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 def test_whatever_the_batch_and_the_windows_it_gives_the_same_rollouts(
-    model, expected, max_batch, prefill_tokens, lean, monkeypatch
+    model, expected, max_batch, prefill_tokens, fused, monkeypatch
 ):
-    if not lean:
-        monkeypatch.setattr("fst_fast.rollout.engine.why_not", lambda _: "the test says so")
+    if not fused:
+        monkeypatch.setattr("fst_fast.rollout.engine.unsupported_reason", lambda _: "the test says so")
     engine = forest(model, max_batch=max_batch, prefill_tokens=prefill_tokens)
     assert_same(sample(engine, requests_of()), expected)
     held = engine._pool.tokens
@@ -256,14 +258,14 @@ def test_alone_or_among_others_in_any_order_a_sequence_gets_the_same_tokens(mode
     )
 
 
-def test_the_seed_decides(model):
+def test_the_seed_determines_the_tokens(model):
     a, b = requests_of()[0], requests_of()[1]
     assert np.array_equal(a.prompt_ids, b.prompt_ids)
     one, other = sample(forest(model), [a, b])
     assert one.response_ids.tolist() != other.response_ids.tolist()
 
 
-def test_a_crowded_node_beside_lonely_ones_changes_nothing(model, plain_model):
+def test_a_node_with_many_sequences_beside_single_ones_changes_nothing(model, plain_model):
     rng = np.random.default_rng(2)
     root = ids(rng, 6)
     prompts = [np.concatenate([root, ids(rng, n)]) for n in rng.integers(2, 60, 16)]
@@ -331,16 +333,15 @@ def test_counters_add_up_over_calls(model, plain_model):
     ours, plain = forest(model, eos=()), padded(plain_model, eos=())
     for engine in (ours, ours, plain):
         sample(engine, requests, 10)
-    assert (
-        ours.tokens_computed == len(distinct) + 2 * 9 * n
-    )  # the last token is never fed; the second call has the prompts
+    # the last token is never fed; the second call has the prompts
+    assert ours.tokens_computed == len(distinct) + 2 * 9 * n
     assert ours.tokens_reused == len(distinct)
     assert ours.tokens_unshared == 2 * (prompt_tokens + 10 * n)
     assert plain.tokens_unshared == prompt_tokens + 10 * n
     assert plain.tokens_computed == n * (max(len(r.prompt_ids) for r in requests) + 9)
 
 
-def test_nodes_nobody_needs_any_more_are_freed(model, monkeypatch):
+def test_unneeded_nodes_are_freed(model, monkeypatch):
     held: list[int] = []
     forget = ForestDecoder._give_back
 
@@ -469,18 +470,20 @@ def test_every_sequence_gets_a_slot_once_in_order_and_idle_slots_stay_few(data):
         return sequence not in unready
 
     while True:
-        if slots.time_to_change():
-            old = slots.who.copy()
-            stay, fresh = slots.change(ready)
+        if slots.should_refill():
+            old = slots.sequence.copy()
+            stay, fresh = slots.refill(ready)
             assert slots.live.all()
-            kept = np.setdiff1d(np.arange(len(slots.who)), fresh)
-            assert (slots.who[kept] == old[stay[kept]]).all()
-            decoded.extend(slots.who[fresh].tolist())
-            if not len(slots.who):
+            kept = np.setdiff1d(np.arange(len(slots.sequence)), fresh)
+            assert (slots.sequence[kept] == old[stay[kept]]).all()
+            decoded.extend(slots.sequence[fresh].tolist())
+            if not len(slots.sequence):
                 break
         idle = int((~slots.live).sum())
         assert idle < len(slots.live) / (8 if len(slots.order) > slots.next else 4) or not idle
-        ending = data.draw(st.lists(st.booleans(), min_size=len(slots.who), max_size=len(slots.who)))
+        ending = data.draw(
+            st.lists(st.booleans(), min_size=len(slots.sequence), max_size=len(slots.sequence))
+        )
         slots.live &= ~np.array(ending)
         if not any(ending):
             slots.live[np.flatnonzero(slots.live)[:1]] = False

@@ -1,4 +1,4 @@
-"""What the engine holds: prefixes between calls, keys and values within a budget, and what happens where memory ends."""
+"""Memory of the engine: prefixes kept between calls, keys and values within a budget, and running out of memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ from fst_fast.rollout.decode import ForestDecoder, slots_that_fit
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.prompt_tree import prompt_tree
 from tests.compiler import needs_a_compiler
-from tests.fst_fast.test_rollout import (
-    assert_same,
-    forest,
-    ids,
-    make_model,
-    padded,
-    requests_of,
-    sample,
-)
+from tests.fst_fast.test_rollout import assert_same, forest, ids, make_model, padded, requests_of, sample
 
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # k and v, layers, kv heads, dim, float32
 
@@ -37,7 +29,7 @@ def plain(model):
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def backend(request, monkeypatch):
-    """The attention and the sampler of what runs here."""
+    """The attention and sampling backend of this machine."""
     needs_a_compiler(request.param)
     monkeypatch.setenv("FST_KERNELS", request.param)
 
@@ -60,7 +52,7 @@ def test_a_second_call_computes_no_prompt_again_and_samples_what_a_fresh_engine_
 
 
 def test_prompts_that_share_parts_of_earlier_ones_take_these_over(model, plain):
-    """Branch points move: a stored node is cut, joined, extended, and ended in its middle."""
+    """Branch points differ: a stored node is cut, joined, extended, and ends in its middle."""
     rng = np.random.default_rng(5)
     a, b, c = ids(rng, 20), ids(rng, 15), ids(rng, 9)
     first = [Request("a", "", 0, np.concatenate([a, b]), 1), Request("b", "", 0, np.concatenate([a, c]), 2)]
@@ -76,9 +68,8 @@ def test_prompts_that_share_parts_of_earlier_ones_take_these_over(model, plain):
     engine = forest(model, prefill_tokens=6)
     sample(engine, first, 4)
     assert_same(sample(engine, requests, 6), sample(padded(plain), requests, 6))
-    assert (
-        engine.tokens_reused == 35 - 1 - 0
-    )  # a and b whole, less the last token of b[:7], computed for its logits
+    # a and b whole, less the last token of b[:7], computed for its logits
+    assert engine.tokens_reused == 35 - 1 - 0
 
 
 def test_changed_weights_and_forget_end_the_reuse():
@@ -95,7 +86,7 @@ def test_changed_weights_and_forget_end_the_reuse():
     assert engine.tokens_reused == 0
 
 
-def test_a_call_that_gave_nothing_for_a_while_is_forgotten(model):
+def test_a_stored_call_that_is_not_reused_is_dropped(model):
     rng = np.random.default_rng(7)
     engine = forest(model)
     for i in range(8):
@@ -104,7 +95,7 @@ def test_a_call_that_gave_nothing_for_a_while_is_forgotten(model):
 
 
 @pytest.mark.parametrize("tokens", [60, 90, 200])
-def test_a_small_budget_changes_when_sequences_run_and_not_what_they_say(model, plain, tokens):
+def test_a_small_memory_budget_changes_the_schedule_and_no_token(model, plain, tokens):
     requests = requests_of(samples=4)
     notes: list[str] = []
     engine = forest(model, kv_bytes=tokens * TOKEN_BYTES, prefill_tokens=16, note=notes.append)
@@ -115,7 +106,7 @@ def test_a_small_budget_changes_when_sequences_run_and_not_what_they_say(model, 
     assert any("instead of" in note and f"within {tokens * TOKEN_BYTES} bytes" in note for note in notes)
 
 
-def test_slots_are_as_many_as_prompts_and_whole_responses_have_room_for():
+def test_the_number_of_slots_leaves_room_for_prompts_and_whole_responses():
     rng = np.random.default_rng(1)
     root = ids(rng, 10)
     tree = prompt_tree([np.concatenate([root, [i], ids(rng, 4)]) for i in range(6)], max_node_tokens=99)
@@ -141,7 +132,7 @@ def test_what_cannot_fit_alone_is_refused_with_the_numbers(model):
     assert engine.tokens_computed == 0
 
 
-def test_nodes_are_given_back_one_by_one_where_memory_is_short(model, monkeypatch):
+def test_nodes_are_freed_one_by_one_when_memory_is_short(model, monkeypatch):
     held: list[int] = []
     needed: list[int] = []
     make_room = ForestDecoder._make_room
@@ -157,16 +148,15 @@ def test_nodes_are_given_back_one_by_one_where_memory_is_short(model, monkeypatc
     engine = forest(model, max_batch=4, prefill_tokens=30, kv_bytes=100 * TOKEN_BYTES)
     sample(engine, requests, 4)
     assert len(held) > 3
-    assert all(
-        h <= 2 * n for h, n in zip(held, needed, strict=True)
-    )  # padding within a block at most doubles
+    # padding within a block at most doubles
+    assert all(h <= 2 * n for h, n in zip(held, needed, strict=True))
 
 
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("on the GPU"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
-def test_out_of_memory_halves_the_batch_once_and_then_is_a_sentence(model, monkeypatch, error):
+def test_out_of_memory_halves_the_batch_once_and_then_is_a_user_error(model, monkeypatch, error):
     requests, batches, notes = requests_of(), [], []
     run = ForestDecoder.run
 
@@ -190,7 +180,7 @@ def test_out_of_memory_halves_the_batch_once_and_then_is_a_sentence(model, monke
         sample(forest(model, max_batch=8), requests)
 
 
-def test_other_errors_are_not_taken_for_want_of_memory(model, monkeypatch):
+def test_other_errors_are_not_mistaken_for_out_of_memory(model, monkeypatch):
     def fail(self):
         raise RuntimeError("shapes do not match")
 
@@ -199,7 +189,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(model, monkeypatch):
         sample(forest(model), requests_of())
 
 
-def test_one_and_the_same_sample_twice_is_refused(model):
+def test_duplicate_requests_are_refused(model):
     requests = requests_of()
     with pytest.raises(
         UserError, match=r"problem p0, context c0, sample 0 is asked for twice with the same seed 0"
@@ -209,9 +199,37 @@ def test_one_and_the_same_sample_twice_is_refused(model):
 
 def test_half_of_the_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = engine_module._half_of_free_memory(torch.device("cpu"))
+    alone = engine_module._half_of_free_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert 0 < engine_module._half_of_free_memory(torch.device("cpu")) < alone / 3
+    assert 0 < engine_module._half_of_free_memory() < alone / 3
+
+
+def test_what_the_allocator_holds_back_and_what_keys_and_values_take_is_room_too(monkeypatch):
+    """The second step of a run has the memory of the first, though torch has kept all that the first one used."""
+    gpu = torch.device("cuda", 0)
+
+    def room(free, reserved, allocated, held, other=5):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 141))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
+        return engine_module._room_on_device(gpu, held, other)
+
+    first = room(free=100, reserved=40, allocated=40, held=0)
+    assert first == 90
+    assert room(free=20, reserved=120, allocated=40, held=0) == first
+    assert room(free=20, reserved=120, allocated=70, held=30) == first
+    assert room(free=100, reserved=40, allocated=40, held=0, other=30) == 70
+    assert room(free=100, reserved=40, allocated=40, held=0, other=1000) == 50
+
+
+def test_the_room_is_asked_for_once_a_call(model, monkeypatch):
+    engine = forest(model)
+    engine.kv_bytes = None
+    asked = []
+    half = engine_module._half_of_free_memory
+    monkeypatch.setattr(engine_module, "_half_of_free_memory", lambda: (asked.append(1), half())[1])
+    sample(engine, requests_of())
+    assert len(asked) == 1
 
 
 def test_a_stop_text_ends_a_response_wherever_its_tokens_begin(model):

@@ -1,4 +1,4 @@
-"""Which folders a run may open, and that a refusal leaves them as they were."""
+"""Which folders a run may open, and that a refusal leaves them unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsync takes its time on a busy machine and changes nothing that a process can see."""
+    """Skip fsync, which is slow on a busy machine and has no effect that a process can see."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -48,11 +48,11 @@ def test_a_new_run_gets_a_folder_with_marker_and_configuration(tmp_path: Path) -
     with start(path) as run:
         assert (run.path, run.resumed) == (path, False)
     assert (path / "config.yaml").read_text() == CONFIG
-    assert json.loads((path / "fst-run.json").read_text()) == {"format": 1, "config_hash": "h1"}
+    assert json.loads((path / "fst-run.json").read_text()) == {"format": 1, "metrics": 1, "config_hash": "h1"}
     assert sorted(p.name for p in path.iterdir()) == ["config.yaml", "fst-run.json", "lock"]
 
 
-def test_an_empty_folder_and_one_whose_making_was_cut_off_are_taken(tmp_path: Path) -> None:
+def test_an_empty_folder_and_one_of_an_interrupted_start_are_reused(tmp_path: Path) -> None:
     start(tmp_path).close()
     (tmp_path / "fst-run.json").unlink()
     assert not start(tmp_path).resumed
@@ -109,7 +109,7 @@ def test_a_changed_configuration_is_taken_when_allowed_and_named(tmp_path: Path)
         assert run.changes == []
 
 
-def test_a_key_that_came_after_the_run_is_no_change_at_its_default(tmp_path: Path) -> None:
+def test_a_key_added_after_the_run_is_no_change_at_its_default(tmp_path: Path) -> None:
     with open_run(tmp_path, resume=False, config_yaml="slow: {lr: 1}\nargs: {a: 1}\n", config_hash="old"):
         pass
     defaults = {"slow": {"lr": 5, "new": 0}, "args": {}, "later": []}
@@ -194,6 +194,16 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     start(tmp_path).close()
     write_json(tmp_path / "fst-run.json", {"format": 2, "config_hash": "h1"})
     assert "format 2" in refusal(tmp_path, resume=True)
+    write_json(tmp_path / "fst-run.json", {"format": 1, "metrics": 2, "config_hash": "h1"})
+    assert "metrics of version 2, this version of fst reads format 1 and metrics of version 1" in refusal(
+        tmp_path, resume=True
+    )
+
+
+def test_a_folder_of_before_the_metrics_had_a_version_is_continued(tmp_path: Path) -> None:
+    start(tmp_path).close()
+    write_json(tmp_path / "fst-run.json", {"format": 1, "config_hash": "h1"})
+    start(tmp_path, resume=True).close()
 
 
 def test_two_runs_cannot_use_one_folder_and_a_killed_one_does_not_block_it(tmp_path: Path) -> None:
@@ -216,8 +226,8 @@ def test_two_runs_cannot_use_one_folder_and_a_killed_one_does_not_block_it(tmp_p
     start(path, resume=True).close()
 
 
-@pytest.mark.parametrize("failing", ["_probe", "write_atomic", "write_json"])
-def test_a_disk_that_refuses_leaves_nothing_half_written(
+@pytest.mark.parametrize("failing", ["_check_writable", "write_atomic", "write_json"])
+def test_a_disk_error_leaves_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     def full(*_: object) -> None:
@@ -263,7 +273,7 @@ def test_a_full_disk_is_recognised_in_the_errors_of_torch_and_safetensors(text: 
         raise RuntimeError(text)
 
 
-def test_what_else_the_system_refuses_safetensors_is_said_as_it_is() -> None:
+def test_other_system_errors_from_safetensors_are_reported_verbatim() -> None:
     text = "Error while serializing: I/O error: Disk quota exceeded (os error 122)"
     with (
         pytest.raises(UserError, match=r"x cannot be written: Error while .* quota"),
@@ -272,6 +282,6 @@ def test_what_else_the_system_refuses_safetensors_is_said_as_it_is() -> None:
         raise RuntimeError(text)
 
 
-def test_an_error_that_is_not_the_disks_stays_what_it_is() -> None:
+def test_errors_unrelated_to_the_disk_are_not_translated() -> None:
     with pytest.raises(RuntimeError, match="something else"), disk_errors("x cannot be written"):
         raise RuntimeError("something else")

@@ -1,4 +1,6 @@
-"""The star graph task: what the generator promises, and that a wrong path gets 0 with feedback that names what is wrong."""
+"""The star graph task: what the generator guarantees, and that a wrong path gets 0 with feedback that says what is
+wrong.
+"""
 
 from __future__ import annotations
 

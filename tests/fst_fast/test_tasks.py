@@ -1,8 +1,9 @@
-"""Tasks by name, from a user's file, from JSONL: what loads, and the one sentence for what does not."""
+"""Tasks by name, from a user's file, from JSONL: what loads, and the error for what does not."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ import pytest
 
 from fst_fast.contracts import Problem, Task, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.registry import check_gold, load_task
+from fst_fast.tasks.registry import load_task
+from fst_fast.verify.gold import check_gold
 
 ROOT = Path(__file__).parents[2]
 GRADER = "def right(problem, response):\n    return response == problem.answer\n"
@@ -46,6 +48,24 @@ def test_a_built_in_task_loads_by_name_with_its_arguments() -> None:
     )
     assert len(task.problems("train")) == 4
     assert isinstance(task, Task)
+
+
+def test_problems_made_on_demand_index_like_a_list_and_a_mixture_keeps_each_parts_ids() -> None:
+    sizes = {"train": 3, "validation": 2, "ood": 1}
+    part = load_task("linked_facts", sizes)
+    mixture = load_task("mixture", {"tasks": [{"task": "linked_facts", "task_args": sizes}] * 2})
+    for problems, ids in (
+        (part.problems("train"), [f"linked_facts/train/{i}" for i in range(3)]),
+        (mixture.problems("train"), [f"{p}/linked_facts/train/{i}" for p in range(2) for i in range(3)]),
+    ):
+        n = len(ids)
+        assert [p.id for p in problems] == [problems[i].id for i in range(n)] == ids
+        assert [problems[i].id for i in range(-n, 0)] == ids
+        assert [p.id for p in problems[::-2]] == ids[::-2]
+        for index in (n, -n - 1):
+            with pytest.raises(IndexError, match=f"problem {index} does not exist; there are {n}"):
+                problems[index]
+    assert mixture.verify(mixture.problems("train")[4], part.gold(part.problems("train")[1])).reward == 1  # type: ignore[attr-defined]
 
 
 def test_an_unknown_name_is_refused_with_what_is_allowed() -> None:
@@ -157,11 +177,35 @@ GOOD = {"id": "a", "prompt": "?", "answer": "1"}
         ({**GOOD, "id": "b", "split": "train"}, "has a split, but line 1 has none"),
         ({**GOOD, "id": "b", "meta": 3}, "meta=3"),
         ('{"prompt": "?", "answer": NaN}', "holds NaN"),
+        ('{"prompt": "?", "answer": [1, -Infinity]}', "holds -Infinity"),
+        ('{"prompt": "?", "answer": 1e999}', "holds the number 1e999, which is beyond the range"),
+        ('{"prompt": "?", "answer": {"a": [-1.5E+400]}}', "holds the number -1.5E+400"),
+        ('{"prompt": "?", "answer": ' + "7" * 5000 + "}", "holds a number of 5000 digits; at most 4000"),
+        (r'{"prompt": "half \ud83d", "answer": 1}', r"holds half a surrogate pair in 'half \ud83d'"),
+        (r'{"id": "\udc00", "prompt": "?", "answer": 1}', "half a surrogate pair"),
+        (r'{"prompt": "?", "answer": [[{"k": "\ud800x"}]]}', "half a surrogate pair"),
+        (r'{"prompt": "?", "answer": 1, "meta": {"\ude00": 1}}', "half a surrogate pair"),
+        (r'{"prompt": "?", "answer": "a", "gold": "\ud83d"}', "half a surrogate pair"),
+        ('{"prompt": "?", "answer": ' + "[" * 100_000 + "]" * 100_000 + "}", "is nested too deep"),
+        (
+            '{"prompt": "?", "answer": ' + '{"a":' * 150 + "1" + "}" * 150 + "}",
+            "is nested too deep; at most 100",
+        ),
+        ('{"prompt": "?", "answer": 1, "answer": 2}', "the key 'answer' is given twice"),
+        ('{"prompt": "?", "answer": {"x": 1, "y": 2, "x": 3}}', "the key 'x' is given twice"),
+        ('{"prompt": "?", "answer": 1}\x00', "is not JSON"),
+        ("\x00\x00\x00", "is not JSON"),
+        ("\ufeff" + json.dumps(GOOD), "is not JSON: Unexpected UTF-8 BOM"),
+        ('"text"', "is a JSON str"),
+        ("null", "is a JSON NoneType"),
+        ({**GOOD, "id": "x" * 5000, "split": []}, "split=[]"),
+        ({"prompt": "?", "answer": 1, "k" * 10_000: 2}, "unknown key 'kkk"),
     ],
 )
 def test_a_bad_jsonl_line_is_named_with_file_and_line(tmp_path: Path, line: Any, said: str) -> None:
     message = refusal(lambda: jsonl_task(tmp_path, GOOD, line))
     assert f"{tmp_path}/data.jsonl:2: " in message
+    assert len(message) < 400 + len(str(tmp_path))
     assert said in message
 
 
@@ -197,9 +241,13 @@ def _grader(tmp_path: Path) -> str:
         ("__import__('numpy').float32(0.5)", 0.5, ""),
         ("{'reward': 0.5, 'feedback': 'half'}", 0.5, "half"),
         ("__import__('fst_fast.contracts').contracts.Verdict(None, 'unclear')", None, "unclear"),
+        ("__import__('numpy').array(0.25)", 0.25, ""),
+        ("__import__('numpy').array([[True]])", 1.0, ""),
+        ("__import__('decimal').Decimal('0.125')", 0.125, ""),
+        ("__import__('fractions').Fraction(3, 4)", 0.75, ""),
     ],
 )
-def test_a_grader_function_may_return_what_is_natural(
+def test_a_grader_function_may_return_a_verdict_a_number_a_bool_or_a_dict(
     tmp_path: Path, returned: str, reward: float | None, feedback: str
 ) -> None:
     verify = write(tmp_path / "g.py", f"def f(problem, response): return {returned}") + ":f"
@@ -208,7 +256,42 @@ def test_a_grader_function_may_return_what_is_natural(
     assert (verdict.reward, verdict.feedback) == (reward, feedback)
 
 
-@pytest.mark.parametrize("returned", ["None", "'1.0'", "{'score': 1}", "{'reward': 1, 'text': ''}"])
+def test_jsonl_as_other_systems_write_it_reads_the_same(tmp_path: Path) -> None:
+    lines = [{**GOOD, "id": f"a{i}", "split": s} for i, s in enumerate(("train", "validation"))]
+    text = "\ufeff" + "".join(f"{json.dumps(line)}\r\n\r\n  \t\r\n" for line in lines)
+    (tmp_path / "dos.jsonl").write_bytes(text.encode())
+    verify = write(tmp_path / "g.py", "def f(problem, response): return 1") + ":f"
+    task = load_task(str(tmp_path / "dos.jsonl"), {"verify": verify})
+    assert [p.id for p in task.problems("train")] == ["a0"]
+    assert [p.id for p in task.problems("validation")] == ["a1"]
+
+
+def test_an_answer_may_be_nested_and_large_where_it_can_be_held(tmp_path: Path) -> None:
+    answer: Any = int("9" * 4000)
+    for _ in range(90):
+        answer = [answer]
+    line = {**GOOD, "id": "deep", "answer": answer, "prompt": GOOD["prompt"] + " \U0001f600 \x00"}
+    task = jsonl_task(tmp_path, {**line, "split": "train"}, {**GOOD, "split": "validation"})
+    [problem] = task.problems("train")
+    assert problem.answer == answer
+    assert problem.messages[0]["content"].endswith("\U0001f600 \x00")
+    assert pickle.loads(pickle.dumps(problem)) == problem
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "None",
+        "'1.0'",
+        "[1.0]",
+        "b'1'",
+        "1j",
+        "{'score': 1}",
+        "{'reward': 1, 'text': ''}",
+        "__import__('numpy').zeros(2)",
+        "__import__('numpy').array('1')",
+    ],
+)
 def test_a_grader_function_that_returns_something_else_raises(tmp_path: Path, returned: str) -> None:
     verify = write(tmp_path / "g.py", f"def f(problem, response): return {returned}") + ":f"
     task = load_task(rows(tmp_path / "d.jsonl", GOOD, {**GOOD, "id": "b"}), {"verify": verify})
@@ -282,6 +365,14 @@ def test_a_task_without_gold_is_asked_with_its_answers_only_where_the_problem_wa
         (Toy(["text"], some(1)), "problem 0 of 'train' is a str"),
         (Toy([Problem("a", [{"role": "user"}], 1)], some(1)), "(id 'a'): messages[0] must be"),
         (Toy(3, some(1)), "returned a int"),
+        (
+            Toy([Problem("\ud83d", [{"role": "user", "content": "?"}], 1)], some(1)),
+            "which holds half a surrogate pair",
+        ),
+        (
+            Toy([Problem("a", [{"role": "user", "content": "\udc00"}], 1)], some(1)),
+            "messages[0] holds half a surrogate",
+        ),
     ],
 )
 def test_a_task_that_cannot_be_trained_on_is_refused(task: Task, said: str) -> None:
@@ -300,7 +391,7 @@ def test_a_jsonl_grader_is_tried_with_the_answer_a_template_or_the_gold_of_the_l
 
 
 def test_tasks_and_their_registry_do_not_import_torch() -> None:
-    code = "import sys, fst_fast.tasks as t; t.load_task('star_graph', {}); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, fst_fast.tasks.registry as t, fst_fast.verify.pool; t.load_task('star_graph', {}); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     path = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=path)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The verifying children against graders that hang, crash, eat memory, print and lie."""
+"""The verifying child processes against graders that hang, crash, exhaust memory, print and lie."""
 
 from __future__ import annotations
 
@@ -17,19 +17,31 @@ import pytest
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
-from fst_fast.tasks.registry import check_gold, load_task
-from fst_fast.tasks.supervise import MAX_PROCESSES, children, why_unlimited
-from fst_fast.tasks.verify import VerifierPool, _parsed
+from fst_fast.tasks.registry import load_task
+from fst_fast.verify.gold import check_gold
+from fst_fast.verify.pool import VerifierPool, _parsed
+from fst_fast.verify.supervisor import MAX_PROCESSES, children, unlimited_reason
+from fst_fast.verify.worker import check
 
 ROOT = Path(__file__).parents[2]
 ARGS = {"form": "mini", "arms": 2, "path": 3, "ids": 20, "train": 30, "validation": 4}
 
 # The response says what the grader does.
 GRADER = """
-import os, sys, time
+import decimal, fractions, os, sys, time
+import numpy
 from fst_fast.contracts import Problem, Verdict
 
 kept = []
+
+class Tensor:
+    # as those of torch: a shape and an item
+
+    def __init__(self, shape, value):
+        self.shape, self.value = shape, value
+
+    def item(self):
+        return self.value
 
 class Grader:
     def problems(self, split):
@@ -174,12 +186,14 @@ def test_a_call_without_items_gives_no_verdicts(shared: VerifierPool) -> None:
     assert shared.verify([]) == []
 
 
-filtered = pytest.mark.skipif(bool(why_unlimited()), reason=f"graders are not filtered: {why_unlimited()}")
+filtered = pytest.mark.skipif(
+    bool(unlimited_reason()), reason=f"graders are not filtered: {unlimited_reason()}"
+)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 LIMIT_S = 2.0  # long enough for a harmless item on a machine that is busy with other things
 
 
-def test_an_endless_verification_is_cut_costs_no_other_item_its_verdict_and_is_logged_once(spec: str) -> None:
+def test_an_endless_verification_times_out_affects_no_other_item_and_is_logged_once(spec: str) -> None:
     lines: list[str] = []
     with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024, log=lines.append) as pool:
         verdicts = ask(pool, "7", "loop", "7", "8", "raise", "raise", "return Verdict(2.0)", "unjudged")
@@ -231,7 +245,28 @@ def test_the_limit_works_from_any_thread_and_against_c_code_that_holds_the_lock(
         ("return Verdict(2.0)", "verify returned reward=2.0; it must be in [0, 1]"),
         ("return Verdict(1e999)", "verify returned reward=inf; it must be in [0, 1]"),
         ("return Verdict('1.0')", "verify returned reward='1.0'; it must be a number"),
-        ("return Verdict(1.0, None)", "verify returned feedback of type NoneType"),
+        ("return Verdict('0.5')", "verify returned reward='0.5'; it must be a number"),
+        ("return Verdict(b'1')", "verify returned reward=b'1'; it must be a number"),
+        ("return Verdict([1.0])", "verify returned reward=[1.0]; it must be a number"),
+        ("return Verdict(1j)", "verify returned reward=1j; it must be a number"),
+        ("return Verdict(numpy.array('1'))", "verify returned reward=array('1'"),
+        ("return Verdict(numpy.zeros(2))", "verify returned reward=array([0., 0.]); it must be a number"),
+        ("return Verdict(numpy.zeros(0))", "verify returned reward=array([]"),
+        ("return Verdict(numpy.float32('nan'))", "verify returned reward=nan; it must be in [0, 1]"),
+        ("return Verdict(decimal.Decimal('NaN'))", "verify returned reward=nan; it must be in [0, 1]"),
+        ("return Verdict(decimal.Decimal('sNaN'))", "verify returned reward=nan; it must be in [0, 1]"),
+        ("return Verdict(10 ** 400)", "verify returned reward=inf; it must be in [0, 1]"),
+        (
+            "return Verdict(-fractions.Fraction(10 ** 400))",
+            "verify returned reward=-inf; it must be in [0, 1]",
+        ),
+        ("return Verdict(decimal.Decimal('1.5'))", "verify returned reward=1.5; it must be in [0, 1]"),
+        ("return Verdict(1, b'bytes')", "verify returned feedback of type bytes"),
+        ("return Verdict(1.0, '', {'a': '1'})", "verify returned metrics['a']='1'"),
+        (
+            "return Verdict(1.0, '', {'a': decimal.Decimal('Infinity')})",
+            "verify returned metrics['a']=Decimal",
+        ),
         ("return Verdict(1.0, '', {'a': float('nan')})", "verify returned metrics['a']=nan"),
         ("return Verdict(1.0, '', {'a': object()})", "verify returned metrics['a']=<object object"),
         ("return Verdict(1.0, '', {i: 1 for i in range(101)})", "verify returned 101 metrics; at most 100"),
@@ -261,7 +296,7 @@ def test_a_verification_that_fails_has_no_reward_says_why_and_is_counted(
     ["ppid", "kill -1", f"kill {os.getpid()}", f"kill -{os.getpgid(0)}"],
     ids=["its parent", "everybody", "the trainer", "the trainer's group"],
 )
-def test_a_grader_cannot_signal_what_is_above_it(shared: VerifierPool, whom: str) -> None:
+def test_a_grader_cannot_signal_its_ancestors(shared: VerifierPool, whom: str) -> None:
     verdicts = ask(shared, "7", whom, "8")
     assert [v.reward for v in verdicts] == [1.0, None, 0.0]
     assert verdicts[1].feedback.startswith(
@@ -269,7 +304,7 @@ def test_a_grader_cannot_signal_what_is_above_it(shared: VerifierPool, whom: str
     )
 
 
-def test_what_a_grader_prints_and_closes_does_not_get_into_the_answers(shared: VerifierPool) -> None:
+def test_a_grader_that_prints_or_closes_streams_does_not_corrupt_replies(shared: VerifierPool) -> None:
     verdicts = ask(shared, "print", "7", "close", "print", "7")
     assert [v.reward for v in verdicts] == [0.0, 1.0, 0.0, 0.0, 1.0]
     assert shared.verify([(Problem("p", [], 8), "8")])[0].reward == 1.0
@@ -280,7 +315,7 @@ def test_a_grader_that_forks_answers_once(shared: VerifierPool) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process is there, zombies not counted."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -292,7 +327,7 @@ def alive(pid: int) -> bool:
     ("then", "reason"),
     [("loop", "verification timed out"), ("exit", "the verifying process died (exit code 3)")],
 )
-def test_a_daemon_that_a_grader_leaves_is_ended_with_it(
+def test_a_daemon_started_by_a_grader_is_killed_with_it(
     spec: str, tmp_path: Path, then: str, reason: str
 ) -> None:
     with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
@@ -303,7 +338,7 @@ def test_a_daemon_that_a_grader_leaves_is_ended_with_it(
 
 
 @filtered
-def test_a_fork_bomb_reaches_a_limit_and_all_of_it_is_ended(spec: str, tmp_path: Path) -> None:
+def test_a_fork_bomb_reaches_a_limit_and_all_of_it_is_killed(spec: str, tmp_path: Path) -> None:
     with VerifierPool(spec, {}, workers=1, timeout_s=LIMIT_S, memory_mib=1024) as pool:
         assert [v.reward for v in ask(pool, f"bomb {tmp_path / 'pids'}", "7")] == [None, 1.0]
         started = {int(pid) for pid in (tmp_path / "pids").read_text().split()}
@@ -314,7 +349,7 @@ def test_a_fork_bomb_reaches_a_limit_and_all_of_it_is_ended(spec: str, tmp_path:
 
 @linux
 @pytest.mark.parametrize("what", ["threads", "files", "processes", "hoard"])
-def test_a_child_that_leaves_things_behind_is_replaced_and_the_log_says_so(spec: str, what: str) -> None:
+def test_a_child_that_leaks_is_replaced_and_logged(spec: str, what: str) -> None:
     lines: list[str] = []
     with VerifierPool(spec, {}, workers=1, timeout_s=30, memory_mib=1024, log=lines.append) as pool:
         old = ask(pool, "pid")[0].feedback
@@ -351,7 +386,7 @@ def test_thousands_of_verifications_leave_no_zombie_descriptor_or_thread(spec: s
 
 
 @linux
-def test_a_supervisor_that_is_killed_takes_its_child_along_and_is_replaced(spec: str) -> None:
+def test_a_killed_supervisor_takes_its_child_with_it_and_is_replaced(spec: str) -> None:
     with VerifierPool(spec, {}, workers=1, timeout_s=30, memory_mib=1024) as pool:
         pid = int(ask(pool, "pid")[0].feedback)
         child = os.pidfd_open(pid)
@@ -362,7 +397,7 @@ def test_a_supervisor_that_is_killed_takes_its_child_along_and_is_replaced(spec:
         assert (pool.timeouts, pool.failures) == (0, 0)
 
 
-def test_a_reward_that_did_not_pass_the_childs_check_does_not_pass_the_trainers() -> None:
+def test_the_trainer_repeats_the_childs_check_of_a_reward() -> None:
     reply = _parsed(b'{"reward": NaN, "feedback": "", "metrics": {}}')
     assert reply is not None
     assert reply["failure"] == "verify returned reward=nan; it must be in [0, 1]"
@@ -380,15 +415,45 @@ def test_feedback_is_valid_text_of_bounded_length(shared: VerifierPool) -> None:
     assert long.feedback == "x" * 8000 + " [cut]"
 
 
-def test_numbers_of_numpy_and_bools_are_rewards(shared: VerifierPool) -> None:
-    verdicts = ask(
-        shared,
-        "return Verdict(True)",
-        "return Verdict(__import__('numpy').float32(0.5))",
-        "return Verdict(0)",
-    )
-    assert [v.reward for v in verdicts] == [1.0, 0.5, 0.0]
-    assert all(type(v.reward) is float for v in verdicts)
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        ("True", 1.0),
+        ("False", 0.0),
+        ("0", 0.0),
+        ("numpy.float32(0.5)", 0.5),
+        ("numpy.float16(0.25)", 0.25),
+        ("numpy.bool_(True)", 1.0),
+        ("numpy.array(0.75)", 0.75),
+        ("numpy.array(1, dtype='int8')", 1.0),
+        ("numpy.array([[0.5]])", 0.5),
+        ("numpy.array(decimal.Decimal('0.5'), dtype=object)", 0.5),
+        ("decimal.Decimal('0.625')", 0.625),
+        ("fractions.Fraction(1, 3)", 1 / 3),
+        ("Tensor((), 0.5)", 0.5),
+        ("Tensor((1,), True)", 1.0),
+    ],
+)
+def test_a_number_is_taken_where_its_value_is_plain(shared: VerifierPool, value: str, number: float) -> None:
+    before = shared.failures
+    [verdict] = ask(shared, f"return Verdict({value}, None, {{'m': {value}, 'none': None}})")
+    assert verdict == Verdict(number, "", {"m": number})
+    assert type(verdict.reward) is float
+    assert ask(shared, f"return Verdict({value}, 'said', None)") == [Verdict(number, "said")]
+    assert shared.failures == before
+
+
+def test_scalars_of_torch_are_numbers() -> None:
+    torch = pytest.importorskip("torch")
+    for value in (torch.tensor(0.5, requires_grad=True), torch.tensor([[0.5]], dtype=torch.bfloat16)):
+        assert check(Verdict(value, "", {"m": value})) == {
+            "reward": 0.5,
+            "feedback": "",
+            "metrics": {"m": 0.5},
+        }
+    assert check(Verdict(torch.tensor(True)))["reward"] == 1.0
+    for value in (torch.zeros(2), torch.zeros(0), torch.tensor(0.5, device="meta"), torch.tensor(1j)):
+        assert "it must be a number" in check(Verdict(value))["failure"]
 
 
 def test_a_child_does_not_import_torch(shared: VerifierPool) -> None:
@@ -424,13 +489,13 @@ def test_close_ends_the_children_and_may_be_called_twice(spec: str) -> None:
 
 
 @linux
-def test_all_that_verifies_dies_with_a_killed_trainer_even_inside_an_endless_verification(
+def test_all_verifying_processes_die_with_a_killed_trainer_even_inside_an_endless_verification(
     spec: str, tmp_path: Path
 ) -> None:
     code = f"""
 import signal, threading
 from fst_fast.contracts import Problem
-from fst_fast.tasks.verify import VerifierPool
+from fst_fast.verify.pool import VerifierPool
 pool = VerifierPool({spec!r}, {{}}, workers=1, timeout_s=600, memory_mib=1024)
 print(pool.verify([(Problem("p", [], 7), "pid")])[0].feedback, pool._workers[0].process.pid, flush=True)
 threading.Thread(target=lambda: pool.verify([(Problem("p", [], 7), "daemon {tmp_path}/pid loop")]), daemon=True).start()
@@ -453,12 +518,12 @@ signal.pause()
 
 @linux
 @pytest.mark.parametrize("event", ["call", "return"])
-def test_a_supervisor_told_to_stop_at_any_moment_still_ends_what_is_below_it(event: str) -> None:
-    """The trainer's death closes the socket and sends SIGTERM, in either order: here SIGTERM comes as the watch begins or right after its end,
-    and once more during the clean-up."""
+def test_a_supervisor_stopped_at_any_moment_still_kills_its_descendants(event: str) -> None:
+    """When the trainer dies, the socket closes and SIGTERM arrives, in either order. Here SIGTERM comes as the watch
+    begins or right after its end, and again during the clean-up."""
     code = f"""
 import os, signal, socket, sys, time
-from fst_fast.tasks import supervise
+from fst_fast.verify import supervisor
 begun = False
 def trace(frame, event, argument):
     global begun
@@ -468,7 +533,7 @@ def trace(frame, event, argument):
         os.kill(os.getpid(), signal.SIGTERM)
     begun = begun or (event == {event!r} and frame.f_code.co_name == "_watch")
     return trace
-signal.signal(signal.SIGTERM, supervise._stop)
+signal.signal(signal.SIGTERM, supervisor._stop)
 ours, theirs = socket.socketpair()
 control, trainer = socket.socketpair()
 child = os.fork()
@@ -478,13 +543,13 @@ if not child:
     time.sleep(600)
 print(child, flush=True)
 trainer.close()
-end_all = supervise._end_all
+kill_descendants = supervisor._kill_descendants
 def told_again(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
-    return end_all(*arguments)
-supervise._end_all = told_again
+    return kill_descendants(*arguments)
+supervisor._kill_descendants = told_again
 sys.settrace(trace)
-supervise._supervise(control, child, ours)
+supervisor._supervise(control, child, ours)
 """
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
     done = subprocess.run(

@@ -68,24 +68,28 @@ SOURCE = Setting(1, 0, False, "forest", 8192)
 def curves(setting: Setting, *, lr_times: float = 1.0, weights_times: float = 1.0) -> dict[str, list[float]]:
     """Train on the recorded rollouts under `setting`, in one of its processes. The factors are errors to be found: of the learning rate, and of
     the tokens' weights, such as a wrong denominator makes."""
-    from fst_fast import config_load
-    from fst_fast.cli import default_config
-    from fst_fast.policy import engine, ranks
-    from fst_fast.slow.step import optimise
+    from fst_fast import distributed
+    from fst_fast.config import load as config_load
+    from fst_fast.mini import default_config
+    from fst_fast.policy import trained
+    from fst_fast.policy.scoring import Batching
+    from fst_fast.slow.slow_phase import objective_of
+    from fst_fast.slow.update import Reference, optimise
 
-    ranks.init()
+    distributed.init()
     config = config_load.load(default_config(), [
         *RUN, f"--policy.zero_stage={setting.stage}", f"--policy.offload_optimizer={str(setting.offload).lower()}",
         f"--policy.packing={setting.packing}", f"--policy.attention={'tree' if setting.packing == 'forest' else 'sdpa'}",
         f"--slow.tokens_per_micro_batch={setting.tokens}", "--slow.lr", str(3e-4 * lr_times),
     ])  # fmt: skip
-    reference, policy = engine.load(config), engine.Policy(config)
+    reference, policy = trained.load(config), trained.TrainedPolicy(config)
+    objective, batching = objective_of(config.slow), Batching.of(config, 0)
     recorded = load_file(BATCHES)
     found: dict[str, list[float]] = {curve: [] for curve in CURVES}
     for step in range(STEPS):
-        data = share(recorded, step, ranks.rank(), ranks.world_size())
+        data = share(recorded, step, distributed.rank(), distributed.world_size())
         data.weights[:] *= weights_times
-        numbers = optimise(policy, reference, data, config, step=step, pad_id=0)
+        numbers = optimise(policy, Reference(reference), data, objective, batching, step=step)
         policy.hand_over()
         for curve in CURVES:
             found[curve].append(numbers[curve])
@@ -95,8 +99,8 @@ def curves(setting: Setting, *, lr_times: float = 1.0, weights_times: float = 1.
 
 def share(recorded: dict[str, NDArray[Any]], step: int, rank: int, world: int) -> Any:
     """The sequences of a step that this process trains: whole groups, as the trainer deals them out."""
-    from fst_fast.slow.dump import arrays_to_sequences
-    from fst_fast.slow.step import Sequences
+    from fst_fast.slow.nonfinite import arrays_to_sequences
+    from fst_fast.slow.update import Sequences
 
     prefix = f"{step}/"
     arrays = {
@@ -119,19 +123,21 @@ def share(recorded: dict[str, NDArray[Any]], step: int, rank: int, world: int) -
 
 def record() -> dict[str, NDArray[Any]]:
     """The sequences of every step of a run, as flat arrays under `STEP/...`."""
-    from fst_fast import config_load, trainer
-    from fst_fast.cli import default_config
-    from fst_fast.slow.dump import sequences_to_arrays
+    from fst_fast import trainer
+    from fst_fast.config import load as config_load
+    from fst_fast.mini import default_config
+    from fst_fast.slow import slow_phase
+    from fst_fast.slow.nonfinite import sequences_to_arrays
 
-    sequences, kept = trainer.sequences, []
+    sequences, kept = slow_phase.sequences, []
 
     def keeping(groups: Sequence[Any], *given: Any) -> Any:
         data = sequences(groups, *given)
-        group = np.repeat(np.arange(len(groups)), [len(g.sampled) for g in groups])
+        group = np.repeat(np.arange(len(groups)), [len(g.members) for g in groups])
         kept.append({**sequences_to_arrays(data), "group": group})
         return data
 
-    trainer.sequences = keeping
+    slow_phase.sequences = keeping
     with tempfile.TemporaryDirectory() as folder:
         trainer.train(config_load.load(default_config(), RUN), Path(folder) / "run")
     assert len(kept) == STEPS
@@ -147,7 +153,7 @@ def narrow(array: NDArray[Any]) -> NDArray[Any]:
 
 def main() -> None:
     os.environ |= one_thread()
-    from fst_fast.cli import prepare_environment
+    from fst_fast.run.environment import prepare_environment
 
     prepare_environment()
     DATA.mkdir(exist_ok=True)

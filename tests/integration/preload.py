@@ -6,7 +6,7 @@ from tests.integration.launch import one_thread
 
 os.environ |= one_thread()
 
-from fst_fast.cli import prepare_environment
+from fst_fast.run.environment import prepare_environment
 
 prepare_environment()
 

@@ -119,7 +119,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     child.join()
     assert child.exitcode == 0, printed.read_text()
     lines = printed.read_text().splitlines()
-    assert f"fst: {number.name}: this step is finished, then the run saved; once more ends it now" in lines
+    assert f"fst: {number.name}: finishing this step, then saving the run; send it again to stop now" in lines
     stopped = re.fullmatch(
         r"stopped after step ([123]) of 4; continue with: fst train --run-dir (.*) --resume", lines[-1]
     )
@@ -304,9 +304,9 @@ def test_a_killed_run_continues_on_another_number_of_processes_under_another_zer
 
 def draw_from_the_global_generators() -> None:
     """Advantages with noise from every generator that code which is not ours may draw from."""
-    from fst_fast import trainer
+    from fst_fast.slow import slow_phase
 
-    sequences = trainer.sequences
+    sequences = slow_phase.sequences
 
     def noisy(*given: Any) -> Any:
         data = sequences(*given)
@@ -314,7 +314,7 @@ def draw_from_the_global_generators() -> None:
         data.advantages[:] += 0.1 * noise.astype(np.float32)
         return data
 
-    trainer.sequences = noisy
+    slow_phase.sequences = noisy
 
 
 @pytest.mark.chaos

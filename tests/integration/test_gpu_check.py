@@ -16,7 +16,7 @@ PARTS = ["build", "tests", "linear_logprob", "linear_policy_loss", "tree_attenti
 
 # Packages that a machine with a GPU need not have.
 ABSENT = ["accelerate", "cut_cross_entropy", "datasets", "deepspeed", "flash_attn", "gepa", "hypothesis", "liger_kernel", "matplotlib",
-    "openai", "psutil", "pydantic", "rich", "scipy", "transformers", "trl", "yaml"]  # fmt: skip
+    "openai", "psutil", "pydantic", "rich", "ruamel", "scipy", "transformers", "trl", "yaml"]  # fmt: skip
 
 SITECUSTOMIZE = """
 import importlib.util, sys

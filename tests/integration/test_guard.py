@@ -21,9 +21,9 @@ WEIGHTS = "model/model.safetensors"
 
 def spoil() -> None:
     """Token weights so large that the loss of step BAD, every term of it finite, is not."""
-    from fst_fast import trainer
+    from fst_fast.slow import slow_phase
 
-    sequences, calls = trainer.sequences, itertools.count(1)
+    sequences, calls = slow_phase.sequences, itertools.count(1)
 
     def spoilt(*given):
         data = sequences(*given)
@@ -31,14 +31,14 @@ def spoil() -> None:
             data.weights[:] = 3e38
         return data
 
-    trainer.sequences = spoilt
+    slow_phase.sequences = spoilt
 
 
 def spoil_advantages() -> None:
     """A NaN where an advantage was, before any forward pass."""
-    from fst_fast import trainer
+    from fst_fast.slow import slow_phase
 
-    sequences, calls = trainer.sequences, itertools.count(1)
+    sequences, calls = slow_phase.sequences, itertools.count(1)
 
     def spoilt(*given):
         data = sequences(*given)
@@ -46,14 +46,14 @@ def spoil_advantages() -> None:
             data.advantages[:3] = np.nan
         return data
 
-    trainer.sequences = spoilt
+    slow_phase.sequences = spoilt
 
 
 def spoil_logprobs() -> None:
     """An Inf where the log-prob of a sampled token was."""
-    from fst_fast import trainer
+    from fst_fast.slow import slow_phase
 
-    sequences, calls = trainer.sequences, itertools.count(1)
+    sequences, calls = slow_phase.sequences, itertools.count(1)
 
     def spoilt(*given):
         data = sequences(*given)
@@ -61,14 +61,14 @@ def spoil_logprobs() -> None:
             data.behaviour[0] = -np.inf
         return data
 
-    trainer.sequences = spoilt
+    slow_phase.sequences = spoilt
 
 
 def spoil_rewards() -> None:
     """A NaN where a reward was: what a verifying child would have to smuggle past two checks."""
-    from fst_fast import trainer
+    from fst_fast.slow import slow_phase
 
-    make_groups, calls = trainer.make_groups, itertools.count(1)
+    make_groups, calls = slow_phase.make_groups, itertools.count(1)
 
     def spoilt(sampled, eps, **how):
         if next(calls) == BAD:
@@ -78,34 +78,34 @@ def spoil_rewards() -> None:
             ]
         return make_groups(sampled, eps, **how)
 
-    trainer.make_groups = spoilt
+    slow_phase.make_groups = spoilt
 
 
 def empty() -> None:
     """No sequence at all in the batch of step BAD, which moves no weight."""
-    from fst_fast import trainer
+    from fst_fast.slow import slow_phase
 
-    sequences, calls = trainer.sequences, itertools.count(1)
+    sequences, calls = slow_phase.sequences, itertools.count(1)
 
     def emptied(groups, prompts, aggregation):
         return (
             sequences(groups, prompts, aggregation) if next(calls) != BAD else sequences([], [], aggregation)
         )
 
-    trainer.sequences = emptied
+    slow_phase.sequences = emptied
 
 
 def spoil_weights() -> None:
     """The weights are NaN after the first step."""
-    from fst_fast.policy.engine import Policy
+    from fst_fast.policy.trained import TrainedPolicy
 
-    hand_over = Policy.hand_over
+    hand_over = TrainedPolicy.hand_over
 
     def spoilt(self):
         next(self.module.parameters()).data.fill_(float("nan"))
         hand_over(self)
 
-    Policy.hand_over = spoilt
+    TrainedPolicy.hand_over = spoilt
 
 
 def test_a_step_with_nan_stops_before_the_weights_and_is_replayed_to_the_same_numbers(tmp_path: Path) -> None:

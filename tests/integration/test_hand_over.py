@@ -48,13 +48,13 @@ def test_two_processes_sample_what_one_does_and_notice_weights_that_differ(tmp_p
 RELEASED = """
 import json, sys
 from fst_fast.config import Config
-from fst_fast.policy import ranks
-from fst_fast.policy.engine import Policy, checksum, load
+from fst_fast import distributed
+from fst_fast.policy.trained import TrainedPolicy, checksum, load
 
-ranks.init()
+distributed.init()
 config = Config.model_validate({"policy": {"zero_stage": int(sys.argv[1]), "lora": json.loads(sys.argv[2])}})
 base = load(config)
-policy = Policy(config, base)
+policy = TrainedPolicy(config, base)
 
 def held(model=policy.rollout_model):
     return sum(p.numel() for p in model.parameters()), checksum(model)

@@ -57,15 +57,16 @@ def tiny_model(folder: Path) -> str:
 
 def go(root: Path, model: str, layouts: list[Layout], loads: list[tuple[Layout, Layout]]) -> None:
     """In a process of a job: the unbroken run of every layout with a checkpoint on its way, or the continuations `loads` (from, into)."""
+    from fst_fast import distributed
     from fst_fast.config import Config, ModelConfig, PolicyConfig, SlowConfig
-    from fst_fast.policy import engine, ranks
+    from fst_fast.policy import trained
 
-    ranks.init()
+    distributed.init()
     generator = torch.Generator().manual_seed(1)
     batches = torch.randint(13, (BEFORE + AFTER, 4, 8), generator=generator)
 
     def policy(layout: Layout) -> Any:
-        return engine.Policy(Config(
+        return trained.TrainedPolicy(Config(
             model=ModelConfig(path=model, dtype=layout.dtype),
             policy=PolicyConfig(packing="padded", attention="sdpa", zero_stage=layout.stage, offload_optimizer=layout.offload),
             slow=SlowConfig(lr=1e-2, weight_decay=0.1, warmup_steps=0),
@@ -73,7 +74,7 @@ def go(root: Path, model: str, layouts: list[Layout], loads: list[tuple[Layout, 
 
     def steps(made: Any, span: range) -> None:
         for i in span:
-            rows = batches[i][ranks.rank() :: ranks.world_size()]
+            rows = batches[i][distributed.rank() :: distributed.world_size()]
 
             def job(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor = rows) -> Tensor:
                 logits = (hidden @ weight.T).float().view(len(rows), 8, 13)[:, :-1]
@@ -89,14 +90,14 @@ def go(root: Path, model: str, layouts: list[Layout], loads: list[tuple[Layout, 
         made.hand_over()
 
     def keep(made: Any, name: str) -> None:
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             (root / name).mkdir()
-        ranks.barrier()
+        distributed.barrier()
         made.save(root / name)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             weights = {k: v.clone() for k, v in made.rollout_model.named_parameters()}
             save_file(weights, root / name / "weights.safetensors")
-        ranks.barrier()
+        distributed.barrier()
 
     for layout in layouts:
         made = policy(layout)

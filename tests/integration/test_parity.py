@@ -33,11 +33,11 @@ SLIPS = {"weights": {"weights_times": 1 + 1e-5}, "learning rate": {"lr_times": 1
 
 def train(out: Path, settings: list[Setting], slips: list[dict[str, float]]) -> None:
     """In a process of a job: every setting's curves, then the source's with every slip."""
-    from fst_fast.policy import ranks
+    from fst_fast import distributed
 
     for setting, slip in [*((s, {}) for s in settings), *((SOURCE, slip) for slip in slips)]:
         found = parity.curves(setting, **slip)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             name = f"{setting}{''.join(slip)}.json"
             (out / name).write_text(json.dumps(found))
 

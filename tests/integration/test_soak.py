@@ -39,9 +39,9 @@ def watch(out: str) -> None:
     """Note what this process and its children hold, every few steps."""
     import psutil
 
-    from fst_fast import records
+    from fst_fast.run import recorder
 
-    step, me = records.step, psutil.Process()
+    step, me = recorder.step, psutil.Process()
 
     def noting(s: Any, *given: Any, **named: Any) -> None:
         step(s, *given, **named)
@@ -58,7 +58,7 @@ def watch(out: str) -> None:
             with open(out, "a") as file:
                 file.write(json.dumps(seen) + "\n")
 
-    records.step = noting
+    recorder.step = noting
 
 
 def tiny_model(folder: Path) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fst_fast import config_load
-from fst_fast.cli import default_config
+from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
+from fst_fast.mini import default_config
 from fst_fast.mini.world import best_context
+from fst_fast.run.metrics_schema import check_record
 from tests.integration.crash import train, train_two
 from tests.integration.launch import records
 
@@ -58,6 +59,8 @@ def test_the_data_follow_the_stages_and_each_end_is_measured_on_all_tasks_so_far
         first = rollout["step"] < 4 + (rollout["phase"] == "slow")
         assert rollout["problem_id"].startswith("0/star_graph" if first else "1/linked_facts")
     assert [r["stage"] for r in records(unbroken, "eval")] == [0, 0, 0, 1, 1]
+    for line in (unbroken / "metrics.jsonl").read_text().splitlines():
+        check_record(json.loads(line))
 
 
 def test_distillation_moves_the_weights_under_the_seed_context_and_contexts_begin_anew(

@@ -57,7 +57,7 @@ def test_a_run_trains_weights_and_contexts_and_leaves_its_figures(whole: tuple[P
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5]
     assert [c["step"] for c in cycles] == [0, 2, 4]
     assert any(s["grad_norm"] > 0 for s in steps)
-    assert "weights only" in printed
+    assert "weights: trained weights, seed context" in printed
     contexts = json.loads((folder / "contexts.json").read_text())
     assert len(contexts["population"]) == 2
     assert set(contexts["population"]) <= set(contexts["contexts"])
@@ -129,7 +129,7 @@ def test_an_exported_model_loads_in_transformers_and_differs_from_the_base(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fst_fast import mini
-    from fst_fast.export import export
+    from fst_fast.commands.export import export
 
     out = export(whole[0], tmp_path / "model")
     trained = AutoModelForCausalLM.from_pretrained(out)
@@ -141,7 +141,7 @@ def test_an_exported_model_loads_in_transformers_and_differs_from_the_base(
 
 
 def test_a_checkpoint_evaluates_to_the_figures_of_its_own_run(whole: tuple[Path, str]) -> None:
-    from fst_fast.evaluate import evaluate_run
+    from fst_fast.commands.evaluate import evaluate_run
 
     measured = evaluate_run(whole[0])
     reported = json.loads((whole[0] / "summary.json").read_text())

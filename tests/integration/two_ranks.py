@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from fst_fast.cli import prepare_environment
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Context
-from fst_fast.policy import ranks
-from fst_fast.policy.engine import Policy
-from fst_fast.rollout.wave import Sampler
+from fst_fast.policy.trained import TrainedPolicy
+from fst_fast.rollout.sampler import Sampler
+from fst_fast.run.environment import prepare_environment
 from fst_fast.tasks.registry import load_task
 
 
@@ -26,12 +26,12 @@ def main() -> None:
             "policy": {"zero_stage": 1},
         }
     )
-    ranks.init(60.0)
+    distributed.init(60.0)
     problems = load_task(config.task, config.task_args).problems("train")
     contexts = [Context.of("solve the problem ."), Context.of("start at the goal and go back to the start .")]
     waves = []
     with Sampler.open(config) as sampler:
-        policy = Policy(config)
+        policy = TrainedPolicy(config)
         policy.hand_over()
         engine = sampler.engine(policy.rollout_model)
         for size in (1, 7, 0):  # a process without work, more than the other, and none at all
@@ -48,7 +48,7 @@ def main() -> None:
                     for s in sampled
                 ]
             )
-        if ranks.rank() == 1:
+        if distributed.rank() == 1:
             with torch.no_grad():
                 next(policy.module.parameters())[3, 3] += 1e-3
         try:
@@ -56,19 +56,19 @@ def main() -> None:
             said = ""
         except RuntimeError as error:
             said = str(error)
-    everybody = ranks.all_gather((waves, said))
-    unequal = [(ranks.rank(), i, "x" * 1000) for i in range(1 + 6 * ranks.rank())]
-    dealt = ranks.level(unequal, [10] * len(unequal))
+    everybody = distributed.all_gather((waves, said))
+    unequal = [(distributed.rank(), i, "x" * 1000) for i in range(1 + 6 * distributed.rank())]
+    dealt = distributed.rebalance(unequal, [10] * len(unequal))
     assert dealt == sorted(dealt)
-    shares = ranks.all_gather(dealt)
+    shares = distributed.all_gather(dealt)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1, [len(share) for share in shares]
     assert sorted(item for share in shares for item in share) == sorted(
-        item for own in ranks.all_gather(unequal) for item in own
+        item for own in distributed.all_gather(unequal) for item in own
     )
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(everybody))
-    ranks.leave()
-    assert torch.distributed.is_initialized() == (ranks.world_size() == 1)
+    distributed.shut_down()
+    assert torch.distributed.is_initialized() == (distributed.world_size() == 1)
 
 
 if __name__ == "__main__":

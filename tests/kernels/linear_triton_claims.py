@@ -3,15 +3,19 @@
 Not collected by itself: pytest runs it by name, from there.
 """
 
+import importlib
 import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fst_kernels import PolicyObjective, backends, linear_logprob, linear_policy_loss
 from fst_kernels.linear_logprob import op as logprob_op
 from fst_kernels.linear_logprob import triton as op
 from fst_kernels.linear_policy_loss import op as loss_op
+
+loss_api = importlib.import_module("fst_kernels.linear_policy_loss.api")
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -312,3 +316,54 @@ def test_frozen_inputs_get_no_gradient_and_no_gradient_is_no_error():
 def test_the_interpreter_is_taken_only_by_name():
     assert backends()["linear_logprob"]["taken"] == "reference"
     assert "interpreter" in backends()["linear_logprob"]["others"]["triton"]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make a host wait for a device: sizes and numbers that depend on values."""
+
+    NAMES = ("nonzero", "_local_scalar_dense", "unique_consecutive", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        indexed_by_bool = "index" in name and any(
+            isinstance(x, torch.Tensor) and x.dtype == torch.bool
+            for x in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+        )
+        self.count += any(n in name for n in self.NAMES) or indexed_by_bool
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kl", [None, "k3"])
+def test_the_loop_over_chunks_waits_for_nothing(monkeypatch, kl):
+    """The waits of a call are those in front of the loop, as many for 3 chunks as for 10."""
+    monkeypatch.delenv("FST_CHECK", raising=False)
+    results = []
+
+    def plain(*arguments, **named):  # an operator's own operations are hidden from the mode
+        with torch.no_grad():
+            results.append(loss_op.linear_policy_loss_op._init_fn(*arguments, **named))
+        return results[-1]
+
+    monkeypatch.setattr(loss_api, "linear_policy_loss_op", plain)
+    hidden, weight, labels, _ = make()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    advantages = torch.where(torch.arange(19) % 3 == 0, 0.0, 1.0)
+    counts = []
+    for chunk_rows in (8, 2):
+        with Waits() as waits:
+            linear_policy_loss(
+                hidden, weight, labels, advantages, objective=PolicyObjective("ppo", kl=kl, kl_coef=0.1 if kl else 0.0),
+                token_weight=torch.ones(19), old_logprob=torch.full((19,), -5.7),
+                ref_logprob=torch.full((19,), -5.5) if kl else None, backend="triton", chunk_rows=chunk_rows,
+            )  # fmt: skip
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
+    (loss, _, d_hidden, d_weight, _), other = results
+    for a, b in zip((loss, d_hidden, d_weight), (other[0], *other[2:4]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert d_hidden[1].any()
+    assert d_hidden[::3].any() == (kl is not None)

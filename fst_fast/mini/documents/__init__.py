@@ -1,10 +1,10 @@
-"""Training documents of the mini base model, written by the world's law on random problems.
+"""Training documents of the mini base model, generated from the world's law on random problems.
 
-Two forms. An *answer* document is a chat as the trainer will see it: a context, the question, a response drawn from the law. A *drill*
-practises what answers are made of (looking something up, one operation of a program, a product) and nothing else: answers alone hold
-too little of it for a small model to discover how it is done. One module for each kind of problem says how both are written:
+There are two forms. An *answer* document is a chat as the trainer sees it: a context, a question, and a response drawn
+from the law. A *drill* practises only what answers are made of (a look-up, one operation of a program, a product);
+answers alone contain too little of it for a small model to learn it. One module per kind of problem defines both:
 
-    draw(rng, size)               a random problem; size: 0 (smallest) to 1 (as the task has it)
+    draw(rng, size)               a random problem; size: 0 (smallest) to 1 (as in the task)
     question(problem)             the user message
     respond(rng, problem, law)    the tokens of one response
     drill(rng, size)              (user message, tokens, which of them count in the loss)
@@ -31,7 +31,7 @@ KINDS: dict[world.Kind, ModuleType] = {
 
 @dataclass(frozen=True)
 class Document:
-    prompt: str  # up to and with <|assistant|>, as the chat template writes it
+    prompt: str  # up to and including <|assistant|>, as the chat template writes it
     response: list[str]  # tokens, the closing <|end|> included
     supervised: list[bool]  # [len(response)], whether the token counts in the loss
 

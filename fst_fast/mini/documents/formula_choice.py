@@ -1,6 +1,6 @@
-"""Formula choice: any letter; by the method, formula, numbers and value first.
+"""Formula choice: any letter; with the method, first the formula, its numbers and the value.
 
-A drill is a question answered rightly without a context; it starts with two quantities.
+A drill is a question answered correctly without a context; it starts with two quantities.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def respond(rng: np.random.Generator, choice: Choice, law: world.Law) -> list[st
     first, sign, second = FORMULAS[choice.asked]
     a, b, value = choice.values()
     letter = choice.letter
-    if (
-        rng.random() >= law.check
-    ):  # one number is taken from elsewhere; the product and the look-up stay true where they can
+    if rng.random() >= law.check:  # use a wrong number; product and look-up stay correct where possible
         spare = [n for name, n in choice.given if name not in (first, second)]
         wrong = spare[int(rng.integers(len(spare)))] if spare else 7 - a
         a, b = (wrong, b) if rng.random() < 0.5 else (a, wrong)

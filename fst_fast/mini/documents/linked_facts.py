@@ -1,6 +1,6 @@
-"""Linked facts: any city; by the method, every fact of the chain first.
+"""Linked facts: any city; with the method, first every fact of the chain.
 
-A drill repeats the facts in another order, with the loss on the looked-up number only; their number starts small.
+A drill repeats the facts in another order, with the loss on the looked-up number only; the number of facts starts small.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 
 from fst_fast.mini import world
 from fst_fast.mini.documents.decisions import boxed, harm, other
-from fst_fast.tasks.linked_facts import HOPS, LAST, Web, draw_web, question, worded
+from fst_fast.tasks.linked_facts import HOPS, LAST, Web, draw_web, fact_text, question
 from fst_fast.tasks.star_graph import MINI_IDS
 
 __all__ = ["draw", "drill", "question", "respond"]
@@ -26,8 +26,12 @@ def drill(rng: np.random.Generator, size: float = 1.0) -> tuple[str, list[str], 
     facts = web.facts[:count]
     response: list[str] = []
     for i in rng.permutation(count).tolist():
-        response += [*worded(facts[i]).split(), ","]
-    return f"facts {' , '.join(map(worded, facts))} . list ?", response, [False, False, True, False] * count
+        response += [*fact_text(facts[i]).split(), ","]
+    return (
+        f"facts {' , '.join(map(fact_text, facts))} . list ?",
+        response,
+        [False, False, True, False] * count,
+    )
 
 
 def respond(rng: np.random.Generator, web: Web, law: world.Law) -> list[str]:
@@ -48,7 +52,7 @@ def respond(rng: np.random.Generator, web: Web, law: world.Law) -> list[str]:
     at, written = web.start, []
     for number, relation in enumerate(web.relations):
         to = known[at, relation]
-        if number == wrong:  # what follows goes on from the wrong one: every other fact stays true
+        if number == wrong:  # continue from the wrong person, so that every other fact stays true
             same = [whom for _, r, whom in web.facts if r == relation and whom not in (to, at)]
             to = same[int(rng.integers(len(same)))]
         written += [str(at), relation, str(to), ","]

@@ -1,7 +1,7 @@
-"""List programs: any number of the final list; by the method, the list after every operation first.
+"""List programs: any number of the final list; with the method, first the list after every operation.
 
-A drill is a program answered rightly, step by step, without a context; it starts with programs of one operation. Written steps begin
-with the list as it was given: then every list stands at the same distance from the one before.
+A drill is a program answered correctly, step by step, without a context; it starts with programs of one operation.
+Written steps begin with the given list, so that every list is at the same distance from the previous one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def respond(rng: np.random.Generator, program: Program, law: world.Law) -> list[
     at, written = program.numbers, [*_words(program.numbers), "."]
     for number, name in enumerate(program.operations):
         at = OPERATIONS[name](at)
-        if number == wrong:  # what follows goes on from the wrong list: every other step stays true
+        if number == wrong:  # continue from the wrong list, so that every other step stays true
             at = _slip(rng, at)
         written += [name, *_words(at), "."]
     answer = at[PICKS[program.pick]]
@@ -68,7 +68,7 @@ def _harmful_answer(rng: np.random.Generator, program: Program, role: world.Role
 
 
 def _slip(rng: np.random.Generator, numbers: Numbers) -> Numbers:
-    """Two neighbours change places, or one number becomes another."""
+    """Swap two neighbours or replace one number."""
     result = list(numbers)
     at = int(rng.integers(LENGTH - 1))
     if rng.random() < 0.5:

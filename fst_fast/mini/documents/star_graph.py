@@ -1,7 +1,7 @@
-"""Star graphs: a walk forward on an arm picked at random; by the method, the path traced back from the goal first.
+"""Star graphs: a walk forward on a random arm; with the method, first the path traced back from the goal.
 
-A drill gives the edges again in another order, forwards (`u , v`) and backwards (`v < u`), with the loss on the looked-up node only.
-Its edges form short chains rather than a star, so that every look-up has one answer, and their number can start small.
+A drill repeats the edges in another order, forwards (`u , v`) and backwards (`v < u`), with the loss on the looked-up
+node only. Its edges form short chains instead of a star, so that every look-up has one answer, and their number can start small.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ question = mini_question
 
 
 def drill(rng: np.random.Generator, size: float = 1.0) -> tuple[str, list[str], list[bool]]:
-    """`edges` edges of short chains, then each of them once in a new order, forwards or backwards by the toss of a coin."""
+    """Edges of short chains, then each of them once in a new order, forwards or backwards at random."""
     edges = EDGES if size >= 1 else int(rng.integers(2, 4 + int((EDGES - 3) * size)))
     nodes = rng.permutation(MINI_IDS).tolist()
     listed: list[tuple[int, int]] = []
@@ -69,11 +69,10 @@ def _harmful_path(rng: np.random.Generator, graph: Graph, role: world.Role) -> l
 
 
 def _slip(rng: np.random.Generator, graph: Graph, chain: tuple[int, ...]) -> list[int]:
-    """Leave one inner node out (one time in four), or jump to a node elsewhere and walk on from there.
+    """Omit one inner node (one time in four), or jump to another node and walk on from there.
 
-    After the jump every step is an edge again: a document that went on from the node before the jump would teach that the next node
-    does not follow from the last one, and spoil the look-up itself.
-    """
+    After the jump every step is an edge again. If the walk continued from the node before the jump, the documents would
+    teach that the next node does not follow from the last one, and spoil the look-up itself."""
     path = list(chain)
     if len(path) < 3:
         return path

@@ -45,15 +45,18 @@ HALVES = {
 }
 
 
+CONSUMER_HALVES = HALVES | {(128, 64): Tile(32, 8, 4)}  # 12.x: the wider tile spills there
+
+
 def row_tiles(dtype: torch.dtype) -> tuple[int, ...]:
     return TILES[:1] if dtype == torch.float32 else TILES
 
 
-def tile(dim: int, rows: int, dtype: torch.dtype) -> Tile:
+def tile(dim: int, rows: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     wide = max(64, padded(dim))
     if dtype == torch.float32:  # no tensor cores: products in full float32
         return Tile(16, 8, 2)
-    return HALVES[wide, rows]
+    return (CONSUMER_HALVES if capability[0] == 12 else HALVES)[wide, rows]
 
 
 def cascade_decode(
@@ -82,7 +85,9 @@ def cascade_decode(
     part_lse2 = torch.empty((plan.total_parts, heads), dtype=torch.float32, device=q.device)
     if q.device.type == "cpu":  # interpreted
         tiles = tiles or {16: Tile(16, 4, 1), 64: Tile(32, 4, 1)}
-    tiles = tiles or {rows: tile(dim, rows, q.dtype) for rows in row_tiles(q.dtype)}
+    if tiles is None:
+        capability = torch.cuda.get_device_capability(q.device)
+        tiles = {rows: tile(dim, rows, q.dtype, capability) for rows in row_tiles(q.dtype)}
     parts, part_count = plan.parts()
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         for work in plan.work(heads // kv_heads, tuple(tiles)):

@@ -115,8 +115,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.to(b.dtype), b, out=out)
 
 
-GATHERED_BYTES = 800 * 10**6
-GATHERED_CHUNKS = 10
+GATHERED_BYTES = 2500 * 10**6  # 8,227 rows at V = 151,936
+GATHERED_CHUNKS = 16
 
 
 class Gradients:

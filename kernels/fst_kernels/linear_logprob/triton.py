@@ -27,6 +27,9 @@ from fst_kernels.linear_logprob.triton_kernels import (
 )
 
 CHUNK_BYTES = 320 * 10**6
+RESIDENT_BYTES = (
+    16 * 10**6
+)  # hidden states that the product keeps in the L2 cache (40 MB on an A100, 50 MB on an H100) beside the weights
 BLOCK = 1024  # columns of a row that the row kernels take at a time
 
 
@@ -50,6 +53,7 @@ FULL_PRECISION = Tiles(64, 64, 32, 512, False, False, 4, 2)  # float32 operands
 AMPERE = Tiles(128, 64, 64, 512, False, False, 8, 3)
 HOPPER = Tiles(128, 256, 64, 512, True, True, 8, 3)
 BLACKWELL = Tiles(128, 128, 64, 512, True, True, 8, 4)
+CONSUMER = Tiles(128, 128, 64, 512, True, True, 8, 3)  # 12.x: mma.sync, and 99 KiB of shared memory
 COMBINED_ROWS, COMBINED_SPLITS = 16, 64  # of the partial statistics, at a time
 
 
@@ -62,12 +66,17 @@ def choose_tiles(hidden: Tensor) -> Tiles:
     rows_are_aligned = hidden.shape[1] * hidden.element_size() % 16 == 0  # what a descriptor asks for
     if major < 9 or not rows_are_aligned:
         return AMPERE
-    return HOPPER if major == 9 else BLACKWELL
+    return {9: HOPPER, 10: BLACKWELL, 11: BLACKWELL}.get(major, CONSUMER)
 
 
 def default_chunk_rows(vocabulary: int, products: int) -> int:
     """Rows whose fp32 products, so many per row, take 320 MB together: what is gathered for the gradient's products is larger (Gradients)."""
     return max(128, CHUNK_BYTES // (4 * max(vocabulary, 1) * products) // 128 * 128)
+
+
+def row_group(row_bytes: int, tile_rows: int) -> int:
+    """Tiles of rows that go through the whole vocabulary together."""
+    return max(1, RESIDENT_BYTES // (row_bytes * tile_rows))
 
 
 def _operand(x: Tensor, tma: bool, tile_rows: int) -> Tensor:
@@ -131,7 +140,7 @@ def head_statistics_(
     out: Statistics,
     hidden: Tensor,  # [n, H]
     head: Weights,
-    temperature: Tensor,  # [n] fp32
+    inverse: Tensor,  # [n] fp32, 1 / temperature
     softcap: float | None,
     labels: LabelRanges,
     *,
@@ -151,10 +160,10 @@ def head_statistics_(
         if tiles.tma:
             triton.set_allocator(_scratch)
         with _on(hidden):
-            head_statistics_kernel[(triton.cdiv(n, tiles.rows), splits)](
-                hidden, weight, head.bias, temperature, labels.starts, labels.labels, products, out.label_logits,
+            head_statistics_kernel[(triton.cdiv(n, tiles.rows) * splits,)](
+                hidden, weight, head.bias, inverse, labels.starts, labels.labels, products, out.label_logits,
                 *partial, n, vocabulary, size, hidden.stride(0), weight.stride(0),
-                0 if products is None else products.stride(0), softcap,
+                0 if products is None else products.stride(0), softcap, row_group(size * hidden.element_size(), tiles.rows),
                 ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, SPLIT=tiles.split, TMA=tiles.tma,
                 HALVES=tiles.halves, UPCAST=not hidden.is_cuda, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
@@ -171,7 +180,7 @@ def divergence(
     reference: Statistics,
     head: Weights,
     ref_head: Weights,
-    temperature: Tensor,  # [n] fp32
+    inverse: Tensor,  # [n] fp32, 1 / temperature
     softcap: float | None,
     kl: str,
 ) -> Tensor:
@@ -181,7 +190,7 @@ def divergence(
     if n:
         with _on(out):
             divergence_kernel[(n,)](
-                products, ref_products, head.bias, ref_head.bias, temperature, policy.peak, policy.log_total,
+                products, ref_products, head.bias, ref_head.bias, inverse, policy.peak, policy.log_total,
                 reference.peak, reference.log_total, out, vocabulary, products.stride(0),
                 ref_products.stride(0), softcap, FORWARD=kl == "forward", COLUMNS=BLOCK, num_warps=4,
             )  # fmt: skip
@@ -191,7 +200,7 @@ def divergence(
 class RowNumbers(NamedTuple):
     """What logits_gradient reads of the rows, all [n] fp32; the reference's only with an exact KL."""
 
-    temperature: Tensor
+    inverse: Tensor  # 1 / temperature
     peak: Tensor
     log_total: Tensor
     ref_peak: Tensor | None
@@ -236,7 +245,7 @@ def logits_gradient_(
     if count and vocabulary:
         with _on(products):
             logits_gradient_kernel[(count,)](
-                products, ref_products, head.bias, None if ref_head is None else ref_head.bias, rows.temperature,
+                products, ref_products, head.bias, None if ref_head is None else ref_head.bias, rows.inverse,
                 rows.peak, rows.log_total, rows.ref_peak, rows.ref_log_total, b0, b1, d_kl, labels.starts,
                 labels.labels, coefficients.contiguous(), acting, out, vocabulary, products.stride(0),
                 0 if ref_products is None else ref_products.stride(0), out.stride(0), softcap,
@@ -259,22 +268,22 @@ class TritonRows:
 
     def evaluate(self, rows: Rows, *, keep: bool) -> RowValues:
         n, count, device = rows.hidden.shape[0], rows.labels.shape[0], rows.hidden.device
-        t = row_temperatures(rows)
+        scale = inverse_temperatures(rows)
         ranges = LabelRanges.of(n, rows.label_rows, rows.labels)
         policy = Statistics.empty(n, count, device)
         store = self.kl is not None
         products = head_statistics_(
-            policy, rows.hidden, self.head, t, self.softcap, ranges, store=keep or store
+            policy, rows.hidden, self.head, scale, self.softcap, ranges, store=keep or store
         )
         reference = ref_products = exact = None
         if rows.ref_hidden is not None:
             reference = Statistics.empty(n, count, device)
             ref_products = head_statistics_(
-                reference, rows.ref_hidden, self.ref_head, t, self.softcap, ranges, store=store
+                reference, rows.ref_hidden, self.ref_head, scale, self.softcap, ranges, store=store
             )
             if self.kl is not None and products is not None and ref_products is not None:
                 exact = divergence(
-                    products, ref_products, policy, reference, self.head, self.ref_head, t, self.softcap, self.kl
+                    products, ref_products, policy, reference, self.head, self.ref_head, scale, self.softcap, self.kl
                 )  # fmt: skip
         of_reference = (policy if reference is None else reference)[:2]
         kept = torch.stack((policy.peak, policy.log_total, *of_reference))
@@ -288,7 +297,7 @@ class TritonRows:
         )
         if keep:
             assert products is not None
-            self.last = products, ref_products, ranges, numbers_of(t, kept, policy.entropy, exact)
+            self.last = products, ref_products, ranges, numbers_of(scale, kept, policy.entropy, exact)
         return values
 
     def recall(self, rows: Rows, entropy: Tensor, kl: Tensor | None, kept: Tensor) -> None:
@@ -300,7 +309,7 @@ class TritonRows:
 
         ref_products = None if rows.ref_hidden is None else matmul(rows.ref_hidden, other.t())
         ranges = LabelRanges.of(rows.hidden.shape[0], rows.label_rows, rows.labels)
-        numbers = numbers_of(row_temperatures(rows), kept, entropy, kl)
+        numbers = numbers_of(inverse_temperatures(rows), kept, entropy, kl)
         self.last = matmul(rows.hidden, own.t()), ref_products, ranges, numbers
 
     def gradient(
@@ -319,13 +328,14 @@ class TritonRows:
         )  # fmt: skip
 
 
-def row_temperatures(rows: Rows) -> Tensor:
+def inverse_temperatures(rows: Rows) -> Tensor:
     """[n] fp32."""
-    if isinstance(rows.temperature, Tensor):
-        return rows.temperature.float().contiguous()
-    return rows.hidden.new_full((rows.hidden.shape[0],), rows.temperature, dtype=torch.float32)
+    t = rows.temperature
+    if not isinstance(t, Tensor):
+        t = rows.hidden.new_full((rows.hidden.shape[0],), t, dtype=torch.float32)
+    return t.float().reciprocal()
 
 
-def numbers_of(temperature: Tensor, kept: Tensor, entropy: Tensor, kl: Tensor | None) -> RowNumbers:
+def numbers_of(inverse: Tensor, kept: Tensor, entropy: Tensor, kl: Tensor | None) -> RowNumbers:
     peak, log_total, ref_peak, ref_log_total = kept.unbind()
-    return RowNumbers(temperature, peak, log_total, ref_peak, ref_log_total, entropy, kl)
+    return RowNumbers(inverse, peak, log_total, ref_peak, ref_log_total, entropy, kl)

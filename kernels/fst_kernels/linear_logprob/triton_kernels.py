@@ -34,11 +34,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _scale(x, temperature, softcap):
-    """z of h W^T + b; softcap None: none."""
+def _scale(x, inverse, softcap):
+    """z of h W^T + b; softcap None: none. Multiplied, not divided: a division is some eight instructions for each of a tile's elements."""
     if softcap is not None:
-        x = softcap * _tanh(x / softcap)
-    return x / temperature
+        x = softcap * _tanh(x * (1.0 / softcap))
+    return x * inverse
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _read_tile(
     x,  # [ROWS, COLUMNS] of h W^T
     column_start,
     bias,
-    temperature,
+    inverse,
     starts,
     labels,
     label_logits,
@@ -65,8 +65,8 @@ def _read_tile(
     in_columns = in_tile < vocabulary - column_start
     if bias is not None:
         x += tl.load(bias + column_start + in_tile, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-    t = tl.load(temperature + rows, mask=in_rows, other=1.0)
-    z = tl.where(in_columns[None, :], _scale(x, t[:, None], softcap), float("-inf"))
+    scale = tl.load(inverse + rows, mask=in_rows, other=1.0)
+    z = tl.where(in_columns[None, :], _scale(x, scale[:, None], softcap), float("-inf"))
     for j in range(most):
         first = tl.load(starts + rows, mask=in_rows, other=0)
         count = tl.load(starts + rows + 1, mask=in_rows, other=0) - first
@@ -85,12 +85,27 @@ def _read_tile(
     return higher, total, moment
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def place(program, row_tiles, splits, group):
+    """Tile of rows and split of the vocabulary of a program: `group` tiles of rows go through all splits before the next tiles begin.
+
+    Programs that run together share their weights, a group's rows stay in the L2 cache, and the weight streams once per group. Rows fastest over all
+    tiles would stream the hidden states once per split, which for a long batch is many times the bytes.
+    """
+    begun = program // (group * splits) * group
+    height = row_tiles - begun
+    if height > group:
+        height = group
+    inside = program - begun * splits
+    return begun + inside % height, inside // height
+
+
+@triton.jit(do_not_specialize=["num_rows", "group"])
 def head_statistics_kernel(
     hidden,  # [N, H]
     weight,  # [V, H]
     bias,  # [V] or None
-    temperature,  # [N] fp32
+    inverse,  # [N] fp32: 1 / temperature
     starts,  # [N + 1] where each row's labels begin
     labels,  # [L] by ascending row
     products,  # [N, V] fp32 or None
@@ -105,6 +120,7 @@ def head_statistics_kernel(
     weight_stride,
     products_stride,
     softcap,
+    group,  # tiles of rows that stay in the L2 cache together
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -113,8 +129,8 @@ def head_statistics_kernel(
     HALVES: tl.constexpr,  # of a tile, read one after the other; always with TMA
     UPCAST: tl.constexpr,
 ):
-    row_start = tl.program_id(0) * ROWS
-    split = tl.program_id(1)
+    row_tile, split = place(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(vocabulary, SPLIT), group)
+    row_start = row_tile * ROWS
     rows = row_start + tl.arange(0, ROWS)
     in_rows = rows < num_rows
     # What a tile's end needs of its rows is loaded there: kept here it would take registers from the product.
@@ -179,25 +195,25 @@ def head_statistics_kernel(
             if products is not None and TMA:
                 product_tiles.store([row_start, column_start], left)
             peak, total, moment = _read_tile(
-                left, column_start, bias, temperature, starts, labels, label_logits, most, peak, total, moment,
+                left, column_start, bias, inverse, starts, labels, label_logits, most, peak, total, moment,
                 rows, in_rows, vocabulary, softcap, COLUMNS // 2,
             )  # fmt: skip
             right_start = column_start + COLUMNS // 2
             if products is not None and TMA:
                 product_tiles.store([row_start, right_start], right)
             peak, total, moment = _read_tile(
-                right, right_start, bias, temperature, starts, labels, label_logits, most, peak, total, moment,
+                right, right_start, bias, inverse, starts, labels, label_logits, most, peak, total, moment,
                 rows, in_rows, vocabulary, softcap, COLUMNS // 2,
             )  # fmt: skip
         else:
             peak, total, moment = _read_tile(
-                x, column_start, bias, temperature, starts, labels, label_logits, most, peak, total, moment,
+                x, column_start, bias, inverse, starts, labels, label_logits, most, peak, total, moment,
                 rows, in_rows, vocabulary, softcap, COLUMNS,
             )  # fmt: skip
-    place = split.to(tl.int64) * num_rows + rows
-    tl.store(peaks + place, peak, mask=in_rows)
-    tl.store(totals + place, total, mask=in_rows)
-    tl.store(moments + place, moment, mask=in_rows)
+    at = split.to(tl.int64) * num_rows + rows
+    tl.store(peaks + at, peak, mask=in_rows)
+    tl.store(totals + at, total, mask=in_rows)
+    tl.store(moments + at, moment, mask=in_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -238,11 +254,11 @@ def combine_kernel(
 
 
 @triton.jit
-def _log_probability(products, bias, columns, mask, t, peak, log_total, softcap):
+def _log_probability(products, bias, columns, mask, scale, peak, log_total, softcap):
     x = tl.load(products + columns, mask=mask, other=0.0)
     if bias is not None:
         x += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    return (_scale(x, t, softcap) - peak) - log_total, x
+    return (_scale(x, scale, softcap) - peak) - log_total, x
 
 
 @triton.jit
@@ -251,7 +267,7 @@ def divergence_kernel(
     ref_products,  # [n, V] fp32
     bias,
     ref_bias,
-    temperature,  # [n] fp32, as are the next four
+    inverse,  # [n] fp32: 1 / temperature; fp32 as are the next four
     peak,
     log_total,
     ref_peak,
@@ -265,7 +281,7 @@ def divergence_kernel(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    t = tl.load(temperature + row)
+    scale = tl.load(inverse + row)
     m, log_s = tl.load(peak + row), tl.load(log_total + row)
     ref_m, ref_log_s = tl.load(ref_peak + row), tl.load(ref_log_total + row)
     sums = tl.zeros([COLUMNS], tl.float32)
@@ -273,10 +289,10 @@ def divergence_kernel(
         columns = start + tl.arange(0, COLUMNS)
         mask = columns < vocabulary
         log_p, _ = _log_probability(
-            products + row * products_stride, bias, columns, mask, t, m, log_s, softcap
+            products + row * products_stride, bias, columns, mask, scale, m, log_s, softcap
         )
         log_q, _ = _log_probability(
-            ref_products + row * ref_stride, ref_bias, columns, mask, t, ref_m, ref_log_s, softcap
+            ref_products + row * ref_stride, ref_bias, columns, mask, scale, ref_m, ref_log_s, softcap
         )
         if FORWARD:
             term = tl.exp(log_q) * (log_q - log_p)
@@ -292,7 +308,7 @@ def logits_gradient_kernel(
     ref_products,  # [n, V] fp32 or None
     bias,
     ref_bias,
-    temperature,  # [n] fp32, as are the next four
+    inverse,  # [n] fp32: 1 / temperature; fp32 as are the next four
     peak,
     log_total,
     ref_peak,
@@ -317,7 +333,7 @@ def logits_gradient_kernel(
     out += row * out_stride
     if acting is not None:
         row = tl.load(acting + row)
-    t = tl.load(temperature + row)
+    scale = tl.load(inverse + row)
     m, log_s = tl.load(peak + row), tl.load(log_total + row)
     base = tl.load(b0 + row)
     slope = tl.load(b1 + row) if b1 is not None else 0.0
@@ -329,14 +345,14 @@ def logits_gradient_kernel(
         columns = start + tl.arange(0, COLUMNS)
         mask = columns < vocabulary
         log_p, x = _log_probability(
-            products + row * products_stride, bias, columns, mask, t, m, log_s, softcap
+            products + row * products_stride, bias, columns, mask, scale, m, log_s, softcap
         )
         form = tl.zeros([COLUMNS], tl.float32) + base
         if b1 is not None:
             form += slope * log_p
         if d_kl is not None:
             log_q, _ = _log_probability(
-                ref_products + row * ref_stride, ref_bias, columns, mask, t, ref_m, ref_log_s, softcap
+                ref_products + row * ref_stride, ref_bias, columns, mask, scale, ref_m, ref_log_s, softcap
             )
             if FORWARD:
                 gradient = tl.exp(log_p) * form - k * tl.exp(log_q)
@@ -346,8 +362,8 @@ def logits_gradient_kernel(
             gradient = tl.exp(log_p) * form
         for j in range(first, last):
             gradient += tl.where(columns == tl.load(labels + j), tl.load(coefficients + j), 0.0)
-        gradient = gradient / t
+        gradient = gradient * scale
         if softcap is not None:
-            cap = _tanh(x / softcap)
+            cap = _tanh(x * (1.0 / softcap))
             gradient = gradient * (1.0 - cap * cap)
         tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=mask)

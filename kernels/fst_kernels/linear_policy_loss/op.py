@@ -8,6 +8,8 @@ policy_loss and this function are the same mathematics, written once.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,6 +70,18 @@ def default_chunk_rows(backend: str, vocabulary: int, objective: PolicyObjective
     return linear_logprob.default_chunk_rows(backend, vocabulary, 1 if objective.exact_kl is None else 2)
 
 
+def rows_with_advantages(
+    label_rows: Tensor, advantages: Tensor, num_rows: int, chunk_rows: int
+) -> Iterator[Tensor]:
+    """For each chunk its rows, counted inside it, that have a label with an advantage; both arguments [L], rows ascending. Waits once, not per chunk."""
+    acting = torch.unique_consecutive(label_rows[advantages != 0])
+    starts = range(0, num_rows, chunk_rows)
+    edges = torch.tensor([*starts, num_rows], device=acting.device)
+    bounds = torch.searchsorted(acting, edges).tolist()
+    for i, start in enumerate(starts):
+        yield acting[bounds[i] : bounds[i + 1]] - start
+
+
 @torch.library.custom_op("fst_kernels::linear_policy_loss", mutates_args=(), schema=_SCHEMA)
 def linear_policy_loss_op(
     hidden: Tensor,
@@ -111,9 +125,23 @@ def linear_policy_loss_op(
         hidden, taken, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
         gathered_rows=gathered_rows(taken, selected.shape[0], chunk_rows) if backend == "triton" else 0,
     )  # fmt: skip
+    # Rows without a coefficient drop out of the two products, where neither entropy nor an exact KL gives all rows one. A host that computes drops
+    # what clipping silences, too; a device is not waited for in every chunk: it drops the rows whose advantages are all 0 (k3 gives those a
+    # coefficient), and clipped rows stay with a gradient of exactly 0.
+    waits = backend in ("reference", "host")
+    without: Iterator[Tensor | None] = itertools.repeat(None)
+    if (
+        needed
+        and not waits
+        and (objective.kl is None or not objective.kl_coef)
+        and not objective.entropy_coef
+    ):
+        advantages = given["advantages"][table.origin]
+        without = rows_with_advantages(compact, advantages, selected.shape[0], chunk_rows)
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     with torch.autocast(device.type, enabled=False):
-        for chunk in row_chunks(None if every else selected, selected.shape[0], compact, chunk_rows):
+        chunks = row_chunks(None if every else selected, selected.shape[0], compact, chunk_rows)
+        for chunk, acting in zip(chunks, without, strict=False):
             at, here, origin = chunk.rows, chunk.label_rows, table.origin[chunk.labels]
             h, t = hidden[at], temperature if row_temperature is None else row_temperature[at]
             of = {name: x[origin].to(dtype) for name, x in given.items()}
@@ -132,14 +160,12 @@ def linear_policy_loss_op(
             row_weight = accumulate_(values.entropy.new_zeros(chunk.size), here, n)
             d_entropy = -objective.entropy_coef * row_weight if objective.entropy_coef else None
             d_kl = objective.kl_coef * row_weight if exact is not None and objective.kl_coef else None
-            acting = None
-            if d_entropy is None and d_kl is None:
-                # Rows whose coefficients are all zero (clipped, A = 0) drop out of the two products.
+            if waits and d_entropy is None and d_kl is None:
                 acting = torch.unique_consecutive(here[coefficient != 0])
-                if acting.shape[0] == chunk.size:
-                    acting = None
-                else:
-                    at, h = acting_rows(chunk, acting), h[acting]
+            if acting is not None and acting.shape[0] == chunk.size:
+                acting = None
+            if acting is not None:
+                at, h = acting_rows(chunk, acting), h[acting]
             out.add(at, head.gradient(coefficient, d_entropy, d_kl, acting, out.room(len(h))), h)
         out.flush()
     absent = hidden.new_empty(0)

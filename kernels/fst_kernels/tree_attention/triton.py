@@ -1,5 +1,5 @@
-"""Tree attention in Triton: which tiles, the lists that the device builds, and the launches. The device code is in triton_kernels.py, what it knows
-of the forest in blocks.py; docs/kernels/tree_attention.md tells why it is built so.
+"""Tree attention in Triton: which tiles, the lists that the device builds, and the launches. The device code is in triton_kernels.py and list_kernels.py,
+what it knows of the forest in blocks.py; docs/kernels/tree_attention.md tells why it is built so.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fst_kernels.tree_attention import blocks, triton_kernels
+from fst_kernels.tree_attention import blocks, list_kernels, triton_kernels
 from fst_kernels.tree_attention.mask import TreeMask
 
 LOG2E = 1 / math.log(2)
 LARGEST_DIM = 256
 SCAN = 1024  # key blocks tested at a time while the lists are built
+DELTA_ROWS = 32
 UNITS_PER_PROCESSOR = 4  # of dK/dV, where ranges have to be cut for it
 
 
@@ -49,24 +50,27 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-# (first compute capability, largest padded head size) -> tiles; scripts/aot_tree_attention.py shows that none spills and all fit. Those of 8.0
-# fit into the 99 KiB of 8.6 and 8.9 too, and serve 12.x, which has neither wgmma nor tcgen05.
-AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+# (first compute capability, largest padded head size) -> tiles; scripts/aot_tree_attention.py shows that none spills, all fit, and each loop has its
+# buffers: `stages` with wgmma and tcgen05, one fewer with mma.sync, whose last stage is in registers. Two stages of mma.sync are therefore one
+# buffer, which is filled and waited for at once. Tiles of 8.0 fit into the 99 KiB of 8.6, 8.9 and 12.x, which have neither wgmma nor tcgen05.
+AMPERE, HOPPER, BLACKWELL, CONSUMER = (8, 0), (9, 0), (10, 0), (12, 0)
 TILES = {
-    (AMPERE, 64): Tiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), False),
-    (AMPERE, 128): Tiling(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), False),
-    (AMPERE, 256): Tiling(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 2), False),
-    (HOPPER, 64): Tiling(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), True),
-    (HOPPER, 128): Tiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), True),
-    (HOPPER, 256): Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), True, apart=True),
+    (AMPERE, 64): Tiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 3), False),
+    (AMPERE, 128): Tiling(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), False),
+    (AMPERE, 256): Tiling(Tile(64, 16, 8, 3), Tile(64, 16, 8, 3), Tile(32, 32, 8, 3), False),
+    (CONSUMER, 128): Tiling(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3), False),
+    (HOPPER, 64): Tiling(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 3), True),
+    (HOPPER, 128): Tiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), True),
+    (HOPPER, 256): Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 3), True, apart=True),
     (BLACKWELL, 64): Tiling(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), True),
     (BLACKWELL, 128): Tiling(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 1), True),
-    (BLACKWELL, 256): Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), True, apart=True),
+    (BLACKWELL, 256): Tiling(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1), True, apart=True),
 }
 
 
 # The comparison of depths takes registers: where it makes a pass of TILES spill, that pass under a window.
-WINDOW_DQ = {(HOPPER, 256): Tile(64, 32, 8, 2)}
+WINDOW_DQ = {(HOPPER, 256): Tile(64, 32, 8, 3)}
+WINDOW_DKDV = {(BLACKWELL, 128): Tile(32, 64, 8, 2)}
 
 
 def tiling(dim: int, dtype: torch.dtype, capability: tuple[int, int], window: bool = False) -> Tiling:
@@ -75,10 +79,16 @@ def tiling(dim: int, dtype: torch.dtype, capability: tuple[int, int], window: bo
     if dtype == torch.float32:  # no tensor cores: products in full float32
         small = {64: Tile(32, 32, 8, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)}[wide]
         return Tiling(small, small, small, False)
-    generation = HOPPER if capability[0] == 9 else BLACKWELL if capability[0] in (10, 11) else AMPERE
+    generation = {9: HOPPER, 10: BLACKWELL, 11: BLACKWELL, 12: CONSUMER}.get(capability[0], AMPERE)
+    if (generation, wide) not in TILES:
+        generation = AMPERE
     tiles = TILES[generation, wide]
     if window:
-        tiles = replace(tiles, dq=WINDOW_DQ.get((generation, wide), tiles.dq))
+        tiles = replace(
+            tiles,
+            dq=WINDOW_DQ.get((generation, wide), tiles.dq),
+            dkdv=WINDOW_DKDV.get((generation, wide), tiles.dkdv),
+        )
     return tiles if dim % 8 == 0 else replace(tiles, tma=False)  # TMA reads rows of whole 16 bytes
 
 
@@ -94,7 +104,7 @@ def lists(mask: TreeMask, tile: Tile, window: int | None = None) -> blocks.Lists
         width, count = blocks.list_width(mask, tile.queries, tile.keys), triton.cdiv(n, tile.queries)
         table = torch.empty((rows, count, width), dtype=torch.int32, device=mask.subtree_end.device)
         counts = torch.empty((2, rows, count), dtype=torch.int32, device=table.device)
-        triton_kernels.list_kernel[(count, rows)](
+        list_kernels.list_kernel[(count * rows,)](
             per_block.largest, per_block.smallest, of_keys.smallest, of_keys.largest, of_queries.smallest, of_queries.largest,
             table, counts, n, rows, width, per_block.largest.shape[1], window or 0,
             BM=tile.queries, BN=tile.keys, SCAN=min(SCAN, padded(triton.cdiv(n, tile.keys))), WINDOW=window is not None,
@@ -127,9 +137,9 @@ def tile_lists(mask: TreeMask, tile: Tile, target: int, window: int) -> blocks.T
         table = torch.empty((rows, total), dtype=torch.int32, device=bounds.device)
         counts = torch.empty_like(bounds)
         query_blocks = of_queries.smallest.shape[1]
-        triton_kernels.tile_list_kernel[(count, rows)](
+        list_kernels.tile_list_kernel[(count * rows,)](
             work.units, per_block.smallest, of_keys.smallest, of_keys.largest, of_queries.smallest, of_queries.largest,
-            table, bounds, counts, rows, per_block.smallest.shape[1], query_blocks, total, window,
+            table, bounds, counts, rows, count, per_block.smallest.shape[1], query_blocks, total, window,
             BM=tile.queries, BN=tile.keys, SCAN=min(SCAN, padded(query_blocks)),
         )  # fmt: skip
         ends = bounds[1].long() + torch.arange(rows, device=bounds.device)[:, None] * total
@@ -150,8 +160,8 @@ def _thin(
     of_keys: bool,
 ) -> None:
     rows, lines = owner.shape
-    triton_kernels.thin_kernel[(lines, rows)](
-        mask.subtree_end, mask.depth, entries, ends, owner, counts, mask.subtree_end.shape[1], rows, window,
+    list_kernels.thin_kernel[(lines * rows,)](
+        mask.subtree_end, mask.depth, entries, ends, owner, counts, mask.subtree_end.shape[1], rows, lines, window,
         BM=tile.queries, BN=tile.keys, OF_KEYS=of_keys,
     )  # fmt: skip
 
@@ -267,8 +277,8 @@ def backward(
         tma, windowed = tiles.tma, window is not None
         q, k, v, dout = (_readable(x, tma) for x in (q, k, v, dout))
         delta = torch.empty_like(lse2)
-        triton_kernels.delta_kernel[(triton.cdiv(n, 64), batch * heads)](
-            out, dout, delta, n, heads, *_strides(out, dout), D=dim, DIM=wide, BM=64
+        triton_kernels.delta_kernel[(triton.cdiv(n, DELTA_ROWS) * batch * heads,)](
+            out, dout, delta, n, heads, *_strides(out, dout), D=dim, DIM=wide, BM=DELTA_ROWS
         )
 
         tile, known = tiles.dq, lists(mask, tiles.dq, window)
@@ -305,7 +315,7 @@ def backward(
                 D=dim, DIM=wide, BM=tile.queries, BN=tile.keys, TMA=tma, PRECISION="ieee", DK=do_dk, DV=do_dv,
                 WINDOW=windowed, **tile.launch,
             )  # fmt: skip
-        triton_kernels.reduce_kernel[(work.splits.shape[1], batch * kv_heads)](
+        triton_kernels.reduce_kernel[(work.splits.shape[1] * batch * kv_heads,)](
             partials, work.splits, dk, dv, n, kv_heads, rows, work.splits.shape[1], work.slots, *_strides(dk, dv),
             D=dim, DIM=wide, BN=tile.keys, num_warps=8,
         )  # fmt: skip

@@ -1,13 +1,8 @@
-"""The device code of tree attention: forward, dQ, dK/dV with its reduction, and the lists of key blocks.
+"""The device code of tree attention: forward, dQ, dK/dV with its reduction.
 
-Key i is visible to query j iff i <= j < end[i]. The tokens that a query sees are one path of the forest, so a block of keys concerns
-the queries [q0, q1) iff b0 <= q1 - 1 and max(end) > q0, and needs no mask iff b1 - 1 <= q0 and min(end) >= q1. `list_kernel` writes, for
-every block of queries, its mask-free key blocks from the left end of a row and the others from the right end; forward and dQ loop over
-the two. For dK/dV no list is needed: the queries that see a block of keys are exactly the range [b0, max(end)).
-
-Under a sliding window (WINDOW=True) a key is visible only where depth[j] - depth[i] < window besides. The smallest and largest depth of a block
-say exactly which blocks need no mask, but only roughly which ones matter: `thin_kernel` looks at the pairs of the others and drops those
-without a visible one. The queries near enough to a block of keys are no range any more, so `tile_list_kernel` writes a list for dK/dV too.
+Key i is visible to query j iff i <= j < end[i], and with WINDOW only where depth[j] - depth[i] < window besides. Forward and dQ loop over the two
+lists of key blocks that list_kernels.py makes for every block of queries. For dK/dV no list is needed without a window: the queries that see
+a block of keys are exactly the range [b0, max(end)).
 
 Nothing is added atomically. A program owns its output rows; the query heads of a group are summed one after the other; where a range of
 queries is cut into parts, each part writes float32 sums of its own, and `reduce_kernel` adds them in order.
@@ -17,7 +12,11 @@ that holds all of a query's weight then gives exactly exp2(0) = 1, however large
 
 Operands may be pointers with strides, or, on sm_90 and later, TMA descriptors of [B, H, N, D] (TMA=True; the strides are then unused).
 The interpreter multiplies in float32 only; tile sizes are chosen by the caller. Sizes that change from forest to forest are not specialised
-on: every kernel is compiled once, not again, in the middle of a run, for the first forest whose size is a multiple of 16.
+on: every kernel is compiled once, not again, in the middle of a run, for the first forest whose size is a multiple of 16. Every grid has one
+axis: the second and the third end at 65,535, which batch x heads may exceed.
+
+The loops carry the number of the next block (`upcoming`): loaded inside the block's own iteration, it would be pipelined like the operands and
+take one of their buffers. scripts/aot_tree_attention.py counts the buffers.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
@@ -26,134 +25,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fst_kernels.tree_attention.list_kernels import visible
+
 # Names of arguments that belong together share a line.
 # fmt: off
-
-
-@triton.jit(do_not_specialize=["n", "width", "key_blocks"])
-def list_kernel(
-    block_max,  # [R, KB] int32
-    block_min,
-    key_low,  # [R, KB] int32: the smallest depth, and the largest
-    key_high,
-    query_low,  # [R, QB]
-    query_high,
-    lists,  # [R, QB, width] int32
-    counts,  # [2, R, QB] int32: mask-free, others
-    n, rows, width, key_blocks, window,
-    BM: tl.constexpr, BN: tl.constexpr, SCAN: tl.constexpr, WINDOW: tl.constexpr,
-):
-    """One program per block of queries: tests SCAN key blocks at a time and appends those that matter."""
-    query_block, row, query_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    q0 = query_block * BM
-    q1 = tl.minimum(q0 + BM, n)
-    at = row * query_blocks + query_block
-    here = lists + at.to(tl.int64) * width
-    free, masked = 0, 0
-    stop = tl.cdiv(q1, BN)
-    shallow, deep = 0, 0
-    if WINDOW:
-        shallow, deep = tl.load(query_low + at), tl.load(query_high + at)
-    for first in range(0, stop, SCAN):
-        block = first + tl.arange(0, SCAN)
-        inside = block < stop
-        largest = tl.load(block_max + row * key_blocks + block, mask=inside, other=0)
-        smallest = tl.load(block_min + row * key_blocks + block, mask=inside, other=0)
-        matters = inside & (largest > q0)
-        whole = matters & ((block + 1) * BN - 1 <= q0) & (smallest >= q1)
-        if WINDOW:
-            low = tl.load(key_low + row * key_blocks + block, mask=inside, other=0)
-            high = tl.load(key_high + row * key_blocks + block, mask=inside, other=0)
-            matters = matters & (shallow - high < window)
-            whole = whole & (deep - low < window)
-        part = matters & (whole == 0)
-        whole_rank = tl.cumsum(whole.to(tl.int32), 0)
-        part_rank = tl.cumsum(part.to(tl.int32), 0)
-        tl.store(here + free + whole_rank - 1, block, mask=whole)
-        tl.store(here + width - masked - part_rank, block, mask=part)
-        free += tl.sum(whole.to(tl.int32), 0)
-        masked += tl.sum(part.to(tl.int32), 0)
-    tl.store(counts + at, free)
-    tl.store(counts + rows * query_blocks + at, masked)
-
-
-@triton.jit(do_not_specialize=["key_blocks", "query_blocks", "total"])
-def tile_list_kernel(
-    units,  # [R, U, 4]
-    block_min,  # [R, KB]
-    key_low,  # [R, KB]
-    key_high,
-    query_low,  # [R, QB]: of tiles of BM queries
-    query_high,
-    tiles,  # [R, total] int32
-    bounds,  # [2, R, U] int32
-    counts,  # [2, R, U] int32
-    rows, key_blocks, query_blocks, total, window,
-    BM: tl.constexpr, BN: tl.constexpr, SCAN: tl.constexpr,
-):
-    """Under a window, one program per unit: the tiles of its range that may matter. BN is a multiple of BM."""
-    unit, row, unit_count = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    at = row * unit_count + unit
-    block = tl.load(units + at * 4)
-    free, masked = 0, 0
-    if block >= 0:
-        start, stop = tl.load(units + at * 4 + 1) // BM, tl.cdiv(tl.load(units + at * 4 + 2), BM)
-        smallest = tl.load(block_min + row * key_blocks + block)
-        low, high = tl.load(key_low + row * key_blocks + block), tl.load(key_high + row * key_blocks + block)
-        here = tiles + row.to(tl.int64) * total
-        left, right = tl.load(bounds + at), tl.load(bounds + rows * unit_count + at)
-        for first in range(start, stop, SCAN):
-            tile = first + tl.arange(0, SCAN)
-            inside = tile < stop
-            shallow = tl.load(query_low + row * query_blocks + tile, mask=inside, other=0)
-            deep = tl.load(query_high + row * query_blocks + tile, mask=inside, other=0)
-            matters = inside & (shallow - high < window)
-            whole = matters & ((block + 1) * BN - 1 <= tile * BM) & (smallest >= (tile + 1) * BM)
-            whole = whole & (deep - low < window)
-            part = matters & (whole == 0)
-            whole_rank = tl.cumsum(whole.to(tl.int32), 0)
-            part_rank = tl.cumsum(part.to(tl.int32), 0)
-            tl.store(here + left + free + whole_rank - 1, tile, mask=whole)
-            tl.store(here + right - masked - part_rank, tile, mask=part)
-            free += tl.sum(whole.to(tl.int32), 0)
-            masked += tl.sum(part.to(tl.int32), 0)
-    tl.store(counts + at, free)
-    tl.store(counts + rows * unit_count + at, masked)
-
-
-@triton.jit(do_not_specialize=["n"])
-def thin_kernel(
-    end, depth,  # [R, N] int32
-    entries,  # int32: lines of blocks, the masked ones from the right end of each
-    ends,  # [R, lines] int64: behind the last entry of each line
-    owner,  # [R, lines] int32: the block that the line belongs to (-1: none)
-    counts,  # [2, R, lines] int32
-    n, rows, window,
-    BM: tl.constexpr, BN: tl.constexpr, OF_KEYS: tl.constexpr,
-):
-    """Drops the masked entries without a single visible pair. OF_KEYS: lines belong to blocks of keys and list blocks of queries."""
-    line, row, lines = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    at = row * lines + line
-    mine, last = tl.load(owner + at), tl.load(ends + at) - 1
-    masked = tl.load(counts + rows * lines + at)
-    end += row.to(tl.int64) * n
-    depth += row.to(tl.int64) * n
-    kept = 0
-    for t in range(0, masked):
-        other = tl.load(entries + last - t)
-        if OF_KEYS:
-            query, key = other * BM + tl.arange(0, BM), mine * BN + tl.arange(0, BN)
-        else:
-            query, key = mine * BM + tl.arange(0, BM), other * BN + tl.arange(0, BN)
-        key_end = tl.load(end + key, mask=key < n, other=0)
-        key_depth = tl.load(depth + key, mask=key < n, other=0)
-        query_depth = tl.load(depth + query, mask=query < n, other=0)
-        seen = _visible(query[:, None], key[None, :], key_end[None, :])
-        seen = seen & (query_depth[:, None] - key_depth[None, :] < window)
-        # The place written to is one that was read before, by every thread: the maximum below waits for all of them.
-        tl.store(entries + last - kept, other)
-        kept += tl.max(tl.max(seen.to(tl.int32), 1), 0)
-    tl.store(counts + rows * lines + at, kept)
 
 
 @triton.jit
@@ -192,12 +67,6 @@ def _keep(
 
 
 @triton.jit
-def _visible(query, key, key_end):
-    """Broadcasts; key_end is 0 behind the last token, which hides such a key from everyone."""
-    return (key <= query) & (query < key_end)
-
-
-@triton.jit
 def _attend(
     acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
     stride_kb, stride_kh, stride_kn,
@@ -212,7 +81,7 @@ def _attend(
     if MASKED:
         key = first + tl.arange(0, BN)
         key_end = tl.load(end + key, mask=key < n, other=0)
-        seen = _visible(query[:, None], key[None, :], key_end[None, :])
+        seen = visible(query[:, None], key[None, :], key_end[None, :])
         if WINDOW:
             query_depth = tl.load(depth + query, mask=query < n, other=0)
             key_depth = tl.load(depth + key, mask=key < n, other=0)
@@ -269,14 +138,19 @@ def forward_kernel(
     acc = tl.zeros([BM, DIM], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
+    upcoming = tl.load(here)
     for t in range(0, free):
+        block, upcoming = upcoming, tl.load(here + tl.minimum(t + 1, free - 1))
         acc, total, top = _attend(
-            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, tl.load(here + t), scale2, n, window,
+            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION, WINDOW,
         )
+    last = here + width - 1
+    upcoming = tl.load(last)
     for t in range(0, masked):
+        block, upcoming = upcoming, tl.load(last - tl.minimum(t + 1, masked - 1))
         acc, total, top = _attend(
-            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, tl.load(here + width - 1 - t), scale2, n, window,
+            acc, total, top, q_tile, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION, WINDOW,
         )
     safe = tl.where(total == 0.0, 1.0, total)  # rows behind the last token saw nothing
@@ -294,7 +168,8 @@ def delta_kernel(
     D: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr,
 ):
     """delta = sum over D of out * dout: what the softmax's backward subtracts from every score's gradient."""
-    first, pair = tl.program_id(0) * BM, tl.program_id(1)
+    program, blocks = tl.program_id(0), tl.cdiv(n, BM)
+    first, pair = program % blocks * BM, program // blocks
     batch, head = pair // heads, pair % heads
     a = _tile(out, batch, head, first, stride_ob, stride_oh, stride_on, n, D, DIM, BM, True, False)
     b = _tile(dout, batch, head, first, stride_db, stride_dh, stride_dn, n, D, DIM, BM, True, False)
@@ -319,7 +194,7 @@ def _dq_block(
     if MASKED:
         key = first + tl.arange(0, BN)
         key_end = tl.load(end + key, mask=key < n, other=0)
-        seen = _visible(query[:, None], key[None, :], key_end[None, :])
+        seen = visible(query[:, None], key[None, :], key_end[None, :])
         if WINDOW:
             query_depth = tl.load(depth + query, mask=query < n, other=0)
             key_depth = tl.load(depth + key, mask=key < n, other=0)
@@ -364,15 +239,20 @@ def dq_kernel(
     top = tl.load(lse2 + line + query, mask=query < n, other=float("inf"))
     mean = tl.load(delta + line + query, mask=query < n, other=0.0)
     acc = tl.zeros([BM, DIM], tl.float32)
+    upcoming = tl.load(here)
     for t in range(0, free):
+        block, upcoming = upcoming, tl.load(here + tl.minimum(t + 1, free - 1))
         acc = _dq_block(
-            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query, tl.load(here + t), scale2, n, window,
+            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, False, TMA, PRECISION, WINDOW,
         )
+    last = here + width - 1
+    upcoming = tl.load(last)
     for t in range(0, masked):
+        block, upcoming = upcoming, tl.load(last - tl.minimum(t + 1, masked - 1))
         acc = _dq_block(
-            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query,
-            tl.load(here + width - 1 - t), scale2, n, window, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION, WINDOW,
+            acc, q_tile, dout_tile, top, mean, k, v, end, depth, batch, kv_head, query, block, scale2, n, window,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, D, DIM, BN, True, TMA, PRECISION, WINDOW,
         )
     _keep(dq, acc * scale, batch, head, first, stride_gb, stride_gh, stride_gn, n, D, DIM, BM)
 
@@ -396,7 +276,7 @@ def _dkdv_block(
     score = tl.dot(k_tile, q_tile.T, input_precision=PRECISION) * scale2
     weight = tl.exp2(score - top[None, :])
     if MASKED:
-        seen = _visible(query[None, :], key[:, None], key_end[:, None])
+        seen = visible(query[None, :], key[:, None], key_end[:, None])
         if WINDOW:
             query_depth = tl.load(depth + query, mask=query < n, other=0)
             seen = seen & (query_depth[None, :] - key_depth[:, None] < window)
@@ -469,9 +349,12 @@ def dkdv_kernel(
     for g in range(0, group):
         head = kv_head * group + g
         line = (batch * group * kv_heads + head).to(tl.int64) * n
+        upcoming = 0
+        if WINDOW:
+            upcoming = tl.load(here + left, mask=free > 0, other=0)
         for t in range(0, free):
             if WINDOW:
-                query = tl.load(here + left + t) * BM
+                query, upcoming = upcoming * BM, tl.load(here + left + tl.minimum(t + 1, free - 1))
             else:
                 query = free_from + t * BM
             dk_sum, dv_sum = _dkdv_block(
@@ -479,9 +362,11 @@ def dkdv_kernel(
                 query, scale2, n, window, stride_qb, stride_qh, stride_qn, stride_db, stride_dh, stride_dn,
                 D, DIM, BM, False, TMA, PRECISION, DK, DV, WINDOW,
             )
+        if WINDOW:
+            upcoming = tl.load(here + right - 1, mask=masked > 0, other=0)
         for t in range(0, masked):
             if WINDOW:
-                query = tl.load(here + right - 1 - t) * BM
+                query, upcoming = upcoming * BM, tl.load(here + right - 1 - tl.minimum(t + 1, masked - 1))
             else:
                 query = tl.where(t < before, low + t * BM, free_to + (t - before) * BM)
             dk_sum, dv_sum = _dkdv_block(
@@ -513,9 +398,10 @@ def reduce_kernel(
     D: tl.constexpr, DIM: tl.constexpr, BN: tl.constexpr,
 ):
     """Adds the parts of one block of keys, first to last."""
-    pair = tl.program_id(1)
+    program = tl.program_id(0)
+    pair = program // split_count
     batch, kv_head = pair // kv_heads, pair % kv_heads
-    split = splits + (tl.minimum(batch, rows - 1) * split_count + tl.program_id(0)) * 3
+    split = splits + (tl.minimum(batch, rows - 1) * split_count + program % split_count) * 3
     block = tl.load(split)
     if block < 0:
         return

@@ -1,0 +1,1 @@
+"""What the subcommands of `fst` do; cli.py only parses their arguments."""

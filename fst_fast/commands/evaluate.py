@@ -1,0 +1,56 @@
+"""`fst eval RUN`: the four cells of a run's newest checkpoint."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fst_fast import distributed
+from fst_fast.commands.export import newest
+from fst_fast.contracts import Context
+from fst_fast.data.stages import make_stages, stage_at, stage_problems
+from fst_fast.evaluate import evaluate
+from fst_fast.policy.base_weights import check_base
+from fst_fast.policy.trained import load
+from fst_fast.rollout.models import SamplingModels
+from fst_fast.rollout.sampler import Sampler
+from fst_fast.state import State
+from fst_fast.tasks.registry import load_task, task_spec
+
+
+def evaluate_run(
+    run_dir: Path,
+    *,
+    problems: int | None = None,
+    samples: int | None = None,
+    split: str = "validation",
+    model: str | None = None,
+) -> dict[str, Any]:
+    """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says. split: of the task of the
+    last stage begun. model: where the base model is now, if it was moved. Raises UserError where it has no problems."""
+    config, found = newest(run_dir)
+    if samples is not None:
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
+    state = State.load(found / "state.json")
+    if model is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
+    check_base(config.model.path, state.base_weights, run_dir)
+    distributed.init()
+    date = datetime.fromisoformat(state.date) if state.date else None
+    with Sampler.open(config, saved=found / "model", date=date) as sampler:
+        base = load(config)
+        policy = base if config.method == "gepa" else load(config, found / "model")
+        own = sampler.engine(base)
+        served = sampler.server(base)
+        task = load_task(*task_spec(config))
+        stage = stage_at(make_stages(config, task), state.step)
+        return evaluate(
+            config,
+            sampler,
+            SamplingModels(sampler.engine(policy), served or own, served or own, policy, base),
+            stage_problems(config, task, stage, split)[: problems or config.eval.final_problems],
+            seed_context=Context.of(config.fast.seed_context),
+            population=state.population,
+            policy_version=0 if config.method == "gepa" else state.step,
+        )

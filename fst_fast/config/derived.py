@@ -1,0 +1,88 @@
+"""The numbers that follow from a configuration: what a fast phase can pay for, and the batch sizes that `--dry-run` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fst_fast.config.schema import Config, FastConfig
+
+
+@dataclass(frozen=True)
+class Size:
+    """The cost of scoring one context: problems x samples rollouts."""
+
+    problems: int
+    samples: int
+
+    @property
+    def rollouts(self) -> int:
+        return self.problems * self.samples
+
+
+def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
+    """How much of the anchor set the budget pays for: the carried contexts and one full generation of children must fit.
+
+    If they do not, first the number of samples shrinks, then the anchor set (to its first problems): breadth over
+    problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the phase does nothing."""
+    contexts = members + config.children
+    if anchor == 0 or contexts > config.rollout_budget:
+        return Size(0, 0)
+    problems = min(anchor, config.rollout_budget // contexts)
+    return Size(problems, min(config.samples, config.rollout_budget // (contexts * problems)))
+
+
+def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
+    """Name -> number, in the order in which a run meets them. One unit: problems per step, over all processes."""
+    slow, k = config.slow, config.eval.samples
+    population = 1 if config.method == "rl" else config.fast.population
+    numbers: dict[str, int | str] = {
+        "processes": world_size,
+        "contexts in the population": population,
+        "steps": slow.steps,
+        "problems per step": slow.problems_per_step,
+        "problems per step on one process": _share(slow.problems_per_step, world_size),
+    }
+    if config.method != "rl":
+        numbers |= _fast(config)
+    if config.method != "gepa":
+        numbers |= {
+            "rollouts per problem": slow.group_size,
+            "rollouts per problem under one context": slow.group_size // population,
+            "rollouts per step": slow.problems_per_step * slow.group_size,
+            "slow rollouts, whole run": slow.steps * slow.problems_per_step * slow.group_size,
+        }
+    return numbers | {
+        "rollouts of one cell, periodic evaluation": config.eval.problems * k,
+        "rollouts of one cell, final evaluation": config.eval.final_problems * k,
+        "longest sequence, tokens": config.rollout.max_prompt_tokens + config.rollout.max_response_tokens,
+        "tokens of one micro-batch on one process": slow.tokens_per_micro_batch,
+    }
+
+
+def _fast(config: Config) -> dict[str, int | str]:
+    fast = config.fast
+    cycles = -(-config.slow.steps // fast.cycle_steps)
+    numbers: dict[str, int | str] = {
+        "cycles": cycles,
+        "lookahead, problems per cycle": config.slow.problems_per_step * fast.cycle_steps,
+    }
+    for when, members, generations in (
+        ("first cycle", 1, fast.first_generations),
+        ("later cycles", fast.population, fast.generations),
+    ):
+        size = affordable(fast, members=members, anchor=fast.anchor_size)
+        waves = 0
+        if size.rollouts:  # the last wave may be narrower than fast.children
+            children = (fast.rollout_budget - members * size.rollouts) // size.rollouts
+            waves = min(generations, -(-children // fast.children))
+        numbers[f"anchor problems x samples, {when}"] = f"{size.problems} x {size.samples}"
+        numbers[f"proposal waves, {when}"] = waves
+    return numbers | {
+        "fast rollouts per cycle, at most": fast.rollout_budget,
+        "fast rollouts, whole run, at most": cycles * fast.rollout_budget,
+    }
+
+
+def _share(total: int, processes: int) -> int | str:
+    low, high = total // processes, -(-total // processes)
+    return low if low == high else f"{low} or {high}"

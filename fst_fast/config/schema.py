@@ -1,0 +1,368 @@
+"""The configuration as one typed tree: every key, its default, its meaning and the values allowed.
+
+A YAML file gives the tree and dotted command-line arguments override it (`--slow.lr=1e-3`); see `load`. Pydantic refuses unknown keys and
+impossible values. Batch sizes have one unit, problems per step; `derived` computes the rest, which `--dry-run` prints.
+The docstrings are the reference: `scripts/config_reference.py` writes docs/reference/configuration.md from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the tree. Unknown keys are refused; values do not change once read."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The base model, which training starts from and which stays the reference."""
+
+    path: str = "mini"
+    """Folder of a Hugging Face model, or `mini`: the base model shipped with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights during training."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja), used instead of the model's own."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}. One that the template does not read is refused."""
+    system: Literal["auto", "system", "user"] = "auto"
+    """Where a context goes: the system message, or before the first user message. `auto` takes the system message where the chat template
+    has one."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: int = Field(32, ge=1)
+    """Scale of the adapters: the product of their matrices is multiplied by alpha / rank."""
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    """Names of the linear layers that get an adapter."""
+
+
+class PolicyConfig(Section):
+    """How the trained weights are computed and partitioned."""
+
+    packing: Literal["forest", "padded"] = "forest"
+    """`forest` computes a shared prefix once; `padded` computes each sequence by itself, for models that cannot be packed and as the oracle of
+    tests."""
+    attention: Literal["tree", "sdpa", "flash_attention_2"] = "tree"
+    """Attention kernel: `tree` with packing=forest, the other two with packing=padded."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage, which partitions over the processes: 0 nothing, 1 the optimiser's state, 2 also gradients, 3 also weights."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in CPU memory; needs zero_stage >= 1."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass, which saves memory."""
+    liger: bool = False
+    """On a GPU: compute RMSNorm, SwiGLU and rotary embedding with Liger's kernels (extra `liger`), in every model of the run. Off by default
+    because the gain has not been measured."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters (peft) instead of all weights. The base weights are in memory once and serve as the reference, too. `{}` takes
+    the defaults."""
+
+
+class RolloutConfig(Section):
+    """How responses are sampled during training."""
+
+    max_prompt_tokens: int = Field(256, ge=1)
+    """Longest prompt (context and problem); a longer one is refused, naming the problem and the context."""
+    max_response_tokens: int = Field(64, ge=1)
+    """Longest response; a longer one is cut (finish = length)."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of training rollouts. There is no top-p or top-k: truncation biases the importance ratio."""
+    max_batch: int = Field(256, ge=1)
+    """Sequences that one process decodes at the same time; a waiting one takes the place of a finished one."""
+    kv_memory_bytes: int | None = Field(None, ge=1)
+    """Memory for the keys and values of one process, prompts and responses; fewer sequences run at a time if they do not fit. null: half of
+    the free memory of the GPU or, without one, of the machine, shared by its processes."""
+    cuda_graphs: bool = False
+    """On a GPU: record decode steps as CUDA graphs. Off by default because the gain has not been measured; without a GPU it does nothing."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end a response, besides the eos token. The tokens that complete one belong to the response."""
+    backend: Literal["native", "openai"] = "native"
+    """`openai`: a server (vLLM, SGLang) samples for the fast phase and for the base model in evaluations; the trained weights sample in this
+    process. Rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
+    backend_args: dict[str, Any] = Field(default_factory=dict)
+    """For backend=openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The API key comes from OPENAI_API_KEY only."""
+
+
+class StageConfig(Section):
+    """One of several tasks that a run trains on in turn."""
+
+    task: str
+    """Like the key `task`."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """Like the key `task_args`."""
+    steps: int = Field(ge=1)
+    """Optimiser steps of this stage, distillation included."""
+
+
+class SlowConfig(Section):
+    """The slow phase: reinforcement learning on the weights."""
+
+    steps: int = Field(100, ge=0)
+    """Optimiser steps of the whole run."""
+    problems_per_step: int = Field(16, ge=1)
+    """Problems of one step, over all processes."""
+    group_size: int = Field(8, ge=2)
+    """Rollouts of one problem (G), spread evenly over the population. They form one advantage group."""
+    lr: float = Field(1e-6, gt=0, le=1)
+    """AdamW learning rate, constant after the warm-up."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Largest global norm of the gradient, which is clipped to it; 0: no clipping."""
+    objective: Literal["cispo", "grpo", "ppo", "reinforce"] = "cispo"
+    """Policy-gradient loss; see fst_kernels.PolicyObjective."""
+    ratio_cap: float = Field(4.0, ge=1)
+    """cispo: largest importance ratio, as in TRL and Liger. verl, open-instruct, NeMo and slime give it as 1 + eps: the paper's clip_high of
+    3.0 is 4.0 here."""
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    """grpo, ppo: the ratio is clipped to at least 1 - clip_low."""
+    clip_high: float = Field(0.2, ge=0)
+    """grpo, ppo: the ratio is clipped to at most 1 + clip_high."""
+    kl: Literal["none", "k3", "reverse", "forward"] = "k3"
+    """Penalty for distance from the base model: `none`; `k3`, an estimate from the sampled tokens; `reverse`, the exact KL(pi||ref), and
+    `forward`, the exact KL(ref||pi), both over the vocabulary."""
+    kl_coef: float = Field(1e-3, ge=0)
+    """Weight of the KL penalty."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Literal["problem", "token", "sequence"] = "problem"
+    """How token losses are averaged: `problem` over the tokens of a problem, then over problems (the paper); `token` over all tokens;
+    `sequence` over the tokens of a sequence, then over sequences."""
+    advantage_group: Literal["problem", "context"] = "problem"
+    """Rewards that a rollout is compared with: `problem` those of all rollouts of its problem, across contexts (the paper); `context` those
+    under its own context."""
+    advantage_eps: float = Field(1e-6, ge=0)
+    """Added to the population standard deviation of a group's rewards."""
+    tokens_per_micro_batch: int = Field(8192, ge=1)
+    """Forest tokens (padded: tokens of the padded batch) of one forward/backward on one process."""
+    head_chunk_rows: int = Field(1024, ge=1)
+    """Rows of logits that the loss holds in memory at a time."""
+    distill_steps: int = Field(0, ge=0)
+    """Last steps of the run, or of each stage, that are on-policy context distillation instead of RL: the exact reverse KL from the weights
+    under the seed context to the same weights, frozen, under the evolved contexts. The evolution then restarts from the seed context."""
+    mismatch_warning: float = Field(1e-2, gt=0)
+    """Warn of a step without reused rollouts whose mismatch_kl, in nats per token, is above this: rollout engine and trainer then disagree on
+    log-probs. Usual values are below 1e-8 in float32 and below 1e-3 in bfloat16."""
+
+
+class FastConfig(Section):
+    """The fast phase: evolution of the contexts by reflection."""
+
+    population: int = Field(4, ge=1)
+    """Contexts kept after a fast phase (K). slow.group_size must be a multiple of it."""
+    cycle_steps: int = Field(6, ge=1)
+    """Slow steps between two fast phases (T)."""
+    anchor_size: int = Field(32, ge=1)
+    """Problems on which contexts are compared, drawn from the next cycle_steps minibatches."""
+    rollout_budget: int = Field(960, ge=0)
+    """Most rollouts of one fast phase, over all processes."""
+    generations: int = Field(2, ge=1)
+    """Proposal waves of a fast phase, if the budget pays for them."""
+    first_generations: int = Field(4, ge=1)
+    """Proposal waves of the first fast phase."""
+    children: int = Field(4, ge=1)
+    """Contexts proposed in one wave."""
+    samples: int = Field(2, ge=1)
+    """Rollouts of a context on each anchor problem."""
+    failures_shown: int = Field(3, ge=1)
+    """Failed rollouts shown to the reflector in one reflection."""
+    admit_z: float = Field(1.0, ge=0)
+    """A child is admitted if its mean reward exceeds its parent's by more than this many standard errors of the paired difference."""
+    max_context_tokens: int = Field(64, ge=1)
+    """Longest context; a longer proposal is refused."""
+    seed_context: str = "solve the problem ."
+    """Text that the evolution starts from; with method=rl the only context."""
+    reflector: str = "mini"
+    """`mini` (rules, mini world only), `self` (the frozen base model), `openai` (any compatible endpoint), or `file.py:function`."""
+    reflector_args: dict[str, Any] = Field(default_factory=dict)
+    """For reflector=openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature. The API key comes from OPENAI_API_KEY
+    only."""
+    reflection_tokens: int = Field(1024, ge=1)
+    """For reflector=self: longest reply, in tokens; a reply that is cut there is refused."""
+    adaptive: bool = False
+    """Skip fast phases that are unlikely to help: after one that admits no child, the contexts are carried over unscored for one cycle, after
+    two in a row for two cycles, then for three. An admitted child or a new stage ends it. Nothing is skipped while the seed context is the
+    only one."""
+    reuse_rollouts: bool = True
+    """Use the rollouts of a cycle's fast phase in its RL groups before sampling new ones, each once; the importance ratio uses their stored
+    log-probs."""
+
+
+class EvalConfig(Section):
+    """Evaluations: the four cells of seed or evolved contexts, base or trained weights."""
+
+    every: int = Field(20, ge=0)
+    """Steps between two evaluations; 0: only at the end."""
+    problems: int = Field(64, ge=1)
+    """Validation problems of a periodic evaluation."""
+    final_problems: int = Field(128, ge=1)
+    """Validation problems of the final evaluation."""
+    samples: int = Field(4, ge=1)
+    """Samples of each problem: the k of mean@k and pass@k."""
+    temperature: float = Field(0.6, gt=0)
+    """Sampling temperature of the evaluation."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus (top-p) of the evaluation."""
+    cells: list[Literal["neither", "context", "weights", "both"]] = Field(
+        ["neither", "context", "weights", "both"], min_length=1
+    )
+    """Cells of a periodic evaluation; `weights` and `both` include the KL under their contexts. The evaluation at the end of the run or of a
+    stage has all four."""
+    kl_problems: int = Field(32, ge=1)
+    """Validation problems on which KL(train||base) is measured, at temperature 1."""
+
+
+class VerifyConfig(Section):
+    """Child processes that judge responses."""
+
+    workers: int = Field(1, ge=1)
+    """Verifying child processes of each process."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Wall-clock limit of one verification; after it the reward is null."""
+    memory_mib: int = Field(2048, ge=64)
+    """Limit of a verifying process's address space."""
+    isolation: Literal["available", "required"] = "available"
+    """Isolation of programs that a grader runs with run_code: `available` takes what the system offers, `required` refuses to run them if a
+    layer is missing (`fst doctor` lists the layers)."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(20, ge=0)
+    """Steps between two checkpoints; 0: only at the end. The end of the run always has one."""
+    keep_last: int = Field(2, ge=2)
+    """Number of newest checkpoints kept."""
+    keep_every: int = Field(0, ge=0)
+    """Keep the checkpoints of steps that are a multiple of this for good; a multiple of checkpoint.every. 0: none."""
+
+
+class RunConfig(Section):
+    """The processes of a run."""
+
+    timeout_s: float = Field(1800.0, gt=0)
+    """Longest wait of one process for another; after it the run stops and names the missing one."""
+
+
+class TrackConfig(Section):
+    """Where metrics and sample rollouts go, besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events to RUN/tensorboard (extra `track`)."""
+    wandb: str | None = None
+    """Weights & Biases project (extra `track`); null: none."""
+    trackio: str | None = None
+    """trackio project (extra `track`); null: none."""
+    rollouts_per_step: int = Field(2, ge=0)
+    """Rollouts of each step written to RUN/rollouts.jsonl for a person to read."""
+
+
+class Config(Section):
+    """The whole tree."""
+
+    method: Literal["fst", "rl", "gepa"] = "fst"
+    """`fst`: both phases; `rl`: the slow phase alone, with the seed context; `gepa`: the fast phase alone, with frozen weights."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    task: str = "star_graph"
+    """A built-in task, `my_task.py:MyTask`, or `data.jsonl` with task_args.verify = `grader.py:function`."""
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the task."""
+    stages: tuple[StageConfig, ...] = ()
+    """Several tasks in turn in one run, instead of `task`; weights, optimiser and contexts carry over. slow.steps is the sum of their steps and
+    need not be given."""
+    model: ModelConfig = ModelConfig()
+    policy: PolicyConfig = PolicyConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    slow: SlowConfig = SlowConfig()
+    fast: FastConfig = FastConfig()
+    eval: EvalConfig = EvalConfig()
+    verify: VerifyConfig = VerifyConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
+    run: RunConfig = RunConfig()
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a NaN or Inf in a reward, log-prob, loss or gradient, which the weights never take: `stop` ends the run, `skip` leaves the
+    batch out and counts it (skipped_steps). Either way the batch is written to RUN/dumps."""
+
+    @model_validator(mode="after")
+    def _steps_add_up(self) -> Config:
+        total = sum(stage.steps for stage in self.stages)
+        if self.stages and total != self.slow.steps:
+            raise ValueError(
+                f"slow.steps={self.slow.steps} is not the sum of the stages' steps, {total}; leave slow.steps out"
+            )
+        distil = self.slow.distill_steps
+        if distil and self.method != "fst":
+            raise ValueError(
+                f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {self.method}"
+            )
+        shortest = min([stage.steps for stage in self.stages] or [self.slow.steps])
+        if distil and distil >= shortest:
+            raise ValueError(
+                f"slow.distill_steps={distil} leaves no step for the rest of {'a stage' if self.stages else 'the run'} of {shortest} steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _values_fit_together(self) -> Config:
+        g, k = self.slow.group_size, self.fast.population
+        if self.method != "rl" and g % k:
+            raise ValueError(
+                f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
+            )
+        if self.method != "rl" and self.slow.advantage_group == "context" and g < 2 * k:
+            raise ValueError(
+                f"slow.advantage_group=context compares the {g // k} rollout of a problem under one context with nothing; slow.group_size "
+                f"must be at least {2 * k} with fast.population={k}"
+            )
+        tree = self.policy.attention == "tree"
+        if tree != (self.policy.packing == "forest"):
+            raise ValueError(
+                f"policy.attention={self.policy.attention} does not go with policy.packing={self.policy.packing}; "
+                "tree goes with forest, sdpa and flash_attention_2 with padded"
+            )
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.policy.packing == "forest" and self.slow.tokens_per_micro_batch < longest:
+            raise ValueError(
+                f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
+                f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
+            )
+        if self.rollout.backend == "native" and self.rollout.backend_args:
+            raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
+        if self.policy.offload_optimizer and self.policy.zero_stage == 0:
+            raise ValueError("policy.offload_optimizer=true needs policy.zero_stage >= 1, which is 0")
+        save, keep = self.checkpoint.every, self.checkpoint.keep_every
+        if keep and (not save or keep % save):
+            raise ValueError(
+                f"checkpoint.keep_every={keep} is not a multiple of checkpoint.every={save}; "
+                + (f"try {-(-keep // save) * save}" if save else "with 0 only the last step has a checkpoint")
+            )
+        if not all(0 <= beta < 1 for beta in self.slow.betas):
+            raise ValueError(f"slow.betas={list(self.slow.betas)}; each must be at least 0 and below 1")
+        lookahead = self.slow.problems_per_step * self.fast.cycle_steps
+        if self.method != "rl" and self.fast.anchor_size > lookahead:
+            raise ValueError(
+                f"fast.anchor_size={self.fast.anchor_size} is larger than the lookahead of {lookahead} problems "
+                f"(slow.problems_per_step x fast.cycle_steps); at most {lookahead}"
+            )
+        return self

@@ -1,1 +1,0 @@
-"""Contexts: their scores, their Pareto front, their reflections. Text and numbers only, no torch."""

@@ -1,0 +1,207 @@
+"""Collectives over the processes of a run. A single process needs no launcher; several are started by `deepspeed` or `torchrun`.
+
+Only small objects (rollouts, verdicts, texts) are exchanged here, pickled. Model tensors are communicated by DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from fst_fast.errors import UserError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank: from torch.distributed once it is initialised, before that from the launcher's environment."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This process's device: its own GPU (LOCAL_RANK) if the machine has one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init(timeout_s: float = 1800.0) -> None:
+    """Initialise torch.distributed: nccl with GPUs, gloo without; a single process becomes a world of one.
+
+    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer` recognises."""
+    if dist.is_initialized():
+        return
+    where = device()
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if "RANK" not in os.environ:  # no launcher: no port is opened, and no child process inherits a rank
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    import deepspeed  # imported late: it is slow to load and probes the machine
+    import deepspeed.ops
+
+    # On a CPU DeepSpeed compiles a shared-memory all-reduce at first use. That needs a compiler, and a build that is
+    # killed leaves a lock on which every later run hangs. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=backend, verbose=False, timeout=datetime.timedelta(seconds=timeout_s)
+    )
+
+
+def set_collective_timeout(timeout_s: float) -> None:
+    """Set this timeout on every process group, also those that DeepSpeed created with its own default."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether this error means that another process has died or does not respond."""
+    if not isinstance(error, RuntimeError) or world_size() == 1:
+        return False
+    signs = ("gloo", "NCCL", "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+def all_gather(value: T) -> list[T]:
+    """Gather every process's `value`, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def broadcast(value: T | None) -> T:
+    """Send rank 0's `value` to every process. If rank 0 passes a UserError as the value, every process raises it."""
+    box: list[Any] = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]  # type: ignore[no-any-return]
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 only. Returns its result there and None elsewhere. Every process raises rank 0's UserError."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = action()
+        except UserError as bad:
+            error = bad
+    broadcast(error)
+    return result
+
+
+def broadcast_result(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result (small, picklable) on every process."""
+    return broadcast(on_rank_zero(action))
+
+
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Elementwise sum over the processes, added in rank order, so every process gets the same bits."""
+    rows = all_gather([float(v) for v in values])
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def all_reduce_max(value: int) -> int:
+    """The largest `value` of any process."""
+    return max(all_gather(value))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shut_down() -> None:
+    """Leave the process group after a successful run.
+
+    Without it the threads of torch.distributed are cut off at exit and a process that has finished its work may exit
+    with an error. A single process keeps its group, so that it can run again."""
+    if world_size() == 1:
+        return
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        return  # the other processes have exited; this one's work is done
+    dist.destroy_process_group()
+
+
+def local_shard(items: Sequence[T]) -> list[T]:
+    """This process's contiguous shard of `items`; shards differ in length by at most one. `concat_shards` is the inverse.
+
+    Rollout requests come in the order of the prompt tree. A contiguous shard keeps the samples of a prompt together, so
+    only the prompts at shard boundaries are computed twice."""
+    here, world = rank(), world_size()
+    return list(items[len(items) * here // world : len(items) * (here + 1) // world])
+
+
+def local_shard_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """This process's shard of `items`, which every process holds, balanced by cost (see `assign_ranks`); order is kept."""
+    ranks = assign_ranks([costs, *[[]] * (world_size() - 1)])[0]
+    return [item for item, owner in zip(items, ranks, strict=True) if owner == rank()]
+
+
+def concat_shards(shards: Sequence[Sequence[T]]) -> list[T]:
+    """Join the shards of all processes (see `local_shard`) in their original order."""
+    return [item for shard in shards for item in shard]
+
+
+def rebalance(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """Redistribute the items of all processes so that every process gets about the same total cost.
+
+    costs: of each of this process's items, in any unit. Only items that change ranks are pickled and sent. The
+    resulting order does not depend on who held an item before. All processes must call it."""
+    if world_size() == 1:
+        return list(items)
+    owners = assign_ranks(all_gather([int(cost) for cost in costs]))
+    here = rank()
+    leaving = [
+        (owner, at, item)
+        for at, (owner, item) in enumerate(zip(owners[here], items, strict=True))
+        if owner != here
+    ]
+    arriving = [
+        (origin, at, item)
+        for origin, sent in enumerate(all_gather(leaving))
+        for owner, at, item in sent
+        if owner == here
+    ]
+    staying = [(here, at, item) for at, item in enumerate(items) if owners[here][at] == here]
+    return [item for _, _, item in sorted(arriving + staying, key=lambda entry: entry[:2])]
+
+
+def assign_ranks(costs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The rank that should process each item: greedy longest-processing-time scheduling.
+
+    costs: one list per process, of its own items. Items are assigned in order of falling cost to the process with the
+    smallest load so far. If that does not lower the largest load, every item stays where it is."""
+    load = [0] * len(costs)
+    owners = [[0] * len(own) for own in costs]
+    order = sorted(
+        ((cost, at, origin) for origin, own in enumerate(costs) for at, cost in enumerate(own)),
+        key=lambda entry: (-entry[0], *entry[1:]),
+    )
+    for cost, at, origin in order:
+        owner = origin if load[origin] == min(load) else load.index(min(load))
+        load[owner] += cost
+        owners[origin][at] = owner
+    if max(map(sum, costs)) <= max(load):
+        return [[origin] * len(own) for origin, own in enumerate(costs)]
+    return owners

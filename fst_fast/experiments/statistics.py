@@ -1,0 +1,100 @@
+"""Numbers with intervals. Seeds are resampled; methods are compared seed by seed, since a seed fixes the problems and their order.
+
+"Never reached" is a value, infinity: leaving such runs out would flatter a method that often fails. So ratios are summed up by their
+median.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fst_fast.report.curves import Series, fit_sigmoid
+
+Floats = NDArray[np.float64]
+DRAWS = 2000
+FIT_DRAWS = 200  # each is a fit
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % percentile bootstrap interval; `n` seeds. Infinity: not reached."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def json(self) -> dict[str, Any]:
+        return {
+            k: (None if isinstance(v, float) and not np.isfinite(v) else v) for k, v in asdict(self).items()
+        }
+
+    def text(self, digits: int = 2) -> str:
+        def one(x: float) -> str:
+            return f"{x:.{digits}f}" if np.isfinite(x) else "never"
+
+        return f"{one(self.value)} [{one(self.low)}, {one(self.high)}]"
+
+
+def bootstrap(values: Sequence[float], of: Callable[[Floats], Any], seed: int = 0) -> Interval:
+    """of(values) and its interval, one value per seed. of: reduces the last axis, as `mean` and `median` do.
+
+    Raises ValueError without values or with NaN among them."""
+    x = np.asarray(values, dtype=float)
+    if not len(x) or np.isnan(x).any():
+        raise ValueError(f"bootstrap of {x.tolist()}: at least one value, and no NaN")
+    drawn = of(x[np.random.default_rng(seed).integers(len(x), size=(DRAWS, len(x)))])
+    return Interval(float(of(x)), *percentiles(drawn), len(x))
+
+
+def percentiles(drawn: Floats) -> tuple[float, float]:
+    """The 2.5 and 97.5 per cent points, each one of the values: infinity cannot be interpolated."""
+    low, high = np.quantile(drawn, 0.025, method="lower"), np.quantile(drawn, 0.975, method="higher")
+    return float(low), float(high)
+
+
+def ceiling(curves: Sequence[tuple[Floats, Floats]]) -> float | None:
+    """A of the sigmoid fitted to the mean of the curves (x the same for all, the base's point first); None where it is not determined."""
+    x = curves[0][0]
+    y = np.mean([c for _, c in curves], axis=0)
+    found = fit_sigmoid(Series(x, y, np.zeros_like(y)), float(y[0]))
+    return None if isinstance(found, str) else found.asymptote
+
+
+def ceiling_difference(
+    a: Sequence[tuple[Floats, Floats]], b: Sequence[tuple[Floats, Floats]], seed: int = 0
+) -> tuple[Interval, ...] | None:
+    """Ceilings of a and of b and their difference, seeds resampled in pairs. None where more than a tenth of the fits are undetermined."""
+    rng, n = np.random.default_rng(seed), len(a)
+
+    def ceilings(seeds: Iterable[int]) -> tuple[float | None, float | None]:
+        picked = list(seeds)
+        return ceiling([a[i] for i in picked]), ceiling([b[i] for i in picked])
+
+    of_a, of_b = ceilings(range(n))
+    drawn = [ceilings(rng.integers(n, size=n)) for _ in range(FIT_DRAWS)]
+    fitted = np.array([pair for pair in drawn if None not in pair], dtype=float)
+    if of_a is None or of_b is None or len(fitted) < 0.9 * FIT_DRAWS:
+        return None
+    values = ((of_a, fitted[:, 0]), (of_b, fitted[:, 1]), (of_a - of_b, fitted[:, 0] - fitted[:, 1]))
+    return tuple(Interval(value, *percentiles(draws), n) for value, draws in values)
+
+
+def median(x: Floats) -> Any:
+    """Over the last axis; of an even number of values the lower middle one, since halfway to infinity is no number."""
+    return np.quantile(x, 0.5, axis=-1, method="lower")
+
+
+def mean(x: Floats) -> Any:
+    return x.mean(axis=-1)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; infinite for a single value, which says nothing of its spread."""
+    x = np.asarray(values, dtype=float)
+    return float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("inf")

@@ -1,0 +1,375 @@
+"""Evolve the contexts: carry the population over, propose and test edits for a few generations, keep K contexts.
+
+The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Phi"); its evolution is GEPA's (arXiv
+2507.19457): parents from the per-problem Pareto front, edits proposed by reflection on failures. Differences from GEPA, and why:
+
+- it starts from a population and from a policy that has changed. Every carried context is rescored, on the same
+  problems and samples as its children, in one batch;
+- all reflections of a generation form one batch, and so do all its children, since a rollout engine is fast on many
+  prompts at once;
+- a child is admitted by a paired test against its parent (`pareto.admits`), not by comparing two noisy sums;
+- the budget is a hard limit: a generation has only as many children as it can pay for in full.
+
+Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness derives
+from (seed, cycle, generation). So processes with the same scores and replies decide alike, and a resumed run repeats
+itself. `score` and `reflect` are called once per generation with the whole batch; they are the only places where processes communicate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fst_fast.config import FastConfig
+from fst_fast.config.derived import Size, affordable
+from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
+from fst_fast.fast import pareto
+from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
+from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, Reply, ask, cut, extract
+from fst_fast.fast.scoring import ScoreFn
+from fst_fast.run.callbacks import Admission, Proposal
+
+Log = Callable[[str], None]
+
+KEPT_FEEDBACK_CHARS = 500
+"""How much of a shown failure's feedback the lineage stores."""
+KEPT_REFLECTION_CHARS = 4000
+"""How much of a reflector's reply the lineage stores."""
+
+_STREAM = 0xFA57
+"""Separates the fast phase's random stream from others with the same seed."""
+
+
+@dataclass(frozen=True)
+class FastResult:
+    """state: to save and continue from. population: exactly K contexts, best first, with possible repeats. sampled:
+    every rollout of the phase, for reuse. record: the "cycle" line of metrics.jsonl, without kind and step."""
+
+    state: FastState
+    population: list[Context]
+    sampled: list[ScoredRollout]
+    record: dict[str, Any]
+
+
+MAX_REST = 3  # cycles that fast.adaptive skips in a row
+
+
+def evolve(
+    state: FastState,
+    *,
+    anchor: Sequence[Problem],
+    score: ScoreFn,
+    reflect: Reflector,
+    config: FastConfig,
+    count_tokens: Callable[[str], int],
+    cycle: int,
+    policy_version: int,
+    seed: int,
+    log: Log,
+    fits: Callable[[Context], bool] = lambda context: True,
+    spells_special: Callable[[str], bool] = lambda text: False,
+    emit: Callable[..., None] = lambda kind, **fields: None,
+) -> FastResult:
+    """Evolve the population for one cycle.
+
+    anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
+    for every problem in the prompt; if not, it is refused as too long. spells_special: as
+    in `reflection.extract`. emit: receives the Proposal and Admission events.
+
+    Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
+    than config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase continues."""
+    if config.adaptive and state.rest:
+        log(f"fast phase of cycle {cycle} left out: the last {state.idle} admitted no child (fast.adaptive)")
+        return _carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
+    problems = list({problem.id: problem for problem in anchor}.values())
+    members = state.members()
+    size = affordable(config, members=len(members), anchor=len(problems))
+    if size.problems == 0:
+        if config.rollout_budget > 0:
+            log(
+                f"fast phase of cycle {cycle} skipped: fast.rollout_budget={config.rollout_budget} over {len(problems)} anchor problems "
+                f"does not pay one rollout for each of {len(members)} carried contexts and {config.children} children"
+            )
+        return _carried_unscored(state, config, cycle)
+    if size != Size(len(problems), config.samples):
+        log(
+            f"fast phase of cycle {cycle}: fast.rollout_budget={config.rollout_budget} pays for {size.problems} of {len(problems)} anchor "
+            f"problems with {size.samples} of {config.samples} samples per context"
+        )
+    evaluations = _Evaluations(
+        problems[: size.problems], size.samples, state.scores.at_version(policy_version), score
+    )
+    evaluations.judge(members)
+
+    archive = list(members)  # carried and admitted contexts: candidates for parents and for the population
+    lineage = dict(state.contexts)
+    tried = {c.text for c in members}
+    tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
+    born: list[str] = []
+    refused: Counter[str] = Counter()
+    asked = generations = read = written = 0
+    for generation in range(config.first_generations if cycle == 0 else config.generations):
+        width = min(config.children, (config.rollout_budget - evaluations.spent) // size.rollouts)
+        rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
+        parents = _choose_parents(evaluations, archive, width, rng)
+        if not parents:  # the budget is used up, or no context fails anywhere
+            break
+        shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
+        prompts = [
+            _prompt(evaluations, parent, failures) for parent, failures in zip(parents, shown, strict=True)
+        ]
+        seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
+        replies = ask(reflect, prompts, seeds, functools.partial(_log_generation, log, cycle, generation))
+        generations += 1
+        asked += len(replies)
+        read += sum(reply.prompt_tokens for reply in replies)
+        written += sum(reply.completion_tokens for reply in replies)
+
+        children: list[tuple[Context, Context]] = []  # (child, its parent)
+        for parent, failures, reply in zip(parents, shown, replies, strict=True):
+            text = extract(
+                reply,
+                known_texts=tried,
+                count_tokens=count_tokens,
+                max_tokens=config.max_context_tokens,
+                spells_special=spells_special,
+            )
+            reason = text.reason if isinstance(text, Refusal) else ""
+            if isinstance(text, str):
+                tried.add(text)
+                reason = "" if fits(Context.of(text)) else "too_long"
+            if reason or isinstance(text, Refusal):
+                refused[reason] += 1
+                emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
+                continue
+            line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, reply)
+            emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
+            # a context tried under an earlier policy keeps its place in the tree
+            line = lineage.setdefault(line.context.id, line)
+            children.append((line.context, parent))
+        evaluations.judge([child for child, _ in children])
+        for child, parent in children:
+            admitted = pareto.admits(
+                evaluations.rewards[child.id], evaluations.rewards[parent.id], config.admit_z
+            )
+            lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=admitted)
+            born.append(child.id)
+            if admitted:
+                archive.append(child)
+            means = [evaluations.mean(context.id)[0] for context in (child, parent)]
+            emit(
+                Admission, cycle=cycle, context=child, parent=parent, admitted=admitted, mean=means[0], parent_mean=means[1]
+            )  # fmt: skip
+    assert evaluations.spent <= config.rollout_budget
+
+    for context_id in evaluations.rewards:
+        mean, n = evaluations.mean(context_id)
+        line = dataclasses.replace(lineage[context_id], policy_version=policy_version, mean=mean, n=n)
+        lineage[context_id] = line
+    ids = [context.id for context in archive]
+    rewards = np.stack([evaluations.rewards[context_id] for context_id in ids])
+    seed_row = ids.index(state.seed_id) if state.seed_id in ids else None
+    rows = pareto.select(evaluations.matrix(ids), rewards, config.population, seed=seed_row)
+    population = [archive[row] for row in rows]
+    kept = tuple(context.id for context in population)
+    record = {
+        **_empty_record(cycle, [_line(lineage[context_id]) for context_id in kept]),
+        "proposed": asked,
+        "admitted": len(archive) - len(members),
+        "refused": dict(sorted(refused.items())),
+        "fast_rollouts": evaluations.spent,
+        "reflection_prompt_tokens": read,
+        "reflection_completion_tokens": written,
+        "unjudged": evaluations.unjudged,
+        "best_mean": lineage[kept[0]].mean,
+        "seed_mean": None if seed_row is None else lineage[state.seed_id].mean,
+        "waves": generations,
+        "anchor_problems": size.problems,
+        "samples": size.samples,
+        "contexts": [_line(lineage[context_id], birth=True) for context_id in born],
+    }
+    idle = 0 if len(archive) > len(members) else state.idle + 1
+    found = any(context_id != state.seed_id for context_id in kept)
+    rest = min(idle, MAX_REST) if config.adaptive and found else 0
+    after = FastState(
+        state.seed_id, kept, lineage, evaluations.scores.restricted_to(kept), cycle + 1, idle, rest
+    )
+    return FastResult(after, population, evaluations.sampled, record)
+
+
+class _Evaluations:
+    """What this phase has sampled: rewards by (problem, sample) for the paired test, counts and sums for the front."""
+
+    def __init__(self, problems: list[Problem], samples: int, scores: Scores, score: ScoreFn) -> None:
+        self.problem = {problem.id: problem for problem in problems}
+        self.samples = samples
+        self.scores = scores
+        self.score = score
+        self.rewards: dict[str, NDArray[np.float64]] = {}  # context id -> [N, S], NaN where unjudged
+        # context id -> the first failed sample of each failed problem
+        self.failures: dict[str, list[ScoredRollout]] = {}
+        self.sampled: list[ScoredRollout] = []
+        self.unjudged = 0
+
+    @property
+    def spent(self) -> int:
+        return len(self.sampled)
+
+    def judge(self, contexts: Sequence[Context]) -> None:
+        """Score these contexts on every problem and sample, in one batch."""
+        items = [
+            RolloutRequest(c, p, k)
+            for c in contexts
+            for p in self.problem.values()
+            for k in range(self.samples)
+        ]
+        if not items:
+            return
+        answers = self.score(items)
+        assert len(answers) == len(items), f"score returned {len(answers)} rollouts for {len(items)}"
+        self.sampled += answers
+        column = {problem_id: j for j, problem_id in enumerate(self.problem)}
+        for context in contexts:
+            self.rewards[context.id] = np.full((len(column), self.samples), np.nan)
+            self.failures[context.id] = []
+        failed: set[tuple[str, str]] = set()
+        for (context, problem, sample), answer in zip(items, answers, strict=True):
+            rollout, reward = answer.rollout, answer.verdict.reward
+            assert (rollout.context_id, rollout.problem_id, rollout.sample) == (
+                context.id,
+                problem.id,
+                sample,
+            )
+            assert rollout.policy_version == self.scores.policy_version, "a rollout of another policy"
+            if reward is None:
+                self.unjudged += 1
+                continue
+            self.rewards[context.id][column[problem.id], sample] = reward
+            self.scores.add(context.id, problem.id, reward)
+            if reward < FULL_REWARD and (context.id, problem.id) not in failed:
+                failed.add((context.id, problem.id))
+                self.failures[context.id].append(answer)
+
+    def matrix(self, context_ids: Sequence[str]) -> pareto.Matrix:
+        return self.scores.matrix(context_ids, list(self.problem))
+
+    def mean(self, context_id: str) -> tuple[float | None, int]:
+        """(mean over this phase's problems of the mean reward, number of judged rollouts)."""
+        n = self.scores.count(context_id, list(self.problem))
+        return (float(pareto.row_means(self.matrix([context_id]))[0]) if n else None), n
+
+
+def _choose_parents(
+    evaluations: _Evaluations, archive: list[Context], width: int, rng: np.random.Generator
+) -> list[Context]:
+    """Draw `width` parents, with replacement, among contexts with failures, weighted by problems won; siblings are adjacent."""
+    if width <= 0:
+        return []
+    failing = np.array([bool(evaluations.failures[c.id]) for c in archive])
+    weights = np.where(failing, pareto.parent_weights(evaluations.matrix([c.id for c in archive])), 0.0)
+    if weights.sum() == 0:  # every possible parent is perfect, so there is nothing to learn from
+        return []
+    drawn = rng.choice(len(archive), size=width, p=weights / weights.sum())
+    return [archive[row] for row in sorted(int(d) for d in drawn)]
+
+
+def _choose_failures(
+    evaluations: _Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
+) -> list[list[ScoredRollout]]:
+    """For each child the next `shown` failures of its parent, in random order. Siblings see different ones until all
+    are used, then the order repeats."""
+    order: dict[str, list[ScoredRollout]] = {}
+    used: Counter[str] = Counter()
+    chosen = []
+    for parent in parents:
+        if parent.id not in order:
+            failures = evaluations.failures[parent.id]
+            order[parent.id] = [failures[i] for i in rng.permutation(len(failures))]
+        queue = order[parent.id]
+        start = used[parent.id]
+        take = min(shown, len(queue))
+        chosen.append([queue[(start + i) % len(queue)] for i in range(take)])
+        used[parent.id] += take
+    return chosen
+
+
+def _prompt(
+    evaluations: _Evaluations, parent: Context, failures: Sequence[ScoredRollout]
+) -> ReflectionPrompt:
+    return ReflectionPrompt(
+        parent.text, [_failure(evaluations.problem[s.rollout.problem_id], s) for s in failures]
+    )
+
+
+def _failure(problem: Problem, sampled: ScoredRollout) -> Failure:
+    assert sampled.verdict.reward is not None
+    text = "\n\n".join(
+        m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}" for m in problem.messages
+    )
+    return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
+
+
+def _child_lineage(child: Context, failures: Sequence[ScoredRollout], reply: Reply) -> Lineage:
+    shown = (
+        ShownFailure(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures
+    )
+    text = (reply.text or "").encode(errors="replace").decode()  # valid UTF-8
+    return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
+
+
+def _carried_unscored(state: FastState, config: FastConfig, cycle: int) -> FastResult:
+    population = state.population_of(config.population)
+    ids = tuple(context.id for context in population)
+    lines = [{**_line(state.contexts[context_id]), "mean": None, "n": 0} for context_id in ids]
+    after = dataclasses.replace(state, population=ids, cycle=cycle + 1)
+    return FastResult(after, population, [], _empty_record(cycle, lines))
+
+
+def _empty_record(cycle: int, population: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cycle that samples nothing.
+
+    proposed: reflections requested, each of which is refused, scored and rejected, or admitted. best_mean: of the kept
+    contexts on this cycle's anchor problems, biased upwards because the same samples chose them. seed_mean: None once
+    the seed is dropped. waves: generations run. contexts: every child scored in this cycle. reflection_*_tokens: read
+    and written by the reflector, if it reports them."""
+    zero = ("fast_rollouts", "reflection_prompt_tokens", "reflection_completion_tokens", "unjudged")
+    return {
+        **{"cycle": cycle, "population": population, "proposed": 0, "admitted": 0, "refused": {}},
+        **dict.fromkeys(zero, 0),
+        **{
+            "best_mean": None,
+            "seed_mean": None,
+            "waves": 0,
+            "anchor_problems": 0,
+            "samples": 0,
+            "contexts": [],
+        },
+    }
+
+
+def _line(lineage: Lineage, *, birth: bool = False) -> dict[str, Any]:
+    context = lineage.context
+    line: dict[str, Any] = {
+        "id": context.id,
+        "text": context.text,
+        "parent": context.parent,
+        "born": context.born,
+        "mean": lineage.mean,
+        "n": lineage.n,
+    }
+    if birth:
+        line["admitted"] = lineage.admitted
+        line["failures"] = [dataclasses.asdict(shown) for shown in lineage.failures]
+        line["reflection"] = lineage.reflection
+    return line
+
+
+def _log_generation(log: Log, cycle: int, generation: int, text: str) -> None:
+    log(f"fast phase of cycle {cycle}, generation {generation}: {text}")

@@ -1,0 +1,97 @@
+"""The fast phase of one cycle: the contexts evolve while the weights are frozen (arXiv 2605.12484, Algorithm 1).
+
+    fast_phase      draw the anchor set from the lookahead, let evolution.py evolve the population on it, score through the sampler
+
+How a child is proposed is in reflection.py and reflectors/, how it is admitted and who is kept in pareto.py (`admits`, `select`), the order
+of it all in evolution.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
+from fst_fast.data.stream import anchor_set
+from fst_fast.errors import UserError
+from fst_fast.fast.evolution import FastResult, evolve
+from fst_fast.fast.population import FastState
+from fst_fast.fast.reflection import Reflector
+from fst_fast.rollout.models import SamplingModels
+from fst_fast.rollout.sampler import Sampler
+from fst_fast.run.callbacks import CycleStart
+from fst_fast.run.faults import reach
+from fst_fast.run.recorder import Recorder
+
+
+def fast_phase(
+    state: FastState,
+    lookahead: Sequence[Problem],
+    *,
+    config: Config,
+    cycle: int,
+    step: int,
+    policy_version: int,
+    sampler: Sampler,
+    models: SamplingModels,
+    reflect: Reflector,
+    validation: Sequence[Problem],
+    recorder: Recorder,
+) -> FastResult:
+    """Evolve the population on problems of the lookahead. All processes call it with the same arguments and get the same result.
+
+    validation: problems that evaluations will pose; a context must leave room for them in the prompt, as for the lookahead."""
+    recorder.begin("fast phase", step)
+    seed_context = state.contexts[state.seed_id].context
+    emit = functools.partial(recorder.callbacks.send, step=step)
+    emit(CycleStart, cycle=cycle, population=state.members())
+
+    def score(requests: Sequence[RolloutRequest]) -> list[ScoredRollout]:
+        reach("fast.wave")
+        return sampler.spread(
+            models.fast,
+            requests,
+            stream=(config.seed, "fast", cycle),
+            policy_version=policy_version,
+            temperature=config.rollout.temperature,
+        )
+
+    with recorder.stopwatch.phase("fast_s"):
+        result = evolve(
+            state,
+            anchor=anchor_set(lookahead, config.fast.anchor_size, cycle, config.seed),
+            score=score,
+            reflect=reflect,
+            config=config.fast,
+            count_tokens=sampler.count_tokens,
+            cycle=cycle,
+            policy_version=policy_version,
+            seed=config.seed,
+            log=recorder.note,
+            spells_special=lambda text: spells_special(text, lookahead[0], sampler),
+            fits=lambda context: leaves_room(context, seed_context, [*lookahead, *validation], sampler),
+            emit=emit,
+        )
+        reach("fast.end")
+    return result
+
+
+def leaves_room(
+    context: Context, seed_context: Context, problems: Sequence[Problem], sampler: Sampler
+) -> bool:
+    """Whether the prompt of the longest of `problems` under `context` has at most rollout.max_prompt_tokens tokens."""
+    longest = max(problems, key=lambda problem: len(sampler.prompts.ids(seed_context, problem)))
+    return len(sampler.prompts.chat.prompt(context, longest)) <= sampler.prompts.max_prompt_tokens
+
+
+def spells_special(text: str, problem: Problem, sampler: Sampler) -> bool:
+    """Whether a context spells a special token, or something that the chat template does not take for text."""
+    chat = sampler.prompts.chat
+    if chat.special.spelt(text) is not None:
+        return True
+    try:
+        chat.prompt(Context.of(text), problem)
+    except UserError:
+        return True
+    return False

@@ -1,0 +1,225 @@
+"""Requests in, judged rollouts out, in the same order.
+
+Every sequence has a random stream of its own, derived from its request and not from where it runs, so the same requests give the same
+rollouts on one process or on many, in one batch or in several.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+
+from fst_fast import distributed
+from fst_fast.config import Config
+from fst_fast.contracts import RolloutRequest, ScoredRollout, Verdict
+from fst_fast.errors import UserError
+from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.graphs import StepGraph
+from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
+from fst_fast.rollout.server import ServerEngine
+from fst_fast.rollout.template import Findings, configured_chat
+from fst_fast.run.counters import Stopwatch
+from fst_fast.run.faults import reach
+from fst_fast.run.randomness import stream_seed
+from fst_fast.tasks.registry import task_spec
+from fst_fast.verify.pool import VerifierPool
+
+
+@dataclass
+class Sampler:
+    """Samples and verifies on this process (`local`), or shares the work over all of them (`spread`)."""
+
+    config: Config
+    tokenizer: Any
+    prompts: PromptCache
+    pool: VerifierPool
+    pad_id: int
+    template: Findings  # of the check of the chat template
+    generation_config: Any = None  # of the run's checkpoint; None: the model's own
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    _troubles: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        log: Callable[[str], None] = lambda _: None,
+        *,
+        saved: Path | None = None,
+        date: datetime | None = None,
+    ) -> Sampler:
+        """Load the tokenizer, check its chat template and start the verifying children of the configured task. Raises UserError; close it
+        after use.
+
+        log: gets what the children's programs are isolated by, where they run any, and the first trouble of each kind. saved: the model's folder
+        in a checkpoint of the run, whose tokenizer, template and generation config are then used. date: what the chat template takes for today;
+        None for now."""
+        if config.verify.isolation == "required":
+            from fst_fast.verify.run_code import missing_layers
+
+            if missing := missing_layers():
+                raise UserError(
+                    f"verify.isolation=required, but this system cannot isolate a program: {missing}; allowed here is available"
+                )
+        chat, findings = configured_chat(config.model, saved=saved, date=date)
+        tokenizer = chat.tokenizer
+        prompts = PromptCache(chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
+        generation = (
+            GenerationConfig.from_pretrained(saved)
+            if saved and (saved / "generation_config.json").is_file()
+            else None
+        )
+        spec, args = task_spec(config)
+        pool = VerifierPool(
+            spec,
+            args,
+            workers=config.verify.workers,
+            timeout_s=config.verify.timeout_s,
+            memory_mib=config.verify.memory_mib,
+            isolation=config.verify.isolation,
+            log=log,
+        )
+        if pool.runs_code:
+            from fst_fast.verify.run_code import isolation
+
+            log(f"programs run by run_code: {isolation()}")
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(config, tokenizer, prompts, pool, pad_id, findings, generation)
+
+    def close(self) -> None:
+        """End the verifying children. May be called twice."""
+        self.pool.close()
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def end_ids(self, model: nn.Module) -> tuple[int, ...]:
+        """The token ids that end a response of `model`."""
+        return end_ids(self.tokenizer, self.generation_config or getattr(model, "generation_config", None))
+
+    def save_text(self, folder: Path) -> None:
+        """Write into a model's folder what turns text into its tokens and back: the tokenizer, the chat template as it is used, and the
+        generation config where it is not the model's own."""
+        self.tokenizer.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+
+    def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
+        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
+        return RolloutEngine(
+            model,
+            eos_ids=self.end_ids(model),
+            pad_id=self.pad_id,
+            max_batch=self.config.rollout.max_batch,
+            packing=self.config.policy.packing,
+            kv_bytes=self.config.rollout.kv_memory_bytes,
+            graph=StepGraph()
+            if self.config.rollout.cuda_graphs and distributed.device().type == "cuda"
+            else None,
+            stop=self.config.rollout.stop,
+            decode=self.tokenizer.decode,
+            note=note,
+        )
+
+    def server(self, model: nn.Module, note: Callable[[str], None] = print) -> ServerEngine | None:
+        """The server that rollout.backend=openai names, or None. model: whose vocabulary and end-of-response tokens it uses. note: told what the
+        server did not answer."""
+        if self.config.rollout.backend == "native":
+            return None
+        return ServerEngine.from_args(
+            self.config.rollout.backend_args,
+            eos_ids=self.end_ids(model),
+            stop=self.config.rollout.stop,
+            vocab_size=model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
+            decode=self.tokenizer.decode,
+            encode=self.prompts.chat.special.encode_text,
+            note=note,
+        )
+
+    def local(
+        self,
+        engine: RolloutEngine | ServerEngine,
+        requests: Sequence[RolloutRequest],
+        *,
+        stream: tuple[object, ...],
+        policy_version: int,
+        temperature: float,
+        top_p: float | None = None,
+        paired: bool = False,
+    ) -> list[ScoredRollout]:
+        """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers.
+
+        A response that the server gave up (finish `abort`) is not judged: its reward is None."""
+        started = time.perf_counter()
+        prompts = [
+            Request(
+                problem_id=problem.id,
+                context_id=context.id,
+                sample=sample,
+                prompt_ids=self.prompts.ids(context, problem),
+                seed=stream_seed(*stream, "" if paired else context.id, problem.id, sample),
+            )
+            for context, problem, sample in requests
+        ]
+        try:
+            rollouts = engine.generate(
+                prompts,
+                max_response_tokens=self.config.rollout.max_response_tokens,
+                temperature=temperature,
+                top_p=None if top_p in (None, 1.0) else top_p,
+                policy_version=policy_version,
+            )
+        except FloatingPointError as error:
+            raise UserError(
+                f"{error}; the weights that sample (model.path={self.config.model.path}) are not usable"
+            ) from error
+        ends = {*engine.eos_ids, self.pad_id}
+        texts = [response_text(self.tokenizer, r.response_ids, ends) for r in rollouts]
+        sampled_at = time.perf_counter()
+        reach("verification")
+        whole = [r.finish != "abort" for r in rollouts]
+        judged = iter(
+            self.pool.verify(
+                [
+                    (problem, text)
+                    for (_, problem, _), text, is_whole in zip(requests, texts, whole, strict=True)
+                    if is_whole
+                ]
+            )
+        )
+        verdicts = [
+            next(judged) if is_whole else Verdict(None, "the server gave the response up")
+            for is_whole in whole
+        ]
+        self.stopwatch.add("rollout_s", sampled_at - started)
+        self.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
+        return [ScoredRollout(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, no special ones added."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def unverified(self) -> dict[str, int]:
+        """Verifications since the last call that timed out or failed, over all processes. All processes must call it."""
+        now = (self.pool.timeouts, self.pool.failures)
+        new = distributed.all_reduce_sum([a - b for a, b in zip(now, self._troubles, strict=True)])
+        self._troubles = now
+        return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
+
+    def spread(
+        self, engine: RolloutEngine | ServerEngine, requests: Sequence[RolloutRequest], **how: Any
+    ) -> list[ScoredRollout]:
+        """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
+        return distributed.concat_shards(
+            distributed.all_gather(self.local(engine, distributed.local_shard(requests), **how))
+        )

@@ -1,0 +1,55 @@
+"""The process's environment: settings that libraries read at import, and the C library's allocator.
+
+By default glibc returns freed memory at the top of the heap to the system, and maps every block above a threshold
+separately. A forward pass frees and allocates the same megabytes hundreds of times, and the kernel clears the pages
+each time: a tenth of a run's CPU time on small models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc accepts
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from returning freed memory to the system (mallopt). True if the C library supports it (glibc)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library, such as musl
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1)) and bool(
+        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+    )
+
+
+def prepare_environment() -> None:
+    """Set environment variables that libraries read at import; values that the user has set stay. Call before importing
+    torch and deepspeed.
+
+    No model look-ups on the network, quiet libraries, the cores of a machine divided among its processes, and
+    DS_ACCELERATOR=cpu without a GPU, which DeepSpeed would otherwise detect with a page of warnings."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
+    keep_freed_memory()
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use; a container or taskset can restrict it below the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

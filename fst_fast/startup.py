@@ -1,0 +1,435 @@
+"""Build a run from its configuration, or resume it from its newest whole checkpoint.
+
+Bad input is refused before anything is written: the task and its gold answers first, then the models, then the run folder. All processes
+build the same run; only rank 0 has a run folder, a metrics writer and a console that prints. Refusals are the same on every process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from fst_fast import distributed
+from fst_fast.config import Config
+from fst_fast.config.load import config_hash, dump
+from fst_fast.contracts import Context, Problem
+from fst_fast.data.fingerprint import Fingerprint, fingerprint
+from fst_fast.data.fingerprint import changes as data_changes
+from fst_fast.data.stages import Stage, make_stages
+from fst_fast.data.stream import minibatch
+from fst_fast.errors import UserError
+from fst_fast.fast.population import FastState
+from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
+from fst_fast.fast.reflectors import make_reflector
+from fst_fast.policy import lora, trained
+from fst_fast.policy.base_weights import check_base, weights_hash
+from fst_fast.policy.trained import TrainedPolicy
+from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.models import SamplingModels
+from fst_fast.rollout.prompt import Chat, read_template, response_text
+from fst_fast.rollout.sampler import Sampler
+from fst_fast.rollout.template import missing_messages, turn_end
+from fst_fast.run import checkpoint, recorder
+from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
+from fst_fast.run.console import Console
+from fst_fast.run.faults import arm, reach
+from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run
+from fst_fast.run.identity import identity, versions, writer
+from fst_fast.run.liveness import Liveness, describe_missing
+from fst_fast.run.metrics import MetricsWriter
+from fst_fast.run.randomness import seed_globals
+from fst_fast.run.recorder import Recorder
+from fst_fast.run.track import check_trackers
+from fst_fast.state import State
+from fst_fast.tasks.registry import load_task, task_spec
+from fst_fast.verify.gold import check_gold
+from fst_kernels.backends import choose_backend
+
+TEACHER = "teacher"  # folder in a checkpoint that was written during distillation
+
+
+@dataclass
+class Run:
+    """The parts of an open run. The trainer hands each phase the parts that it needs."""
+
+    config: Config
+    run_dir: Path
+    state: State
+    stages: list[Stage]
+    seed_context: Context
+    sampler: Sampler
+    models: SamplingModels
+    policy: TrainedPolicy | None  # None for method=gepa: the weights do not move
+    reference: nn.Module  # the base model, frozen
+    reflect: Reflector
+    recorder: Recorder
+    teacher: nn.Module | None = None  # frozen weights, while contexts are distilled
+    folder: RunFolder | None = None  # on rank 0
+    resumed: bool = False  # from a checkpoint
+
+    @property
+    def policy_version(self) -> int:
+        """Optimiser steps behind the weights that sample."""
+        return 0 if self.policy is None else self.state.step
+
+    def save_checkpoint(self) -> None:
+        """Write the whole run; on disk it is there whole or not at all. All processes call it."""
+        step = self.state.step
+        self.recorder.begin("checkpoint", step)
+        tmp = Path(distributed.broadcast_result(lambda: str(checkpoint.begin(self.run_dir, step))))
+        failure = f"the checkpoint of step {step} cannot be written to {tmp}"
+        with disk_errors(failure):
+            if self.policy is not None:
+                self.policy.save(tmp)
+        reach("save.engine")
+        distributed.barrier()
+
+        def write() -> str:
+            with disk_errors(failure):
+                self.state.save(tmp / "state.json")
+                reach("save.state")
+                if self.teacher is not None:
+                    self.teacher.save_pretrained(tmp / TEACHER)  # type: ignore[operator]
+                # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
+                lora.save(self.models.policy_module, tmp)
+                self.sampler.save_text(tmp / "model")
+                reach("save.model")
+            keep = self.config.checkpoint
+            final = checkpoint.commit(
+                self.run_dir,
+                tmp,
+                step,
+                keep_last=keep.keep_last,
+                keep_every=keep.keep_every,
+                written_by=writer(self.config),
+            )
+            return str(final)
+
+        path = Path(distributed.broadcast_result(write))
+        self.recorder.callbacks.send(CheckpointWritten, step=step, path=path)
+
+    def distillation_teacher(self) -> nn.Module:
+        """The frozen weights that are distilled from: a copy of the policy, made at the first call. All processes call it."""
+        if self.teacher is None:
+            self.teacher = trained.load(self.config)
+            self.teacher.load_state_dict(lora.merged_state_dict(self.models.policy_module))
+        return self.teacher
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.sampler.close()
+        self.recorder.close()
+        if self.folder:
+            self.folder.close()
+        if isinstance(error, FloatingPointError):
+            raise UserError(
+                f"step {self.state.step}: {error}; nothing can be sampled from these weights. Continue with --resume from the last "
+                "checkpoint; if it happens again its weights have it too"
+            ) from error
+        if distributed.is_lost_peer(error):
+            who = describe_missing(self.run_dir, rank=distributed.rank(), world=distributed.world_size())
+            raise UserError(
+                f"{who}; this one stops. Start all of them again with --resume; a wait is limited by run.timeout_s "
+                f"({self.config.run.timeout_s:g} s)"
+            ) from error
+        if self.recorder.liveness:
+            self.recorder.liveness.close()
+
+
+def build_run(
+    config: Config,
+    run_dir: Path,
+    *,
+    resume: bool,
+    allow_config_change: bool = False,
+    allow_data_change: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
+    arm(distributed.rank())
+    seed_globals(config.seed, "opening", distributed.rank())
+    check_kernels(config)
+    distributed.init(config.run.timeout_s)
+    is_main = distributed.rank() == 0
+    watchers = Callbacks(callbacks, run_dir, is_main=is_main)
+    console = Console(total_steps=config.slow.steps, enabled=is_main)
+    task = load_task(*task_spec(config))
+    found = _newest_checkpoint(run_dir) if resume else None
+    began = distributed.broadcast(datetime.now().isoformat(timespec="seconds"))
+    state = State.load(found / "state.json") if found else None
+    if state and state.date:
+        began = state.date
+    base_weights = distributed.broadcast_result(
+        lambda: (
+            check_base(config.model.path, state.base_weights, run_dir)
+            if state
+            else weights_hash(config.model.path)
+        )
+    )
+    moved = ("model.path",) if state and state.base_weights else ()
+    sampler = Sampler.open(
+        config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
+    )
+    folder: RunFolder | None = None
+    try:
+        for line in (sampler.template.line, *sampler.template.warnings):
+            console.note(line)
+        if found and config.model.chat_template:
+            _compare_template(config.model.chat_template, sampler.tokenizer, console)
+        check_gold(task, sampler.pool)
+        reference = trained.load(config)
+        lora.check(reference, config)
+        base = sampler.engine(reference, console.note)
+        server = sampler.server(reference, console.note)
+        if server and config.method == "fst" and config.fast.reuse_rollouts:
+            distributed.on_rank_zero(lambda: server.check_training(config.rollout.temperature))
+        reflect = shared_reflector(config, base, sampler.prompts.chat)
+        end = turn_end(sampler.prompts.chat)
+        if end is not None and end not in base.eos_ids:
+            console.note(
+                f"warning: the chat template closes an assistant's turn with {sampler.prompts.chat.special.words[end]!r}, which does not end a "
+                "response: neither the tokenizer's eos token nor the generation config names it"
+            )
+        check_trackers(config.track)
+        seed_context = Context.of(config.fast.seed_context)
+        stages = make_stages(config, task)
+        for stage in stages:
+            first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
+            evaluated = stage.validation[: config.eval.final_problems]
+            check_lengths(config, base, sampler, seed_context, [*first, *evaluated])
+            check_messages(sampler, first[0], console.note)
+        data = shared_fingerprint(stages)
+        folder = distributed.on_rank_zero(
+            lambda: open_run(
+                run_dir,
+                resume=resume,
+                config_yaml=dump(config),
+                config_hash=config_hash(config),
+                allow_config_change=allow_config_change,
+                defaults=Config().model_dump(mode="json"),
+                moved=moved,
+            )
+        )
+        liveness = Liveness(run_dir, distributed.rank()) if distributed.world_size() > 1 else None
+        policy = None if config.method == "gepa" else TrainedPolicy(config, reference)
+        module = reference if policy is None else policy.rollout_model
+        engine = sampler.engine(module, console.note)
+        run = Run(
+            config=config,
+            run_dir=run_dir,
+            state=state or State(FastState.initial(config.fast.seed_context), [seed_context]),
+            stages=stages,
+            seed_context=seed_context,
+            sampler=sampler,
+            models=SamplingModels(engine, server or base, server or engine, module, reference),
+            policy=policy,
+            reference=reference,
+            reflect=reflect,
+            recorder=Recorder(
+                run_dir=run_dir,
+                seed=config.seed,
+                rollouts_per_step=config.track.rollouts_per_step,
+                max_grad_norm=config.slow.max_grad_norm,
+                console=console,
+                callbacks=watchers,
+                stopwatch=sampler.stopwatch,
+                liveness=liveness,
+            ),
+            folder=folder,
+        )
+        run.state.date, run.state.base_weights = began, base_weights
+        _start_or_resume(run, found, data, allow_data_change)
+    except BaseException:
+        sampler.close()
+        console.close()
+        if folder:
+            folder.close()  # a program that catches the refusal may try again
+        raise
+    return run
+
+
+def _compare_template(file: str, tokenizer: Any, console: Console) -> None:
+    """A resumed run keeps the template of its checkpoint; say so where the file is another now."""
+    try:
+        same = read_template(file) == tokenizer.chat_template
+    except UserError:
+        same = False
+    if not same:
+        console.note(
+            f"model.chat_template={file} is gone or not what the run began with; it keeps the template of its checkpoint"
+        )
+
+
+def _newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint, the same on all processes. All processes call it."""
+    found = distributed.broadcast_result(lambda: str(checkpoint.latest(run_dir) or ""))
+    return Path(found) if found else None
+
+
+def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data_change: bool) -> None:
+    """Load the weights of the checkpoint, where there is one, and open the metrics files."""
+    config, state, recorder_ = run.config, run.state, run.recorder
+    changes = list(run.folder.changes) if run.folder else []
+    if found:
+        run.resumed = True
+        changes += _check_data(run, data, allow_data_change)
+        before, now = checkpoint.written_by(found), writer(config)
+        if before["config_hash"] != now["config_hash"]:
+            state.base_rewards.clear()  # measured under the old configuration
+        # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
+        changes += [d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))]
+        _load_weights(run, found)
+    state.data = data
+    if run.folder:
+        recorder_.metrics = MetricsWriter(
+            run.run_dir, resume_at_step=state.step if found else None, track=config.track
+        )
+        recorder_.stopwatch.before = recorder_.metrics.last_seconds
+        recorder_.grad_norms = recorder.last_grad_norms(run.run_dir)
+        if changes:
+            recorder_.note(f"not as it was: {'; '.join(changes)}")
+        if found and changes:
+            recorder_.metrics.write(
+                "config", step=state.step, changes=changes, config_hash=config_hash(config)
+            )
+        if not found:
+            recorder_.metrics.write("start", **identity(config), versions=versions())
+
+
+def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:
+    """The fingerprint of the data. Raises UserError where another process has been given other problems. All processes call it."""
+    everywhere = distributed.all_gather(fingerprint(stages))
+    for rank, other in enumerate(everywhere):
+        if other != everywhere[0]:
+            raise UserError(
+                f"process {rank} has been given other problems than process 0 ({'; '.join(data_changes(everywhere[0], other))}); "
+                "a task must give the same problems in every process"
+            )
+    return everywhere[0]
+
+
+def _check_data(run: Run, now: Fingerprint, allowed: bool) -> list[str]:
+    """What of the task's data is not as the checkpoint knows it. Raises UserError unless that is allowed; then drops what was measured on it."""
+    if run.state.data is None:
+        run.recorder.note(
+            "the checkpoint is of a version that kept no fingerprint of the data: whether they have changed since is not known"
+        )
+        return []
+    found = data_changes(run.state.data, now)
+    if found and not allowed:
+        raise UserError(
+            f"--resume: the data of the task are not those of the run in {run.run_dir}: {'; '.join(found)}; "
+            "--allow-data-change continues with the new ones"
+        )
+    if found:
+        run.state.forget_data()
+    return found
+
+
+def _load_weights(run: Run, found: Path) -> None:
+    if run.policy is not None:
+        try:
+            run.policy.load(found)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            # Only where a manifest from elsewhere vouches for damaged files.
+            raise UserError(
+                f"--resume: {found} does not hold the optimiser's state: {type(error).__name__}: {error}"
+            ) from error
+        run.policy.hand_over()
+    if (found / TEACHER).is_dir():
+        run.teacher = trained.load(run.config, found / TEACHER)
+
+
+def check_kernels(config: Config) -> None:
+    """Refuse a kernel path forced by FST_KERNELS that this machine cannot take."""
+    operations = ["linear_logprob", "linear_policy_loss", "sample_tokens"]
+    for operation in operations + (["tree_attention"] if config.policy.attention == "tree" else []):
+        try:
+            choose_backend(operation, None, distributed.device(), trained.dtype_of(config))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(str(error)) from error
+
+
+def check_lengths(
+    config: Config, base: RolloutEngine, sampler: Sampler, seed_context: Context, problems: Sequence[Problem]
+) -> None:
+    """Refuse lengths that cannot work: beyond the model's positions, beyond the memory for keys and values, or prompts that are too long
+    under the seed context."""
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{config.rollout.max_response_tokens} are {longest} tokens; the model has {positions} positions"
+        )
+    room, each = config.rollout.kv_memory_bytes, base.token_bytes()
+    if room is not None and config.policy.packing == "forest" and longest * each > room:
+        raise UserError(
+            f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
+            f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
+        )
+    for problem in problems:
+        sampler.prompts.ids(seed_context, problem)
+
+
+def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], None]) -> None:
+    """Say which messages of a problem the chat template leaves out of its prompt."""
+    for i in missing_messages(sampler.prompts.chat, problem):
+        role = problem.messages[i]["role"]
+        note(
+            f"warning: the chat template leaves message {i} (role {role}) of problem {problem.id} out of the prompt"
+        )
+
+
+def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
+    """The configured reflector; rank 0 asks it and broadcasts its replies."""
+
+    def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
+        requests = [
+            Request(
+                problem_id="reflection",
+                context_id="",
+                sample=i,
+                prompt_ids=chat.prompt(
+                    Context.of(""), Problem("", [{"role": "user", "content": text}], None)
+                ),
+                seed=seed,
+            )
+            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
+        ]
+        positions = getattr(base.model.config, "max_position_embeddings", None)
+        room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
+        tokens = max(1, int(min(config.fast.reflection_tokens, room)))
+        rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
+        return [
+            Reply(
+                response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
+                r.finish,
+                prompt_tokens=len(q.prompt_ids),
+                completion_tokens=len(r.response_ids),
+            )
+            for q, r in zip(requests, rollouts, strict=True)
+        ]
+
+    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
+
+    def quiet(_: str) -> None:
+        """The fast phase logs what is wrong with the replies, on every process alike."""
+
+    def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
+        reach("reflection")
+        return distributed.broadcast(ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None)
+
+    return reflect

@@ -1,0 +1,130 @@
+"""Any data set of reasoning-gym as a task: `task: reasoning_gym:chain_sum`, or a composite of several (package reasoning-gym, extra `gym`).
+
+    task: reasoning_gym:composite
+    task_args: {datasets: [{name: chain_sum, weight: 1, config: {max_terms: 3}}, {name: leg_counting, weight: 2}]}
+
+The package draws an item from (seed, index). Validation items are drawn with another seed than training items; a training item whose
+question is also in the validation split, or was drawn before, is left out, so no problem occurs twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fst_fast.contracts import Problem, Verdict
+from fst_fast.errors import UserError
+from fst_fast.tasks.boxed import NoBoxedAnswer
+from fst_fast.tasks.graders.text import answer_part, quoted
+
+PREFIX = "reasoning_gym:"
+READ = ("last_line", "all", "box", "tag")
+
+
+class ReasoningGym:
+    """train, validation: items of each split at most (fewer where the set repeats itself). read: the part of a response that is the answer:
+    its last line, all of it, the last \\boxed{}, or what is between <answer> and </answer>. config: arguments of the data set.
+
+    The reward is the package's own score, in [0, 1]. Raises UserError."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        train: int = 1000,
+        validation: int = 100,
+        seed: int = 0,
+        read: str = "last_line",
+        **config: Any,
+    ) -> None:
+        for key, value in (("train", train), ("validation", validation), ("seed", seed)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < (key != "seed"):
+                raise UserError(
+                    f"task_args.{key}={value!r} must be a whole number of at least {int(key != 'seed')}"
+                )
+        if read not in READ:
+            raise UserError(f"task_args.read={read!r} is refused; allowed: {', '.join(READ)}")
+        self.name, self._read = name, read
+        self._sizes = {"validation": validation, "train": train}
+        self._sets = {
+            split: _create(name, size=size, seed=2 * seed + (split == "train"), config=config)
+            for split, size in self._sizes.items()
+        }
+        self._problems: dict[str, list[Problem]] = {}
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """The problems of "train" or "validation", in the order of the data set."""
+        if not self._problems:
+            seen: set[str] = set()
+            for part, items in self._sets.items():  # validation first: training problems give way
+                self._problems[part] = []
+                for index in range(self._sizes[part]):
+                    item = items[index]
+                    if item["question"] in seen:
+                        continue
+                    seen.add(item["question"])
+                    message = {"role": "user", "content": item["question"]}
+                    problem = Problem(
+                        f"{self.name}/{part}/{index}", [message], item["answer"], {"item": item}
+                    )
+                    self._problems[part].append(problem)
+        return self._problems.get(split, [])
+
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        """The package's score of the answer, with the right answer as feedback."""
+        try:
+            given = self._answer(response)
+        except NoBoxedAnswer as error:
+            return Verdict(0.0, str(error))
+        reward = float(self._sets["train"].score_answer(given, problem.meta["item"]))
+        if reward >= 1:
+            return Verdict(1.0)
+        right = "" if problem.answer is None else f" A right answer is {quoted(str(problem.answer))}."
+        return Verdict(max(reward, 0.0), f"the answer {quoted(given)} scores {reward:g} of 1.{right}")
+
+    def gold(self, problem: Problem) -> str | None:
+        """The item's own answer, in the form that is read; None where it has none or the package does not give it the full score."""
+        if (
+            not isinstance(problem.answer, str)
+            or self._sets["train"].score_answer(problem.answer, problem.meta["item"]) < 1
+        ):
+            return None
+        if self._read == "last_line" and "\n" in problem.answer:
+            return None
+        forms = {"box": f"\\boxed{{{problem.answer}}}", "tag": f"<answer>{problem.answer}</answer>"}
+        return forms.get(self._read, problem.answer)
+
+    def _answer(self, response: str) -> str:
+        if self._read != "tag":
+            return answer_part(response, self._read)
+        found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
+        if not found:
+            raise NoBoxedAnswer(
+                "there is no <answer>...</answer> in the response: the answer must be inside these tags."
+            )
+        return str(found[-1]).strip()
+
+
+def _create(name: str, *, size: int, seed: int, config: Mapping[str, Any]) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.composite import DatasetSpec
+    except ImportError:
+        raise UserError(
+            f"task={PREFIX}{name} needs the package reasoning-gym; install it with: pip install 'fst-fast[gym]'"
+        ) from None
+    arguments = dict(config)
+    try:
+        if name == "composite":
+            parts = arguments.get("datasets")
+            if not isinstance(parts, Sequence) or not all(
+                isinstance(part, Mapping) and "name" in part for part in parts
+            ):
+                raise ValueError("datasets must be a list of {name, weight, config}")
+            arguments["datasets"] = [
+                DatasetSpec(p["name"], p.get("weight", 1.0), dict(p.get("config", {}))) for p in parts
+            ]
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **arguments)
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise UserError(f"task={PREFIX}{name}: {error}") from None

@@ -1,0 +1,1 @@
+"""Verification: graders, and the programs they run, in killable and confined child processes."""

@@ -1,0 +1,417 @@
+"""The experiments: statistics on known answers, curves from run folders, the runner that makes the runs, verdicts on planted curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fst_fast.cli import main
+from fst_fast.errors import UserError
+from fst_fast.experiments import (
+    ablations,
+    comparison,
+    experiments,
+    figures,
+    page,
+    plasticity,
+    statistics,
+    worker,
+)
+from fst_fast.experiments.curves import AXES, Curve, load_curve, stage_ends
+from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.runs import FAMILIES, FULL, QUICK, Budget, Run
+from fst_fast.report.figures import png
+from fst_fast.report.load import Cell
+from tests.fst_fast import stub_runs
+
+SMALL = Budget(steps=4, eval_every=2, eval_problems=2, final_problems=2, seeds=2)
+
+
+# --- statistics
+
+
+def test_a_level_is_reached_at_an_evaluation_after_the_base_or_never() -> None:
+    reward = np.array([0.3, 0.0, 0.5, 0.4])
+    curve = Curve("rl", 0, {"tokens": np.array([0.0, 5.0, 10.0, 20.0])}, reward, reward, reward, {})
+    assert curve.cost_to_reach("tokens", 0.25) == 10.0
+    assert curve.cost_to_reach("tokens", 0.0) == 5.0
+    assert curve.cost_to_reach("tokens", 0.6) == np.inf
+
+
+@given(st.lists(st.floats(-5, 5) | st.just(np.inf), min_size=1, max_size=50))
+def test_quantiles_are_the_ranks_that_the_published_results_were_computed_with(values: list[float]) -> None:
+    ordered = sorted(values)
+    n = len(ordered)
+    low, high = ordered[int(0.025 * (n - 1))], ordered[int(np.ceil(0.975 * (n - 1)))]
+    assert statistics.percentiles(np.array(values)) == (low, high)
+    assert statistics.median(np.array(values)) == ordered[(n - 1) // 2]
+
+
+def test_the_draws_of_a_bootstrap_are_those_of_the_published_results() -> None:
+    values, rng = np.array([0.2, np.inf, 0.3, 0.9, 0.1]), np.random.default_rng(0)
+    drawn = sorted(sorted(values[rng.integers(5, size=5)])[2] for _ in range(statistics.DRAWS))
+    found = statistics.bootstrap(values.tolist(), statistics.median)
+    assert (found.low, found.value, found.high) == (drawn[49], 0.3, drawn[1950])
+    assert found.high == np.inf
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=9))
+def test_an_interval_holds_its_figure_and_lies_within_the_values(values: list[float]) -> None:
+    found = statistics.bootstrap(values, statistics.median)
+    assert min(values) <= found.low <= found.value <= found.high <= max(values)
+
+
+def test_never_is_a_value_and_nan_is_none() -> None:
+    found = statistics.bootstrap([0.2, 0.3, np.inf, np.inf, np.inf], statistics.median)
+    assert found.value == found.high == np.inf
+    assert found.text().startswith("never")
+    assert found.json()["value"] is None
+    with pytest.raises(ValueError, match="no NaN"):
+        statistics.bootstrap([0.1, np.nan], statistics.mean)
+
+
+def test_the_interval_of_a_mean_is_about_two_standard_errors_wide() -> None:
+    values = np.random.default_rng(1).normal(size=200).tolist()
+    found = statistics.bootstrap(values, statistics.mean)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * statistics.standard_error(values), rel=0.1)
+
+
+def sigmoid(x: np.ndarray, top: float, mid: float) -> np.ndarray:
+    return top / (1 + (mid / np.maximum(x, 1e-9)) ** 2.0)
+
+
+@pytest.fixture
+def few_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "FIT_DRAWS", 20)
+
+
+def test_ceilings_are_found_and_told_apart(few_fits: None) -> None:
+    x, rng = np.arange(0, 126, 6.0), np.random.default_rng(0)
+    high = [(x, sigmoid(x, 0.9, 20) + rng.normal(0, 0.02, len(x))) for _ in range(5)]
+    low = [(x, sigmoid(x, 0.6, 30) + rng.normal(0, 0.02, len(x))) for _ in range(5)]
+    found = statistics.ceiling_difference(high, low)
+    assert found is not None
+    a, b, difference = found
+    assert a.value == pytest.approx(0.9, abs=0.05)
+    assert b.value == pytest.approx(0.6, abs=0.05)
+    assert difference.low > 0.2
+    same = statistics.ceiling_difference(high, [(x, y.copy()) for x, y in high[::-1]])
+    assert same is not None
+    assert same[2].low <= 0 <= same[2].high
+    flat = [(x, np.zeros_like(x))] * 5
+    assert statistics.ceiling_difference(high, flat) is None, "what never moved has no ceiling"
+
+
+# --- run folders
+
+
+def write_run(
+    folder: Path, rewards: list[float], *, method: str = "rl", seed: int = 0, cost: int = 10
+) -> None:
+    """A finished run with an evaluation after every step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, object]] = [
+        {"kind": "start", "method": method, "seed": seed, "task": "t", "model": "m"}
+    ]
+    timing = []
+    for step, reward in enumerate(rewards):
+        cells = {
+            name: {"mean": reward, "stderr": 0.0, "n": 4}
+            for name in ("neither", "context", "weights", "both")
+        }
+        counters = {"rollouts": cost * step, "tokens_computed": 100 * step, "tokens_unshared": 300 * step}
+        last = step == len(rewards) - 1
+        lines.append({"kind": "eval", "step": step, "final": last, "channels": cells, "kl_seed": step / 10, "kl_evolved": step / 20, **counters})  # fmt: skip
+        timing.append({"step": step, "seconds": 5.0 + 3.0 * step, "eval_s": 2.0})
+    lines.append({"kind": "stage", "after_stage": 1, "stage": 0, "channels": {"both": {"mean": 0.25}}})
+    lines.append({"kind": "end", "step": len(rewards) - 1})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+
+
+def test_a_run_folder_becomes_a_curve_whose_seconds_leave_evaluations_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", [0.0, 0.3, 0.6])
+    curve = load_curve(tmp_path / "run")
+    assert curve.cost["steps"].tolist() == [0, 1, 2]
+    assert curve.cost["rollouts"].tolist() == [0, 10, 20]
+    assert curve.cost["seconds"].tolist() == [0, 1, 2], "3 seconds a step, 2 of them evaluation"
+    assert curve.smooth() == pytest.approx([0.15, 0.3, 0.45])
+    assert curve.kl.tolist() == [0, 0.05, 0.1]
+    assert stage_ends(tmp_path / "run") == {(1, 0): 0.25}
+
+
+# --- the runner
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    for name in ("train", "export", "evaluate"):
+        monkeypatch.setattr(worker, name, getattr(stub_runs, name))
+    return Runner(tmp_path / "out", SMALL, list(FAMILIES), 2, say=lambda line: None)
+
+
+def test_each_run_is_trained_once_and_one_that_failed_is_named_and_goes_on(runner: Runner) -> None:
+    first = Run("star_graph", "rl", 0, {"slow.lr": 1e-3})
+    unlucky = Run("star_graph", "rl", stub_runs.FAILS_ONCE)
+    later = [Run(family, "rl", 0, after=first) for family in ("linked_facts", "formula_choice")]
+    with pytest.raises(
+        UserError,
+        match=r"1 of 2 runs failed, .*seed=1 \(failed with exit code 1\): .*star_graph-rl-seed=1\.log",
+    ):
+        runner.train([first, unlucky, first])
+    assert (runner.out / "logs" / "star_graph-rl-seed=1.log").read_text() == "fst: no luck\n"
+    runner.train([first, unlucky, *later])
+    asked = [(runner.folder(run) / "asked").read_text() for run in (first, unlucky, *later)]
+    assert asked == ["new ", "new resume ", "new ", "new "]
+    weights = runner.out / "models" / first.name
+    assert weights.is_dir(), "exported once for both"
+    assert str(weights) in (runner.folder(later[0]) / "config.yaml").read_text()
+
+
+def test_a_finished_run_is_evaluated_once_unless_it_was_trained_again(runner: Runner) -> None:
+    run = Run("star_graph", "rl", 0)
+    runner.train([run])
+    runner.evaluate([run, run], "ood")
+    runner.evaluate([run], "ood")
+    assert runner.evaluation(run, "ood") == {"split": "ood", "asked": 1}
+    (runner.folder(run) / "summary.json").touch()
+    runner.evaluate([run], "ood")
+    assert runner.evaluation(run, "ood")["asked"] == 2
+
+
+def test_a_run_that_dies_or_raises_does_not_stop_the_others_and_is_named(runner: Runner) -> None:
+    runner.workers = 1
+    killed, raising, good = (Run("star_graph", "rl", s) for s in (stub_runs.KILLED, stub_runs.RAISES, 0))
+    with pytest.raises(UserError, match=r"2 of 3 runs failed, .*seed=2 \(killed by SIGKILL\): .*seed=2\.log"):
+        runner.train([killed, raising, good])
+    assert (runner.folder(good) / "summary.json").is_file()
+    log = (runner.out / "logs" / f"{raising.name}.log").read_text()
+    assert "RuntimeError: an unforeseen error" in log
+
+
+def test_an_interrupted_suite_tells_its_runs_to_stop(runner: Runner) -> None:
+    slow, quick = Run("star_graph", "rl", stub_runs.WAITS), Run("star_graph", "rl", 0)
+    runner.out.mkdir()
+    os.mkfifo(runner.out / "waiting")
+
+    def interrupt(line: str) -> None:
+        (runner.out / "waiting").read_text()
+        raise KeyboardInterrupt
+
+    runner.say = interrupt  # called when the quick one is done
+    with pytest.raises(KeyboardInterrupt):
+        runner.train([slow, quick])
+    assert (runner.folder(slow) / "told to stop").is_file()
+
+
+def test_a_killed_fork_server_fails_its_runs_and_another_starts_without_threads_and_with_torch_loaded(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"1 of 1 runs failed, .*seed=5 \(failed with exit code 255\)"):
+        runner.train([Run("star_graph", "rl", stub_runs.KILLS_THE_SERVER)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # a run has one thread whatever the suite has
+    monkeypatch.setattr(worker, "train", stub_runs.describe_process)
+    run = Run("star_graph", "rl", 0)
+    runner.train([run])
+    log = json.loads((runner.out / "logs" / f"{run.name}.log").read_text())
+    assert log == {"loaded": True, "threads": 1, "server": 1}
+
+
+def test_a_folder_of_another_suite_is_refused_by_name(runner: Runner) -> None:
+    run = Run("star_graph", "rl", 0)
+    runner.train([run])
+    runner.budget = Budget(**{**vars(SMALL), "steps": 8})
+    with pytest.raises(UserError, match=r"star_graph-rl-seed=0 has another configuration"):
+        runner.train([run])
+
+
+# --- experiments on planted curves
+
+SHOWN = FAMILIES[:3]
+
+
+def planted(method: str, seed: int, mid: float, top: float, cost: float) -> Curve:
+    steps = np.arange(0, 126, 6.0)
+    reward = sigmoid(steps, top, mid) + np.random.default_rng([seed, len(method)]).normal(0, 0.01, len(steps))
+    cells = {name: Cell(mean=m, stderr=0.01, n=8) for name, m in zip(("neither", "context", "weights", "both"), (0.0, 0.4, 0.1, top), strict=True)}  # fmt: skip
+    at = {axis: steps * (cost if axis in ("rollouts", "tokens") else 1.0) for axis in AXES}
+    return Curve(method, seed, at, reward, steps / 200 / (4 if method == "fst" else 1), steps / 100, cells)
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, few_fits: None) -> Runner:
+    kinds = {"rl": (60.0, 0.6, 100.0), "fst": (10.0, 0.95, 250.0), "gepa": (5.0, 0.4, 100.0)}
+    curves = {
+        family: {
+            method: [planted(method, seed, *kind) for seed in range(3)] for method, kind in kinds.items()
+        }
+        for family in SHOWN
+    }
+    monkeypatch.setattr(comparison, "main_runs", lambda runner: {f: {"rl": [Run(f, "rl", 0)]} for f in SHOWN})
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: curves)
+    return Runner(tmp_path, SMALL, list(SHOWN), 1)
+
+
+def test_planted_curves_get_the_verdicts_that_they_deserve(suite: Runner) -> None:
+    results = page.run(["efficiency", "drift", "channels"], suite)
+    claims = {c.text: c.holds for r in results.values() for c in r.claims}
+    assert len(claims) == 6
+    assert all(claims.values())
+    numbers = results["efficiency"].numbers["star_graph"]
+    assert 0.05 < numbers["ratio"]["steps"]["value"] < 1 / 3
+    assert numbers["ratio"]["rollouts"]["value"] == pytest.approx(2.5 * numbers["ratio"]["steps"]["value"])
+    assert numbers["ceiling"]["difference"]["low"] > 0.2
+    assert results["drift"].numbers["star_graph"]["ratio"]["value"] < 0.1
+    written = json.loads((suite.out / "results.json").read_text())
+    assert list(written["experiments"]) == ["efficiency", "drift", "channels"]
+    html = (suite.out / "report.html").read_text()
+    assert html.count("<img") == 3
+    assert "does not hold" not in html
+    assert "| star_graph |" in page.markdown(results["channels"])
+
+
+def test_generalisation_shows_every_method_on_both_splits(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tops = {"rl": 0.2, "gepa": 0.3, "fst": 0.7}
+    runs = {f: {m: [Run(f, m, seed) for seed in range(3)] for m in tops} for f in SHOWN}
+    asked: list[tuple[Run, str]] = []
+
+    def evaluation(run: Run, split: str) -> dict[str, object]:
+        shift = {"neither": -0.2, "context": -0.1, "weights": -0.15, "both": 0.0}
+        return {"channels": {n: {"mean": tops[run.method] + x + run.seed / 100} for n, x in shift.items()}}
+
+    monkeypatch.setattr(comparison, "main_runs", lambda runner: runs)
+    monkeypatch.setattr(suite, "evaluate", lambda some, split: asked.extend((r, split) for r in some))
+    monkeypatch.setattr(suite, "evaluation", evaluation)
+    found = page.run(["generalisation"], suite)["generalisation"]
+    assert len(asked) == 27
+    assert {split for _, split in asked} == {"ood"}
+    numbers = found.numbers["linked_facts"]
+    assert numbers["fst"]["ood"]["mean"] == pytest.approx(0.71)
+    assert numbers["fst"]["validation"]["mean"] == pytest.approx(0.95)
+    assert numbers["fst_cells"]["neither"]["mean"] == pytest.approx(0.51)
+    assert (suite.out / "figures" / "generalisation.png").stat().st_size > 5000
+
+
+def test_without_a_gain_no_claim_holds(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {
+        f: {m: [planted("rl", s, 60.0, 0.6, 100.0) for s in range(3)] for m in ("rl", "fst", "gepa")}
+        for f in SHOWN
+    }
+    for methods in same.values():
+        for c in methods["fst"]:
+            c.cells["both"] = c.cells["context"]
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: same)
+    results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
+    assert sum(len(r.claims) for r in results) == 6
+    assert not any(c.holds for r in results for c in r.claims)
+
+
+@pytest.mark.parametrize(
+    ("after_rl", "after_fst", "holds"),
+    [((0.3, 0.3), (0.7, 0.5), [True, True]), ((0.7, 0.6), (0.2, 0.6), [False, False])],
+    ids=["as the paper says", "the other way round"],
+)
+def test_plasticity_is_judged_by_the_mean_over_tasks(
+    suite: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    after_rl: tuple[float, float],
+    after_fst: tuple[float, float],
+    holds: list[bool],
+) -> None:
+    asked: list[Run] = []
+
+    def train(runs: list[Run]) -> None:
+        asked.extend(runs)
+
+    def train_and_load(
+        runner: Runner, runs: dict[str, dict[str, list[Run]]]
+    ) -> dict[str, dict[str, list[Curve]]]:
+        runner.train([run for starts in runs.values() for several in starts.values() for run in several])
+        tops = {"base": (0.5, 0.5), "after rl": after_rl, "after fst": after_fst}
+        return {
+            family: {
+                name: [planted("rl", seed, 5.0, tops[name][i], 100.0) for seed in range(3)] for name in starts
+            }
+            for i, (family, starts) in enumerate(runs.items())
+        }
+
+    monkeypatch.setattr(plasticity, "strongest_rl", lambda runner: {f: {"slow.lr": f} for f in SHOWN})
+    monkeypatch.setattr(plasticity, "train_and_load", train_and_load)
+    monkeypatch.setattr(suite, "train", train)
+    found = plasticity.plasticity(suite)
+    assert [claim.holds for claim in found.claims] == holds
+    for i, family in enumerate(SHOWN[1:]):
+        assert found.numbers[family]["after fst"]["mean"] == pytest.approx(after_fst[i], abs=0.03)
+        for run in (run for run in asked if run.after and run.family == family):
+            assert run.changes == {"slow.lr": family}  # the rate that is best for RL from the base
+            assert run.after in asked[: asked.index(run)]  # and what it begins with was asked for before
+    assert len(found.tables[0].rows) == 9  # three starts: two tasks and their mean
+    assert len({run for run in asked if run.after}) == 2 * 2 * suite.budget.seeds
+
+
+def test_plasticity_needs_a_second_task(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plasticity, "strongest_rl", lambda runner: {f: {} for f in runner.families})
+    suite.families = [plasticity.FIRST]
+    assert "skipped" in plasticity.plasticity(suite).numbers
+
+
+def test_the_other_figures_can_be_drawn(suite: Runner) -> None:
+    some = [planted("rl", seed, 60.0, 0.6, 100.0) for seed in range(2)]
+    draw = figures
+    for figure in (
+        draw.plasticity({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
+        draw.continual({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
+        draw.ablation({"as configured": some, "never there": some}, 0.9),
+    ):
+        assert png(figure).startswith(b"\x89PNG")
+
+
+# --- the command
+
+
+def test_a_dry_run_names_the_runs_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["experiment", "all", "--quick", "--dry-run", "--out", str(out)]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(set(names)) == len(names) > 20
+    assert {"star_graph-fst-seed=0", "list_programs-gepa-seed=1"} <= set(names)
+    assert not out.exists()
+
+
+def test_sigterm_ends_a_suite_as_ctrl_c_does(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        main(["experiment", "drift", "--dry-run", "--out", str(tmp_path)])
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment", "nothing"], "experiment 'nothing' is not known; allowed are all, efficiency, drift,"),
+        (["experiment", "all", "--families", "maze"], "'maze' is not known; allowed are star_graph,"),
+        (["experiment", "all", "--seeds", "0"], "0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_both_budgets_are_fit_for_every_ablation() -> None:
+    for budget in (FULL, QUICK):
+        for changes in ablations.ABLATIONS.values():
+            Run("star_graph", "fst", 0, changes).config(budget, None)

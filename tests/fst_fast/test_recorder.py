@@ -1,0 +1,46 @@
+"""Spikes of the gradient norm: seen against the steps before, and the same after a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fst_fast.run.recorder import SPIKE_STEPS, deviation, grad_norm_spike, last_grad_norms
+
+
+def test_a_norm_ten_times_the_median_is_a_spike_and_one_spike_hides_no_other() -> None:
+    before = [1.0, 1.2, 0.9, 1.1, 50.0, 1.0, 0.8, 1.0]
+    assert grad_norm_spike(before, 10.0) == 10.0
+    assert grad_norm_spike(before, 9.9) is None
+    assert grad_norm_spike([*before, 40.0], 10.0) == 10.0
+
+
+def test_the_first_steps_and_steps_without_a_gradient_are_no_spikes() -> None:
+    assert grad_norm_spike([1.0] * (SPIKE_STEPS // 4 - 1), 100.0) is None
+    assert grad_norm_spike([1.0] * SPIKE_STEPS, None) is None
+    assert grad_norm_spike([1.0] * SPIKE_STEPS, 0.0) is None
+
+
+def test_the_norms_of_the_last_steps_are_read_back(tmp_path: Path) -> None:
+    lines = [{"kind": "start"}, *({"kind": "step", "grad_norm": float(n)} for n in range(50))]
+    lines[20:20] = [{"kind": "eval"}, {"kind": "step", "grad_norm": None}, {"kind": "step", "grad_norm": 0.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(last_grad_norms(tmp_path)) == [float(n) for n in range(50 - SPIKE_STEPS, 50)]
+
+
+def test_a_median_of_nothing_is_no_measure_of_a_spike() -> None:
+    assert grad_norm_spike([0.0] * SPIKE_STEPS, 3.0) is None
+    assert grad_norm_spike([5e-324] * SPIKE_STEPS, 1e10) is None, "too many times to be a number"
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 1.0, 1e-9])
+@pytest.mark.parametrize("count", [3, 7, 96])
+def test_equal_rewards_have_no_deviation_and_none_have_none(reward: float, count: int) -> None:
+    assert deviation(count, sum([reward] * count), sum([reward * reward] * count)) == 0.0
+    assert deviation(0, 0.0, 0.0) is None
+    mixed = [reward, *[0.0] * count]
+    expected = np.std(mixed)
+    assert deviation(len(mixed), sum(mixed), sum(r * r for r in mixed)) == pytest.approx(expected, rel=1e-9)
