@@ -122,9 +122,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             raise ValueError(
                 "processing_class is a processor; allowed: a tokenizer, this trainer is for text models"
             )
-        if self.aux_loss_enabled:
-            raise ValueError(f"router_aux_loss_coef={self.router_aux_loss_coef}; allowed: 0.0")
-        self.is_fused = self.loss_type in FUSED and all(getattr(self.args, n) == x for n, x in PLAIN.items())
+        plain = all(getattr(self.args, name) == value for name, value in PLAIN.items())
+        self.is_fused = self.loss_type in FUSED and plain and not self.aux_loss_enabled
         if self.is_fused:
             self.objective()  # refuses impossible clips and caps now, not after the first generation
 
@@ -152,9 +151,11 @@ class FusedGRPOTrainer(GRPOTrainer):
         return mask / (count * steps / self.args.steps_per_generation if self.model.training else count)
 
     def at_head(
-        self, model: nn.Module, ids: Tensor, attention: Tensor, mask: Tensor, job: Job
-    ) -> tuple[Tensor, Tensor]:
-        """job(hidden [M, H], weight, bias): ids and attention [B, P + C], mask [B, C] bool with M of the completions' tokens."""
+        self, model: nn.Module, ids: Tensor, attention: Tensor, mask: Tensor, job: Job, **also: Any
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """job(hidden [M, H], weight, bias), and the routers' loss where it is asked for by also: output_router_logits=True.
+
+        ids and attention [B, P + C], mask [B, C] bool with M of the completions' tokens."""
 
         def of_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             return job(hidden[:, :-1][mask], weight, bias)  # a row predicts the token after it
@@ -162,7 +163,14 @@ class FusedGRPOTrainer(GRPOTrainer):
         unwrapped, fp32 = self.accelerator.unwrap_model(model), self.args.cast_lm_head_to_fp32
         with self.accelerator.autocast(), head_computes(unwrapped, of_tokens, fp32):
             keep = mask.shape[1] + 1
-            return model(input_ids=ids, attention_mask=attention, logits_to_keep=keep, use_cache=False).logits
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": attention,
+                "logits_to_keep": keep,
+                "use_cache": False,
+            }
+            out = model(**inputs, **also)
+            return out.logits, out.aux_loss if also else None
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if not self.is_fused:
@@ -188,20 +196,18 @@ class FusedGRPOTrainer(GRPOTrainer):
 
         ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1)
         attention = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1)
-        loss, sums = self.at_head(model, ids, attention, mask, fused)
+        (loss, sums), _ = self.at_head(model, ids, attention, mask, fused)
         stats = PolicyStats(self.accelerator.reduce(sums, reduction="sum"))
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["entropy"].append(stats.entropy.item())
         if self.beta != 0.0:
             metrics["kl"].append(stats.kl.item())
-        low, high, region = (
-            stats.clipped_low_fraction,
-            stats.clipped_high_fraction,
-            stats.clipped_region_fraction,
-        )
-        clipped = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": region}
-        for name, fraction in ({"cispo_clip_ratio": high} if self.loss_type == "cispo" else clipped).items():
-            metrics[name].append(fraction.item())
+        if self.loss_type == "cispo":
+            metrics["cispo_clip_ratio"].append(stats.clipped_high_fraction.item())
+        else:
+            metrics["clip_ratio/low_mean"].append(stats.clipped_low_fraction.item())
+            metrics["clip_ratio/high_mean"].append(stats.clipped_high_fraction.item())
+            metrics["clip_ratio/region_mean"].append(stats.clipped_region_fraction.item())
         return loss
 
     def _get_per_token_logps_and_entropies(
@@ -212,10 +218,12 @@ class FusedGRPOTrainer(GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
-        **refused: Any,  # images and the routers' loss
-    ) -> tuple[Tensor, Tensor | None, None]:
+        compute_aux_loss: bool = False,
+        **refused: Any,  # images
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         size = batch_size or max(1, input_ids.shape[0])
-        logprobs, entropies = [], []
+        also = {"output_router_logits": True} if compute_aux_loss else {}
+        logprobs, entropies, aux_losses = [], [], []
         for ids, attention in zip(input_ids.split(size), attention_mask.split(size), strict=True):
             mask = attention[:, -logits_to_keep:].bool()
             labels = ids[:, -logits_to_keep:][mask]
@@ -226,11 +234,12 @@ class FusedGRPOTrainer(GRPOTrainer):
                 out = linear_logprob(hidden, weight, labels, bias=bias, **self.head_arguments)
                 return out.logprob, out.entropy
 
-            for x, done in zip(
-                self.at_head(model, ids, attention, mask, score), (logprobs, entropies), strict=True
-            ):
+            scores, aux_loss = self.at_head(model, ids, attention, mask, score, **also)
+            aux_losses.append(aux_loss)
+            for x, done in zip(scores, (logprobs, entropies), strict=True):
                 done.append(x.new_zeros(mask.shape).masked_scatter(mask, x))
-        return torch.cat(logprobs), torch.cat(entropies) if compute_entropy else None, None
+        entropy = torch.cat(entropies) if compute_entropy else None
+        return torch.cat(logprobs), entropy, torch.stack(aux_losses).mean() if compute_aux_loss else None
 
 
 # What follows is a demonstration: a small model, a small task, a few steps.
