@@ -155,7 +155,8 @@ def test_weights_with_nan_end_the_run_with_a_sentence(
         main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, f"--model.path={tmp_path / 'model'}"]) == 2
     )
     err = capsys.readouterr().err
-    assert "not usable" in err
+    assert "these weights are not usable" in err
+    assert f"model.path={tmp_path / 'model'}" in err
     assert "Traceback" not in err
 
 
