@@ -1,4 +1,6 @@
-"""What PolicyStats counts, by ratios set by hand: caps and clips by the sign of the advantage, sequences, empty responses."""
+"""Objectives at their edges, by ratios set by hand: caps and clips by the sign of the advantage, sequences, empty responses, what is refused."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -113,3 +115,29 @@ def test_an_empty_response_weighs_nothing_and_divides_nothing_by_zero(kind):
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert found[0][2].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio_cap": 0.0}, "ratio_cap=0.0; allowed: > 0, an absolute cap"),
+        ({"ratio_cap": -1.0}, "ratio_cap=-1.0; allowed: > 0"),
+        ({"ratio_cap": float("nan")}, "ratio_cap=nan"),
+        ({"kl_unbiased": True}, "kl_unbiased=True with kl=None; allowed: kl='k3'"),
+        (
+            {"kind": "gspo", "kl": "k3", "kl_unbiased": True},
+            "kl_unbiased=True with kind='gspo' needs kl_ratio: 'token', .* or 'sequence', as in TRL and Liger",
+        ),
+        ({"kl_ratio": "sequence"}, "kl_ratio='sequence' with kind='cispo'; allowed: None or 'token'"),
+        ({"kl_ratio": "batch"}, "kl_ratio='batch'; allowed: None, 'token', 'sequence'"),
+        ({"kind": "trpo"}, "kind='trpo'; allowed: 'cispo'"),
+        ({"kl": "k1"}, "kl='k1'; allowed: None, 'k3'"),
+        ({"clip_low": 1.0}, "clip_low=1.0"),
+        ({"clip_high": -0.1}, "clip_high=-0.1"),
+        ({"kl_coef": -1.0}, "kl_coef=-1.0"),
+        ({"entropy_coef": float("inf")}, "entropy_coef=inf"),
+    ],
+)
+def test_impossible_objectives_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PolicyObjective(), **change)

@@ -77,8 +77,10 @@ def launch_kernel(
         torch.where(top_k >= vocabulary, 0, top_k).int().contiguous() if isinstance(top_k, Tensor) else None
     )
     row_top_p = top_p.double().contiguous() if isinstance(top_p, Tensor) else None
-    log_min_p = reference.log_min_p(0.0 if min_p is None else min_p)
-    row_log_min_p = log_min_p.contiguous() if isinstance(min_p, Tensor) else None
+    row_log_min_p = reference.log_min_p(min_p).contiguous() if isinstance(min_p, Tensor) else None
+    log_min_p = -math.inf
+    if min_p is not None and not isinstance(min_p, Tensor):
+        log_min_p = float(reference.log_min_p(min_p))
 
     def pointer(x: Tensor | None) -> int | None:
         return None if x is None else x.data_ptr()
@@ -100,7 +102,7 @@ def launch_kernel(
         logprob=logprob.data_ptr(),
         untruncated=untruncated.data_ptr(),
         top_p=1.0 if top_p is None or isinstance(top_p, Tensor) else top_p,
-        log_min_p=float(log_min_p) if row_log_min_p is None else -math.inf,
+        log_min_p=log_min_p,
         temperature_of_all=1.0 if isinstance(temperature, Tensor) else temperature,
         top_k=0 if top_k is None or isinstance(top_k, Tensor) else top_k,
         logits_are_bf16=int(logits.dtype == torch.bfloat16),

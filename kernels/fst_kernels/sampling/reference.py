@@ -90,9 +90,9 @@ def sample(
     untruncated = log_p.gather(1, ids.clamp_(max=log_p.shape[1] - 1)).squeeze(1)  # clamp: unusable rows only
     logprob = untruncated
     if truncated is not False:
-        logprob = torch.where(
-            torch.as_tensor(truncated, device=mass.device), untruncated - mass.log().float(), untruncated
-        )
+        logprob = untruncated - mass.log().float()
+    if isinstance(truncated, Tensor):
+        logprob = torch.where(truncated, logprob, untruncated)
     if greedy is not None:
         logprob = torch.where(greedy & ~untruncated.isnan(), 0.0, logprob)
     return ids.squeeze(1), logprob, untruncated
