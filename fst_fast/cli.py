@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
         command(args)
     except UserError as error:
         return _refuse(str(error), debug)
+    except FloatingPointError as error:  # sampling, outside a run
+        return _refuse(f"{error}; these weights are not usable", debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `fst ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

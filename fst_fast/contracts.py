@@ -1,4 +1,4 @@
-"""The data that flows through the house: the only types every room shares. No torch here.
+"""The types that all packages share. No torch here.
 
     Problem + Context --> rollout --> Rollout --> Task.verify --> Verdict --> group --> advantages --> one step
 

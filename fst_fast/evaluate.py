@@ -135,7 +135,7 @@ def _rewards(
         []
         if not fresh
         else sampler.spread(
-            models.policy if memory is None else models.base,
+            models.trained if memory is None else models.base,
             fresh,
             stream=(config.seed, "eval"),
             policy_version=policy_version,
@@ -168,7 +168,7 @@ def kl(
     """
     plan = distributed.local_shard(requests_of(problems, contexts, 1))
     sampled = sampler.local(
-        models.policy,
+        models.trained,
         plan,
         stream=(config.seed, "kl"),
         policy_version=policy_version,
@@ -183,7 +183,7 @@ def kl(
     summed, count = 0.0, 0
     if leaves:
         summed, count = kl_to_reference(
-            models.policy_module, models.base_module, leaves, Batching.of(config, sampler.pad_id)
+            models.trained_module, models.base_module, leaves, Batching.of(config, sampler.pad_id)
         )
     summed, tokens = distributed.all_reduce_sum([summed, count])
     return summed / tokens if tokens else None

@@ -37,7 +37,7 @@ from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.prompt import Chat, read_template, response_text
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.rollout.template import missing_messages, turn_end
-from fst_fast.run import checkpoint, recorder
+from fst_fast.run import checkpoint
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
 from fst_fast.run.faults import arm, reach
@@ -46,7 +46,7 @@ from fst_fast.run.identity import identity, versions, writer
 from fst_fast.run.liveness import Liveness, describe_missing
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.randomness import seed_globals
-from fst_fast.run.recorder import Recorder
+from fst_fast.run.recorder import Recorder, last_grad_norms
 from fst_fast.run.track import check_trackers
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task, task_spec
@@ -99,7 +99,7 @@ class Run:
                 if self.teacher is not None:
                     self.teacher.save_pretrained(tmp / TEACHER)  # type: ignore[operator]
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
-                lora.save(self.models.policy_module, tmp)
+                lora.save(self.models.trained_module, tmp)
                 self.sampler.save_text(tmp / "model")
                 reach("save.model")
             keep = self.config.checkpoint
@@ -120,7 +120,7 @@ class Run:
         """The frozen weights that are distilled from: a copy of the policy, made at the first call. All processes call it."""
         if self.teacher is None:
             self.teacher = trained.load(self.config)
-            self.teacher.load_state_dict(lora.merged_state_dict(self.models.policy_module))
+            self.teacher.load_state_dict(lora.merged_state_dict(self.models.trained_module))
         return self.teacher
 
     def __enter__(self) -> Run:
@@ -134,9 +134,15 @@ class Run:
         if self.folder:
             self.folder.close()
         if isinstance(error, FloatingPointError):
+            where = (
+                f"after step {self.state.step}"
+                if self.policy_version
+                else f"model.path={self.config.model.path}"
+            )
+            cure = "continue with --resume; if it recurs, the checkpoint is affected too: resume from an earlier one"
             raise UserError(
-                f"step {self.state.step}: {error}; nothing can be sampled from these weights. Continue with --resume from the last "
-                "checkpoint; if it happens again its weights have it too"
+                f"{where}: {error}; these weights are not usable"
+                + (f": {cure}" if self.policy_version else "")
             ) from error
         if distributed.is_lost_peer(error):
             who = describe_missing(self.run_dir, rank=distributed.rank(), world=distributed.world_size())
@@ -233,7 +239,13 @@ def build_run(
             stages=stages,
             seed_context=seed_context,
             sampler=sampler,
-            models=SamplingModels(engine, server or base, server or engine, module, reference),
+            models=SamplingModels(
+                trained=engine,
+                base=server or base,
+                fast=server or engine,
+                trained_module=module,
+                base_module=reference,
+            ),
             policy=policy,
             reference=reference,
             reflect=reflect,
@@ -280,7 +292,7 @@ def _newest_checkpoint(run_dir: Path) -> Path | None:
 
 def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data_change: bool) -> None:
     """Load the weights of the checkpoint, where there is one, and open the metrics files."""
-    config, state, recorder_ = run.config, run.state, run.recorder
+    config, state, recorder = run.config, run.state, run.recorder
     changes = list(run.folder.changes) if run.folder else []
     if found:
         run.resumed = True
@@ -288,24 +300,24 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
         before, now = checkpoint.written_by(found), writer(config)
         if before["config_hash"] != now["config_hash"]:
             state.base_rewards.clear()  # measured under the old configuration
-        # The keys of the configuration say more than its hash; a run that was killed after they changed has only the hash left.
+        # Report changed keys where known; the hash alone only if the run was killed after the change was saved.
         changes += [d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))]
         _load_weights(run, found)
     state.data = data
     if run.folder:
-        recorder_.metrics = MetricsWriter(
+        recorder.metrics = MetricsWriter(
             run.run_dir, resume_at_step=state.step if found else None, track=config.track
         )
-        recorder_.stopwatch.before = recorder_.metrics.last_seconds
-        recorder_.grad_norms = recorder.last_grad_norms(run.run_dir)
+        recorder.stopwatch.before = recorder.metrics.last_seconds
+        recorder.grad_norms = last_grad_norms(run.run_dir)
         if changes:
-            recorder_.note(f"not as it was: {'; '.join(changes)}")
+            recorder.note(f"changed since the run was last started: {'; '.join(changes)}")
         if found and changes:
-            recorder_.metrics.write(
+            recorder.metrics.write(
                 "config", step=state.step, changes=changes, config_hash=config_hash(config)
             )
         if not found:
-            recorder_.metrics.write("start", **identity(config), versions=versions())
+            recorder.metrics.write("start", **identity(config), versions=versions())
 
 
 def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:

@@ -61,7 +61,7 @@ def train(
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)
         while state.step < config.slow.steps and not signals.stop_requested():
-            stage = enter_stage(run)
+            stage, before = enter_stage(run), state.step
             run.models.forget_prefixes()
             distilling = stage.distils(state.step)
             if config.method != "rl" and not distilling and begins_cycle(config, stage, state.step):
@@ -71,11 +71,11 @@ def train(
             else:
                 run_slow_step(run, stage, distilling)
             done = state.step >= config.slow.steps
-            if not done and due(config, state.step, config.eval.every):
+            if not done and due(before, state.step, config.eval.every):
                 evaluate_now(run, stage, final=False)
             if not done and config.stages and state.step == stage.end:
                 evaluate_stages(run, stage)
-            if not done and due(config, state.step, config.checkpoint.every):
+            if not done and due(before, state.step, config.checkpoint.every):
                 run.save_checkpoint()
         run.save_checkpoint()  # before the last evaluation, which a resumed run repeats to the same figures
         summary = finish(run) if state.step >= config.slow.steps else None
@@ -89,10 +89,9 @@ def begins_cycle(config: Config, stage: Stage, step: int) -> bool:
     return stage.local_step(step) % config.fast.cycle_steps == 0
 
 
-def due(config: Config, step: int, every: int) -> bool:
-    """Whether something done every `every` steps is due. method=gepa moves a whole cycle at a time: due if it passed a multiple."""
-    stride = config.fast.cycle_steps if config.method == "gepa" else 1
-    return bool(every) and step // every > (step - stride) // every
+def due(before: int, step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is due after the steps from `before` to `step`."""
+    return bool(every) and step // every > before // every
 
 
 def enter_stage(run: Run) -> Stage:
@@ -204,7 +203,7 @@ def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
     )
     named = {"stage": stage.number, "task": stage.task} if config.stages else {}
     run.recorder.evaluation(
-        result, step=run.state.step, final=final, counters=run.state.counters, stage=named
+        result, step=run.state.step, final=final, counters=run.state.counters, stage_fields=named
     )
     return result
 

@@ -48,7 +48,13 @@ def evaluate_run(
         return evaluate(
             config,
             sampler,
-            SamplingModels(sampler.engine(policy), served or own, served or own, policy, base),
+            SamplingModels(
+                trained=sampler.engine(policy),
+                base=served or own,
+                fast=served or own,
+                trained_module=policy,
+                base_module=base,
+            ),
             stage_problems(config, task, stage, split)[: problems or config.eval.final_problems],
             seed_context=Context.of(config.fast.seed_context),
             population=state.population,

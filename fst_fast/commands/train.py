@@ -1,4 +1,4 @@
-"""Training from Python: `fst_fast.train(...)`, with the same configuration, run folder and refusals as `fst train`."""
+"""The Python API: `fst_fast.train(...)`. `fst train` (cli.py) calls the same trainer, with the same configuration and refusals."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def train(
     config: a Config, a tree of keys, the path of a YAML file, or None for the mini star graph. task: as the key `task`, or a class that
     is defined in a Python file (graders run in processes of their own, which import it from there). model: as `model.path`. changes: keys of
     the configuration; a mapping changes some keys of a section: `train(seed=1, slow={"steps": 20})`. run_dir: folder of the run, by default a
-    new one under runs/. resume: continue the run in `run_dir`. allow_config_change, allow_data_change: although the configuration, or what the
-    task gives, is not as it was.
+    new one under runs/. resume: continue the run in `run_dir`. allow_config_change, allow_data_change: continue even if the
+    configuration, or the task's problems, changed.
     Raises fst_fast.UserError on bad input, before anything is written.
     """
     prepare_environment()

@@ -85,8 +85,8 @@ class RolloutConfig(Section):
     max_batch: int = Field(256, ge=1)
     """Sequences that one process decodes at the same time; a waiting one takes the place of a finished one."""
     kv_memory_bytes: int | None = Field(None, ge=1)
-    """Memory for the keys and values of one process, prompts and responses; fewer sequences run at a time if they do not fit. null: half of
-    the free memory of the GPU or, without one, of the machine, shared by its processes."""
+    """Memory for the keys and values of one process, prompts and responses; fewer sequences run at a time if they do not fit. null: nine
+    tenths of the free memory of the GPU or, without one, half of the machine's, shared by its processes."""
     cuda_graphs: bool = False
     """On a GPU: record decode steps as CUDA graphs. Off by default because the gain has not been measured; without a GPU it does nothing."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -284,7 +284,8 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     task: str = "star_graph"
-    """A built-in task, `my_task.py:MyTask`, or `data.jsonl` with task_args.verify = `grader.py:function`."""
+    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, or `data.jsonl` with task_args.verify = a built-in grader or
+    `grader.py:function`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
     stages: tuple[StageConfig, ...] = ()
@@ -301,8 +302,8 @@ class Config(Section):
     track: TrackConfig = TrackConfig()
     run: RunConfig = RunConfig()
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What follows a NaN or Inf in a reward, log-prob, loss or gradient, which the weights never take: `stop` ends the run, `skip` leaves the
-    batch out and counts it (skipped_steps). Either way the batch is written to RUN/dumps."""
+    """What follows a NaN or Inf in an advantage, log-prob, loss or gradient, which the weights never take: `stop` ends the run, `skip` leaves
+    the batch out and counts it (skipped_steps). The batch is written to RUN/dumps, except in distillation."""
 
     @model_validator(mode="after")
     def _steps_add_up(self) -> Config:

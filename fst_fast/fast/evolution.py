@@ -84,9 +84,11 @@ def evolve(
     in `reflection.extract`. emit: receives the Proposal and Admission events.
 
     Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
-    than config.rollout_budget rollouts. If the reflector fails, the generation has no proposals and the phase continues."""
+    than config.rollout_budget rollouts. If the reflector fails, the generation yields no children and the phase continues."""
     if config.adaptive and state.rest:
-        log(f"fast phase of cycle {cycle} left out: the last {state.idle} admitted no child (fast.adaptive)")
+        log(
+            f"fast phase of cycle {cycle} skipped (fast.adaptive): no child admitted in the last {state.idle} fast phases that ran"
+        )
         return _carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
     problems = list({problem.id: problem for problem in anchor}.values())
     members = state.members()
@@ -150,9 +152,9 @@ def evolve(
                 emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
                 continue
             line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, reply)
-            emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
-            # a context tried under an earlier policy keeps its place in the tree
+            # A context tried under an earlier policy keeps its place in the tree.
             line = lineage.setdefault(line.context.id, line)
+            emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
             children.append((line.context, parent))
         evaluations.judge([child for child, _ in children])
         for child, parent in children:

@@ -83,8 +83,8 @@ class Step(Counters):
     clipped_fraction: float | None = None
     mismatch_kl: float | None = None
     response_tokens: float | None = None
-    groups: float | None = None
-    groups_kept: float | None = None
+    groups: int | None = None
+    groups_kept: int | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -17,16 +17,16 @@ class SamplingModels:
 
     Two of the engines may be the same object."""
 
-    policy: RolloutEngine
+    trained: RolloutEngine
     base: RolloutEngine | ServerEngine
     fast: RolloutEngine | ServerEngine
-    policy_module: nn.Module
+    trained_module: nn.Module
     base_module: nn.Module
     _counted: tuple[int, int] = (0, 0)
 
     def forget_prefixes(self) -> None:
         """Drop all cached keys and values, so that a run resumed at this point is bit-reproducible."""
-        for engine in (self.policy, self.base, self.fast):
+        for engine in (self.trained, self.base, self.fast):
             engine.forget()
 
     def new_tokens(self) -> tuple[int, int]:
@@ -41,5 +41,5 @@ class SamplingModels:
         self._counted = self._tokens()
 
     def _tokens(self) -> tuple[int, int]:
-        engines = {id(e): e for e in (self.policy, self.base, self.fast)}.values()
+        engines = {id(e): e for e in (self.trained, self.base, self.fast)}.values()
         return sum(e.tokens_computed for e in engines), sum(e.tokens_unshared for e in engines)

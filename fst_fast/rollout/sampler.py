@@ -171,18 +171,13 @@ class Sampler:
             )
             for context, problem, sample in requests
         ]
-        try:
-            rollouts = engine.generate(
-                prompts,
-                max_response_tokens=self.config.rollout.max_response_tokens,
-                temperature=temperature,
-                top_p=None if top_p in (None, 1.0) else top_p,
-                policy_version=policy_version,
-            )
-        except FloatingPointError as error:
-            raise UserError(
-                f"{error}; the weights that sample (model.path={self.config.model.path}) are not usable"
-            ) from error
+        rollouts = engine.generate(
+            prompts,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            temperature=temperature,
+            top_p=None if top_p in (None, 1.0) else top_p,
+            policy_version=policy_version,
+        )
         ends = {*engine.eos_ids, self.pad_id}
         texts = [response_text(self.tokenizer, r.response_ids, ends) for r in rollouts]
         sampled_at = time.perf_counter()

@@ -164,10 +164,10 @@ class Recorder:
         step: int,
         final: bool,
         counters: Counters,
-        stage: Mapping[str, Any],
+        stage_fields: Mapping[str, Any],
     ) -> None:
-        """Write one evaluation of the four cells. stage: number and name of the stage, {} in a run of one task."""
-        record = {"step": step, "final": final, **stage, **result, **asdict(counters)}
+        """Write one evaluation. stage_fields: number and task of the stage, {} in a run of one task."""
+        record = {"step": step, "final": final, **stage_fields, **result, **asdict(counters)}
         if self.metrics:
             self.metrics.write("eval", **record)
             self.metrics.write_timing(step=step, seconds=self.stopwatch.total(), **self.stopwatch.take())
@@ -271,7 +271,5 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _evenly_spaced(items: Sequence[T], count: int) -> list[T]:
-    if not count or not items:
-        return []
-    stride = max(len(items) // count, 1)
-    return list(items[::stride][:count])
+    chosen = min(count, len(items))
+    return [items[i * len(items) // chosen] for i in range(chosen)]

@@ -3,8 +3,8 @@
     slow_step            sample G rollouts per problem, G/K under each context; judge; group; advantages; one policy-gradient update
     distillation_step    the same shape, but the loss is the KL to the frozen weights under the evolved contexts (distillation.py)
 
-Groups and advantages are in groups.py, the loss and the update in update.py, what happens to NaN and Inf in nonfinite.py. A new loss is
-one `PolicyObjective` here and one formula in fst_kernels/linear_policy_loss/objective.py.
+Groups and advantages are in groups.py, the loss and the update in update.py, what happens to NaN and Inf in nonfinite.py. A new loss:
+docs/extending.md lists every place; its formula goes into fst_kernels/linear_policy_loss/objective.py.
 """
 
 from __future__ import annotations
@@ -52,31 +52,32 @@ def slow_step(
     on_nonfinite=stop."""
     started = time.perf_counter()
     recorder.begin("rollouts", step)
-    plans = [plan_group(p, population, config.slow.group_size) for p in problems]
-    claims = [
-        reusable.claim(plan) for plan in plans
-    ]  # of all problems on every process: all keep one account
-    missing = [sum(claim is None for claim in group) for group in claims]
-    plan = [request for group in distributed.local_shard_by_cost(plans, missing) for request in group]
-    claimed = [claim for group in distributed.local_shard_by_cost(claims, missing) for claim in group]
+    group_requests = [plan_group(p, population, config.slow.group_size) for p in problems]
+    # Every process claims for all problems, so that the pools stay equal.
+    group_claims = [reusable.claim(requests) for requests in group_requests]
+    unclaimed = [sum(claim is None for claim in claims) for claims in group_claims]
+    my_requests = [
+        r for requests in distributed.local_shard_by_cost(group_requests, unclaimed) for r in requests
+    ]
+    my_claims = [c for claims in distributed.local_shard_by_cost(group_claims, unclaimed) for c in claims]
     fresh = iter(
         sampler.local(
-            models.policy,
-            [request for request, claim in zip(plan, claimed, strict=True) if claim is None],
+            models.trained,
+            [request for request, claim in zip(my_requests, my_claims, strict=True) if claim is None],
             stream=(config.seed, "slow", step),
             policy_version=step,
             temperature=config.rollout.temperature,
         )
     )
-    rollouts = [next(fresh) if claim is None else claim for claim in claimed]
-    prompt = sampler.prompts.of_rollouts(population, problems)
+    rollouts = [next(fresh) if claim is None else claim for claim in my_claims]
+    prompt_of = sampler.prompts.of_rollouts(population, problems)
 
     updating = _begin_update(models, policy, recorder, step)
     by_context = config.slow.advantage_group == "context"
     groups = make_groups(rollouts, config.slow.advantage_eps, by_context=by_context)
     kept = [g for g in groups if g.advantages is not None]
-    kept = distributed.rebalance(kept, [cost(g, prompt) for g in kept])
-    data = sequences(kept, [[prompt(m.rollout) for m in g.members] for g in kept], config.slow.aggregation)
+    kept = distributed.rebalance(kept, [cost(g, prompt_of) for g in kept])
+    data = sequences(kept, [[prompt_of(m.rollout) for m in g.members] for g in kept], config.slow.aggregation)
     try:
         numbers = optimise(
             policy,
@@ -89,13 +90,13 @@ def slow_step(
     except NonFiniteError as error:
         policy.hand_over()  # the weights as they were, for the dump
         dump = nonfinite.write_dump(
-            recorder.run_dir, error, data, kept, config, step=step, pad_id=sampler.pad_id, model=models.policy_module
+            recorder.run_dir, error, data, kept, config, step=step, pad_id=sampler.pad_id, model=models.trained_module
         )  # fmt: skip
         numbers = nonfinite.skip_or_stop(error, dump, config.on_nonfinite, policy, step, recorder.note)
     policy.hand_over()
     recorder.stopwatch.add("train_s", time.perf_counter() - updating)
-    reused = sum(claim is not None for group in claims for claim in group)
-    return _report(rollouts, groups, numbers, reused, started, _prompt_text(sampler, prompt))
+    reused = sum(claim is not None for claims in group_claims for claim in claims)
+    return _report(rollouts, groups, numbers, reused, started, _prompt_text(sampler, prompt_of))
 
 
 def distillation_step(
@@ -117,7 +118,7 @@ def distillation_step(
     started = time.perf_counter()
     recorder.begin("rollouts", step)
     rollouts = sampler.local(
-        models.policy,
+        models.trained,
         [
             r
             for p in distributed.local_shard(problems)
@@ -127,12 +128,12 @@ def distillation_step(
         policy_version=step,
         temperature=config.rollout.temperature,
     )
-    prompt = sampler.prompts.of_rollouts([seed_context], problems)
+    prompt_of = sampler.prompts.of_rollouts([seed_context], problems)
 
     updating = _begin_update(models, policy, recorder, step)
     groups = distillation.distillation_groups(rollouts)
     data = sequences(
-        groups, [[prompt(m.rollout) for m in g.members] for g in groups], config.slow.aggregation
+        groups, [[prompt_of(m.rollout) for m in g.members] for g in groups], config.slow.aggregation
     )
     shown = distillation.teacher_contexts(len(problems), step * len(problems), population)
     read = {p.id: sampler.prompts.ids(context, p) for p, context in zip(problems, shown, strict=True)}
@@ -153,7 +154,7 @@ def distillation_step(
     policy.hand_over()
     recorder.stopwatch.add("train_s", time.perf_counter() - updating)
     numbers["distilled"] = True
-    return _report(rollouts, groups, numbers, 0, started, _prompt_text(sampler, prompt))
+    return _report(rollouts, groups, numbers, 0, started, _prompt_text(sampler, prompt_of))
 
 
 def objective_of(slow: SlowConfig) -> PolicyObjective:

@@ -61,7 +61,7 @@ def mini_with_a_window(folder: Path) -> Path:
         (["--slow.tokens_per_micro_batch=60"], "tokens_per_micro_batch=60 does not hold the longest sequence, 288 tokens"),
         (["--policy.offload_optimizer=true"], "needs policy.zero_stage >= 1, which is 0"),
         (["--slow.lr=1e300"], "slow.lr"),
-        (["--rollout.backend=openai"], "rollout.backend_args.model: Field required; allowed keys: model, base_url"),
+        (["--rollout.backend=openai"], "rollout.backend_args.model is missing, but rollout.backend=openai needs it; allowed: model, base_url"),
         (["--rollout.backend=openai", "--rollout.backend_args.model=m", "--rollout.backend_args.retries=0",
           "--rollout.backend_args.base_url=http://127.0.0.1:9/v1"],
          "rollout.backend=openai: problem probe, context , sample 0 at http://127.0.0.1:9/v1: APIConnectionError"),
@@ -155,7 +155,8 @@ def test_weights_with_nan_end_the_run_with_a_sentence(
         main(["train", "--run-dir", str(tmp_path / "run"), *SHORT, f"--model.path={tmp_path / 'model'}"]) == 2
     )
     err = capsys.readouterr().err
-    assert "not usable" in err
+    assert "these weights are not usable" in err
+    assert f"model.path={tmp_path / 'model'}" in err
     assert "Traceback" not in err
 
 

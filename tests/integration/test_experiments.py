@@ -41,12 +41,20 @@ def test_a_tiny_suite_trains_starts_from_trained_weights_and_evaluates(tmp_path:
     assert set(runner.evaluation(second, "ood")["channels"]) == {"neither", "context", "weights", "both"}
 
 
+HEARING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits an ignored one
+from fst_fast.cli import run
+run()
+"""
+
+
 def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(tmp_path: Path) -> None:
     """A terminal signals all processes of its foreground group: the suite, the fork server and what they started."""
     words = ["experiment", "efficiency", "--quick", "--families=star_graph", "--seeds=1", "--workers=1"]
     folder = tmp_path / "runs" / "star_graph-rl-lr=1e-4-seed=0"
     with subprocess.Popen(
-        [sys.executable, "-m", "fst_fast.cli", *words, "--out", str(tmp_path)],
+        [sys.executable, "-c", HEARING, *words, "--out", str(tmp_path)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
