@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test aot chaos parity soak fuzz docs install lint format types clean
+.PHONY: train test emulated aot chaos parity soak fuzz docs install lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -22,6 +22,10 @@ train: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# The GPU kernels without a GPU: Triton's in its interpreter, CUDA's on host threads.
+emulated: $(STAMP)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m emulated tests/kernels $(PYTEST_ARGS)
 
 # Every Triton kernel compiled for every GPU generation, head size and type, and what the compiler made of it: of which .ci/run does a sample.
 aot: $(STAMP)

@@ -265,7 +265,7 @@ QUICK: list[tuple[list[str], str]] = [
     # JSONL
     (task("gone.jsonl", JSONL), "{here}/gone.jsonl cannot be read: No such file or directory"),
     (task("good.jsonl"), "needs a grader: set task_args.verify to grader.py:function"),
-    (task("good.jsonl", "--task_args.verify=grader"), "task_args.verify='grader' is not of the form file.py:name"),
+    (task("good.jsonl", "--task_args.verify=grader"), "task_args.verify=grader is not known; allowed: exact"),
     (task("good.jsonl", "--task_args.verify={here}/grader.py:rihgt"), "has no 'rihgt'; it defines right"),
     (task("good.jsonl", "--task_args.verify={here}/grader.py:number"), "is a int; it must be a function of (problem, response)"),
     (task("good.jsonl", JSONL, "--task_args.fraction=0.1"), "task_args.fraction is not known for a JSONL task"),

@@ -218,7 +218,10 @@ def test_a_run_does_not_go_on_with_other_data_unless_told_to_and_forgets_what_it
         check_record(record)
     [change] = [r for r in records if r["kind"] == "config"]
     assert change["changes"][0] == "the train split has other problems, 8 as before"
-    assert "not as it was: the train split has other problems" in capsys.readouterr().out
+    assert (
+        "changed since the run was last started: the train split has other problems"
+        in capsys.readouterr().out
+    )
     again = train(resume=True)
     assert again.summary["channels"] == result.summary["channels"], "the new data are the run's now"
 

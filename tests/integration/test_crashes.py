@@ -227,7 +227,7 @@ def test_a_run_that_has_ended_continues_with_more_steps_as_if_they_had_been_aske
     assert "slow.steps was 2, is 4; --allow-config-change continues with the new one" in printed
     code, printed = train(tmp_path / "run", "--resume", "--allow-config-change")
     assert code == 0, printed
-    assert "not as it was: slow.steps was 2, is 4" in printed
+    assert "changed since the run was last started: slow.steps was 2, is 4" in printed
     [change] = records(tmp_path / "run", "config")
     assert change["changes"] == ["slow.steps was 2, is 4"]
     assert records(tmp_path / "run", "step") == records(unbroken, "step")
