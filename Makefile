@@ -49,9 +49,9 @@ soak: $(STAMP)
 fuzz: $(STAMP)
 	@FST_FUZZ_EXAMPLES=20000 $(PY) -m pytest -n $(WORKERS) tests/fuzz $(PYTEST_ARGS)
 
-# The documentation as a site, in build/site; a broken link is an error.
+# The documentation as a site, in build/site; a broken link is an error. (--quiet would hide warnings from --strict as well.)
 docs: $(STAMP)
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: $(STAMP)
 

@@ -17,9 +17,9 @@ SCRIPT = """
 import json
 from triton.runtime import JITFunction
 from fst_kernels.cascade_decode import triton_kernels as cascade
-from fst_kernels.tree_attention import triton_kernels as tree
+from fst_kernels.tree_attention import list_kernels as lists, triton_kernels as tree
 found = {}
-for module in (tree, cascade):
+for module in (tree, lists, cascade):
     for name, kernel in vars(module).items():
         if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
             found[name] = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
