@@ -40,6 +40,7 @@ from fst_fast.rollout.template import missing_messages, turn_end
 from fst_fast.run import checkpoint
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
+from fst_fast.run.environment import wall_clock
 from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run
 from fst_fast.run.identity import identity, versions, writer
@@ -173,7 +174,7 @@ def build_run(
     console = Console(total_steps=config.slow.steps, enabled=is_main)
     task = load_task(*task_spec(config))
     found = _newest_checkpoint(run_dir) if resume else None
-    began = distributed.broadcast(datetime.now().isoformat(timespec="seconds"))
+    began = distributed.broadcast(wall_clock().isoformat(timespec="seconds"))
     state = State.load(found / "state.json") if found else None
     if state and state.date:
         began = state.date

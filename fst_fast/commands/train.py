@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from fst_fast.config import load as config_load
 from fst_fast.contracts import Context
 from fst_fast.errors import UserError
 from fst_fast.run.callbacks import Callback
-from fst_fast.run.environment import prepare_environment
+from fst_fast.run.environment import prepare_environment, wall_clock
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def train(
     if run_dir is None:
         if resume:
             raise UserError("resume=True needs run_dir, the folder of the run to continue")
-        run_dir = Path("runs") / f"{Path(resolved.task).stem}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        run_dir = Path("runs") / f"{Path(resolved.task).stem}-{wall_clock():%Y%m%d-%H%M%S-%f}"
     folder = Path(run_dir)
     summary = trainer.train(
         resolved,

@@ -21,6 +21,7 @@ import jinja2.sandbox
 
 from fst_fast.contracts import Message
 from fst_fast.errors import UserError
+from fst_fast.run.environment import wall_clock
 
 ALWAYS_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _TAG = "\U0010fffcEND OF THE LAST MESSAGE\U0010fffc"
@@ -66,7 +67,7 @@ class ChatTemplate:
 
     source: str
     variables: Mapping[str, Any] = field(default_factory=dict)
-    date: datetime = field(default_factory=datetime.now)
+    date: datetime = field(default_factory=wall_clock)
     where: str = "the chat template"
 
     @cached_property

@@ -18,6 +18,7 @@ from fst_fast.contracts import Context, Message, Problem
 from fst_fast.errors import UserError
 from fst_fast.rollout.chat_template import ALWAYS_GIVEN, TemplateError
 from fst_fast.rollout.prompt import Chat, System, load_tokenizer, messages_with_context
+from fst_fast.run.environment import wall_clock
 
 CONTEXTS = ("amber lanterns hum", "seven quiet rivers bend")
 """Two contexts and two problems that no template has a reason to treat in different ways."""
@@ -64,7 +65,7 @@ def open_chat(
 
     system, variables: model.system and model.chat_template_kwargs. date: what the template's `strftime_now` shows; None for now.
     Raises UserError, one sentence, where no run can begin with it."""
-    chat = Chat.of(tokenizer, variables=variables or {}, date=date or datetime.now(), where=where)
+    chat = Chat.of(tokenizer, variables=variables or {}, date=date or wall_clock(), where=where)
     reads = chat.template.reads
     unread = sorted(set(variables or {}) - reads)
     if unread:

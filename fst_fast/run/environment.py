@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from datetime import datetime
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc accepts
@@ -48,6 +49,12 @@ def prepare_environment() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def wall_clock() -> datetime:
+    """The date and time, for people and prompts: names of folders, dates that a chat template shows. It may jump; durations come
+    from time.monotonic."""
+    return datetime.now()
 
 
 def usable_cores() -> int:
