@@ -121,7 +121,11 @@ def optimise(
         [micro] = micro_batches([filler], batching)
         plain = None if reference is None else Reference(reference.model)
         jobs.append(_job(micro, _filler_data(filler), plain, objective, batching))
-    policy.forward_backward(jobs)
+    try:
+        policy.forward_backward(jobs)
+    except NonFiniteError as error:
+        error.losses = error.losses[: len(micros)]  # a dump holds no filler
+        raise
     grad_norm = policy.step(policy.lr(step))
     stats = None
     for _, job in jobs:
