@@ -196,6 +196,8 @@ def build_run(
         if found and config.model.chat_template:
             _compare_template(config.model.chat_template, sampler.tokenizer, console)
         check_gold(task, sampler.pool)
+        for line in getattr(task, "notes", ()):
+            console.note(line)
         reference = trained.load(config)
         lora.check(reference, config)
         base = sampler.engine(reference, console.note)
