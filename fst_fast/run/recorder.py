@@ -44,6 +44,9 @@ class StepReport:
     advantages: list[float]
     groups: int
     groups_kept: int
+    refill_rounds: int  # of slow.dynamic_sampling, over all processes
+    refill_groups: int
+    shaped_rewards: list[float]  # what the advantages are made of, where that is not the verdicts' rewards
     skipped: bool  # the update was left out (on_nonfinite=skip)
     numbers: dict[str, Any]  # of slow.update.optimise
     reused: int  # over all processes
@@ -87,10 +90,10 @@ class Recorder:
         local = [
             len(rollouts), len(rewards), sum(rewards), sum(r * r for r in rewards), report.groups, report.groups_kept,
             sum(len(x.rollout.response_ids) for x in rollouts), sum(x.rollout.finish == "length" for x in rollouts),
-            numbers.pop("tokens"), numbers.pop("unshared"),
+            numbers.pop("tokens"), numbers.pop("unshared"), sum(report.shaped_rewards), len(report.shaped_rewards),
         ]  # fmt: skip
-        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared = distributed.all_reduce_sum(
-            local
+        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared, shaped, shaped_n = (
+            distributed.all_reduce_sum(local)
         )
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
@@ -102,8 +105,11 @@ class Recorder:
             "cycle": cycle,
             "reward": total / judged if judged else None,
             "reward_std": deviation(judged, total, squares),
+            "shaped_reward": shaped / shaped_n if shaped_n else None,
             "groups": int(groups),
             "groups_kept": int(kept),
+            "refill_rounds": report.refill_rounds,
+            "refill_groups": report.refill_groups,
             **numbers,
             "response_tokens": tokens / n if n else None,
             "length_stopped": cut / n if n else None,
