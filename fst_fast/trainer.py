@@ -181,7 +181,6 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
             reusable=state.reusable,
             recorder=run.recorder,
         )
-        run.recorder.warn_of_mismatch(report, step=state.step, limit=config.slow.mismatch_warning)
     state.step += 1
     state.counters.add_tokens(*run.models.new_tokens())
     run.recorder.step(
