@@ -49,6 +49,7 @@ from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.recorder import Recorder, last_grad_norms
 from fst_fast.run.track import check_trackers
+from fst_fast.run.troubles import read_back
 from fst_fast.slow.rewards import load_shaping
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task, task_spec
@@ -168,8 +169,7 @@ class Run:
                 f"{who}; this one stops. Start all of them again with --resume; a wait is limited by run.timeout_s "
                 f"({self.config.run.timeout_s:g} s)"
             ) from error
-        if self.recorder.liveness:
-            self.recorder.liveness.close()
+        self.recorder.liveness.close()
 
 
 def build_run(
@@ -252,7 +252,7 @@ def build_run(
                 moved=moved,
             )
         )
-        liveness = Liveness(run_dir, distributed.rank()) if distributed.world_size() > 1 else None
+        liveness = Liveness(run_dir, distributed.rank())
         policy = None if config.method == "gepa" else TrainedPolicy(config, reference)
         module = reference if policy is None else policy.rollout_model
         engine = sampler.engine(module, console.note)
@@ -282,6 +282,7 @@ def build_run(
                 callbacks=watchers,
                 stopwatch=sampler.stopwatch,
                 liveness=liveness,
+                limits={"mismatch_high": config.slow.mismatch_warning},
             ),
             folder=folder,
         )
@@ -330,10 +331,9 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
     state.data = data
     if run.folder:
         recorder.metrics = MetricsWriter(
-            run.run_dir, resume_at_step=state.step if found else None, track=config.track
+            run.run_dir, resume_at_step=state.step if found else None, track=config.track, note=recorder.note
         )
         recorder.stopwatch.before = recorder.metrics.last_seconds
-        recorder.grad_norms = last_grad_norms(run.run_dir)
         if changes:
             recorder.note(f"changed since the run was last started: {'; '.join(changes)}")
         if found and changes:
@@ -342,6 +342,9 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
             )
         if not found:
             recorder.metrics.write("start", **identity(config), versions=versions())
+    if found:
+        past = distributed.broadcast_result(lambda: (last_grad_norms(run.run_dir), read_back(run.run_dir)))
+        recorder.grad_norms, recorder.recent = past
 
 
 def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:

@@ -183,7 +183,6 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
             spare=spare_problems(stage.train, stage.local_step(state.step), problems, config.seed),
             recorder=run.recorder,
         )
-        run.recorder.warn_of_mismatch(report, step=state.step, limit=config.slow.mismatch_warning)
     state.step += 1
     state.counters.add_tokens(*run.models.new_tokens())
     run.recorder.step(

@@ -332,6 +332,20 @@ class RunConfig(Section):
     """Longest wait of one process for another; after it the run stops and names the missing one."""
 
 
+class AttachConfig(Section):
+    """Runs of trackers that exist already and are written to, instead of new ones. A run of W&B, trackio or MLflow that is active in this
+    process is written to without being named."""
+
+    tensorboard: str | None = Field(None, min_length=1)
+    """Folder of TensorBoard events; null: RUN/tensorboard."""
+    wandb: str | None = Field(None, min_length=1)
+    """Id of a Weights & Biases run; null: none."""
+    trackio: str | None = Field(None, min_length=1)
+    """Name of a trackio run; null: none."""
+    mlflow: str | None = Field(None, min_length=1)
+    """Id of an MLflow run; null: none."""
+
+
 class TrackConfig(Section):
     """Where metrics and sample rollouts go, besides metrics.jsonl."""
 
@@ -341,8 +355,18 @@ class TrackConfig(Section):
     """Weights & Biases project (extra `track`); null: none."""
     trackio: str | None = None
     """trackio project (extra `track`); null: none."""
+    mlflow: str | None = None
+    """MLflow experiment (extra `track`), on the server of MLFLOW_TRACKING_URI; null: none."""
+    attach: AttachConfig = AttachConfig()
     rollouts_per_step: int = Field(2, ge=0)
-    """Rollouts of each step written to RUN/rollouts.jsonl for a person to read."""
+    """Rollouts of each step written to RUN/rollouts.jsonl for a person to read, and sent to the trackers as a table."""
+
+    @model_validator(mode="after")
+    def _attached_is_on(self) -> TrackConfig:
+        for key, run in self.attach:
+            if run and not getattr(self, key):
+                raise ValueError(f"track.attach names a run of {key}, but track.{key} is off")
+        return self
 
 
 class Config(Section):

@@ -60,6 +60,14 @@ class Measured(Record):
     kl_evolved: float | None
 
 
+class Trouble(Record):
+    """A trouble of the run (run/troubles.py): what was measured, its limit, and for how many records in a row, this one included."""
+
+    value: float
+    limit: float
+    count: Annotated[int, Field(ge=1)]
+
+
 class Start(Record):
     """The first record of a run."""
 
@@ -75,7 +83,7 @@ class Start(Record):
 class Step(CounterFields):
     """After an optimiser step, or one that was left out.
 
-    reward, reward_std: null where no rollout could be judged. shaped_reward: the mean that the advantages are made of; null where those are the
+    reward, reward_std: null where no rollout could be judged. troubles: absent where there is none. shaped_reward: the mean that the advantages are made of; null where those are the
     verdicts' rewards. loss to mismatch_cut and grad_norm: null where nothing was trained (no group kept, or the step left out for NaN or Inf); kl,
     the three fractions of clipped, and the two of slow.mismatch also where the objective has none. distilled: a step of distillation, whose kl is
     the one to the teacher. Fields with a default came later than version 1 and are always written."""
@@ -110,6 +118,7 @@ class Step(CounterFields):
     verify_failures: Count
     verdict_metrics: dict[str, float]
     grad_norm_spike: Annotated[float, Field(ge=1)] | None
+    troubles: dict[str, Trouble] | None = None
 
 
 class Scored(Record):
@@ -158,6 +167,7 @@ class Cycle(Record):
     anchor_problems: Count
     samples: Count
     contexts: list[Born]
+    troubles: dict[str, Trouble] | None = None
 
 
 class Eval(CounterFields, Measured):

@@ -30,6 +30,7 @@ from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.rollout.sampler import Sampler
+from fst_fast.run.memory import restart_peak
 from fst_fast.run.recorder import Recorder, StepReport
 from fst_fast.slow import distillation, nonfinite
 from fst_fast.slow.groups import Group, cost, make_groups, plan_group, without_overlong
@@ -254,6 +255,7 @@ def _begin_update(models: SamplingModels, policy: TrainedPolicy, recorder: Recor
     """End sampling, so that the update may have its memory; returns the time."""
     models.forget_prefixes()
     policy.release()
+    restart_peak()
     recorder.begin("update", step)
     return time.perf_counter()
 
