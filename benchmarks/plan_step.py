@@ -6,6 +6,7 @@ load names, no token ends a response, and nothing is verified. scripts/measure_m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from fst_fast import mini
 from fst_fast.config import Config
 
-MODELS = {"mini": "mini", "smollm2": "/tmp/models/smollm2-135m", "qwen": "/tmp/models/qwen2.5-coder-0.5b-instruct"}
+FOLDERS = {"smollm2": "smollm2-135m", "qwen": "qwen2.5-coder-0.5b-instruct"}  # inside $FST_MODELS
 PHASES = ("sampling", "scoring", "forward_backward", "optimiser", "hand_over")
 
 
@@ -31,12 +33,17 @@ class Load:
     response: int = 32
 
 
+def folder_of(model: str) -> Path:
+    """`mini`, or the folder of a real model below the environment variable FST_MODELS (default: ./models)."""
+    return mini.path() if model == "mini" else Path(os.environ.get("FST_MODELS", "models")) / FOLDERS[model]
+
+
 def configure(model: str, load: Load, keys: dict[str, Any]) -> Config:
     """The configuration of a step of this load. keys: dotted keys of the configuration, which come last."""
     longest = load.context + load.problem + load.response
     tree: dict[str, Any] = {
         "method": "fst",
-        "model": {"path": MODELS.get(model, model)},
+        "model": {"path": str(folder_of(model))},
         "fast": {"population": load.contexts, "anchor_size": 1, "max_context_tokens": load.context},
         "rollout": {
             "max_prompt_tokens": load.context + load.problem,

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_step import MODELS, PHASES, Load, MeasuredStep, configure
+from benchmarks.plan_step import PHASES, Load, MeasuredStep, configure, folder_of
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
@@ -53,7 +53,11 @@ SETTINGS: dict[str, tuple[str, dict[str, int], dict[str, Any], int]] = {
 def resident() -> dict[str, int]:
     """VmHWM, RssAnon, ... of this process, in bytes."""
     fields = (line.split() for line in _STATUS.read_text().splitlines())
-    return {name[:-1]: int(value) * 1024 for name, value, *unit in (f for f in fields if len(f) > 2) if unit == ["kB"]}
+    return {
+        name[:-1]: int(value) * 1024
+        for name, value, *unit in (f for f in fields if len(f) > 2)
+        if unit == ["kB"]
+    }
 
 
 def measure(model: str, load: Load, keys: dict[str, Any]) -> dict[str, Any]:
@@ -118,12 +122,17 @@ def main() -> None:
     for name in args.only:
         if name not in done:
             model, load, keys, processes = SETTINGS[name]
-            if not (model == "mini" or Path(MODELS[model]).is_dir()):
-                print(f"{name}: {MODELS[model]} is not there")
+            if not (folder_of(model) / "config.json").is_file():
+                print(f"{name}: {folder_of(model)} is not there")
                 continue
             done[name] = {"model": model, "load": load, "keys": keys, "processes": processes, **run(name)}
             args.out.write_text(json.dumps(done, indent=1) + "\n")
-        print(f"{name:40}", *(f"{p} {v[0] / 2**20:.0f} ({v[1] / 2**20:.0f})" for p, v in done[name]["peaks"].items()), done[name]["micro_batches"], flush=True)
+        print(
+            f"{name:40}",
+            *(f"{p} {v[0] / 2**20:.0f} ({v[1] / 2**20:.0f})" for p, v in done[name]["peaks"].items()),
+            done[name]["micro_batches"],
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ class Setting:
     def trained(self) -> int:
         """Parameters that are trained."""
         lora = self.config.policy.lora
-        return self.shape.parameters if lora is None else self.shape.adapter_parameters(lora.rank, lora.targets)
+        return (
+            self.shape.parameters if lora is None else self.shape.adapter_parameters(lora.rank, lora.targets)
+        )
 
     @property
     def fused(self) -> bool:
@@ -78,7 +80,9 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     e, shape, policy, n = s.element, s.shape, s.config.policy, s.processes
     everything, trained = shape.parameters, s.trained
     device, host = {}, {}
-    small = shape.layers * shape.small + shape.hidden  # tensors that ZeRO-3 leaves whole, in all but tiny models
+    small = (
+        shape.layers * shape.small + shape.hidden
+    )  # tensors that ZeRO-3 leaves whole, in all but tiny models
     if s.stage == 3:
         split = everything - small if shape.hidden**2 > PERSISTENT else 0
         device["weights"] = e * (split // n + everything + (trained if policy.lora else 0) - split)
@@ -194,7 +198,10 @@ def scoring(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
     forward = e * tokens * (2 * x.hidden + 2 * x.q_width + 2 * x.kv_width) + e * chunk * 3 * x.inner
     logits, states = head(s, rows, gradient=False)
     if kl != "k3":
-        return {"layer copies": s.layer_copies, "activations": forward + e * x.hidden * sum(m.rows for m in micro)}
+        return {
+            "layer copies": s.layer_copies,
+            "activations": forward + e * x.hidden * sum(m.rows for m in micro),
+        }
     if s.layer_copies + forward > logits:  # the copies are gone before the head begins
         return {"layer copies": s.layer_copies, "activations": forward + states}
     return {"logits": logits, "activations": states}
@@ -208,17 +215,25 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
     before = whole if len(micro) > 1 else 0
     one = e * x.embedding if s.config.policy.lora is None else 0
     live = e * min(x.parameters, LIVE) if s.stage == 3 and s.processes > 1 else 0
-    dw, tied = (4 * x.embedding, one) if one else (0, 0)  # as the operator leaves it, and in the type of the weight
+    dw, tied = (
+        (4 * x.embedding, one) if one else (0, 0)
+    )  # as the operator leaves it, and in the type of the weight
     moments = []
     for m in micro:
         forward, backward = activations(s, m.tokens)
         logits, states = head(s, m.rows, gradient=True)
         moments += [
-            {"activations": forward + states, "logits": logits + dw, "gradients": before},  # the forward's end
+            {
+                "activations": forward + states,
+                "logits": logits + dw,
+                "gradients": before,
+            },  # the forward's end
             {"activations": forward + states, "gradients": before + dw + tied},  # the backward's begin
             {"activations": backward, "gradients": before + tied},
         ]
-    moments.append({"gradients": max(whole, e * s.trained if s.stage != 3 else 0) + one * (2 if x.tied else 1)})
+    moments.append(
+        {"gradients": max(whole, e * s.trained if s.stage != 3 else 0) + one * (2 if x.tied else 1)}
+    )
     worst = max(moments, key=lambda items: sum(items.values()))
     return {"gathered weights": live, "buckets": buckets(s), **worst}
 
@@ -228,7 +243,10 @@ def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
     largest = s.shape.embedding if s.config.policy.lora is None else s.shape.hidden * 64
     temporary = 4 * share if s.gpu else 8 * (share if s.stage else min(largest, share))
     in_fp32 = 4 * share if s.stage or s.element < 4 else 0
-    return {"gradients": gradients(s, micro_batches) + in_fp32, "temporaries": 0 if s.config.policy.offload_optimizer else temporary}
+    return {
+        "gradients": gradients(s, micro_batches) + in_fp32,
+        "temporaries": 0 if s.config.policy.offload_optimizer else temporary,
+    }
 
 
 def hand_over(s: Setting) -> dict[str, int]:
@@ -243,7 +261,9 @@ def memory(s: Setting, work: Work) -> list[Phase]:
     device, host = held(s)
     if s.config.method == "gepa":
         return [Phase("sampling", {"weights": device["reference"], **sampling(s, work)})]
-    idle = {name: size for name, size in device.items() if name != "replica"}  # released while nothing samples
+    idle = {
+        name: size for name, size in device.items() if name != "replica"
+    }  # released while nothing samples
     parts = [
         sampling(s, work), scoring(s, micro), forward_backward(s, micro), optimiser_step(s, len(micro)), hand_over(s),
     ]  # fmt: skip

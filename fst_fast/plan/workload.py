@@ -122,6 +122,13 @@ def draw_lengths(count: int, mean: float, spread: float, longest: int, seed: int
     return np.clip(np.rint(mean * np.exp(drawn)), 1, longest).astype(np.int64)
 
 
+def longest(config: Config, assumed: Assumed) -> Assumed:
+    """The most that the configuration allows: what memory has to hold."""
+    allowed = config.rollout.max_prompt_tokens
+    context = min(assumed.context or config.fast.max_context_tokens, allowed - 1)
+    return Assumed(context, allowed - context, config.rollout.max_response_tokens, 0.0, assumed.verify_s)
+
+
 def works(config: Config, assumed: Assumed, processes: int) -> list[Work]:
     """The share of every process in a slow step, in rank order."""
     rollout, slow = config.rollout, config.slow
@@ -136,8 +143,6 @@ def works(config: Config, assumed: Assumed, processes: int) -> list[Work]:
             mine * slow.group_size, mean, assumed.spread, rollout.max_response_tokens, rank
         )
         out.append(
-            Work(
-                k, context, mine, problem, lengths, rollout.max_response_tokens, config.policy.packing
-            )
+            Work(k, context, mine, problem, lengths, rollout.max_response_tokens, config.policy.packing)
         )
     return out
