@@ -1,6 +1,6 @@
 """kill -9 anywhere, then --resume: metrics and weights are those of an unbroken run, bit by bit.
 
-A sample of the points is in `make test`, all of them in `make chaos` (marker `chaos`).
+A sample of the points is in `make runs`, all of them in `make chaos` (marker `chaos`).
 """
 
 from __future__ import annotations
