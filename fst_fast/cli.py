@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | report | export | replay | experiment | base build | doctor`.
+"""The command line: `fst train | eval | probe | plan | report | export | replay | experiment | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -37,6 +37,16 @@ OPTIONS = {
     "--samples": True,
     "--split": True,
     "--template": False,
+    "--gpus": True,
+    "--machine": True,
+    "--memory": True,
+    "--context-tokens": True,
+    "--problem-tokens": True,
+    "--response-tokens": True,
+    "--spread": True,
+    "--verify-ms": True,
+    "--scale": False,
+    "--json": False,
 }
 
 
@@ -89,7 +99,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
-        if argv[0] not in ("train", "probe") or not name.startswith("--"):
+        if argv[0] not in ("train", "probe", "plan") or not name.startswith("--"):
             own.append(word)
             continue
         mine = name in OPTIONS
@@ -180,6 +190,39 @@ def _parser() -> argparse.ArgumentParser:
         help="sample nothing: show the prompts' token ids, their pieces and whose text they are",
     )
 
+    plan = command(
+        "plan",
+        _plan,
+        "predict memory and time of a step, say whether it fits and what to change; keys can follow as --dotted.key=value",
+    )
+    plan.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
+    )
+    plan.add_argument(
+        "--gpus", type=_count, metavar="N", help="devices (processes); default: WORLD_SIZE, or 1"
+    )
+    plan.add_argument(
+        "--machine", metavar="NAME", help="A100, H100, H200, B200 or cpu; default: this machine"
+    )
+    plan.add_argument("--memory", metavar="SIZE", help="of one device, such as 80GB; default: the machine's")
+    for what, default in (
+        ("context", "as long as allowed"),
+        ("problem", "half of what contexts leave of a prompt"),
+        ("response", "half of the longest"),
+    ):
+        plan.add_argument(
+            f"--{what}-tokens", type=_count, metavar="N", help=f"mean length; default: {default}"
+        )
+    plan.add_argument(
+        "--spread",
+        type=_not_negative,
+        metavar="X",
+        help="standard deviation of the logarithm of a response's length",
+    )
+    plan.add_argument("--verify-ms", type=_not_negative, metavar="X", help="one verdict takes; default: 5")
+    plan.add_argument("--scale", action="store_true", help="also from 1 to 1,024 devices")
+    plan.add_argument("--json", action="store_true", help="print numbers (bytes, seconds) as JSON")
+
     report = command(
         "report",
         _report,
@@ -246,6 +289,10 @@ def _train(args: argparse.Namespace) -> None:
             print("\n# what follows from it")
             for name, number in derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
                 print(f"# {name}: {number}")
+            from fst_fast.commands.plan import dry_run_lines
+
+            for line in dry_run_lines(config, int(os.environ.get("WORLD_SIZE", "1"))):
+                print(f"# {line}".rstrip())
         return
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")
@@ -305,6 +352,29 @@ def _probe(args: argparse.Namespace) -> None:
     for line in probe(
         config, context=args.context, problems=args.problems, samples=args.samples, split=args.split
     ):
+        print(line)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from fst_fast.commands.plan import as_json, lines, make_plan
+    from fst_fast.config import load as config_load
+    from fst_fast.plan.workload import SPREAD, Assumed
+
+    config = config_load.load(args.config or mini.default_config(), args.overrides)
+    spread = SPREAD if args.spread is None else args.spread
+    verify_s = 0.005 if args.verify_ms is None else args.verify_ms / 1e3
+    assumed = Assumed(args.context_tokens, args.problem_tokens, args.response_tokens, spread, verify_s)
+    plan = make_plan(
+        config,
+        gpus=args.gpus or int(os.environ.get("WORLD_SIZE", "1")),
+        machine=args.machine,
+        memory=args.memory,
+        assumed=assumed,
+    )
+    if args.json:
+        print(json.dumps(as_json(plan), indent=1))
+        return
+    for line in lines(plan, scale=args.scale):
         print(line)
 
 
@@ -398,6 +468,16 @@ def _count(text: str) -> int:
             f"{shown} is refused; allowed: a whole number >= 1 of at most 18 digits"
         )
     return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is refused; allowed: a number from 0 to below 1e6")
+    return number
 
 
 def _text(text: str) -> str:

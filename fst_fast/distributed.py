@@ -129,6 +129,19 @@ def all_reduce_max(value: int) -> int:
     return max(all_gather(value))
 
 
+def agree(action: Callable[[], T]) -> T:
+    """Run `action` on every process and return its result; where it raises UserError on one, all raise the first. All processes call it."""
+    result = error = None
+    try:
+        result = action()
+    except UserError as bad:
+        error = bad
+    for said in all_gather(None if error is None else str(error)):
+        if said is not None:
+            raise UserError(said) from error
+    return result  # type: ignore[return-value]
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fst_fast import distributed
 from fst_fast.commands.export import newest
 from fst_fast.contracts import Context
+from fst_fast.data.fingerprint import changes, fingerprint
 from fst_fast.data.stages import make_stages, stage_at, stage_problems
 from fst_fast.evaluate import evaluate
 from fst_fast.policy.base_weights import open_base
@@ -29,7 +31,8 @@ def evaluate_run(
     revision: str | None = None,
 ) -> dict[str, Any]:
     """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says. split: of the task of the
-    last stage begun. model, revision: where the base model is now, if it was moved. Raises UserError where it has no problems."""
+    last stage begun. model, revision: where the base model is now, if it was moved. Warns where the data have changed since the checkpoint. Raises UserError
+    where the split has no problems."""
     config, found = newest(run_dir)
     if samples is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
@@ -46,7 +49,11 @@ def evaluate_run(
         own = sampler.engine(base)
         served = sampler.server(base)
         task = load_task(*task_spec(config))
-        stage = stage_at(make_stages(config, task), state.step)
+        stages = make_stages(config, task)
+        changed = changes(state.data, fingerprint(stages)) if state.data is not None else []
+        if changed:
+            warnings.warn(f"since the checkpoint was written, {'; '.join(changed)}", stacklevel=2)
+        stage = stage_at(stages, state.step)
         return evaluate(
             config,
             sampler,

@@ -39,11 +39,13 @@ class Found:
     commit: str = ""
 
 
-def find(path: str | Path, revision: str | None = None, *, key: str = "model.path") -> Found:
+def find(
+    path: str | Path, revision: str | None = None, *, key: str = "model.path", weights: bool = True
+) -> Found:
     """The files that `path` names; a model of the Hub is downloaded into the Hugging Face cache unless it is there.
 
     revision: branch, tag or commit of the Hub; None: main. key: the configuration key, for errors; a `model.tokenizer` may be written
-    org/name@revision and needs no weights. Raises UserError."""
+    org/name@revision. weights=False downloads the configuration and the tokenizer alone. Raises UserError."""
     name = str(path)
     hub_id, at, given = name.partition("@")
     if key == "model.tokenizer" and at and not os.path.exists(os.path.expanduser(name)):
@@ -60,17 +62,18 @@ def find(path: str | Path, revision: str | None = None, *, key: str = "model.pat
     if not re.fullmatch(r"[\w][\w./-]*", revision, re.ASCII) or ".." in revision:
         raise UserError(f"model.revision={revision!r} is not the name of a branch, a tag or a commit")
     try:
-        files = _download(on_hub["repo"], on_hub["file"], revision, weights=key == "model.path")
+        files = _download(on_hub["repo"], on_hub["file"], revision, weights=weights)
     except Exception as error:  # also those of the HTTP library that huggingface_hub uses
         raise UserError(_hub_trouble(error, name, revision, key)) from error
     return Found(files, (files.parents[on_hub["file"].count("/")] if on_hub["file"] else files).name)
 
 
-def model_folder(path: str | Path, revision: str | None = None, *, key: str = "model.path") -> Path:
+def model_folder(
+    path: str | Path, revision: str | None = None, *, key: str = "model.path", weights: bool = True
+) -> Path:
     """The Hugging Face folder of what `path` names, see `find`; a GGUF file is converted once (gguf.py). Raises UserError."""
-    return _folder(
-        find(path, revision, key=key).files, f"{key}={str(path)!r}", needs_config=key == "model.path"
-    )
+    found = find(path, revision, key=key, weights=weights)
+    return _folder(found.files, f"{key}={str(path)!r}", needs_config=key == "model.path")
 
 
 def _folder(files: Path, where: str, *, needs_config: bool) -> Path:
@@ -83,26 +86,26 @@ def _folder(files: Path, where: str, *, needs_config: bool) -> Path:
     return files
 
 
-def pin(config: Config, note: Callable[[str], None] = lambda _: None) -> Config:
+def pin(config: Config, note: Callable[[str], None] = lambda _: None, *, weights: bool = True) -> Config:
     """The configuration with the commit of a model of the Hub as `model.revision` and without `auto`; downloads what is missing, on each
-    machine once. All processes call it. Raises UserError, the same on all of them."""
-    model: ModelConfig = distributed.broadcast_result(lambda: _pinned(config.model, note))
+    machine once. All processes call it. weights: see `find`. Raises UserError, the same on all of them."""
+    model: ModelConfig = distributed.broadcast_result(lambda: _pinned(config.model, note, weights))
     trouble = None
     if (
         distributed.rank() and os.environ.get("LOCAL_RANK", "0") == "0"
     ):  # the first process of another machine
         try:
-            _pinned(model, lambda _: None)
+            _pinned(model, lambda _: None, weights)
         except UserError as error:
             trouble = error
-    for error in distributed.all_gather(trouble):
-        if error is not None:
-            raise error
+    for found in distributed.all_gather(trouble):
+        if found is not None:
+            raise found
     return config.model_copy(update={"model": model})
 
 
-def _pinned(model: ModelConfig, note: Callable[[str], None]) -> ModelConfig:
-    found = find(model.path, model.revision)
+def _pinned(model: ModelConfig, note: Callable[[str], None], weights: bool) -> ModelConfig:
+    found = find(model.path, model.revision, weights=weights)
     folder = _folder(found.files, f"model.path={model.path!r}", needs_config=True)
     changes: dict[str, Any] = {}
     if found.commit:
@@ -112,7 +115,7 @@ def _pinned(model: ModelConfig, note: Callable[[str], None]) -> ModelConfig:
         changes["dtype"] = _dtype(folder, model)
         note(f"model.dtype=auto: {changes['dtype']}")
     if model.tokenizer is not None:
-        commit = find(model.tokenizer, key="model.tokenizer").commit
+        commit = find(model.tokenizer, key="model.tokenizer", weights=False).commit
         if commit:
             changes["tokenizer"] = f"{model.tokenizer.partition('@')[0]}@{commit}"
     return model.model_copy(update=changes)
@@ -193,7 +196,7 @@ def _download(repo: str, file: str | None, revision: str, *, weights: bool) -> P
     if _COMMIT.fullmatch(revision):
         with contextlib.suppress(LocalEntryNotFoundError):
             folder = snapshot(wanted, True)
-            if (folder / "config.json").is_file() or not weights:
+            if not weights or any(folder.glob(f"*.{kind}") for kind in ("safetensors", "bin")):
                 return folder
     folder = snapshot(wanted, False)
     if weights and not any(folder.glob("*.safetensors")):

@@ -48,7 +48,9 @@ def load_tokenizer(
     where = f"{key}={str(path)!r}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model_folder(path, revision, key=key), local_files_only=True, trust_remote_code=trust_remote_code
+            model_folder(path, revision, key=key, weights=False),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(

@@ -25,7 +25,7 @@ from fst_fast.policy.base_model import find, model_folder, pin
 from fst_fast.policy.base_weights import open_base, weights_hash
 from fst_fast.rollout.prompt import load_tokenizer
 from fst_fast.rollout.template import check_vocabulary, configured_chat
-from tests.fst_fast.hub import A, B, Cache, serve
+from tests.fst_fast.model_hub import A, B, Cache, serve
 
 REPO = "some-lab/Mini-0.8M"
 MINI = Path(mini.path())

@@ -19,7 +19,7 @@ from fst_fast.policy.base_model import find, model_folder, pin
 from fst_fast.policy.base_weights import weights_hash
 from fst_fast.rollout.prompt import load_tokenizer
 from tests.fst_fast import gguf_file
-from tests.fst_fast.hub import A, Cache
+from tests.fst_fast.model_hub import A, Cache
 
 
 @pytest.fixture

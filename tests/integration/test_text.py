@@ -37,7 +37,7 @@ class Clock(datetime):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
-    monkeypatch.setattr(startup, "datetime", Clock)
+    monkeypatch.setattr(startup, "wall_clock", Clock.now)
     monkeypatch.setattr(Clock, "at", datetime(2026, 2, 28, 23, 58))
     return Clock
 
