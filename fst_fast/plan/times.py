@@ -68,7 +68,7 @@ def parts_of(costs: Costs, m: Machine, s: Setting) -> dict[str, float]:
     rate = m.product32 if s.element == 4 else m.product
     products = memory = 0.0
     for c in costs:
-        product, moved = c.products / rate, c.product_bytes / m.bandwidth
+        product, moved = c.products / rate, c.product_bytes / m.operands
         if m.gpu:  # a kernel loads while it multiplies
             product, moved = (product, 0.0) if product >= moved else (0.0, moved)
         products, memory = products + product, memory + moved
