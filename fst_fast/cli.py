@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | report | export | replay | experiment | base build | doctor`.
+"""The command line: `fst train | eval | probe | report | watch | export | replay | experiment | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -7,6 +7,7 @@ are imported by the command that needs them, so that `fst --help` and `--dry-run
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -190,6 +191,11 @@ def _parser() -> argparse.ArgumentParser:
         help="default: RUN/report, or report/ beside the first of several runs",
     )
 
+    watch = command("watch", _watch, "show a run as a live page in the browser, on this machine only")
+    watch.add_argument("run_dir", type=Path, metavar="RUN")
+    watch.add_argument("--port", type=_port, default=0, metavar="N", help="default: a free one")
+    watch.add_argument("--host", default="127.0.0.1", metavar="HOST", help="127.0.0.1 or localhost")
+
     export = command(
         "export", _export, "write a run's weights and contexts as a Hugging Face folder plus contexts.json"
     )
@@ -308,6 +314,12 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(runs, out))
 
 
+def _watch(args: argparse.Namespace) -> None:
+    from fst_fast.commands.watch import watch
+
+    watch(args.run_dir, host=args.host, port=args.port, say=functools.partial(print, flush=True))
+
+
 def _export(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.commands.export import export
@@ -388,6 +400,14 @@ def _count(text: str) -> int:
         shown = repr(text) if len(text) <= 40 else f"a text of {len(text):,} characters"
         raise argparse.ArgumentTypeError(
             f"{shown} is refused; allowed: a whole number >= 1 of at most 18 digits"
+        )
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} is refused; allowed: a port from 0 (a free one) to 65535"
         )
     return int(text)
 
