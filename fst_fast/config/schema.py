@@ -333,8 +333,7 @@ class RunConfig(Section):
 
 
 class AttachConfig(Section):
-    """Runs of trackers that exist already and are written to, instead of new ones. A run of W&B, trackio or MLflow that is active in this
-    process is written to without being named."""
+    """Runs of trackers that exist already."""
 
     tensorboard: str | None = Field(None, min_length=1)
     """Folder of TensorBoard events; null: RUN/tensorboard."""
@@ -358,6 +357,8 @@ class TrackConfig(Section):
     mlflow: str | None = None
     """MLflow experiment (extra `track`), on the server of MLFLOW_TRACKING_URI; null: none."""
     attach: AttachConfig = AttachConfig()
+    """Runs of trackers that exist already and are written to, instead of new ones. A run of W&B, trackio or MLflow that is active in this
+    process is written to without being named."""
     rollouts_per_step: int = Field(2, ge=0)
     """Rollouts of each step written to RUN/rollouts.jsonl for a person to read, and sent to the trackers as a table."""
 
