@@ -358,25 +358,10 @@ def _probe(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from fst_fast.commands.plan import as_json, lines, make_plan
+    from fst_fast.commands.plan import run
     from fst_fast.config import load as config_load
-    from fst_fast.plan.workload import SPREAD, Assumed
 
-    config = config_load.load(args.config or mini.default_config(), args.overrides)
-    spread = SPREAD if args.spread is None else args.spread
-    verify_s = 0.005 if args.verify_ms is None else args.verify_ms / 1e3
-    assumed = Assumed(args.context_tokens, args.problem_tokens, args.response_tokens, spread, verify_s)
-    plan = make_plan(
-        config,
-        gpus=args.gpus or int(os.environ.get("WORLD_SIZE", "1")),
-        machine=args.machine,
-        memory=args.memory,
-        assumed=assumed,
-    )
-    if args.json:
-        print(json.dumps(as_json(plan), indent=1))
-        return
-    for line in lines(plan, scale=args.scale):
+    for line in run(config_load.load(args.config or mini.default_config(), args.overrides), args):
         print(line)
 
 

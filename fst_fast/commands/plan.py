@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +13,8 @@ from fst_fast.errors import UserError
 from fst_fast.plan import advice, machines
 from fst_fast.plan.advice import Change, Plan
 from fst_fast.plan.shapes import Shape, local_folder, read_shape
-from fst_fast.plan.workload import Assumed, longest
+from fst_fast.plan.workload import SPREAD, Assumed, longest
+from fst_fast.run.environment import usable_cores
 
 GB = machines.GB
 SHOWN = 3  # changes
@@ -34,9 +38,11 @@ def make_plan(
     """Raises UserError for a machine that is not known, a size that is none, and lengths beyond the configuration's."""
     if gpus > MOST_DEVICES:
         raise UserError(f"--gpus {gpus}: at most {MOST_DEVICES:,} are predicted")
-    here = machines.machine(
-        machine or machines.found_here(), None if memory is None else machines.parse_bytes(memory)
-    )
+    size = None if memory is None else machines.parse_bytes(memory)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdecimal() and int(given) else max(1, usable_cores() // processes)
+    here = machines.machine(machine or machines.found_here(), size, threads=threads)
     rollout = config.rollout
     prompt = (assumed.context or 0) + (assumed.problem or 0)
     if prompt > rollout.max_prompt_tokens or (assumed.context or 0) >= rollout.max_prompt_tokens:
@@ -61,6 +67,23 @@ def dry_run_lines(config: Config, processes: int) -> Iterator[str]:
     yield from memory_lines(plan)
 
 
+def run(config: Config, args: argparse.Namespace) -> Iterator[str]:
+    """The command: its output, line by line. Raises UserError."""
+    assumed = Assumed(
+        args.context_tokens,
+        args.problem_tokens,
+        args.response_tokens,
+        SPREAD if args.spread is None else args.spread,
+        0.005 if args.verify_ms is None else args.verify_ms / 1e3,
+    )
+    gpus = args.gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    plan = make_plan(config, gpus=gpus, machine=args.machine, memory=args.memory, assumed=assumed)
+    if args.json:
+        yield json.dumps(as_json(plan), indent=1)
+    else:
+        yield from lines(plan, scale=args.scale)
+
+
 def lines(plan: Plan, *, scale: bool = False) -> Iterator[str]:
     """What the command prints."""
     yield from _about(plan)
@@ -70,7 +93,8 @@ def lines(plan: Plan, *, scale: bool = False) -> Iterator[str]:
     yield from _time_lines(plan)
     yield ""
     yield from _stage_lines(plan)
-    yield from _gains(plan)
+    if plan.fits:
+        yield from _gains(plan)
     if scale:
         yield ""
         yield from _scale_lines(plan)
@@ -100,13 +124,14 @@ def _about(plan: Plan) -> Iterator[str]:
 def memory_lines(plan: Plan) -> Iterator[str]:
     """The memory of one process by phase, whether it fits, and if not, what to change."""
     phases = plan.memory
+    unit, size = ("MB", 10**6) if max(p.total for p in phases) < GB else ("GB", GB)
     names = list(dict.fromkeys(name for phase in phases for name in phase.items))
-    rows = [["memory of one process, GB", *(phase.name for phase in phases)]]
-    rows += [[name, *(_gb(phase.items.get(name)) for phase in phases)] for name in names]
-    rows.append(["total", *(_gb(phase.total) for phase in phases)])
+    rows = [[f"memory of one process, {unit}", *(phase.name for phase in phases)]]
+    rows += [[name, *(_amount(phase.items.get(name), size) for phase in phases)] for name in names]
+    rows.append(["total", *(_amount(phase.total, size) for phase in phases)])
     yield from table(rows)
-    for name, size in phases[-1].host.items():
-        yield f"{name} in CPU memory: {size / GB:.1f} GB for each process"
+    for name, there in phases[-1].host.items():
+        yield f"{name} in CPU memory: {there / GB:.1f} GB for each process"
     peak = max(phases, key=lambda phase: phase.total)
     reserve = f" ({plan.machine.memory / GB:.1f} less {plan.machine.reserve / GB:.1f} for context and fragmentation)" if plan.machine.reserve else ""  # fmt: skip
     yield (
@@ -166,7 +191,7 @@ def _stage_lines(plan: Plan) -> Iterator[str]:
 
 def _gains(plan: Plan) -> Iterator[str]:
     found = advice.improvements(plan)[:SHOWN]
-    yield "what gains most:" if found else "no single key makes the step faster by half a per cent"
+    yield "what gains most:" if found else "no single key makes the step faster by one per cent"
     for change, other in found:
         yield f"  {_keys(change)}: {_s(other.step.seconds)}, {plan.step.seconds / other.step.seconds:.2f}x"
 
@@ -210,8 +235,8 @@ def _keys(change: Change) -> str:
     )
 
 
-def _gb(size: int | None) -> str:
-    return "" if size is None else f"{size / GB:.2f}"
+def _amount(size: int | None, unit: int) -> str:
+    return "" if size is None else f"{size / unit:.2f}" if unit == GB else f"{size / unit:.1f}"
 
 
 def _s(seconds: float) -> str:

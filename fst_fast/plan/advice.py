@@ -160,7 +160,7 @@ def improvements(here: Plan) -> list[tuple[Change, Plan]]:
     faster = [
         (change, p)
         for change, p in tried
-        if p is not None and p.fits and p.step.seconds < 0.995 * here.step.seconds
+        if p is not None and p.fits and p.step.seconds < 0.99 * here.step.seconds
     ]
     best: dict[str, tuple[Change, Plan]] = {}  # of each key the best value
     for change, p in sorted(faster, key=lambda pair: pair[1].step.seconds):

@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 
 from fst_fast.errors import UserError
-from fst_fast.run.environment import usable_cores
 
 GB = 10**9
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -66,8 +65,9 @@ CPU_CORE = Machine(
 NAMES = (*(m.name for m in GPUS), "cpu")
 
 
-def machine(name: str, memory: int | None = None) -> Machine:
-    """The machine of that name, in any case; `cpu` is this machine, its memory shared by the processes on it. memory: of one device, bytes.
+def machine(name: str, memory: int | None = None, *, threads: int = 1) -> Machine:
+    """The machine of that name, in any case; `cpu` is this machine, its memory shared by the processes on it, with `threads` for each. memory: of
+    one device, bytes.
 
     Raises UserError where the name is not known."""
     found = {m.name.lower(): m for m in (*GPUS, CPU_CORE)}.get(name.lower())
@@ -75,7 +75,6 @@ def machine(name: str, memory: int | None = None) -> Machine:
         raise UserError(f"--machine {name}: not known; known are {', '.join(NAMES)}")
     if not found.gpu:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, usable_cores() // processes)
         found = _threads(replace(found, memory=psutil.virtual_memory().total // processes), threads)
     return found if memory is None else replace(found, memory=memory)
 

@@ -168,7 +168,7 @@ def sampling(s: Setting, work: Work) -> dict[str, int]:
     """The largest moment: of the prefill, or of decoding. On a CPU the pool's memory is there once it is written."""
     x, e = s.shape, s.element
     slots = min(s.config.rollout.max_batch, work.sequences)
-    leaves = min(work.contexts * work.problems, work.sequences)
+    kept = e * work.prompts * x.vocabulary if work.shared else 0  # the logits at the ends of prompts
     pool = kv_pool(s, work)
 
     def forward(tokens: int) -> int:
@@ -177,12 +177,12 @@ def sampling(s: Setting, work: Work) -> dict[str, int]:
 
     prefill = {
         "keys and values": pool if s.gpu else e * x.kv_elements() * work.prompt_tokens,
-        "logits": e * leaves * x.vocabulary,
-        "activations": forward(min(PREFILL, work.prompt_tokens)),
+        "logits": kept,
+        "activations": forward(min(PREFILL, work.prompt_tokens) if work.shared else slots * work.prompt),
     }
     decoding = {
         "keys and values": pool,
-        "logits": e * leaves * x.vocabulary + slots * x.vocabulary * (4 if s.gpu else 20),
+        "logits": kept + slots * x.vocabulary * (4 if s.gpu else 20),
         "activations": forward(slots),
     }
     return {"layer copies": s.layer_copies, **max(prefill, decoding, key=lambda items: sum(items.values()))}
@@ -239,14 +239,14 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
 
 
 def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
+    own = gradients(s, micro_batches)
+    if s.config.policy.offload_optimizer:
+        return {"gradients": own}
     share = s.trained // s.processes if s.stage else s.trained
     largest = s.shape.embedding if s.config.policy.lora is None else s.shape.hidden * 64
     temporary = 4 * share if s.gpu else 8 * (share if s.stage else min(largest, share))
     in_fp32 = 4 * share if s.stage or s.element < 4 else 0
-    return {
-        "gradients": gradients(s, micro_batches) + in_fp32,
-        "temporaries": 0 if s.config.policy.offload_optimizer else temporary,
-    }
+    return {"gradients": own + in_fp32, "temporaries": temporary}
 
 
 def hand_over(s: Setting) -> dict[str, int]:

@@ -165,7 +165,6 @@ def head_rows(s: Setting, rows: float, *, products: int, passes: int, exps: int,
 
 
 def prefill(s: Setting, work: Work) -> Costs:
-    leaves = min(work.contexts * work.problems, work.sequences)
     return [
         layers_forward(
             s, work.prompt_tokens, work.prompt_pairs, calls=-(-work.prompt_tokens // PREFILL), own=s.fused
@@ -174,7 +173,7 @@ def prefill(s: Setting, work: Work) -> Costs:
         Cost(
             stream=s.element * s.shape.parameters * (1 if s.gpu else 5)
         ),  # the sums that tell whether weights changed
-        head_rows(s, leaves, products=1, passes=2, exps=0, chunk=leaves),
+        head_rows(s, work.prompts, products=1, passes=2, exps=0, chunk=work.prompts),
     ]
 
 
@@ -186,16 +185,15 @@ def layer_copies(s: Setting) -> Cost:
 def decode_step(s: Setting, slots: int, suffix: float, work: Work) -> Costs:
     """One decode step of `slots` sequences, each `suffix` tokens into its response."""
     layers = layers_forward(s, slots, slots * (work.prompt + suffix), calls=1, own=s.fused)
+    extra = Cost() if s.fused else adapters(s, slots, 1)
     if s.gpu:  # attention reads what is shared once
         shared = min(work.prompt_tokens, slots * work.prompt) + slots * suffix
-        layers = replace(
-            layers,
-            attention=0.0,
-            stream=layers.stream + s.element * s.shape.kv_elements() * shared,
-            launches=12.0 if s.config.rollout.cuda_graphs else layers.launches,
-        )
+        stream = layers.stream + s.element * s.shape.kv_elements() * shared
+        layers = replace(layers, attention=0.0, stream=stream)
+        if s.config.rollout.cuda_graphs:
+            layers, extra = replace(layers, launches=12.0), replace(extra, launches=0.0)
     head = head_rows(s, slots, products=1, passes=3 if s.gpu else 9, exps=2, chunk=slots)
-    return [layers, head, Cost(launches=20), *([] if s.fused else [adapters(s, slots, 1)])]
+    return [layers, head, extra, Cost(launches=20)]
 
 
 class Segment(NamedTuple):
