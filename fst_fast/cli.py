@@ -168,7 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         "--split", default="validation", metavar="NAME", help="of the task's problems; default: validation"
     )
     evaluate.add_argument(
-        "--model.path", dest="model", metavar="DIR", help="where the base model is now, if it was moved"
+        "--model.path", dest="model", metavar="MODEL", help="where the base model is now, if it was moved"
+    )
+    evaluate.add_argument(
+        "--model.revision", dest="revision", metavar="COMMIT", help="of a base model of the Hub"
     )
     evaluate.add_argument(
         "--out", type=Path, metavar="FILE", help="where the figures are written, as JSON; default: nowhere"
@@ -328,7 +331,12 @@ def _eval(args: argparse.Namespace) -> None:
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} is not there")
     result = evaluate_run(
-        args.run_dir, problems=args.problems, samples=args.samples, split=args.split, model=args.model
+        args.run_dir,
+        problems=args.problems,
+        samples=args.samples,
+        split=args.split,
+        model=args.model,
+        revision=args.revision,
     )
     if args.out and _is_first():
         with disk_errors(f"{args.out} cannot be written"):

@@ -30,7 +30,7 @@ from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.policy import lora, optimiser, trained
-from fst_fast.policy.base_weights import check_base, weights_hash
+from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import SamplingModels
@@ -184,7 +184,6 @@ def build_run(
     """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
     arm(distributed.rank())
     seed_globals(config.seed, "opening", distributed.rank())
-    check_kernels(config)
     if config.slow.reward_shaping is not None:
         load_shaping(config.slow.reward_shaping)
     distributed.init(config.run.timeout_s)
@@ -197,14 +196,11 @@ def build_run(
     state = State.load(found / "state.json") if found else None
     if state and state.date:
         began = state.date
-    base_weights = distributed.broadcast_result(
-        lambda: (
-            check_base(config.model.path, state.base_weights, run_dir)
-            if state
-            else weights_hash(config.model.path)
-        )
+    config, base_weights = open_base(
+        config, console.note, run_dir=run_dir if state else None, expected=state.base_weights if state else ""
     )
-    moved = ("model.path",) if state and state.base_weights else ()
+    moved = ("model.path", "model.revision") if state and state.base_weights else ()
+    check_kernels(config)
     sampler = Sampler.open(
         config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
     )

@@ -56,7 +56,7 @@ def train(
             callbacks=callbacks,
         ) as run,
     ):
-        state, send = run.state, run.recorder.callbacks.send
+        config, state, send = run.config, run.state, run.recorder.callbacks.send
         send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)

@@ -26,9 +26,14 @@ class ModelConfig(Section):
     """The base model, which training starts from and which stays the reference."""
 
     path: str = "mini"
-    """Folder of a Hugging Face model, or `mini`: the base model shipped with the package."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights during training."""
+    """Folder of a Hugging Face model, a model of the Hugging Face Hub such as `Qwen/Qwen3-8B`, a `.gguf` file, or `mini`: the base model shipped
+    with the package."""
+    revision: str | None = None
+    """For a model of the Hub: branch, tag or commit; null: main. A run records the commit."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own: a folder, or `org/name` or `org/name@revision` of the Hub. Its vocabulary must fit the model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Data type of the weights during training. `auto`: that of the checkpoint; float32 for a GGUF file. A run records what it is."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template: str | None = None

@@ -24,7 +24,7 @@ from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
 from fst_fast.rollout.server import ServerEngine
-from fst_fast.rollout.template import Findings, configured_chat
+from fst_fast.rollout.template import Findings, check_vocabulary, configured_chat
 from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
@@ -115,7 +115,9 @@ class Sampler:
             self.generation_config.save_pretrained(folder)
 
     def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
-        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
+        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory. Raises UserError where the
+        tokenizer does not fit the model."""
+        check_vocabulary(self.prompts.chat, model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
         return RolloutEngine(
             model,
             eos_ids=self.end_ids(model),

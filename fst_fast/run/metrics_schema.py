@@ -69,13 +69,14 @@ class Trouble(Record):
 
 
 class Start(Record):
-    """The first record of a run."""
+    """The first record of a run. revision: the commit of a model of the Hub."""
 
     kind: Literal["start"]
     method: Literal["fst", "rl", "gepa"]
     seed: Count
     task: str
     model: str
+    revision: str | None = None
     config_hash: str
     versions: dict[str, str]
 
