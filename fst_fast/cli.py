@@ -284,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     from fst_fast.config import load as config_load
     from fst_fast.config.derived import derived
+    from fst_fast.tasks.registry import check_task_args
 
     if args.allow_config_change and not args.resume:
         raise UserError("--allow-config-change goes with --resume")
@@ -303,6 +304,8 @@ def _train(args: argparse.Namespace) -> None:
 
             for line in dry_run_lines(config, int(os.environ.get("WORLD_SIZE", "1"))):
                 print(f"# {line}".rstrip())
+            print("# not looked at: the rows of data sets, the model, the endpoints")
+            check_task_args(config)
         return
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")

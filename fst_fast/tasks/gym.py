@@ -24,6 +24,7 @@ from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.boxed import NoBoxedAnswer
 from fst_fast.tasks.graders.text import answer_part, quoted
+from fst_fast.tasks.readers import said
 
 PREFIX = "reasoning_gym:"
 READ = ("last_line", "all", "box", "tag")
@@ -83,6 +84,10 @@ class ReasoningGym:
                         f"{self.name}/{part}/{index}", [message], item["answer"], {"item": item}
                     )
                     self._problems[part].append(problem)
+            if self._read == "last_line" and all("\n" in str(p.answer) for p in self._problems["validation"]):
+                raise UserError(
+                    f"task_args.read=last_line reads one line, but answers of {self.name} have several; set it to all, box or tag"
+                )
         return self._problems.get(split, [])
 
     def verify(self, problem: Problem, response: str) -> Verdict:
@@ -91,20 +96,20 @@ class ReasoningGym:
             given = self._answer(response)
         except NoBoxedAnswer as error:
             return Verdict(0.0, str(error))
-        reward = float(self._sets["train"].score_answer(given, problem.meta["item"]))
+        right = "" if problem.answer is None else f" A right answer is {quoted(str(problem.answer))}."
+        try:
+            reward = float(self._sets["train"].score_answer(given, problem.meta["item"]))
+        except Exception as error:  # noqa: BLE001 - some sets read only what has the form of an answer
+            return Verdict(0.0, f"the answer {quoted(given)} cannot be read: {said(error)}.{right}")
         if reward >= 1:
             return Verdict(1.0)
-        right = "" if problem.answer is None else f" A right answer is {quoted(str(problem.answer))}."
         return Verdict(max(reward, 0.0), f"the answer {quoted(given)} scores {reward:g} of 1.{right}")
 
     def gold(self, problem: Problem) -> str | None:
         """The item's own answer, in the form that is read; None where it has none or the package does not give it the full score."""
-        if (
-            not isinstance(problem.answer, str)
-            or self._sets["train"].score_answer(problem.answer, problem.meta["item"]) < 1
-        ):
+        if not isinstance(problem.answer, str) or (self._read == "last_line" and "\n" in problem.answer):
             return None
-        if self._read == "last_line" and "\n" in problem.answer:
+        if self._sets["train"].score_answer(problem.answer, problem.meta["item"]) < 1:
             return None
         forms = {"box": f"\\boxed{{{problem.answer}}}", "tag": f"<answer>{problem.answer}</answer>"}
         return forms.get(self._read, problem.answer)

@@ -68,6 +68,14 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
     raise UserError(f"task={spec!r} is not known; {hint}")
 
 
+def check_task_args(config: Config) -> None:
+    """Raise UserError for arguments of a task that cannot be right, whatever its data are. Nothing is read and no code of the user runs."""
+    parts = [(s.task, s.task_args) for s in config.stages] or [(config.task, config.task_args)]
+    for spec, args in parts:
+        if ".py" not in spec and spec != "mixture" and not spec.startswith(verifiers_env.PREFIX):
+            load_task(spec, args, problems=False)
+
+
 def _from_rows(spec: str, args: Mapping[str, Any]) -> RowTask:
     """A task from a file or from a data set. Its arguments are those of RowTask and of the reader."""
     on_hub = spec.startswith(readers.HUB)
