@@ -77,7 +77,7 @@ class Step(CounterFields):
 
     reward, reward_std: null where no rollout could be judged. loss to mismatch_kl and grad_norm: null where nothing was trained (no group
     kept, or the step left out for NaN or Inf); kl also where the objective has none. distilled: a step of distillation, whose kl is the one to the
-    teacher."""
+    teacher. turns, observed_tokens (means of an episode) and finishes (episodes by how they ended): with an environment only."""
 
     kind: Literal["step"]
     step: Count
@@ -101,6 +101,9 @@ class Step(CounterFields):
     verify_timeouts: Count
     verify_failures: Count
     verdict_metrics: dict[str, float]
+    turns: Annotated[float, Field(ge=0)] | None = None
+    observed_tokens: Annotated[float, Field(ge=0)] | None = None
+    finishes: dict[str, Count] | None = None
     grad_norm_spike: Annotated[float, Field(ge=1)] | None
 
 

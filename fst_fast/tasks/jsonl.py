@@ -35,6 +35,8 @@ class JsonlTask:
     switches this check off, for graders that no fixed response can satisfy. A line's own `gold` goes first.
     Raises UserError, for a bad line with file:line."""
 
+    tools: Sequence[Any] = ()  # task_args.tools, set by the registry
+
     def __init__(
         self,
         path: str,

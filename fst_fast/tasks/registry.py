@@ -17,6 +17,7 @@ from fst_fast.contracts import Task
 from fst_fast.errors import UserError
 from fst_fast.tasks import gym
 from fst_fast.tasks.jsonl import JsonlTask
+from fst_fast.tasks.tools.builtin import named_tools
 from fst_fast.tasks.user import load_object, make_task
 
 BUILT_IN = {
@@ -46,8 +47,12 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
     if spec.startswith(gym.PREFIX):
         return gym.ReasoningGym(spec.removeprefix(gym.PREFIX), **args)
     if spec.endswith(".jsonl"):
-        _refuse_unknown_args(args, where)
-        return JsonlTask(spec, **args, read=problems)
+        rest = {name: value for name, value in args.items() if name != "tools"}
+        _refuse_unknown_args(rest, where)
+        task = JsonlTask(spec, **rest, read=problems)
+        if "tools" in args:
+            task.tools = named_tools(args["tools"])
+        return task
     if ".py" in spec:
         return make_task(load_object(spec, "task"), args, where)
     near = difflib.get_close_matches(spec, BUILT_IN, n=1)
