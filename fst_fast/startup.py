@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -417,12 +417,14 @@ def check_lengths(
             f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
             f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
         )
+    sampler.prompts.openable(problems)  # all at once
     for problem in problems:
         sampler.prompts.ids(seed_context, problem)
 
 
 def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], None]) -> None:
     """Say which messages of a problem the chat template leaves out of its prompt."""
+    problem = replace(problem, messages=sampler.prompts.opening(problem).messages)
     for i in missing_messages(sampler.prompts.chat, problem):
         role = problem.messages[i]["role"]
         note(

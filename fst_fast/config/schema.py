@@ -111,6 +111,19 @@ class RolloutConfig(Section):
     """On a GPU: record decode steps as CUDA graphs. Off by default because the gain has not been measured; without a GPU it does nothing."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token. The tokens that complete one belong to the response."""
+    max_turns: int = Field(8, ge=1)
+    """For a task of several turns (an environment, or a task with tools): most responses of an episode, each of at most max_response_tokens;
+    then it ends (finish = max_turns)."""
+    max_episode_tokens: int | None = Field(None, ge=1)
+    """Longest episode, everything that was read and sampled; one without room for a further turn ends (finish = max_tokens). null: as many as
+    slow.tokens_per_micro_batch and the model's positions allow."""
+    max_observation_chars: int = Field(8000, ge=1)
+    """Longest text of one message of an environment or a tool; a longer one is cut, and says so."""
+    history: Literal["keep", "split"] = "keep"
+    """What a later turn reads of earlier ones: `keep`, their tokens as they were sampled; `split`, what the chat template writes of them, which
+    leaves out thoughts with some models; a turn whose past was rewritten is then a training sequence of its own."""
+    tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
+    """Syntax in which the policy calls tools; `auto` is that of the chat template."""
     backend: Literal["native", "openai"] = "native"
     """`openai`: a server (vLLM, SGLang) samples for the fast phase and for the base model in evaluations; the trained weights sample in this
     process. Rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
@@ -446,6 +459,16 @@ class Config(Section):
             raise ValueError(
                 f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
                 f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
+            )
+        episode = self.rollout.max_episode_tokens
+        if episode is not None and not longest <= episode <= self.slow.tokens_per_micro_batch:
+            raise ValueError(
+                f"rollout.max_episode_tokens={episode} must hold one turn, {longest} tokens (rollout.max_prompt_tokens + "
+                f"rollout.max_response_tokens), and be at most slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch}"
+            )
+        if self.rollout.history == "split" and self.slow.distill_steps:
+            raise ValueError(
+                "rollout.history=split does not go with slow.distill_steps: the teacher would read what the student has not"
             )
         if self.rollout.backend == "native" and self.rollout.backend_args:
             raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fst_fast.config import Config
 from fst_fast.contracts import RolloutRequest, ScoredRollout, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.episodes import ask_openings, play
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
 from fst_fast.rollout.server import ServerEngine
@@ -29,6 +31,7 @@ from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.registry import task_spec
+from fst_fast.tasks.tools.calls import syntax_of
 from fst_fast.verify.pool import VerifierPool
 
 
@@ -77,6 +80,7 @@ class Sampler:
             else None
         )
         spec, args = task_spec(config)
+        syntax = config.rollout.tool_calls
         pool = VerifierPool(
             spec,
             args,
@@ -84,6 +88,8 @@ class Sampler:
             timeout_s=config.verify.timeout_s,
             memory_mib=config.verify.memory_mib,
             isolation=config.verify.isolation,
+            tool_calls=(syntax_of(chat.template.source) or "") if syntax == "auto" else syntax,
+            observation_chars=config.rollout.max_observation_chars,
             log=log,
         )
         if pool.runs_code:
@@ -91,7 +97,10 @@ class Sampler:
 
             log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return cls(config, tokenizer, prompts, pool, pad_id, findings, generation)
+        sampler = cls(config, tokenizer, prompts, pool, pad_id, findings, generation)
+        if pool.has_turns:
+            prompts.openings = partial(ask_openings, sampler)
+        return sampler
 
     def close(self) -> None:
         """End the verifying children. May be called twice."""
@@ -162,6 +171,10 @@ class Sampler:
         """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers.
 
         A response that the server gave up (finish `abort`) is not judged: its reward is None."""
+        if self.pool.has_turns:
+            return play(
+                self, engine, requests, stream=stream, policy_version=policy_version, temperature=temperature, top_p=top_p, paired=paired
+            )  # fmt: skip
         started = time.perf_counter()
         prompts = [
             Request(

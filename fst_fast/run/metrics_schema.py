@@ -87,7 +87,8 @@ class Step(CounterFields):
     reward, reward_std: null where no rollout could be judged. troubles: absent where there is none. shaped_reward: the mean that the advantages are made of; null where those are the
     verdicts' rewards. loss to mismatch_cut and grad_norm: null where nothing was trained (no group kept, or the step left out for NaN or Inf); kl,
     the three fractions of clipped, and the two of slow.mismatch also where the objective has none. distilled: a step of distillation, whose kl is
-    the one to the teacher. Fields with a default came later than version 1 and are always written."""
+    the one to the teacher. turns, observed_tokens (means of an episode) and
+    finishes (episodes by how they ended): with an environment only. Fields with a default came later than version 1 and are always written."""
 
     kind: Literal["step"]
     step: Count
@@ -118,6 +119,9 @@ class Step(CounterFields):
     verify_timeouts: Count
     verify_failures: Count
     verdict_metrics: dict[str, float]
+    turns: Annotated[float, Field(ge=0)] | None = None
+    observed_tokens: Annotated[float, Field(ge=0)] | None = None
+    finishes: dict[str, Count] | None = None
     grad_norm_spike: Annotated[float, Field(ge=1)] | None
     troubles: dict[str, Trouble] | None = None
 

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from fst_fast import distributed
-from fst_fast.contracts import REWARD_ROUNDING, Context, Rollout, ScoredRollout
+from fst_fast.contracts import REWARD_ROUNDING, Context, Finish, Rollout, ScoredRollout
 from fst_fast.run import callbacks as events
 from fst_fast.run.callbacks import Callbacks
 from fst_fast.run.console import Console
@@ -96,10 +96,23 @@ class Recorder:
             len(rollouts), len(rewards), sum(rewards), sum(r * r for r in rewards), report.groups, report.groups_kept,
             sum(len(x.rollout.response_ids) for x in rollouts), sum(x.rollout.finish == "length" for x in rollouts),
             numbers.pop("tokens"), numbers.pop("unshared"), sum(report.shaped_rewards), len(report.shaped_rewards),
+            *episode_counts([x.rollout for x in rollouts]),
         ]  # fmt: skip
-        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared, shaped, shaped_n = (
-            distributed.all_reduce_sum(local)
-        )
+        (
+            n,
+            judged,
+            total,
+            squares,
+            groups,
+            kept,
+            tokens,
+            cut,
+            computed,
+            unshared,
+            shaped,
+            shaped_n,
+            *episodes,
+        ) = distributed.all_reduce_sum(local)
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
         counters.skipped_steps += report.skipped
@@ -121,6 +134,7 @@ class Recorder:
             "unjudged": int(n - judged),
             **unverified,
             "verdict_metrics": mean_metrics([x.verdict.metrics for x in rollouts]),
+            **episode_fields(episodes),
             "grad_norm_spike": spike,
             **asdict(counters),
         }
@@ -238,6 +252,7 @@ class Recorder:
             reward=x.verdict.reward,
             advantage=advantage,
             finish=r.finish,
+            **({"turns": [[len(turn.added), turn.length] for turn in r.turns]} if r.turns else {}),
             prompt=prompt_text(r),
             response=x.response,
             feedback=x.verdict.feedback,
@@ -284,6 +299,23 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
                 total, count = sums.get(name, (0.0, 0))
                 sums[name] = (total + float(value), count + 1)
     return {name: total / count for name, (total, count) in sorted(sums.items())}
+
+
+def episode_counts(rollouts: Sequence[Rollout]) -> list[int]:
+    """Episodes of several turns, their turns, the tokens they read after their prompts, and how many of them ended in each way."""
+    episodes = [r for r in rollouts if r.turns]
+    turns = sum(turn.length > 0 for r in episodes for turn in r.turns)
+    read = sum(len(turn.added) for r in episodes for turn in r.turns[1:])
+    return [len(episodes), turns, read, *(sum(r.finish == how for r in episodes) for how in get_args(Finish))]
+
+
+def episode_fields(counts: Sequence[float]) -> dict[str, Any]:
+    """The fields of a step's record that only episodes have, from the sums of `episode_counts`; {} without any."""
+    episodes, turns, read, *ended = counts
+    if not episodes:
+        return {}
+    finishes = {how: int(n) for how, n in zip(get_args(Finish), ended, strict=True) if n}
+    return {"turns": turns / episodes, "observed_tokens": read / episodes, "finishes": finishes}
 
 
 def _evenly_spaced(items: Sequence[T], count: int) -> list[T]:
