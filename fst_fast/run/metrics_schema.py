@@ -77,7 +77,8 @@ class Step(CounterFields):
 
     reward, reward_std: null where no rollout could be judged. loss to mismatch_kl and grad_norm: null where nothing was trained (no group
     kept, or the step left out for NaN or Inf); kl also where the objective has none. distilled: a step of distillation, whose kl is the one to the
-    teacher."""
+    teacher. With rollout.backend=vllm: probe_mismatch, mean difference of log-probs between server and trainer after the last transfer of weights, nats per
+    token; server_restarts since the run was started."""
 
     kind: Literal["step"]
     step: Count
@@ -95,6 +96,8 @@ class Step(CounterFields):
     clipped_fraction: Share | None
     mismatch_kl: float | None
     distilled: Literal[True] | None = None
+    probe_mismatch: Annotated[float, Field(ge=0)] | None = None
+    server_restarts: Count | None = None
     response_tokens: Annotated[float, Field(ge=0)] | None
     length_stopped: Share | None
     unjudged: Count
