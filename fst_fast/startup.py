@@ -237,6 +237,7 @@ def build_run(
         if config.method != "gepa":
             optimiser.check(config, trained.deepspeed_config(config))
         data = shared_fingerprint(stages)
+        sampler.open_hosts(reference, (seed_context, stages[0].train[0]), console.note)
         folder = distributed.on_rank_zero(
             lambda: open_run(
                 run_dir,
@@ -248,6 +249,8 @@ def build_run(
                 moved=moved,
             )
         )
+        if sampler.hosts:
+            sampler.hosts.enter(run_dir)
         liveness = Liveness(run_dir, distributed.rank())
         policy = None if config.method == "gepa" else TrainedPolicy(config, reference)
         module = reference if policy is None else policy.rollout_model
@@ -260,9 +263,9 @@ def build_run(
             seed_context=seed_context,
             sampler=sampler,
             models=SamplingModels(
-                trained=engine,
-                base=server or base,
-                fast=server or engine,
+                trained=sampler.vllm(module, base=policy is None) or engine,
+                base=sampler.vllm(reference, base=True) or server or base,
+                fast=sampler.vllm(module, base=policy is None) or server or engine,
                 trained_module=module,
                 base_module=reference,
             ),

@@ -191,6 +191,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
         cycle=max(state.cycle - 1, 0),  # state.cycle counts the cycles begun
         counters=state.counters,
         unverified=run.sampler.unverified(),
+        served=run.models.served(),
     )
 
 

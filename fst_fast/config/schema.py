@@ -124,11 +124,14 @@ class RolloutConfig(Section):
     leaves out thoughts with some models; a turn whose past was rewritten is then a training sequence of its own."""
     tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
     """Syntax in which the policy calls tools; `auto` is that of the chat template."""
-    backend: Literal["native", "openai"] = "native"
-    """`openai`: a server (vLLM, SGLang) samples for the fast phase and for the base model in evaluations; the trained weights sample in this
-    process. Rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
+    backend: Literal["native", "openai", "vllm"] = "native"
+    """`native`: the engine of this package, in the training processes. `vllm`: vLLM servers, which are sent the trained weights after every step, sample
+    everything. `openai`: a server with weights of its own samples for the fast phase and for the base model in evaluations; the trained weights
+    sample in this process, and rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
     backend_args: dict[str, Any] = Field(default_factory=dict)
-    """For backend=openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The API key comes from OPENAI_API_KEY only."""
+    """For backend=vllm: urls, or command, gpus, args, env; transfer, folder, in_flight, max_mismatch, restarts, start_timeout_s, timeout_s, retries,
+    concurrency (docs/vllm.md). For backend=openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. A key comes from
+    VLLM_API_KEY or OPENAI_API_KEY only."""
 
 
 class StageConfig(Section):

@@ -88,7 +88,9 @@ class Step(CounterFields):
     verdicts' rewards. loss to mismatch_cut and grad_norm: null where nothing was trained (no group kept, or the step left out for NaN or Inf); kl,
     the three fractions of clipped, and the two of slow.mismatch also where the objective has none. distilled: a step of distillation, whose kl is
     the one to the teacher. turns, observed_tokens (means of an episode) and
-    finishes (episodes by how they ended): with an environment only. Fields with a default came later than version 1 and are always written."""
+    finishes (episodes by how they ended): with an environment only.
+    With rollout.backend=vllm: probe_mismatch, mean difference of log-probs between server and trainer after the last transfer of weights, nats per
+    token; server_restarts since the run was started. Fields with a default came later than version 1 and are always written."""
 
     kind: Literal["step"]
     step: Count
@@ -113,6 +115,8 @@ class Step(CounterFields):
     mismatch_weight: Annotated[float, Field(ge=0)] | None = None
     mismatch_cut: Share | None = None
     distilled: Literal[True] | None = None
+    probe_mismatch: Annotated[float, Field(ge=0)] | None = None
+    server_restarts: Count | None = None
     response_tokens: Annotated[float, Field(ge=0)] | None
     length_stopped: Share | None
     unjudged: Count

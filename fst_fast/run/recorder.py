@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 from fst_fast import distributed
@@ -87,9 +88,16 @@ class Recorder:
         self.console.note(text)
 
     def step(
-        self, report: StepReport, *, step: int, cycle: int, counters: Counters, unverified: Mapping[str, int]
+        self,
+        report: StepReport,
+        *,
+        step: int,
+        cycle: int,
+        counters: Counters,
+        unverified: Mapping[str, int],
+        served: Mapping[str, float | int | None] = MappingProxyType({}),
     ) -> None:
-        """Count and write one slow step. All processes call it."""
+        """Count and write one slow step. served: what there is to say of sampling servers. All processes call it."""
         rollouts, numbers = report.rollouts, dict(report.numbers)
         rewards = [x.verdict.reward for x in rollouts if x.verdict.reward is not None]
         local = [
@@ -133,6 +141,7 @@ class Recorder:
             "length_stopped": cut / n if n else None,
             "unjudged": int(n - judged),
             **unverified,
+            **served,
             "verdict_metrics": mean_metrics([x.verdict.metrics for x in rollouts]),
             **episode_fields(episodes),
             "grad_norm_spike": spike,
