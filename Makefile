@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test runs emulated aot chaos parity soak fuzz docs install lint format types clean
+.PHONY: train test runs emulated aot chaos parity soak paper fuzz docs install lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -48,6 +48,10 @@ parity: $(STAMP)
 # 2,000 steps of a tiny run: memory, open files and child processes must not grow.
 soak: $(STAMP)
 	@$(PY) -m pytest -m long -s tests/integration/test_soak.py $(PYTEST_ARGS)
+
+# The paper's five configurations, two cycles each on a random model and rows in the data sets' columns.
+paper: $(STAMP)
+	@$(PY) -m pytest -m "" tests/integration/test_paper.py $(PYTEST_ARGS)
 
 # Random configurations, command lines and whatever else tests/fuzz draws: 20,000 of each, of which `make test` runs 200.
 fuzz: $(STAMP)
