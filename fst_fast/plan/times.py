@@ -19,6 +19,8 @@ from fst_fast.plan.machines import Machine
 from fst_fast.plan.memory import PREFILL, Setting, kv_pool
 from fst_fast.plan.workload import Ints, MicroBatch, Work
 
+SAMPLER_LAUNCHES = 100  # of a decode step: random numbers in plain PyTorch, what is drawn, slots and lengths
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -193,7 +195,7 @@ def decode_step(s: Setting, slots: int, suffix: float, work: Work) -> Costs:
         if s.config.rollout.cuda_graphs:
             layers, extra = replace(layers, launches=12.0), replace(extra, launches=0.0)
     head = head_rows(s, slots, products=1, passes=3 if s.gpu else 9, exps=2, chunk=slots)
-    return [layers, head, extra, Cost(launches=20)]
+    return [layers, head, extra, Cost(launches=SAMPLER_LAUNCHES)]
 
 
 class Segment(NamedTuple):

@@ -171,11 +171,11 @@ def test_memory_is_predicted_within_a_tenth_of_every_measured_peak():
     from benchmarks.plan_step import Load, configure
 
     measured = results("plan_memory.json")
-    assert {row["model"] for row in measured.values()} == {"mini", "smollm2"}
-    for name, row in measured.items():
+    assert {row["model"] for row in measured["rows"].values()} == {"mini", "smollm2"}
+    for name, row in measured["rows"].items():
         load = Load(**row["load"])
         config = configure("mini", load, row["keys"])
-        shape = shape_of(row["config"], name)
+        shape = shape_of(measured["models"][row["model"]], name)
         [work, *_] = workload.works(
             config, Assumed(load.context, load.problem, load.response, 0.0), row["processes"]
         )
@@ -185,13 +185,15 @@ def test_memory_is_predicted_within_a_tenth_of_every_measured_peak():
 
 
 def test_a_steps_time_is_predicted_within_a_fifth_in_the_median():
-    from benchmarks.plan import FIT, JUDGED, check
+    from benchmarks.plan import FIT, JUDGED, check, fit
 
     measured = results("plan_times.json")
     errors = [abs(row["error"]) for row in check(measured, JUDGED)]
     assert len(errors) >= 12
     assert statistics.median(errors) <= 0.2
     assert not FIT.keys() & JUDGED.keys()
+    for rate, value in fit(measured).items():
+        assert getattr(machines.CPU_CORE, rate) == pytest.approx(value, rel=0.01), rate
 
 
 @pytest.mark.parametrize(
