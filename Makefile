@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test emulated aot chaos parity soak paper fuzz docs install lint format types clean
+.PHONY: train test runs emulated aot chaos parity soak paper fuzz docs install lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -23,9 +23,13 @@ train: $(STAMP)
 test: $(STAMP)
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
+# Whole runs in processes of their own: resumed, killed (a sample), under DeepSpeed, from the examples and the documentation.
+runs: $(STAMP)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal tests/integration $(PYTEST_ARGS)
+
 # The GPU kernels without a GPU: Triton's in its interpreter, CUDA's on host threads.
 emulated: $(STAMP)
-	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m emulated tests/kernels $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m emulated tests/kernels tests/fst_fast/test_kv_pool.py $(PYTEST_ARGS)
 
 # Every Triton kernel compiled for every GPU generation, head size and type, and what the compiler made of it: of which .ci/run does a sample.
 aot: $(STAMP)
@@ -33,7 +37,7 @@ aot: $(STAMP)
 	@$(PY) scripts/aot_tree_attention.py
 	@$(PY) scripts/aot_cascade_decode.py
 
-# Every crash and fault, every layout of a checkpoint, two nodes: of which `make test` runs a sample.
+# Every crash and fault, every layout of a checkpoint, two nodes: of which `make runs` runs a sample.
 chaos: $(STAMP)
 	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py disk.py secrets.py stages.py) $(PYTEST_ARGS)
 

@@ -18,10 +18,10 @@ import numpy as np
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import CELLS, FULL_REWARD, Context, Problem, RolloutRequest, alike
-from fst_fast.forest import Leaf
 from fst_fast.policy.scoring import Batching, kl_to_reference
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
+from fst_fast.rollout.turns import leaves_of
 
 
 def cell(rewards: Sequence[tuple[str, float | None]], k: int) -> dict[str, float | int | None]:
@@ -175,11 +175,8 @@ def kl(
         temperature=config.rollout.temperature,
         paired=True,
     )
-    leaves = [
-        Leaf(sampler.prompts.ids(c, p), s.rollout.response_ids)
-        for (c, p, _), s in zip(plan, sampled, strict=True)
-        if len(s.rollout.response_ids)
-    ]
+    prompt_of = sampler.prompts.of_rollouts(contexts, problems)
+    leaves = [leaf for s in sampled for leaf, _ in leaves_of(prompt_of(s.rollout), s.rollout)]
     summed, count = 0.0, 0
     if leaves:
         summed, count = kl_to_reference(

@@ -20,7 +20,7 @@ from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import CELLS, Rollout
 from fst_fast.data.stages import Stage, stage_at
-from fst_fast.data.stream import lookahead, minibatch
+from fst_fast.data.stream import lookahead, minibatch, spare_problems
 from fst_fast.evaluate import evaluate
 from fst_fast.fast.fast_phase import fast_phase
 from fst_fast.rollout.reuse import ReusePool
@@ -56,7 +56,7 @@ def train(
             callbacks=callbacks,
         ) as run,
     ):
-        state, send = run.state, run.recorder.callbacks.send
+        config, state, send = run.config, run.state, run.recorder.callbacks.send
         send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)
@@ -154,6 +154,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
     problems = minibatch(
         stage.train, stage.local_step(state.step), config.slow.problems_per_step, config.seed
     )
+    reference = run.kl_reference()
     report: StepReport
     if distilling:
         report = distillation_step(
@@ -177,11 +178,11 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
             sampler=run.sampler,
             models=run.models,
             policy=run.policy,
-            reference=run.reference,
+            reference=reference,
             reusable=state.reusable,
+            spare=spare_problems(stage.train, stage.local_step(state.step), problems, config.seed),
             recorder=run.recorder,
         )
-        run.recorder.warn_of_mismatch(report, step=state.step, limit=config.slow.mismatch_warning)
     state.step += 1
     state.counters.add_tokens(*run.models.new_tokens())
     run.recorder.step(
@@ -190,6 +191,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
         cycle=max(state.cycle - 1, 0),  # state.cycle counts the cycles begun
         counters=state.counters,
         unverified=run.sampler.unverified(),
+        served=run.models.served(),
     )
 
 

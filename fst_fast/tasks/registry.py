@@ -20,6 +20,7 @@ from fst_fast.contracts import Task
 from fst_fast.errors import UserError
 from fst_fast.tasks import gym, readers, verifiers_env
 from fst_fast.tasks.rows import RowTask, check_count
+from fst_fast.tasks.tools.builtin import named_tools
 from fst_fast.tasks.user import load_object, make_task
 
 BUILT_IN = {
@@ -52,7 +53,9 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
         name = spec.removeprefix(verifiers_env.PREFIX)
         return make_task(verifiers_env.VerifiersTask, {"name": name, **args}, where)
     if spec.startswith(readers.HUB) or Path(spec).suffix in readers.FILES:
-        task = _from_rows(spec, args)
+        task = _from_rows(spec, {name: value for name, value in args.items() if name != "tools"})
+        if "tools" in args:
+            task.tools = named_tools(args["tools"])
         if problems:
             task.read()
         return task

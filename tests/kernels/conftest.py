@@ -5,7 +5,7 @@ import os
 import pytest
 
 # Minutes each: Triton kernels in its interpreter, CUDA kernels on host threads. `make emulated` runs them, `.ci/run` too.
-EMULATED_FILES = ("test_tree_attention_triton.py", "test_policy_rows.py", "test_sample_tokens_kernel.py")
+EMULATED_FILES = ("test_tree_attention_triton.py", "test_sample_tokens_kernel.py")
 EMULATED_TESTS = (
     "test_in_the_interpreter",
     "test_every_claim_holds_under_the_interpreter",
