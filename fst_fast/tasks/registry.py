@@ -42,7 +42,7 @@ def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
 def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Task:
     """Create the task that `spec` names, with `args`. Raises UserError for any mistake in them.
 
-    problems=False: rows are not read before problems are asked for; a verifying child never asks."""
+    problems=False: rows are not read before problems are asked for; a verifying child never asks for them."""
     where = f"task={spec}"
     if spec in BUILT_IN:
         module, _, name = BUILT_IN[spec].partition(":")
@@ -72,10 +72,11 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
 
 
 def check_task_args(config: Config) -> None:
-    """Raise UserError for arguments of a task that cannot be right, whatever its data are. Nothing is read and no code of the user runs."""
+    """Raise UserError for arguments of a task that cannot be right, whatever its data are. Nothing is read; files and environments of the
+    user, which would run, are not looked at."""
     parts = [(s.task, s.task_args) for s in config.stages] or [(config.task, config.task_args)]
     for spec, args in parts:
-        if ".py" not in spec and spec != "mixture" and not spec.startswith(verifiers_env.PREFIX):
+        if ".py" not in f"{spec} {args}" and not spec.startswith(verifiers_env.PREFIX):
             load_task(spec, args, problems=False)
 
 

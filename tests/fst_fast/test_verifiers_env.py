@@ -1,4 +1,4 @@
-"""Single-turn environments of the package verifiers as tasks."""
+"""Single-turn environments of the package verifiers as tasks. Importing it takes seconds, here and in a verifying process: 4,000 modules."""
 
 from __future__ import annotations
 

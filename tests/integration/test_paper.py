@@ -40,7 +40,7 @@ DATA: dict[str, tuple[str, str | None, dict[str, list[dict[str, Any]]]]] = {
     ]}),
 }  # fmt: skip
 SMALLER = {
-    "codeio": {"train": 40, "validation": 8, "longest": 2500},
+    "codeio": {"train": 60, "validation": 12, "longest": 1500},
     "star_graph": {"arms": 3, "path": 3, "ids": 20, "train": 40, "validation": 8},
 }
 GOOD = "```\nName what is asked for, step by step.\n```"
