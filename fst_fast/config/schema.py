@@ -270,7 +270,12 @@ class FastConfig(Section):
     first_generations: int = Field(4, ge=1)
     """Proposal waves of the first fast phase."""
     children: int = Field(4, ge=1)
-    """Contexts proposed in one wave."""
+    """Contexts compared with their parents in one wave."""
+    proposals: int | None = Field(None, ge=1)
+    """Reflections asked for in one wave, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
+    scored with one rollout on each of fast.screen_problems anchor problems, and the best go on."""
+    screen_problems: int = Field(4, ge=1)
+    """Anchor problems of that first comparison."""
     samples: int = Field(2, ge=1)
     """Rollouts of a context on each anchor problem."""
     failures_shown: int = Field(3, ge=1)
@@ -288,6 +293,9 @@ class FastConfig(Section):
     only."""
     reflection_tokens: int = Field(1024, ge=1)
     """For reflector=self: longest reply, in tokens; a reply that is cut there is refused."""
+    reflection_style: Literal["auto", "full", "short"] = "auto"
+    """For reflector=self: `full` shows whole failures and asks for an analysis; `short` asks for one small edit, shown by examples, and
+    begins the reply, as small models need it. `auto`: short for a base model of fewer than 3e9 parameters."""
     adaptive: bool = False
     """Skip fast phases that are unlikely to help: after one that admits no child, the contexts are carried over unscored for one cycle, after
     two in a row for two cycles, then for three. An admitted child or a new stage ends it. Nothing is skipped while the seed context is the
