@@ -137,7 +137,13 @@ def call(name: str, arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def tools(folder: Path) -> Iterator[tuple[Sampler, list[str], Config]]:
-    with opened(folder, "Tools", verify={"timeout_s": 2.0}) as everything:
+    with opened(folder, "Tools", rollout={"max_observation_chars": 200}) as everything:
+        yield everything
+
+
+@pytest.fixture(scope="module")
+def steps(folder: Path) -> Iterator[tuple[Sampler, list[str], Config]]:
+    with opened(folder, "Steps") as everything:
         yield everything
 
 
@@ -159,11 +165,11 @@ def tools(folder: Path) -> Iterator[tuple[Sampler, list[str], Config]]:
         ('<tool_call>{"function": "add"}</tool_call>', "has the keys function; they must be name and arguments", 1),
         ('<tool_call>{"name": "add"', "a <tool_call> is not closed by </tool_call>", 1),
         ("</tool_call>", "a </tool_call> stands without its <tool_call>", 1),
-        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "nested too deep", 1),
+        ("<tool_call>" + "[" * 5000 + "</tool_call>", "nested too deep", 1),
         (call("add", '{"a": 1}') * 17, "there are 17 tool calls; at most 16", 1),
         (call("do", '{"what": "raise"}'), "error: do raised KeyError: 'the key'", 1),
         (call("do", '{"what": "exit"}'), "error: do raised SystemExit: 3", 1),
-        (call("do", '{"what": "large"}'), "x [9992000 characters left out]", 0),
+        (call("do", '{"what": "large"}'), "x [9999800 characters left out]", 0),
         (call("do", '{"what": "binary"}'), "do returned a bytes, which is neither text nor JSON data", 1),
         (call("do", '{"what": "surrogate"}'), "\n?\n", 0),
         (call("do", '{"what": "nothing"}'), "\nnull\n", 0),
@@ -231,20 +237,18 @@ def test_a_tool_that_hangs_or_dies_ends_its_own_episode_only(
     ],
 )
 def test_what_an_environment_must_not_say_ends_the_episode_unjudged(
-    folder: Path, response: str, reason: str
+    steps: Any, response: str, reason: str
 ) -> None:
-    with opened(folder, "Steps") as (sampler, said, config):
-        bad, good = played(
-            sampler,
-            config,
-            lambda problem, turn, sample: response if problem == "train/0" else "end",
-            count=2,
-        )
-        assert (bad.rollout.finish, bad.verdict.reward) == ("error", None)
-        assert reason in bad.verdict.feedback
-        assert good.verdict.reward == 1.0
-        assert any(reason in line for line in said)
-        assert sampler.unverified()["verify_failures"] == 1
+    sampler, said, config = steps
+    sampler.unverified()
+    bad, good = played(
+        sampler, config, lambda p, turn, sample: response if p == "train/0" else "end", count=2
+    )
+    assert (bad.rollout.finish, bad.verdict.reward) == ("error", None)
+    assert reason in bad.verdict.feedback
+    assert good.verdict.reward == 1.0
+    assert said  # the first of a kind
+    assert sampler.unverified()["verify_failures"] == 1
 
 
 def test_an_environment_that_changes_the_problem_or_never_ends(folder: Path) -> None:
@@ -300,15 +304,15 @@ def test_the_same_seed_gives_an_episode_the_same_seed(tools: Any) -> None:
     assert len(set(seeds())) == 2
 
 
-def test_gold_responses_of_an_environment_are_played(folder: Path) -> None:
-    with opened(folder, "Steps") as (sampler, _, config):
-        task: Any = load_task(config.task, {})
-        task.gold = lambda problem: ["go on", "end"]
-        task.problems = lambda split: [Problem(f"{split}/0", [], None)]
+def test_gold_responses_of_an_environment_are_played(steps: Any) -> None:
+    sampler, _, config = steps
+    task: Any = load_task(config.task, {})
+    task.problems = lambda split: [Problem(f"{split}/0", [], None)]
+    task.gold = lambda problem: ["go on", "end"]
+    check_gold(task, sampler.pool)
+    task.gold = lambda problem: ["go on"]
+    with pytest.raises(UserError, match="the gold responses do not end the episode"):
         check_gold(task, sampler.pool)
-        task.gold = lambda problem: ["go on"]
-        with pytest.raises(UserError, match="the gold responses do not end the episode"):
-            check_gold(task, sampler.pool)
 
 
 @pytest.mark.parametrize(
