@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def answers(server: ManagedServer, folder: Path) -> list[dict[str, Any]]:
     try:
         while not client.answers():
             assert not server.has_ended(), server.last_words()
+            time.sleep(0.1)
         found = []
         for method, path, body in exchanges(folder):
             said = _once_more(client._client, method, path, body)
