@@ -102,6 +102,7 @@ class Hosts:
         self.mismatch: float | None = None
         self._servers = Servers(self.clients, args.in_flight)
         self._lock = self.folder / "lock"
+        self._up = False  # they have answered since they were last found gone
         self._held = ""  # what `prepare` brought them to, the same on all processes
         self._transfer: FileTransfer | VllmTransfer | None = None
 
@@ -133,9 +134,10 @@ class Hosts:
 
         def act() -> None:
             with self._locked() as shared:
-                if shared.generation != self.generation:
-                    self._transfer = None  # what another process set up since is in its place
-                    self.generation = shared.generation
+                if shared.generation != self.generation:  # another process has brought the servers back
+                    self._transfer, self.generation = None, shared.generation
+                    if self.managed:
+                        self.managed.end()
                 self._bring(weights, shared)
 
         distributed.on_rank_zero(act)
@@ -173,19 +175,17 @@ class Hosts:
             raise UserError(
                 f"{USER}: {self.named} {why}, after {shared.generation} restarts ({SECTION}.restarts); {self._last_words()}"
             )
-        shared.generation += 1
-        self.generation, self._transfer, shared.adapters = shared.generation, None, ""
-        self.note(f"{USER}: {self.named} {why}; restart {shared.generation} of {self.args.restarts}")
+        self.note(f"{USER}: {self.named} {why}; restart {shared.generation + 1} of {self.args.restarts}")
         if self.managed:
             self.managed.end(shared.pid)
+        shared.generation, shared.pid, shared.adapters = shared.generation + 1, None, ""
+        self.generation, self._transfer, self._up = shared.generation, None, False
 
     def _bring(self, weights: Weights, shared: Shared) -> None:
         """Servers that run and have these weights. One that is lost meanwhile is restarted. Raises UserError."""
         while True:
             try:
-                self._await_up()
-                if self.managed:
-                    shared.pid = self.managed.pid or shared.pid
+                self._await_up(shared)
                 self._send(weights, shared)
                 self._probe(weights)
                 return
@@ -196,13 +196,15 @@ class Hosts:
             except RefusedError as error:
                 raise UserError(f"{USER}: {self.named} {error}; {self._too_old()}") from None
 
-    def _await_up(self) -> None:
+    def _await_up(self, shared: Shared) -> None:
         """Wait until every server answers, after starting that of a managed run. Raises GoneError, RefusedError, UserError."""
-        if self.managed and self.managed.pid is None:
-            self.managed.start()
+        if self.managed and shared.pid is None:
+            shared.pid = self.managed.start()
         until = time.monotonic() + self.args.start_timeout_s
         for client in self.clients:
             while not client.answers():
+                if self._up:
+                    raise GoneError("does not answer any more")
                 if self.managed and self.managed.has_ended():
                     self.managed.end()
                     raise UserError(f"{USER}: the server did not start; {self._last_words()}")
@@ -215,6 +217,7 @@ class Hosts:
                     )
                 time.sleep(_WAIT_S)
             self._check(client)
+        self._up = True
 
     def _check(self, client: VllmClient) -> None:
         """Whether the server is one that this run can use, as far as it says. Raises GoneError, RefusedError, UserError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def update(path: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def exchanges(folder: Path) -> list[tuple[str, str, dict[str, Any] | None]]:
-    """(method, path, body) in order; the last ones leave a server that can only be ended."""
+    """(method, path, body) in order. After the last two the real server's engine is dead, and soon the server ends."""
     model = load_model("mini", torch.float32, attention="sdpa")
     weights = {name: (0.9 * p).detach().contiguous() for name, p in model.named_parameters()}
     names = sorted(weights)
@@ -86,9 +87,7 @@ def exchanges(folder: Path) -> list[tuple[str, str, dict[str, Any] | None]]:
         ask(PROMPT, max_tokens=32),
         start,
         update("/nonexistent/weights"),
-        end,
         ask(PROMPT),
-        ("GET", "/health", None),
     ]  # fmt: skip
 
 
@@ -99,6 +98,7 @@ def answers(server: ManagedServer, folder: Path) -> list[dict[str, Any]]:
     try:
         while not client.answers():
             assert not server.has_ended(), server.last_words()
+            time.sleep(0.1)
         found = []
         for method, path, body in exchanges(folder):
             said = _once_more(client._client, method, path, body)
