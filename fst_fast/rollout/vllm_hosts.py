@@ -42,7 +42,9 @@ from fst_fast.rollout.weight_transfer import FileTransfer, Servers, VllmTransfer
 
 UNTOUCHED = "default"  # vLLM's stamp of weights that it loaded itself
 LARGEST_MISMATCH = {"float32": 1e-3, "bfloat16": 0.05}
+FOLDER = "fst-vllm-"
 _WAIT_S = 0.2
+_FRESH_S = 60.0  # a folder that young may be about to be locked
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Hosts:
         self._batching = Batching(
             config.policy.packing, slow.tokens_per_micro_batch, slow.head_chunk_rows, 1.0, pad_id
         )
-        self.run = distributed.broadcast_result(lambda: secrets.token_hex(4))
+        self._folder_lock: int | None = None
+        self.run_id = distributed.broadcast_result(lambda: secrets.token_hex(4))
         self.folder = Path(distributed.broadcast_result(self._make_folder))
         self.managed = None if args.urls else ManagedServer(args, config, self.folder)
         where = [url.rstrip("/") for url in args.urls] or [f"unix:{self.folder}/server"]
@@ -107,25 +110,38 @@ class Hosts:
         self._transfer: FileTransfer | VllmTransfer | None = None
 
     def enter(self, run_dir: Path) -> None:
-        """Keep the lock and the server's log in the run folder, which several machines may share."""
+        """Keep the lock and the server's log in the run folder, which several machines may share, and let a managed server begin to load."""
         self._lock = run_dir / "vllm.lock"
         if self.managed:
             self.managed.log = run_dir / "vllm.log"
+            if distributed.rank() == 0:
+                with self._locked() as shared:
+                    shared.pid = self.managed.start()
 
     def _make_folder(self) -> str:
-        parent = self.args.folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+        """A folder for this run alone, locked while the process lives. What runs that were killed have left there is removed: it takes memory."""
+        parent = Path(
+            self.args.folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+        )
         try:
-            return tempfile.mkdtemp(prefix="fst-vllm-", dir=parent)
+            folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=parent))
+            now = folder.stat().st_mtime
+            for old in parent.glob(f"{FOLDER}*"):
+                if now - old.stat().st_mtime > _FRESH_S and (left := _lock_folder(old)) is not None:
+                    os.close(left)
+                    shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise UserError(f"{SECTION}.folder={parent}: {error.strerror}") from error
+        self._folder_lock = _lock_folder(folder)
+        return str(folder)
 
     def stamp(self, weights: Weights) -> str:
         """What the servers' answers carry once they have these weights. With LoRA the base stays, and the model's name says the rest."""
-        return f"{self.run}:{'base' if self.lora else weights.name}"
+        return f"{self.run_id}:{'base' if self.lora else weights.name}"
 
     def model(self, weights: Weights) -> str | None:
         """The name of the model to ask for; None: the server's own."""
-        return f"fst-{self.run}-{weights.step}" if self.lora and not weights.is_base else None
+        return f"fst-{self.run_id}-{weights.step}" if self.lora and not weights.is_base else None
 
     def prepare(self, weights: Weights) -> None:
         """Bring the servers to these weights. All processes call it, and all raise what went wrong (UserError)."""
@@ -158,9 +174,9 @@ class Hosts:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             text = os.pread(descriptor, 4096, 0).decode()
-            shared = Shared(**json.loads(text)) if text else Shared(self.run)
-            if shared.run != self.run:  # of a run that was continued
-                shared = Shared(self.run)
+            shared = Shared(**json.loads(text)) if text else Shared(self.run_id)
+            if shared.run != self.run_id:  # of a run that was continued
+                shared = Shared(self.run_id)
             try:
                 yield shared
             finally:
@@ -306,5 +322,20 @@ class Hosts:
             self.managed.end()
         for client in self.clients:
             client.close()
-        if distributed.rank() == 0:
+        if self._folder_lock is not None:  # on rank 0
             shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._folder_lock)
+            self._folder_lock = None
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock, or None where another process does."""
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor

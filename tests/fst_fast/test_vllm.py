@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import types
@@ -135,7 +136,7 @@ def test_tokens_and_log_probs_are_those_of_the_weights_that_were_sent(
     with serving() as (url, state), hosted(url, tmp_path) as hosts:
         for module, version in ((base, 0), (trained, 3), (trained, 4)):
             rollouts = generate(engine(hosts, module), version, temperature=0.7)
-            assert state.version == f"{hosts.run}:{version or 'base'}"
+            assert state.version == f"{hosts.run_id}:{version or 'base'}"
             assert hosts.mismatch is not None
             assert hosts.mismatch < 1e-5
             for request, rollout in zip(REQUESTS[:2], rollouts, strict=False):
@@ -180,13 +181,13 @@ def test_of_lora_only_the_adapters_are_sent(base: nn.Module, tmp_path: Path) -> 
             layer.lora_B["default"].weight.normal_(0, 0.1)
     with serving() as (url, state), hosted(url, tmp_path, policy={"lora": {"rank": 4}}) as hosts:
         rollouts = generate(engine(hosts, adapted), 2)
-        assert list(state.adapters) == [f"fst-{hosts.run}-2"]
+        assert list(state.adapters) == [f"fst-{hosts.run_id}-2"]
         for request, rollout in zip(REQUESTS[:2], rollouts, strict=False):
             own = recomputed(adapted, request, rollout.response_ids, 1.0)
             assert np.abs(own - rollout.logprobs).max() < 1e-4
         generate(engine(hosts, base, base=True), 2)
         generate(engine(hosts, adapted), 3)
-        assert list(state.adapters) == [f"fst-{hosts.run}-3"]
+        assert list(state.adapters) == [f"fst-{hosts.run_id}-3"]
         state.adapters.clear()  # as after a restart
         again = generate(engine(hosts, adapted), 3)
         assert hosts.generation == 1
@@ -371,6 +372,26 @@ def test_a_folder_that_is_full_or_missing_is_one_sentence(
         ),
     ):
         hosts.prepare(Weights(base, None))
+
+
+def test_what_a_killed_run_left_in_memory_is_removed_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+    settings = config(args={"urls": ["http://h"], "folder": str(tmp_path)})
+
+    def made() -> Hosts:
+        return Hosts(vllm_args(settings), settings, probe_ids=PROMPT, pad_id=0, note=print)
+
+    left = tmp_path / "fst-vllm-left"
+    left.mkdir()
+    (left / "weights.safetensors").write_text("")
+    first = made()
+    for folder in (left, first.folder):
+        os.utime(folder, (0, 0))
+    second = made()
+    assert not left.exists()
+    assert first.folder.exists()
+    first.close()
+    second.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_docs_name_every_parameter_of_a_request(base: nn.Module) -> None:

@@ -68,7 +68,7 @@ def exchanges(folder: Path) -> list[tuple[str, str, dict[str, Any] | None]]:
         ("GET", "/nope", None),
         ask(PROMPT),
         ask(PROMPT, max_tokens=1, temperature=1.0, prompt_logprobs=0),
-        ask(PROMPT, stop=["6"], max_tokens=32),
+        ask(PROMPT, stop=["17"], max_tokens=32),
         ask(PROMPT, temperature=0.7),
         ask(PROMPT, "nope"),
         ask([7] * 400),
@@ -126,7 +126,11 @@ def managed(command: list[str], folder: Path) -> ManagedServer:
     config = Config.model_validate(
         {"rollout": {"backend": "vllm", "max_prompt_tokens": 256, "max_response_tokens": 64}}
     )
-    args = VllmArgs(command=tuple(command), env={"VLLM_CPU_KVCACHE_SPACE": "1"}, args=("--enforce-eager",))
+    args = VllmArgs(
+        command=tuple(command),
+        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
+        args=("--enforce-eager", "--served-model-name=mini"),
+    )
     assert model_folder("mini").is_dir()
     return ManagedServer(args, config, folder)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from tests.fst_fast import fake_vllm
 from tests.integration.launch import REPO, one_thread, records
 
 REAL = os.environ.get("FST_VLLM")
+FOLDER = tempfile.mkdtemp(prefix="fst-")  # of the sockets, by which the servers of this module are known
 SERVER = {
+    "folder": FOLDER,
     "command": [REAL] if REAL else [sys.executable, fake_vllm.__file__],
     "args": ["--enforce-eager"],
     "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
@@ -51,13 +54,13 @@ def run(
 
 
 def servers() -> list[psutil.Process]:
-    """Servers of any run of these tests that are there."""
+    """The servers of this module's runs that are there."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if (
             "serve" in words
-            and any(w.startswith("--uds=") for w in words)
+            and any(w.startswith(f"--uds={FOLDER}") for w in words)
             and process.status() != psutil.STATUS_ZOMBIE
         ):
             found.append(process)
