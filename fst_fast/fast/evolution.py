@@ -353,7 +353,7 @@ def _lessons(lineage: Mapping[str, Lineage]) -> list[Lesson]:
     edits = [
         (lineage[line.context.parent], line)
         for line in lineage.values()
-        if line.admitted and line.context.parent in lineage
+        if line.admitted and line.context.parent is not None and line.context.parent in lineage
     ]
     return [
         Lesson(before.context.text, [shown.feedback for shown in line.failures], line.context.text)

@@ -79,7 +79,8 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that a process holds through all phases, by item: on the device, and on the host."""
     e, shape, policy, n = s.element, s.shape, s.config.policy, s.processes
     everything, trained = shape.parameters, s.trained
-    device, host = {}, {}
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
     small = (
         shape.layers * shape.small + shape.hidden
     )  # tensors that ZeRO-3 leaves whole, in all but tiny models

@@ -210,7 +210,7 @@ def play(responses: Ints, slots: int) -> list[Segment]:
     queue = responses[::-1].tolist()
     clock = width = 0
     running: list[tuple[int, int]] = []  # (end, begin) of each live slot
-    out = []
+    out: list[Segment] = []
     while True:
         idle = width - len(running)
         if not width or (idle and (8 if queue else 4) * idle >= width):
@@ -241,7 +241,7 @@ def decode(s: Setting, work: Work, m: Machine, room: int) -> tuple[float, dict[s
         step = decode_step(s, segment.width, segment.suffix, work)
         of_step = parts_of(step, m, s)
         took += segment.steps * seconds(of_step, m)
-        parts.update({name: segment.steps * value for name, value in of_step.items()})  # type: ignore[arg-type]
+        parts.update({name: segment.steps * value for name, value in of_step.items()})
         costs.append(total(step) * segment.steps)
     return took, dict(parts), total(costs)
 

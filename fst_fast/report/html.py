@@ -14,7 +14,7 @@ from fst_fast.contracts import CELLS
 from fst_fast.report import curves, figures, lineage_figure, pages
 from fst_fast.report.lineage import Node, lineage, population
 from fst_fast.report.load import Cell, Counters, Eval, Example, Run, Step, Summary, load_runs
-from fst_fast.report.problems import compare, standing
+from fst_fast.report.problems import compare, present
 from fst_fast.run.folder import disk_errors, write_atomic
 from fst_fast.run.troubles import KINDS
 
@@ -129,7 +129,7 @@ def _run_page(number: int, run: Run, out: Outcome) -> RunPage:
         final=[by_id[id] for id in dict.fromkeys(population(run)) if id in by_id],
         tree=_picture(file, f"Lineage of the contexts of {run.label}", tree),
         refused=dict(refused.most_common()),
-        troubles=[(kind, where) for kind, where in standing(run) if kind in KINDS],
+        troubles=[(kind, where) for kind, where in present(run) if kind in KINDS],
         examples=examples(run),
     )
 

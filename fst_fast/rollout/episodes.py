@@ -19,8 +19,8 @@ import numpy as np
 from fst_fast.contracts import Finish, Message, Rollout, RolloutRequest, ScoredRollout, Turn, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import Opening, messages_with_context, response_text
-from fst_fast.rollout.server import ServerEngine
 from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
@@ -66,7 +66,7 @@ class _Episode:
 
 def play(
     sampler: Sampler,
-    engine: RolloutEngine | ServerEngine,
+    engine: Engine,
     requests: Sequence[RolloutRequest],
     *,
     stream: tuple[object, ...],
@@ -138,7 +138,7 @@ def ask_openings(sampler: Sampler, problems: Sequence[Any]) -> list[Opening | st
     ]
 
 
-def episode_tokens(sampler: Sampler, engine: RolloutEngine | ServerEngine) -> int:
+def episode_tokens(sampler: Sampler, engine: Engine) -> int:
     """The longest episode, in tokens."""
     config = sampler.config
     limits = [config.rollout.max_episode_tokens or config.slow.tokens_per_micro_batch]

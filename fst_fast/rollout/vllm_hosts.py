@@ -272,11 +272,13 @@ class Hosts:
                 send_adapters(self.clients, weights.module, self.folder, name, shared.adapters)
                 shared.adapters = name
             return
-        if self._transfer is None and self.args.transfer == "file":
+        how = self.args.transfer
+        if self._transfer is None and how == "file":
             self._transfer = FileTransfer(self._servers, self.folder)
-        elif self._transfer is None:
+        elif self._transfer is None and how != "file":
             address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            self._transfer = VllmTransfer(self._servers, self.args.transfer, address)
+            self._transfer = VllmTransfer(self._servers, how, address)
+        assert self._transfer is not None
         self._servers.stamp = stamp
         self._transfer.send(weights.module)
 

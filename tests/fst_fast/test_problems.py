@@ -13,7 +13,7 @@ from fst_fast.cli import main
 from fst_fast.contracts import Judged, Problem
 from fst_fast.report import figures, write_report
 from fst_fast.report.load import load_runs
-from fst_fast.report.problems import Comparison, compare, standing
+from fst_fast.report.problems import Comparison, compare, present
 from fst_fast.run.problems import FILE, KEPT_CHARS, write_problems
 
 EVIL = "<script>alert(1)</script>"
@@ -133,7 +133,7 @@ def test_the_report_lists_the_troubles_that_the_run_named(tmp_path: Path) -> Non
     steps = [{"kind": "step", "step": i, "troubles": trouble if i in (3, 4, 7) else {}} for i in range(1, 9)]
     a = run(tmp_path / "a", {}, lines=steps)
     [loaded] = load_runs([a])
-    assert standing(loaded) == [("kl_high", {"records": 3, "first": 3, "last": 7})]
+    assert present(loaded) == [("kl_high", {"records": 3, "first": 3, "last": 7})]
     page = write_report([a], tmp_path / "out").read_text()
     assert "KL explodes" in page
     assert "docs/troubles.md#kl-explodes" in page
