@@ -15,11 +15,20 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test runs emulated aot chaos parity soak paper fuzz vllm docs install lint format types clean
+.PHONY: train laptop test runs emulated aot chaos parity soak paper fuzz vllm docs install lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
 	@$(PY) -m fst_fast.cli report $(RUN)
+
+# A real language model on a CPU: fetched and checked, trained, its four cells and its contexts shown. MODEL and CONFIG belong together.
+laptop: MODEL = qwen2.5-coder-0.5b
+laptop: CONFIG = configs/laptop/short_answers.yaml
+laptop: RUN = runs/laptop
+laptop: $(STAMP)
+	@$(PY) scripts/fetch_model.py $(MODEL)
+	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
+	@$(PY) scripts/show_contexts.py $(RUN)
 
 test: $(STAMP)
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)

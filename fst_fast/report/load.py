@@ -155,7 +155,7 @@ class Eval(Counters):
 
 class Timing(Record):
     """Seconds since the start (over all resumes), and seconds spent in each phase since the row before. A step has a row for its
-    training and another for its evaluation."""
+    training and another for its evaluation. reflect_s is a part of fast_s."""
 
     step: int
     seconds: float
@@ -164,6 +164,7 @@ class Timing(Record):
     score_s: float | None = None
     train_s: float | None = None
     fast_s: float | None = None
+    reflect_s: float | None = None
     eval_s: float | None = None
     troubles: Troubles = Field(default_factory=dict)
 

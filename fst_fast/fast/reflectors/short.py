@@ -24,8 +24,8 @@ from fst_fast.fast.reflection import ReflectionPrompt, cut
 
 FENCE = "```"
 SYSTEM = "You write instructions."
-TEMPERATURE = 0.8
-"""Below 1: what a small model writes at 1 often wanders off."""
+TEMPERATURE = 1.0
+"""Requests of siblings are often one and the same: at 0.8 15 of 24 replies repeated others (Qwen2.5-Coder-0.5B, short_answers)."""
 SHOWN_CHARS = 300
 """A feedback or an accepted response longer than this is shown with its middle left out."""
 SHOWN_FAILURES = 3
@@ -46,7 +46,7 @@ EXAMPLES = (
     ),
     (
         ("List some animals.", ["The response must have exactly 5 lines, it has ...", "The word cat is not allowed."], ""),
-        "List animals, one on each of exactly 5 lines. Do not use the word cat.",
+        "List some animals on exactly 5 lines. Do not use the word cat.",
     ),
 )  # fmt: skip
 COMBINED = (
