@@ -21,15 +21,15 @@ SHOWN = 3  # changes
 MOST_DEVICES = 4096
 
 
-def model_shape(config: Config) -> Shape:
-    """The shape of `model.path`, from its config.json. Raises UserError."""
-    path = config.model.path
-    folder = local_folder(path)
-    if folder is None:
-        from fst_fast.policy.attention import model_folder  # late: it loads torch
+def with_shape(config: Config) -> tuple[Config, Shape]:
+    """The configuration, its model pinned where that takes a look at it, and the shape of the model, from its config.json. Raises UserError."""
+    folder = local_folder(config.model.path)
+    if folder is None or config.model.dtype == "auto":
+        from fst_fast.policy.base_model import model_folder, pin  # late: it loads torch
 
-        folder = model_folder(path)
-    return read_shape(folder, path)
+        config = pin(config, weights=False)
+        folder = model_folder(config.model.path, config.model.revision, weights=False)
+    return config, read_shape(folder, config.model.path)
 
 
 def make_plan(
@@ -59,7 +59,8 @@ def make_plan(
         raise UserError(
             f"--response-tokens {assumed.response} is more than rollout.max_response_tokens={rollout.max_response_tokens}"
         )
-    return advice.plan(config, model_shape(config), here, gpus, assumed)
+    config, shape = with_shape(config)
+    return advice.plan(config, shape, here, gpus, assumed)
 
 
 def dry_run_lines(config: Config, processes: int) -> Iterator[str]:
