@@ -108,6 +108,7 @@ def play(
             temperature=temperature,
             top_p=None if top_p in (None, 1.0) else top_p,
             policy_version=policy_version,
+            **({"keep_responses": turn + 1 < config.max_turns} if isinstance(engine, RolloutEngine) else {}),
         )  # fmt: skip
         sampled_at = time.perf_counter()
         ends = {*engine.eos_ids, sampler.pad_id}
