@@ -149,7 +149,7 @@ def takes_it(words: list[str], where: str) -> None:
         for word in words
         if word not in ("[", "]", "...]")
     ]
-    words = [word.strip("[]") for word in words]
+    words = [word if "=[" in word else word.strip("[]") for word in words]
     own, overrides = cli.split_overrides(words)
     args = cli._parser().parse_args(own)
     if words[0] in ("train", "probe"):

@@ -203,13 +203,14 @@ def test_a_steps_time_is_predicted_within_a_fifth_in_the_median():
         (["--memory", "80 XB"], "--memory 80 XB: a size such as 80GB or 79.5GiB is needed"),
         (["--memory", "0GB"], "--memory 0GB: a size such as 80GB"),
         (["--memory", "🙂"], "--memory 🙂: a size such as 80GB"),
-        (["--gpus", "99999"], "--gpus 99999: at most 16,384"),
+        (["--gpus", "99999"], "--gpus 99999: at most 4,096"),
         (["--gpus", "0"], "a whole number >= 1"),
         (["--response-tokens", "4000"], "--response-tokens 4000 is more than rollout.max_response_tokens=32"),
         (
             ["--context-tokens", "250", "--problem-tokens", "60"],
             "are more than rollout.max_prompt_tokens=256",
         ),
+        (["--slow.problems_per_step", "1000000"], "8,000,000 rollouts; a plan plays through at most 200,000"),
         (["--spread", "nan"], "a number from 0"),
         (["--model.path", "/nowhere"], "model.path='/nowhere' is not a folder"),
     ],
@@ -231,6 +232,8 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(words, sentence, caps
         ('{"model_type": "llama"}', "no usable hidden_size, num_hidden_layers"),
         (json.dumps({**QWEN3_8B, "hidden_size": "many"}), "no usable hidden_size;"),
         (json.dumps({**QWEN3_8B, "num_attention_heads": 0}), "no usable num_attention_heads;"),
+        (json.dumps({**QWEN3_8B, "head_dim": "wide"}), "no usable head_dim;"),
+        (json.dumps({"text_config": [], **QWEN3_8B, "vocab_size": 10**30}), "no usable vocab_size;"),
     ],
 )
 def test_a_config_that_gives_no_sizes_is_refused(tmp_path, content, sentence):
