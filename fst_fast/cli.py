@@ -295,17 +295,21 @@ def _train(args: argparse.Namespace) -> None:
         args.config = saved
     config = config_load.load(args.config or mini.default_config(), args.overrides)
     if args.dry_run:
+        from fst_fast.commands.plan import dry_run_lines
+
+        check_task_args(config)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        numbers = [f"{name}: {number}" for name, number in derived(config, processes).items()]
+        predicted = dry_run_lines(config, processes)
         if _is_first():
             print(config_load.dump(config), end="")
             print("\n# what follows from it")
-            for name, number in derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
-                print(f"# {name}: {number}")
-            from fst_fast.commands.plan import dry_run_lines
-
-            for line in dry_run_lines(config, int(os.environ.get("WORLD_SIZE", "1"))):
+            for line in [
+                *numbers,
+                *predicted,
+                "not looked at: the rows of data sets, the model, the endpoints",
+            ]:
                 print(f"# {line}".rstrip())
-            print("# not looked at: the rows of data sets, the model, the endpoints")
-            check_task_args(config)
         return
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")

@@ -123,7 +123,7 @@ def play(
             if rollout.finish == "abort":
                 e.over(Verdict(None, "the server gave the response up"), "abort")
         turn += 1
-        reach("verification")
+        reach("turn")
         _answer(sampler, [e for e in live if e.verdict is None], last=turn >= config.max_turns, limit=limit)
         sampler.stopwatch.add("rollout_s", sampled_at - started)
         sampler.stopwatch.add("verify_s", time.perf_counter() - sampled_at)

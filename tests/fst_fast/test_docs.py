@@ -94,7 +94,7 @@ def test_every_configuration_key_that_is_named_exists(page: Path) -> None:
     known = set(keys())
     sections = "|".join(key for key in known if any(other.startswith(key + ".") for other in known))
     for key in re.findall(rf"`(?:--)?((?:{sections})\.\w+(?:\.\w+)*)(?==|: |`)", page.read_text()):
-        free = re.sub(r"(_args)\..*", r"\1", key)
+        free = re.sub(r"(_args|_kwargs|\.deepspeed)\..*", r"\1", key)
         other = key in POINTS or key.endswith((".py", ".md", ".yaml", ".json", ".jsonl"))
         assert free in known or other, f"{name(page)}: {key}"
 
