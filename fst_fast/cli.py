@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | plan | report | watch | export | replay | experiment | base build | doctor`.
+"""The command line: `fst train | eval | probe | plan | report | watch | export | push | replay | experiment | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -250,6 +250,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT")
 
+    push = command("push", _push, "upload what `fst export` writes to the Hugging Face Hub")
+    push.add_argument("run_dir", type=Path, metavar="RUN")
+    push.add_argument("repo", metavar="REPO", help="org/name; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.add_argument("--revision", metavar="BRANCH", help="default: main")
+
     replay = command("replay", _replay, "repeat a step that gave NaN or Inf from what the run dumped of it")
     replay.add_argument("dump", type=Path, metavar="DUMP", help="such as RUN/dumps/step-000012")
 
@@ -400,6 +406,13 @@ def _export(args: argparse.Namespace) -> None:
 
     export(args.run_dir, args.out)
     print(args.out)
+
+
+def _push(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.commands.push import push
+
+    print(push(args.run_dir, args.repo, private=args.private, revision=args.revision))
 
 
 def _replay(args: argparse.Namespace) -> None:
