@@ -108,6 +108,7 @@ def play(
             temperature=temperature,
             top_p=None if top_p in (None, 1.0) else top_p,
             policy_version=policy_version,
+            **({"keep_responses": turn + 1 < config.max_turns} if isinstance(engine, RolloutEngine) else {}),
         )  # fmt: skip
         sampled_at = time.perf_counter()
         ends = {*engine.eos_ids, sampler.pad_id}
@@ -122,7 +123,7 @@ def play(
             if rollout.finish == "abort":
                 e.over(Verdict(None, "the server gave the response up"), "abort")
         turn += 1
-        reach("verification")
+        reach("turn")
         _answer(sampler, [e for e in live if e.verdict is None], last=turn >= config.max_turns, limit=limit)
         sampler.stopwatch.add("rollout_s", sampled_at - started)
         sampler.stopwatch.add("verify_s", time.perf_counter() - sampled_at)

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,15 +238,25 @@ class Hosts:
 
     def _check(self, client: VllmClient) -> None:
         """Whether the server is one that this run can use, as far as it says. Raises GoneError, RefusedError, UserError."""
-        stamp = client.get("/weight_info")["weight_version"]
-        if self.managed or self._held:
-            return
+        try:
+            stamp = client.get("/weight_info")["weight_version"]
+            if self.managed or self._held:
+                return
+            info = client.get("/server_info", config_format="json")["vllm_config"]
+            missing = self._missing_flags(info)
+        except (TypeError, KeyError) as error:
+            raise RefusedError(
+                f"does not describe itself as vLLM does ({type(error).__name__}: {error})"
+            ) from None
         if stamp != UNTOUCHED:
             self.note(f"{USER}: {client.where} has weights of another run ({stamp}); this run takes it over")
-        info = client.get("/server_info", config_format="json")["vllm_config"]
-        model = info["model_config"]
-        longest = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
-        backend = FileTransfer.backend if self.args.transfer == "file" else self.args.transfer
+        if missing:
+            raise UserError(f"{USER}: {client.where} must be started with {' and '.join(missing)}")
+
+    def _missing_flags(self, info: Any) -> list[str]:
+        """Flags without which a server of this configuration (of /server_info) cannot serve this run."""
+        model, rollout = info["model_config"], self.config.rollout
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
         wanted = {
             f"--max-model-len={longest} or more": model["max_model_len"] >= longest,
             f"--dtype={self.config.model.dtype}": model["dtype"] == f"torch.{self.config.model.dtype}",
@@ -254,13 +265,11 @@ class Hosts:
         if self.lora:
             wanted["--enable-lora"] = info["lora_config"] is not None
         else:
+            backend = FileTransfer.backend if self.args.transfer == "file" else self.args.transfer
             has = info["weight_transfer_config"]
-            wanted[f'--weight-transfer-config=\'{{"backend": "{backend}"}}\''] = (
-                has is not None and has["backend"] == backend
-            )
-        missing = [flag for flag, there in wanted.items() if not there]
-        if missing:
-            raise UserError(f"{USER}: {client.where} must be started with {' and '.join(missing)}")
+            flag = f'--weight-transfer-config=\'{{"backend": "{backend}"}}\''
+            wanted[flag] = has is not None and has["backend"] == backend
+        return [flag for flag, there in wanted.items() if not there]
 
     def _send(self, weights: Weights, shared: Shared) -> None:
         stamp = self.stamp(weights)
@@ -268,17 +277,18 @@ class Hosts:
             for client in self.clients:
                 client.post("/update_weight_version", {"new_version": stamp})
             name = self.model(weights)
-            if name not in (None, shared.adapters):
+            if name is not None and name != shared.adapters:
                 send_adapters(self.clients, weights.module, self.folder, name, shared.adapters)
                 shared.adapters = name
             return
-        how = self.args.transfer
-        if self._transfer is None and how == "file":
-            self._transfer = FileTransfer(self._servers, self.folder)
-        elif self._transfer is None and how != "file":
+        if self._transfer is None:
+            how = self.args.transfer
             address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            self._transfer = VllmTransfer(self._servers, how, address)
-        assert self._transfer is not None
+            self._transfer = (
+                FileTransfer(self._servers, self.folder)
+                if how == "file"
+                else VllmTransfer(self._servers, how, address)
+            )
         self._servers.stamp = stamp
         self._transfer.send(weights.module)
 

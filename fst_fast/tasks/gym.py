@@ -12,12 +12,13 @@ question is also in the validation split, or was drawn before, is left out, so n
 
 from __future__ import annotations
 
-import io
+import json
+import os
 import re
+import subprocess
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fst_fast.contracts import Problem, Verdict
@@ -72,12 +73,9 @@ class ReasoningGym:
             seen: set[str] = set()
             for part, items in self._sets.items():  # validation first: training problems give way
                 self._problems[part] = []
-                for index in range(self._sizes[part]):
-                    item = _draw(items, index)
+                for index, item in enumerate(_draw(self.name, items, self._sizes[part])):
                     if item["question"] in seen or len(item["question"]) > self._longest:
                         continue
-                    if not item["metadata"].get("input_data", True):
-                        continue  # codeio: the program of the item failed
                     seen.add(item["question"])
                     message = {"role": "user", "content": item["question"]}
                     problem = Problem(
@@ -125,11 +123,51 @@ class ReasoningGym:
         return str(found[-1]).strip()
 
 
-def _draw(items: Any, index: int) -> Any:
-    """One item, without what the programs of some sets print and warn of."""
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return items[index]
+def _draw(name: str, items: Any, size: int) -> Iterable[Any]:
+    if name != "codeio":
+        return (items[index] for index in range(size))
+    return _draw_apart(
+        {"size": size, **{key: value for key, value in vars(items.config).items() if key != "size"}}
+    )
+
+
+def _draw_apart(config: Mapping[str, Any]) -> list[Any]:
+    """Items of codeio, which are made by running its programs. That is done in a process of its own: with the same hash and random seeds each
+    time, without the trainer's environment, in a folder that goes with the files that programs write. Raises UserError."""
+    path = os.pathsep.join(filter(None, sys.path))
+    with TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, json.dumps(config)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder, check=False,
+            env={"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"},
+        )  # fmt: skip
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise UserError(
+            f"task={PREFIX}codeio: the process that makes its items ended with {done.returncode}: {why[:300]}"
+        )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+_PROGRAM = """
+import json, os, random, re, sys
+import numpy
+from reasoning_gym import create_dataset
+
+out = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # programs print
+changing = re.compile(r"datetime|date\\.today|time\\.|uuid|urandom|secrets|getpid|\\bid\\(|default_rng\\(\\)")
+items = create_dataset("codeio", **json.loads(sys.argv[1]))
+for index in range(len(items)):
+    random.seed(index)
+    numpy.random.seed(index)
+    item = items[index]
+    if item["metadata"].pop("input_data") and not changing.search(item["question"]):  # without input the program failed
+        del item["metadata"]["output_data"]
+        out.write(json.dumps(item) + "\\n")
+out.flush()
+os._exit(0)  # whatever threads are left
+"""
 
 
 def _create(name: str, *, size: int, seed: int, config: Mapping[str, Any]) -> Any:

@@ -66,7 +66,7 @@ class Steps(Tools):
     def start(self, problem):
         Steps.starts += 1
         if problem.id == "train/3":
-            return [{"role": "user", "content": f"this is start {Steps.starts}"}]
+            return ({"role": "user", "content": f"this is start {Steps.starts}"},)
         return [{"role": "user", "content": "?"}], [], {"count": 0}
 
     def step(self, state, response):

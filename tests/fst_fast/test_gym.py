@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 from fst_fast.contracts import Problem
 from fst_fast.errors import UserError
+from fst_fast.tasks import gym
 from fst_fast.tasks.registry import load_task
 
 SUMS = {"train": 30, "validation": 8, "max_terms": 2, "max_digits": 1}
@@ -68,18 +71,24 @@ def test_a_level_of_the_curriculum_sets_the_arguments_and_what_is_given_outright
     assert {m["difficulty"]["num_terms"] for m in sums if m["source_dataset"] == "chain_sum"} == {(2, 3)}
 
 
-def test_codeio_gives_programs_that_ran_and_questions_that_are_short_enough(
-    capsys: pytest.CaptureFixture[str],
+def test_codeio_gives_what_its_programs_gave_in_a_process_apart(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task: Any = load_task(
-        "reasoning_gym:codeio", {"train": 60, "validation": 4, "read": "tag", "longest": 3000}
-    )
+    monkeypatch.chdir(tmp_path)
+    args = {"train": 60, "validation": 4, "read": "tag", "longest": 3000}
+    task: Any = load_task("reasoning_gym:codeio", args)
     train = task.problems("train")
     assert 10 < len(train) < 60
     assert max(len(p.messages[0]["content"]) for p in train) <= 3000
-    assert all(p.meta["item"]["metadata"]["input_data"] for p in train)
     assert task.verify(train[0], task.gold(train[0])).reward == 1
-    assert capsys.readouterr().out == ""
+    assert list(train) == list(load_task("reasoning_gym:codeio", args).problems("train"))
+    assert pickle.loads(pickle.dumps(train)) == train
+    # What the programs print, write and change stays with them.
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(gym, "_PROGRAM", "import sys; sys.exit('no program')")
+    with pytest.raises(UserError, match="the process that makes its items ended with 1: no program"):
+        load_task("reasoning_gym:codeio", args).problems("train")
 
 
 def test_an_answer_that_the_package_cannot_read_scores_nothing() -> None:

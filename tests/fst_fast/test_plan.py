@@ -212,7 +212,7 @@ def test_a_steps_time_is_predicted_within_a_fifth_in_the_median():
         ),
         (["--slow.problems_per_step", "1000000"], "8,000,000 rollouts; a plan plays through at most 200,000"),
         (["--spread", "nan"], "a number from 0"),
-        (["--model.path", "/nowhere"], "model.path='/nowhere' is not a folder"),
+        (["--model.path", "/nowhere"], "model.path='/nowhere' is neither a folder"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_sentence(words, sentence, capsys):
