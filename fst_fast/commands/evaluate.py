@@ -13,7 +13,7 @@ from fst_fast.contracts import Context
 from fst_fast.data.fingerprint import changes, fingerprint
 from fst_fast.data.stages import make_stages, stage_at, stage_problems
 from fst_fast.evaluate import evaluate
-from fst_fast.policy.base_weights import check_base
+from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import load
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
@@ -28,18 +28,20 @@ def evaluate_run(
     samples: int | None = None,
     split: str = "validation",
     model: str | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """The four cells of a run's newest checkpoint, measured afresh on this process. None: as the run's config says. split: of the task of the
-    last stage begun. model: where the base model is now, if it was moved. Warns where the data have changed since the checkpoint. Raises UserError
+    last stage begun. model, revision: where the base model is now, if it was moved. Warns where the data have changed since the checkpoint. Raises UserError
     where the split has no problems."""
     config, found = newest(run_dir)
     if samples is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"samples": samples})})
     state = State.load(found / "state.json")
-    if model is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
-    check_base(config.model.path, state.base_weights, run_dir)
+    if model is not None or revision is not None:
+        at = {"path": model or config.model.path, "revision": revision}
+        config = config.model_copy(update={"model": config.model.model_copy(update=at)})
     distributed.init()
+    config, _ = open_base(config, run_dir=run_dir, expected=state.base_weights)
     date = datetime.fromisoformat(state.date) if state.date else None
     with Sampler.open(config, saved=found / "model", date=date) as sampler:
         base = load(config)

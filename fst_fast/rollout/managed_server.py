@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from fst_fast.config import Config
-from fst_fast.policy.attention import model_folder
+from fst_fast.policy.base_model import model_folder
 from fst_fast.rollout.vllm_args import VllmArgs
 from fst_fast.rollout.weight_transfer import FileTransfer
 from fst_fast.verify import attached

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.episodes import ask_openings, play
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
 from fst_fast.rollout.server import ServerEngine
-from fst_fast.rollout.template import Findings, configured_chat
+from fst_fast.rollout.template import Findings, check_vocabulary, configured_chat
 from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.rollout.vllm_args import vllm_args
 from fst_fast.rollout.vllm_hosts import Hosts, Weights
@@ -33,6 +35,7 @@ from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.registry import task_spec
+from fst_fast.tasks.tools.calls import syntax_of
 from fst_fast.verify.pool import VerifierPool
 
 
@@ -82,6 +85,7 @@ class Sampler:
             else None
         )
         spec, args = task_spec(config)
+        syntax = config.rollout.tool_calls
         pool = VerifierPool(
             spec,
             args,
@@ -89,6 +93,8 @@ class Sampler:
             timeout_s=config.verify.timeout_s,
             memory_mib=config.verify.memory_mib,
             isolation=config.verify.isolation,
+            tool_calls=(syntax_of(chat.template.source) or "") if syntax == "auto" else syntax,
+            observation_chars=config.rollout.max_observation_chars,
             log=log,
         )
         if pool.runs_code:
@@ -96,7 +102,10 @@ class Sampler:
 
             log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return cls(config, tokenizer, prompts, pool, pad_id, findings, generation)
+        sampler = cls(config, tokenizer, prompts, pool, pad_id, findings, generation)
+        if pool.has_turns:
+            prompts.openings = partial(ask_openings, sampler)
+        return sampler
 
     def close(self) -> None:
         """End the verifying children and a server that the run started. May be called twice."""
@@ -122,7 +131,9 @@ class Sampler:
             self.generation_config.save_pretrained(folder)
 
     def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
-        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
+        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory. Raises UserError where the
+        tokenizer does not fit the model."""
+        check_vocabulary(self.prompts.chat, model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
         return RolloutEngine(
             model,
             eos_ids=self.end_ids(model),
@@ -186,9 +197,13 @@ class Sampler:
         """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers.
 
         A response that the server gave up (finish `abort`) is not judged: its reward is None."""
-        started = time.perf_counter()
         if isinstance(engine, VllmEngine):
             engine.prepare(policy_version)
+        if self.pool.has_turns:
+            return play(
+                self, engine, requests, stream=stream, policy_version=policy_version, temperature=temperature, top_p=top_p, paired=paired
+            )  # fmt: skip
+        started = time.perf_counter()
         prompts = [
             Request(
                 problem_id=problem.id,
