@@ -32,7 +32,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
             "folder": str(tmp_path),
         }
     )
-    made = Hosts(vllm_args(settings), settings, probe_ids=PROMPT, pad_id=0, note=lambda _: None)
+    made = Hosts(vllm_args(settings), settings, longest=320, probe_ids=PROMPT, pad_id=0, note=lambda _: None)
     made.enter(tmp_path)
     yield made
     made.close()

@@ -74,7 +74,7 @@ def hosted(url: str, tmp_path: Path, said: list[str] | None = None, **more: Any)
     args = {"urls": [url], "folder": str(tmp_path), "retries": 1, "restarts": 1, **more.pop("args", {})}
     settings = config(args=args, **more)
     note = said.append if said is not None else lambda _: None
-    hosts = Hosts(vllm_args(settings), settings, probe_ids=PROMPT, pad_id=0, note=note)
+    hosts = Hosts(vllm_args(settings), settings, longest=320, probe_ids=PROMPT, pad_id=0, note=note)
     try:
         yield hosts
     finally:
@@ -354,6 +354,7 @@ def test_a_folder_that_is_full_or_missing_is_one_sentence(
         Hosts(
             vllm_args(config(args={"urls": ["http://h"], "folder": "/nonexistent"})),
             config(),
+            longest=320,
             probe_ids=PROMPT,
             pad_id=0,
             note=print,
@@ -378,7 +379,7 @@ def test_what_a_killed_run_left_in_memory_is_removed_and_what_a_living_one_has_i
     settings = config(args={"urls": ["http://h"], "folder": str(tmp_path)})
 
     def made() -> Hosts:
-        return Hosts(vllm_args(settings), settings, probe_ids=PROMPT, pad_id=0, note=print)
+        return Hosts(vllm_args(settings), settings, longest=320, probe_ids=PROMPT, pad_id=0, note=print)
 
     left = tmp_path / "fst-vllm-left"
     left.mkdir()
