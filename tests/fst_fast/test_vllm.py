@@ -347,6 +347,12 @@ def test_arguments_that_cannot_work_are_refused(
     assert "secret" not in str(caught.value)
 
 
+def test_a_list_of_one_may_be_written_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert vllm_args(config(args={"urls": "http://h:1"})).urls == ("http://h:1",)
+    assert vllm_args(config(args={"command": sys.executable})).command == (sys.executable,)
+
+
 def test_a_folder_that_is_full_or_missing_is_one_sentence(
     base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
