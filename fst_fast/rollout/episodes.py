@@ -22,6 +22,7 @@ from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import Opening, messages_with_context, response_text
 from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids
+from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.verify.episodes import Move, Over, digest
@@ -149,6 +150,8 @@ def episode_tokens(sampler: Sampler, engine: Engine) -> int:
         )
         if engine.kv_bytes is not None:
             limits.append(engine.kv_bytes // engine.token_bytes())
+    elif isinstance(engine, VllmEngine):
+        limits.append(engine.hosts.longest)
     return min(limits)
 
 
