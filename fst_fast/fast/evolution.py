@@ -351,9 +351,9 @@ def _choose_failures(
 def _lessons(lineage: Mapping[str, Lineage]) -> list[Lesson]:
     """The latest admitted edits, oldest first."""
     edits = [
-        (lineage[line.context.parent], line)
+        (before, line)
         for line in lineage.values()
-        if line.admitted and line.context.parent in lineage
+        if line.admitted and (before := lineage.get(line.context.parent or "")) is not None
     ]
     return [
         Lesson(before.context.text, [shown.feedback for shown in line.failures], line.context.text)
