@@ -57,6 +57,10 @@ def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
             "rollouts per step": slow.problems_per_step * slow.group_size,
             "slow rollouts, whole run": slow.steps * slow.problems_per_step * slow.group_size,
         }
+        if slow.dynamic_sampling:
+            most = (1 + slow.dynamic_sampling) * slow.problems_per_step * slow.group_size
+            numbers["rollouts per step, with dynamic sampling at most"] = most
+            numbers["slow rollouts, whole run, with dynamic sampling at most"] = slow.steps * most
     return numbers | {
         "rollouts of one cell, periodic evaluation": config.eval.problems * k,
         "rollouts of one cell, final evaluation": config.eval.final_problems * k,

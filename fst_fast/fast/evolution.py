@@ -351,9 +351,9 @@ def _choose_failures(
 def _lessons(lineage: Mapping[str, Lineage]) -> list[Lesson]:
     """The latest admitted edits, oldest first."""
     edits = [
-        (before, line)
+        (lineage[line.context.parent], line)
         for line in lineage.values()
-        if line.admitted and (before := lineage.get(line.context.parent or "")) is not None
+        if line.admitted and line.context.parent is not None and line.context.parent in lineage
     ]
     return [
         Lesson(before.context.text, [shown.feedback for shown in line.failures], line.context.text)

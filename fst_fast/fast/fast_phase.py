@@ -85,8 +85,12 @@ def leaves_room(
     context: Context, seed_context: Context, problems: Sequence[Problem], sampler: Sampler
 ) -> bool:
     """Whether the prompt of the longest of `problems` under `context` has at most rollout.max_prompt_tokens tokens."""
-    longest = max(problems, key=lambda problem: len(sampler.prompts.ids(seed_context, problem)))
-    return len(sampler.prompts.chat.prompt(context, longest)) <= sampler.prompts.max_prompt_tokens
+    prompts = sampler.prompts
+    known = prompts.openable(problems)
+    if not known:
+        return True
+    longest = max(known, key=lambda problem: len(prompts.ids(seed_context, problem)))
+    return len(prompts.prompt(context, longest)) <= prompts.max_prompt_tokens
 
 
 def spells_special(text: str, problem: Problem, sampler: Sampler) -> bool:
@@ -95,7 +99,7 @@ def spells_special(text: str, problem: Problem, sampler: Sampler) -> bool:
     if chat.special.spelt(text) is not None:
         return True
     try:
-        chat.prompt(Context.of(text), problem)
+        sampler.prompts.prompt(Context.of(text), problem)
     except UserError:
         return True
     return False

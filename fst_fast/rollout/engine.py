@@ -123,8 +123,10 @@ class RolloutEngine:
         top_k: int | None = None,
         policy_version: int,
         stop: Sequence[str] | None = None,
+        keep_responses: bool = False,
     ) -> list[Rollout]:
-        """Rollouts in request order. stop: texts that end a response here, instead of the engine's own. Raises UserError before it starts where a prompt is empty, too long for the model or for kv_bytes,
+        """Rollouts in request order. stop: texts that end a response here, instead of the engine's own. keep_responses: a later prompt may go on
+        from them, so hold their keys and values, too. Raises UserError before it starts where a prompt is empty, too long for the model or for kv_bytes,
         or where two requests are one and the same; UserError where memory runs out twice, the second time with half the sequences; and
         FloatingPointError naming request and token where the model gives NaN or Inf."""
         if not requests:
@@ -148,7 +150,7 @@ class RolloutEngine:
             )
             with _evaluating(self.model), float32_logits(self.model), torch.inference_mode():
                 if self.packing == "forest":
-                    self._decode_forest(prompts, responses, max_batch, room)
+                    self._decode_forest(prompts, responses, max_batch, room, keep_responses)
                 else:
                     self.tokens_computed += decode_padded(
                         self.model, prompts, responses, max_batch=max_batch, pad_id=self.pad_id
@@ -172,7 +174,12 @@ class RolloutEngine:
         ]
 
     def _decode_forest(
-        self, prompts: Sequence[NDArray[np.int64]], responses: Responses, max_batch: int, room: int
+        self,
+        prompts: Sequence[NDArray[np.int64]],
+        responses: Responses,
+        max_batch: int,
+        room: int,
+        keep_responses: bool,
     ) -> None:
         weights = fingerprint(self.model)
         if weights != self._weights:
@@ -199,6 +206,7 @@ class RolloutEngine:
             pool=self._pool,
             join_tokens=self.join_tokens,
             graph=self.graph,
+            keep_responses=keep_responses,
         )
         wanted = min(max_batch, len(prompts))
         if decoder.max_batch < wanted and (decoder.max_batch, wanted) not in self._noted:

@@ -7,6 +7,7 @@
         rank-0.safetensors     the sequences of each process: prompts, responses, advantages, token weights, log-probs as sampled
         config.yaml  model/    the configuration, and the weights as they were before the step, which are those after it too
         adapter/               with policy.lora: the adapters alone
+        reference/             with slow.reference.every: the reference of the KL penalty, once it is not the base model
 
 safetensors and JSON only: a dump may come from elsewhere. It is there whole or not at all; the oldest go (`KEPT`).
 """
@@ -30,7 +31,7 @@ from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
-from fst_fast.forest import Leaf
+from fst_fast.forest import Leaf, sampled_tokens
 from fst_fast.policy import lora
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
@@ -39,6 +40,7 @@ from fst_fast.slow.update import Sequences, unmeasured
 
 FORMAT = 1
 KEPT = 2  # dumps, each with the weights
+REFERENCE = "reference"
 
 
 def skip_or_stop(
@@ -77,8 +79,10 @@ def write_dump(
     step: int,
     pad_id: int,
     model: nn.Module,
+    reference: nn.Module | None = None,
 ) -> Path:
-    """Write the dump of `step`; all processes call it, `data` and `groups` are their own. model: the whole weights, on rank 0."""
+    """Write the dump of `step`; all processes call it, `data` and `groups` are their own. model: the whole weights, on rank 0. reference: of the KL
+    penalty, None for the base model."""
     folder = run_dir / "dumps" / f"step-{step:06d}"
     tmp = folder.with_name(f".tmp-{folder.name}")
     losses = distributed.all_gather([repr(loss) for loss in error.losses])
@@ -94,6 +98,8 @@ def write_dump(
         distributed.barrier()
         if distributed.rank() == 0:
             lora.save(model, tmp)
+            if reference is not None:
+                reference.save_pretrained(tmp / REFERENCE)  # type: ignore[operator]
             write_atomic(tmp / "config.yaml", config_load.dump(config).encode())
             tree = {
                 "format": FORMAT, "step": step, "reason": str(error), "losses": losses, "sequences": sequences, "pad_id": pad_id,
@@ -140,6 +146,7 @@ def sequences_to_arrays(data: Sequences) -> dict[str, NDArray[Any]]:
     prompts = [np.asarray(leaf.prompt_ids, np.int64) for leaf in data.leaves]
     responses = [np.asarray(leaf.response_ids, np.int64) for leaf in data.leaves]
     empty = [np.zeros(0, np.int64)]
+    masked = any(leaf.sampled is not None for leaf in data.leaves)  # of episodes
     return {
         "prompt_ids": np.concatenate(prompts or empty),
         "prompt_lengths": np.array([len(p) for p in prompts], np.int64),
@@ -148,6 +155,7 @@ def sequences_to_arrays(data: Sequences) -> dict[str, NDArray[Any]]:
         "advantages": data.advantages,
         "weights": data.weights,
         "behaviour": data.behaviour,
+        **({"sampled": sampled_tokens(data.leaves)} if masked else {}),
     }
 
 
@@ -156,8 +164,15 @@ def arrays_to_sequences(arrays: dict[str, NDArray[Any]]) -> Sequences:
     lengths = arrays["response_lengths"]
     prompts = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
     responses = np.split(arrays["response_ids"], np.cumsum(lengths)[:-1])
+    sampled = np.split(
+        arrays.get("sampled", np.ones(len(arrays["response_ids"]), bool)), np.cumsum(lengths)[:-1]
+    )
     return Sequences(
-        leaves=[Leaf(p, r) for p, r in zip(prompts, responses, strict=True)] if len(lengths) else [],
+        leaves=[
+            Leaf(p, r, None if s.all() else s) for p, r, s in zip(prompts, responses, sampled, strict=True)
+        ]
+        if len(lengths)
+        else [],
         start=np.cumsum(lengths) - lengths,
         advantages=arrays["advantages"],
         weights=arrays["weights"],

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fst_fast
+from fst_fast.commands.evaluate import evaluate_run
 from fst_fast.contracts import Problem
 from fst_fast.data.fingerprint import STREAMED, changes, of_problems
 from fst_fast.errors import UserError
@@ -224,6 +225,13 @@ def test_a_run_does_not_go_on_with_other_data_unless_told_to_and_forgets_what_it
     )
     again = train(resume=True)
     assert again.summary["channels"] == result.summary["channels"], "the new data are the run's now"
+
+    write("newer")
+    with pytest.warns(
+        UserWarning, match="since the checkpoint was written, the train split has other problems"
+    ):
+        cells = evaluate_run(run, problems=2, samples=1)
+    assert cells["channels"]["neither"]["mean"] == 0.0, "no answer is 'new' any more"
 
 
 def test_a_checkpoint_without_a_fingerprint_is_continued_with_a_note() -> None:
