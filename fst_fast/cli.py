@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | plan | report | watch | export | replay | experiment | base build | doctor`.
+"""The command line: `fst train | eval | probe | plan | report | watch | export | push | replay | experiment | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -250,6 +250,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT")
 
+    push = command("push", _push, "upload what `fst export` writes to the Hugging Face Hub")
+    push.add_argument("run_dir", type=Path, metavar="RUN")
+    push.add_argument("repo", metavar="REPO", help="org/name; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.add_argument("--revision", metavar="BRANCH", help="default: main")
+
     replay = command("replay", _replay, "repeat a step that gave NaN or Inf from what the run dumped of it")
     replay.add_argument("dump", type=Path, metavar="DUMP", help="such as RUN/dumps/step-000012")
 
@@ -295,17 +301,21 @@ def _train(args: argparse.Namespace) -> None:
         args.config = saved
     config = config_load.load(args.config or mini.default_config(), args.overrides)
     if args.dry_run:
+        from fst_fast.commands.plan import dry_run_lines
+
+        check_task_args(config)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        numbers = [f"{name}: {number}" for name, number in derived(config, processes).items()]
+        predicted = dry_run_lines(config, processes)
         if _is_first():
             print(config_load.dump(config), end="")
             print("\n# what follows from it")
-            for name, number in derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
-                print(f"# {name}: {number}")
-            from fst_fast.commands.plan import dry_run_lines
-
-            for line in dry_run_lines(config, int(os.environ.get("WORLD_SIZE", "1"))):
+            for line in [
+                *numbers,
+                *predicted,
+                "not looked at: the rows of data sets, the model, the endpoints",
+            ]:
                 print(f"# {line}".rstrip())
-            print("# not looked at: the rows of data sets, the model, the endpoints")
-            check_task_args(config)
         return
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")
@@ -396,6 +406,13 @@ def _export(args: argparse.Namespace) -> None:
 
     export(args.run_dir, args.out)
     print(args.out)
+
+
+def _push(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.commands.push import push
+
+    print(push(args.run_dir, args.repo, private=args.private, revision=args.revision))
 
 
 def _replay(args: argparse.Namespace) -> None:

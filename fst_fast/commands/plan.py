@@ -18,7 +18,7 @@ from fst_fast.run.environment import usable_cores
 
 GB = machines.GB
 SHOWN = 3  # changes
-MOST_DEVICES = 16384
+MOST_DEVICES = 4096
 
 
 def with_shape(config: Config) -> tuple[Config, Shape]:
@@ -42,6 +42,12 @@ def make_plan(
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
     given = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdecimal() and int(given) else max(1, usable_cores() // processes)
+    rollouts = config.slow.problems_per_step * config.slow.group_size
+    if rollouts > advice.MOST_ROLLOUTS:
+        raise UserError(
+            f"slow.problems_per_step={config.slow.problems_per_step} x slow.group_size={config.slow.group_size} are {rollouts:,} rollouts; a plan "
+            f"plays through at most {advice.MOST_ROLLOUTS:,}"
+        )
     here = machines.machine(machine or machines.found_here(), size, threads=threads)
     rollout = config.rollout
     prompt = (assumed.context or 0) + (assumed.problem or 0)
@@ -63,9 +69,13 @@ def dry_run_lines(config: Config, processes: int) -> Iterator[str]:
     if local_folder(config.model.path) is None:
         yield f"memory is not predicted: there is no config.json in model.path={config.model.path!r}"
         return
+    rollouts = config.slow.problems_per_step * config.slow.group_size
+    if rollouts > advice.MOST_ROLLOUTS:
+        yield f"memory is not predicted: a step has {rollouts:,} rollouts, more than {advice.MOST_ROLLOUTS:,}"
+        return
     plan = make_plan(config, gpus=processes, machine=None, memory=None, assumed=Assumed())
     yield f"predicted, not measured, on {plan.machine.name}; `fst plan` says more"
-    yield from memory_lines(plan)
+    yield from memory_lines(plan, advise=False)
 
 
 def run(config: Config, args: argparse.Namespace) -> Iterator[str]:
@@ -89,7 +99,7 @@ def lines(plan: Plan, *, scale: bool = False) -> Iterator[str]:
     """What the command prints."""
     yield from _about(plan)
     yield ""
-    yield from memory_lines(plan)
+    yield from memory_lines(plan, advise=True)
     yield ""
     yield from _time_lines(plan)
     yield ""
@@ -122,8 +132,8 @@ def _about(plan: Plan) -> Iterator[str]:
     )
 
 
-def memory_lines(plan: Plan) -> Iterator[str]:
-    """The memory of one process by phase, whether it fits, and if not, what to change."""
+def memory_lines(plan: Plan, *, advise: bool) -> Iterator[str]:
+    """The memory of one process by phase, whether it fits, and, if not, what to change."""
     phases = plan.memory
     unit, size = ("MB", 10**6) if max(p.total for p in phases) < GB else ("GB", GB)
     names = list(dict.fromkeys(name for phase in phases for name in phase.items))
@@ -138,7 +148,7 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     yield (
         f"{'fits' if plan.fits else 'does not fit'}: at most {peak.total / GB:.2f} GB ({peak.name}) of {plan.limit / GB:.1f}{reserve}"
     )
-    if plan.fits:
+    if plan.fits or not advise:
         return
     found = advice.remedies(plan)
     for change, other in found[:SHOWN]:

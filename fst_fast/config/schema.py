@@ -270,7 +270,12 @@ class FastConfig(Section):
     first_generations: int = Field(4, ge=1)
     """Proposal waves of the first fast phase."""
     children: int = Field(4, ge=1)
-    """Contexts proposed in one wave."""
+    """Contexts compared with their parents in one wave."""
+    proposals: int | None = Field(None, ge=1)
+    """Reflections asked for in one wave, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
+    scored with one rollout on each of fast.screen_problems anchor problems, and the best go on."""
+    screen_problems: int = Field(4, ge=1)
+    """Anchor problems of that first comparison."""
     samples: int = Field(2, ge=1)
     """Rollouts of a context on each anchor problem."""
     failures_shown: int = Field(3, ge=1)
@@ -288,6 +293,9 @@ class FastConfig(Section):
     only."""
     reflection_tokens: int = Field(1024, ge=1)
     """For reflector=self: longest reply, in tokens; a reply that is cut there is refused."""
+    reflection_style: Literal["auto", "full", "short"] = "auto"
+    """For reflector=self: `full` shows whole failures and asks for an analysis; `short` asks for one small edit, shown by examples, and
+    begins the reply, as small models need it. `auto`: short for a base model of fewer than 3e9 parameters."""
     adaptive: bool = False
     """Skip fast phases that are unlikely to help: after one that admits no child, the contexts are carried over unscored for one cycle, after
     two in a row for two cycles, then for three. An admitted child or a new stage ends it. Nothing is skipped while the seed context is the
@@ -421,73 +429,8 @@ class Config(Section):
     the batch out and counts it (skipped_steps). The batch is written to RUN/dumps, except in distillation."""
 
     @model_validator(mode="after")
-    def _steps_add_up(self) -> Config:
-        total = sum(stage.steps for stage in self.stages)
-        if self.stages and total != self.slow.steps:
-            raise ValueError(
-                f"slow.steps={self.slow.steps} is not the sum of the stages' steps, {total}; leave slow.steps out"
-            )
-        distil = self.slow.distill_steps
-        if distil and self.method != "fst":
-            raise ValueError(
-                f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {self.method}"
-            )
-        shortest = min([stage.steps for stage in self.stages] or [self.slow.steps])
-        if distil and distil >= shortest:
-            raise ValueError(
-                f"slow.distill_steps={distil} leaves no step for the rest of {'a stage' if self.stages else 'the run'} of {shortest} steps"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _values_fit_together(self) -> Config:
-        g, k = self.slow.group_size, self.fast.population
-        if self.method != "rl" and g % k:
-            raise ValueError(
-                f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
-            )
-        if self.method != "rl" and self.slow.advantage_group == "context" and g < 2 * k:
-            raise ValueError(
-                f"slow.advantage_group=context compares the {g // k} rollout of a problem under one context with nothing; slow.group_size "
-                f"must be at least {2 * k} with fast.population={k}"
-            )
-        tree = self.policy.attention == "tree"
-        if tree != (self.policy.packing == "forest"):
-            raise ValueError(
-                f"policy.attention={self.policy.attention} does not go with policy.packing={self.policy.packing}; "
-                "tree goes with forest, sdpa and flash_attention_2 with padded"
-            )
-        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
-        if self.policy.packing == "forest" and self.slow.tokens_per_micro_batch < longest:
-            raise ValueError(
-                f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
-                f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
-            )
-        episode = self.rollout.max_episode_tokens
-        if episode is not None and not longest <= episode <= self.slow.tokens_per_micro_batch:
-            raise ValueError(
-                f"rollout.max_episode_tokens={episode} must hold one turn, {longest} tokens (rollout.max_prompt_tokens + "
-                f"rollout.max_response_tokens), and be at most slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch}"
-            )
-        if self.rollout.history == "split" and self.slow.distill_steps:
-            raise ValueError(
-                "rollout.history=split does not go with slow.distill_steps: the teacher would read what the student has not"
-            )
-        if self.rollout.backend == "native" and self.rollout.backend_args:
-            raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
+        checks.steps(self)
+        checks.together(self)
         checks.recipe(self)
-        save, keep = self.checkpoint.every, self.checkpoint.keep_every
-        if keep and (not save or keep % save):
-            raise ValueError(
-                f"checkpoint.keep_every={keep} is not a multiple of checkpoint.every={save}; "
-                + (f"try {-(-keep // save) * save}" if save else "with 0 only the last step has a checkpoint")
-            )
-        if not all(0 <= beta < 1 for beta in self.slow.betas):
-            raise ValueError(f"slow.betas={list(self.slow.betas)}; each must be at least 0 and below 1")
-        lookahead = self.slow.problems_per_step * self.fast.cycle_steps
-        if self.method != "rl" and self.fast.anchor_size > lookahead:
-            raise ValueError(
-                f"fast.anchor_size={self.fast.anchor_size} is larger than the lookahead of {lookahead} problems "
-                f"(slow.problems_per_step x fast.cycle_steps); at most {lookahead}"
-            )
         return self

@@ -31,6 +31,7 @@ class Machine:
     attention: float  # tree attention, forward
     attention_backward: float
     bandwidth: float
+    operands: float  # bytes/s of what products read and write
     launch: float
     exps: float = 0.0  # exponentials per second where they cost more than the memory that they are read from; 0: nowhere
     link: float = 0.0  # inside a node
@@ -48,7 +49,7 @@ def _gpu(name: str, gb: int, tflops: float, fp32: float, tb_s: float, link_gb_s:
     peak = tflops * 1e12
     return Machine(
         name, gb * GB, product=0.75 * peak, product32=0.75 * fp32 * 1e12, attention=0.35 * peak, attention_backward=0.23 * peak,
-        bandwidth=0.9 * tb_s * 1e12, launch=11.5e-6, link=0.75 * link_gb_s * 1e9, network=0.75 * 50e9, reserve=4 * GB,
+        bandwidth=0.9 * tb_s * 1e12, operands=0.9 * tb_s * 1e12, launch=11.5e-6, link=0.75 * link_gb_s * 1e9, network=0.75 * 50e9, reserve=4 * GB,
     )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ GPUS = (
     _gpu("B200", 180, 2250, 75, 8.0, 900),
 )
 CPU_CORE = Machine(
-    "cpu", 0, product=12e9, product32=60e9, attention=15e9, attention_backward=15e9, bandwidth=8e9, launch=12e-6, exps=4e8,
+    "cpu", 0, product=12e9, product32=60e9, attention=15e9, attention_backward=15e9, bandwidth=8e9, operands=8e9, launch=12e-6, exps=4e8,
     link=1e9, network=1e9, per_node=1, message=1e-4, gpu=False,
 )  # fmt: skip
 NAMES = (*(m.name for m in GPUS), "cpu")

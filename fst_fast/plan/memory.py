@@ -79,7 +79,8 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that a process holds through all phases, by item: on the device, and on the host."""
     e, shape, policy, n = s.element, s.shape, s.config.policy, s.processes
     everything, trained = shape.parameters, s.trained
-    device, host = {}, {}
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
     small = (
         shape.layers * shape.small + shape.hidden
     )  # tensors that ZeRO-3 leaves whole, in all but tiny models
@@ -185,7 +186,10 @@ def sampling(s: Setting, work: Work) -> dict[str, int]:
         "logits": kept + slots * x.vocabulary * (4 if s.gpu else 20),
         "activations": forward(slots),
     }
-    return {"layer copies": s.layer_copies, **max(prefill, decoding, key=lambda items: sum(items.values()))}
+    return {
+        "layer copies": s.layer_copies,
+        **(prefill if sum(prefill.values()) > sum(decoding.values()) else decoding),
+    }
 
 
 def scoring(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
@@ -215,27 +219,23 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
     before = whole if len(micro) > 1 else 0
     one = e * x.embedding if s.config.policy.lora is None else 0
     live = e * min(x.parameters, LIVE) if s.stage == 3 and s.processes > 1 else 0
-    dw, tied = (
-        (4 * x.embedding, one) if one else (0, 0)
-    )  # as the operator leaves it, and in the type of the weight
-    moments = []
+    # The gradient of the head's weight, as the operator leaves it and in the type of the weight.
+    dw, tied = (4 * x.embedding, one) if one else (0, 0)
+    sent = buckets(s)
+    early = sent if s.gpu else 0  # on a CPU they fill up as gradients come
+    moments: list[dict[str, int]] = []
     for m in micro:
         forward, backward = activations(s, m.tokens)
         logits, states = head(s, m.rows, gradient=True)
         moments += [
-            {
-                "activations": forward + states,
-                "logits": logits + dw,
-                "gradients": before,
-            },  # the forward's end
-            {"activations": forward + states, "gradients": before + dw + tied},  # the backward's begin
-            {"activations": backward, "gradients": before + tied},
+            # the forward's end; the backward's begin; inside the last layer
+            {"activations": forward + states, "logits": logits + dw, "gradients": before},
+            {"activations": forward + states, "gradients": before + dw + tied, "buckets": early},
+            {"activations": backward, "gradients": before + tied, "buckets": early},
         ]
-    moments.append(
-        {"gradients": max(whole, e * s.trained if s.stage != 3 else 0) + one * (2 if x.tied else 1)}
-    )
-    worst = max(moments, key=lambda items: sum(items.values()))
-    return {"gathered weights": live, "buckets": buckets(s), **worst}
+    last = max(whole, e * s.trained if s.stage < 2 else 0) + one * (2 if x.tied else 1)
+    moments.append({"gradients": last, "buckets": sent})
+    return {"gathered weights": live, **max(moments, key=lambda items: sum(items.values()))}
 
 
 def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
@@ -245,8 +245,11 @@ def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
     share = s.trained // s.processes if s.stage else s.trained
     largest = s.shape.embedding if s.config.policy.lora is None else s.shape.hidden * 64
     temporary = 4 * share if s.gpu else 8 * (share if s.stage else min(largest, share))
-    in_fp32 = 4 * share if s.stage or s.element < 4 else 0
-    return {"gradients": own + in_fp32, "temporaries": temporary}
+    if not s.stage and s.element == 4:
+        return {"gradients": own, "temporaries": temporary}
+    if s.stage and own > temporary:  # both copies are there until the one in fp32 is whole
+        return {"gradients": own + 4 * share}
+    return {"gradients": 4 * share, "temporaries": temporary}
 
 
 def hand_over(s: Setting) -> dict[str, int]:

@@ -445,7 +445,7 @@ class Follower:
 def _chain(known: Mapping[str, Json], id: str | None) -> list[str]:
     """From the oldest ancestor to the context; a ring of parents is cut."""
     chain: list[str] = []
-    while id in known and id not in chain:
+    while id is not None and id in known and id not in chain:
         chain.append(id)
         id = known[id].get("parent")
     return chain[::-1]

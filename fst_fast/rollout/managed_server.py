@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from fst_fast.config import Config
-from fst_fast.policy.attention import model_folder
+from fst_fast.policy.base_model import model_folder
 from fst_fast.rollout.vllm_args import VllmArgs
 from fst_fast.rollout.weight_transfer import FileTransfer
 from fst_fast.verify import attached
@@ -28,29 +28,26 @@ _LOG_LINES = 400
 
 
 class ManagedServer:
-    """The server of a run as one process sees it; the one that started it has `pid`, of the process that it is attached to."""
+    """The server of a run as one process sees it."""
 
     def __init__(self, args: VllmArgs, config: Config, folder: Path) -> None:
         self.args, self.config = args, config
         self.socket, self.log = folder / "server", folder / "vllm.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
     def has_ended(self) -> bool:
         """Whether the server that this process started has exited."""
         return self._process is not None and self._process.poll() is not None
 
-    def start(self) -> None:
-        """Start it; its output is added to the log."""
+    def start(self) -> int:
+        """Start it; its output is added to the log. Returns the id of the process that it is attached to."""
         self.socket.unlink(missing_ok=True)
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._process = attached.start(self.command(), log=log, changes=self.environment())
         finally:
             os.close(log)
+        return self._process.pid
 
     def command(self) -> list[str]:
         config, lora = self.config, self.config.policy.lora
@@ -86,11 +83,12 @@ class ManagedServer:
         return {**changes, **self.args.env}
 
     def end(self, pid: int | None = None) -> None:
-        """End it and wait until it is gone. pid: of the one that another process of the run started."""
+        """End the one that this process started, and wait until it is gone. pid: end also this one, of another process of the run."""
         if self._process is not None:
             attached.end(self._process)
+            pid = None if pid == self._process.pid else pid
             self._process = None
-        elif pid is not None:
+        if pid is not None:
             with contextlib.suppress(psutil.Error):
                 other = psutil.Process(pid)
                 other.terminate()

@@ -379,6 +379,8 @@ class PromptCache:
 
     def prompt(self, context: Context, problem: Problem) -> NDArray[np.int64]:
         """As `ids`, of any length, and not kept."""
+        if self.openings is None:
+            return self.chat.prompt(context, problem)
         messages, tools = self.opening(problem)
         opened = replace(problem, messages=messages)
         ids = self.chat.prompt(context, opened, tools)

@@ -197,13 +197,13 @@ class Sampler:
         """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers.
 
         A response that the server gave up (finish `abort`) is not judged: its reward is None."""
+        if isinstance(engine, VllmEngine):
+            engine.prepare(policy_version)
         if self.pool.has_turns:
             return play(
                 self, engine, requests, stream=stream, policy_version=policy_version, temperature=temperature, top_p=top_p, paired=paired
             )  # fmt: skip
         started = time.perf_counter()
-        if isinstance(engine, VllmEngine):
-            engine.prepare(policy_version)
         prompts = [
             Request(
                 problem_id=problem.id,

@@ -45,7 +45,7 @@ class VllmClient:
         )
 
     def get(self, path: str, **params: str) -> Any:
-        """The answer to GET, read as JSON (None if it is empty). Raises GoneError and RefusedError, as all methods do."""
+        """The answer to GET, read as JSON where it is JSON (None if it is empty). Raises GoneError and RefusedError, as all methods do."""
         return self._ask("GET", path, params=params)
 
     def post(self, path: str, body: dict[str, Any] | None = None, **params: str) -> Any:
@@ -77,7 +77,7 @@ class VllmClient:
         try:
             return answer.json() if answer.content else None
         except ValueError:
-            raise RefusedError(f"gives an answer to {path} that is not JSON") from None
+            return answer.text  # such as vLLM's on adapters
 
     def _message(self, answer: httpx.Response) -> str:
         """The server's own words, in one line."""

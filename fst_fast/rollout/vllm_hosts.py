@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,9 @@ from fst_fast.rollout.weight_transfer import FileTransfer, Servers, VllmTransfer
 
 UNTOUCHED = "default"  # vLLM's stamp of weights that it loaded itself
 LARGEST_MISMATCH = {"float32": 1e-3, "bfloat16": 0.05}
+FOLDER = "fst-vllm-"
 _WAIT_S = 0.2
+_FRESH_S = 60.0  # a folder that young may be about to be locked
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Hosts:
         self._batching = Batching(
             config.policy.packing, slow.tokens_per_micro_batch, slow.head_chunk_rows, 1.0, pad_id
         )
-        self.run = distributed.broadcast_result(lambda: secrets.token_hex(4))
+        self._folder_lock: int | None = None
+        self.run_id = distributed.broadcast_result(lambda: secrets.token_hex(4))
         self.folder = Path(distributed.broadcast_result(self._make_folder))
         self.managed = None if args.urls else ManagedServer(args, config, self.folder)
         where = [url.rstrip("/") for url in args.urls] or [f"unix:{self.folder}/server"]
@@ -102,29 +106,43 @@ class Hosts:
         self.mismatch: float | None = None
         self._servers = Servers(self.clients, args.in_flight)
         self._lock = self.folder / "lock"
+        self._up = False  # they have answered since they were last found gone
         self._held = ""  # what `prepare` brought them to, the same on all processes
         self._transfer: FileTransfer | VllmTransfer | None = None
 
     def enter(self, run_dir: Path) -> None:
-        """Keep the lock and the server's log in the run folder, which several machines may share."""
+        """Keep the lock and the server's log in the run folder, which several machines may share, and let a managed server begin to load."""
         self._lock = run_dir / "vllm.lock"
         if self.managed:
             self.managed.log = run_dir / "vllm.log"
+            if distributed.rank() == 0:
+                with self._locked() as shared:
+                    shared.pid = self.managed.start()
 
     def _make_folder(self) -> str:
-        parent = self.args.folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+        """A folder for this run alone, locked while the process lives. What runs that were killed have left there is removed: it takes memory."""
+        parent = Path(
+            self.args.folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+        )
         try:
-            return tempfile.mkdtemp(prefix="fst-vllm-", dir=parent)
+            folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=parent))
+            now = folder.stat().st_mtime
+            for old in parent.glob(f"{FOLDER}*"):
+                if now - old.stat().st_mtime > _FRESH_S and (left := _lock_folder(old)) is not None:
+                    os.close(left)
+                    shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise UserError(f"{SECTION}.folder={parent}: {error.strerror}") from error
+        self._folder_lock = _lock_folder(folder)
+        return str(folder)
 
     def stamp(self, weights: Weights) -> str:
         """What the servers' answers carry once they have these weights. With LoRA the base stays, and the model's name says the rest."""
-        return f"{self.run}:{'base' if self.lora else weights.name}"
+        return f"{self.run_id}:{'base' if self.lora else weights.name}"
 
     def model(self, weights: Weights) -> str | None:
         """The name of the model to ask for; None: the server's own."""
-        return f"fst-{self.run}-{weights.step}" if self.lora and not weights.is_base else None
+        return f"fst-{self.run_id}-{weights.step}" if self.lora and not weights.is_base else None
 
     def prepare(self, weights: Weights) -> None:
         """Bring the servers to these weights. All processes call it, and all raise what went wrong (UserError)."""
@@ -133,9 +151,10 @@ class Hosts:
 
         def act() -> None:
             with self._locked() as shared:
-                if shared.generation != self.generation:
-                    self._transfer = None  # what another process set up since is in its place
-                    self.generation = shared.generation
+                if shared.generation != self.generation:  # another process has brought the servers back
+                    self._transfer, self.generation = None, shared.generation
+                    if self.managed:
+                        self.managed.end()
                 self._bring(weights, shared)
 
         distributed.on_rank_zero(act)
@@ -156,9 +175,9 @@ class Hosts:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             text = os.pread(descriptor, 4096, 0).decode()
-            shared = Shared(**json.loads(text)) if text else Shared(self.run)
-            if shared.run != self.run:  # of a run that was continued
-                shared = Shared(self.run)
+            shared = Shared(**json.loads(text)) if text else Shared(self.run_id)
+            if shared.run != self.run_id:  # of a run that was continued
+                shared = Shared(self.run_id)
             try:
                 yield shared
             finally:
@@ -173,19 +192,17 @@ class Hosts:
             raise UserError(
                 f"{USER}: {self.named} {why}, after {shared.generation} restarts ({SECTION}.restarts); {self._last_words()}"
             )
-        shared.generation += 1
-        self.generation, self._transfer, shared.adapters = shared.generation, None, ""
-        self.note(f"{USER}: {self.named} {why}; restart {shared.generation} of {self.args.restarts}")
+        self.note(f"{USER}: {self.named} {why}; restart {shared.generation + 1} of {self.args.restarts}")
         if self.managed:
             self.managed.end(shared.pid)
+        shared.generation, shared.pid, shared.adapters = shared.generation + 1, None, ""
+        self.generation, self._transfer, self._up = shared.generation, None, False
 
     def _bring(self, weights: Weights, shared: Shared) -> None:
         """Servers that run and have these weights. One that is lost meanwhile is restarted. Raises UserError."""
         while True:
             try:
-                self._await_up()
-                if self.managed:
-                    shared.pid = self.managed.pid or shared.pid
+                self._await_up(shared)
                 self._send(weights, shared)
                 self._probe(weights)
                 return
@@ -196,13 +213,15 @@ class Hosts:
             except RefusedError as error:
                 raise UserError(f"{USER}: {self.named} {error}; {self._too_old()}") from None
 
-    def _await_up(self) -> None:
+    def _await_up(self, shared: Shared) -> None:
         """Wait until every server answers, after starting that of a managed run. Raises GoneError, RefusedError, UserError."""
-        if self.managed and self.managed.pid is None:
-            self.managed.start()
+        if self.managed and shared.pid is None:
+            shared.pid = self.managed.start()
         until = time.monotonic() + self.args.start_timeout_s
         for client in self.clients:
             while not client.answers():
+                if self._up:
+                    raise GoneError("does not answer any more")
                 if self.managed and self.managed.has_ended():
                     self.managed.end()
                     raise UserError(f"{USER}: the server did not start; {self._last_words()}")
@@ -215,18 +234,29 @@ class Hosts:
                     )
                 time.sleep(_WAIT_S)
             self._check(client)
+        self._up = True
 
     def _check(self, client: VllmClient) -> None:
         """Whether the server is one that this run can use, as far as it says. Raises GoneError, RefusedError, UserError."""
-        stamp = client.get("/weight_info")["weight_version"]
-        if self.managed or self._held:
-            return
+        try:
+            stamp = client.get("/weight_info")["weight_version"]
+            if self.managed or self._held:
+                return
+            info = client.get("/server_info", config_format="json")["vllm_config"]
+            missing = self._missing_flags(info)
+        except (TypeError, KeyError) as error:
+            raise RefusedError(
+                f"does not describe itself as vLLM does ({type(error).__name__}: {error})"
+            ) from None
         if stamp != UNTOUCHED:
             self.note(f"{USER}: {client.where} has weights of another run ({stamp}); this run takes it over")
-        info = client.get("/server_info", config_format="json")["vllm_config"]
-        model = info["model_config"]
-        longest = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
-        backend = FileTransfer.backend if self.args.transfer == "file" else self.args.transfer
+        if missing:
+            raise UserError(f"{USER}: {client.where} must be started with {' and '.join(missing)}")
+
+    def _missing_flags(self, info: Any) -> list[str]:
+        """Flags without which a server of this configuration (of /server_info) cannot serve this run."""
+        model, rollout = info["model_config"], self.config.rollout
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
         wanted = {
             f"--max-model-len={longest} or more": model["max_model_len"] >= longest,
             f"--dtype={self.config.model.dtype}": model["dtype"] == f"torch.{self.config.model.dtype}",
@@ -235,13 +265,11 @@ class Hosts:
         if self.lora:
             wanted["--enable-lora"] = info["lora_config"] is not None
         else:
+            backend = FileTransfer.backend if self.args.transfer == "file" else self.args.transfer
             has = info["weight_transfer_config"]
-            wanted[f'--weight-transfer-config=\'{{"backend": "{backend}"}}\''] = (
-                has is not None and has["backend"] == backend
-            )
-        missing = [flag for flag, there in wanted.items() if not there]
-        if missing:
-            raise UserError(f"{USER}: {client.where} must be started with {' and '.join(missing)}")
+            flag = f'--weight-transfer-config=\'{{"backend": "{backend}"}}\''
+            wanted[flag] = has is not None and has["backend"] == backend
+        return [flag for flag, there in wanted.items() if not there]
 
     def _send(self, weights: Weights, shared: Shared) -> None:
         stamp = self.stamp(weights)
@@ -249,15 +277,18 @@ class Hosts:
             for client in self.clients:
                 client.post("/update_weight_version", {"new_version": stamp})
             name = self.model(weights)
-            if name not in (None, shared.adapters):
+            if name is not None and name != shared.adapters:
                 send_adapters(self.clients, weights.module, self.folder, name, shared.adapters)
                 shared.adapters = name
             return
-        if self._transfer is None and self.args.transfer == "file":
-            self._transfer = FileTransfer(self._servers, self.folder)
-        elif self._transfer is None:
+        if self._transfer is None:
+            how = self.args.transfer
             address = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            self._transfer = VllmTransfer(self._servers, self.args.transfer, address)
+            self._transfer = (
+                FileTransfer(self._servers, self.folder)
+                if how == "file"
+                else VllmTransfer(self._servers, how, address)
+            )
         self._servers.stamp = stamp
         self._transfer.send(weights.module)
 
@@ -303,5 +334,20 @@ class Hosts:
             self.managed.end()
         for client in self.clients:
             client.close()
-        if distributed.rank() == 0:
+        if self._folder_lock is not None:  # on rank 0
             shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._folder_lock)
+            self._folder_lock = None
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock, or None where another process does."""
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor

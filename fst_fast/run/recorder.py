@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 from fst_fast import distributed
-from fst_fast.contracts import REWARD_ROUNDING, Context, Finish, Rollout, ScoredRollout
+from fst_fast.contracts import REWARD_ROUNDING, Context, Finish, Judged, Problem, Rollout, ScoredRollout
 from fst_fast.run import callbacks as events
 from fst_fast.run.callbacks import Callbacks
 from fst_fast.run.console import Console
@@ -27,6 +27,7 @@ from fst_fast.run.folder import write_json
 from fst_fast.run.liveness import Liveness
 from fst_fast.run.memory import memory_share
 from fst_fast.run.metrics import METRICS, MetricsWriter
+from fst_fast.run.problems import write_problems
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.troubles import SOURCES, Recent, Source, find, news
 
@@ -198,16 +199,19 @@ class Recorder:
     def evaluation(
         self,
         result: Mapping[str, Any],
+        problems: Sequence[Problem],
+        seen: Mapping[str, Sequence[Judged]],
         *,
         step: int,
         final: bool,
         counters: Counters,
         stage_fields: Mapping[str, Any],
     ) -> None:
-        """Write one evaluation. stage_fields: number and task of the stage, {} in a run of one task."""
+        """Write one evaluation, and problems.json. seen: what was judged, by cell. stage_fields: number and task of the stage, {} in a run of one task."""
         record = {"step": step, "final": final, **stage_fields, **result, **asdict(counters)}
         if self.metrics:
             self.metrics.write("eval", **record)
+            write_problems(self.run_dir, problems, seen, step=step, final=final)
             self.metrics.write_timing(step=step, seconds=self.stopwatch.total(), **self.stopwatch.take())
         self.console.evaluation(record)
         self.callbacks.send(events.Evaluation, step=step, record=record)

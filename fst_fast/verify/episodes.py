@@ -163,7 +163,8 @@ class Episodes:
             given = await self._call(task.start, problem)
         else:
             given = (problem.messages, getattr(task, "tools", ()))
-        parts = given if isinstance(given, tuple) else (given,)
+        several = isinstance(given, tuple) and given and not isinstance(given[0], Mapping)
+        parts = given if several else (given,)
         if not 1 <= len(parts) <= 3:
             raise EpisodeError(f"start returned {len(parts)} values; messages, tools and memory are taken")
         messages, functions = parts[0], parts[1] if len(parts) > 1 and parts[1] is not None else ()

@@ -76,15 +76,8 @@ def config_of(folder: Path | str, task: str, **more: Any) -> Config:
     """A run on the model in `folder`; more: sections."""
     rollout = {"max_prompt_tokens": 2000, "max_response_tokens": 400, **more.pop("rollout", {})}
     slow = {"tokens_per_micro_batch": 8192, **more.pop("slow", {})}
-    tree = {
-        "model": {"path": str(folder)},
-        "task": task,
-        "method": "rl",
-        "rollout": rollout,
-        "slow": slow,
-        **more,
-    }
-    return Config.model_validate(tree)
+    tree = {"model": {"path": str(folder)}, "task": task, "method": "rl", "rollout": rollout, "slow": slow}
+    return Config.model_validate({**tree, **more})
 
 
 class Scripted:

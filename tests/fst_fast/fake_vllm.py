@@ -268,7 +268,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, {"detail": "Not Found"})
 
     def send(self, status: int, answer: Any) -> None:
-        content = b"" if answer is None else json.dumps(answer).encode()
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        content = b"" if answer is None else text.encode()
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
