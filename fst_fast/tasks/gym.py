@@ -133,7 +133,7 @@ def _draw(name: str, items: Any, size: int) -> Iterable[Any]:
 
 def _draw_apart(config: Mapping[str, Any]) -> list[Any]:
     """Items of codeio, which are made by running its programs. That is done in a process of its own: with the same hash and random seeds each
-    time, without the trainer's environment, in a folder that goes with the files that programs write. Raises UserError."""
+    time (a program that would still give something else in another process is left out), without the trainer's environment, in a folder that goes with the files that programs write. Raises UserError."""
     path = os.pathsep.join(filter(None, sys.path))
     with TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -156,13 +156,15 @@ from reasoning_gym import create_dataset
 
 out = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # programs print
-changing = re.compile(r"datetime|date\\.today|time\\.|uuid|urandom|secrets|getpid|\\bid\\(|default_rng\\(\\)")
+changing = re.compile(  # what another process gives otherwise: times, random numbers of its own, addresses and what is ordered by them
+    r"datetime|date\\.today|time\\.|uuid|urandom|secrets|getpid|\\bid\\(|default_rng\\(\\)|random\\.seed|SystemRandom|\\bset\\(|tempfile|/tmp/|\\bat 0x"
+)
 items = create_dataset("codeio", **json.loads(sys.argv[1]))
 for index in range(len(items)):
     random.seed(index)
     numpy.random.seed(index)
     item = items[index]
-    if item["metadata"].pop("input_data") and not changing.search(item["question"]):  # without input the program failed
+    if item["metadata"].pop("input_data") and not changing.search(item["question"] + item["answer"]):  # no input: it failed
         del item["metadata"]["output_data"]
         out.write(json.dumps(item) + "\\n")
 out.flush()
