@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fst_fast.contracts import FULL_REWARD
-from fst_fast.report.load import Answer, Run
+from fst_fast.report.load import Answer, Cycle, Run, Step, Timing
 
 CELL = "both"
 SHOWN = 40
@@ -83,7 +83,8 @@ def _solves(answer: Answer) -> bool:
 def standing(run: Run) -> list[tuple[str, Mapping[str, int]]]:
     """(kind of trouble, figures) of the whole run: how many records it stood in, the first and the last step of them."""
     found: dict[str, dict[str, int]] = {}
-    for line in [*run.steps, *run.cycles, *run.timing]:
+    lines: list[Step | Cycle | Timing] = [*run.steps, *run.cycles, *run.timing]
+    for line in lines:
         for kind in line.troubles:
             of_kind = found.setdefault(kind, {"records": 0, "first": line.step, "last": line.step})
             of_kind["records"] += 1
