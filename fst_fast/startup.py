@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from torch import nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
-from fst_fast.contracts import Context, Problem
+from fst_fast.contracts import Context, Message, Problem
 from fst_fast.data.fingerprint import Fingerprint, fingerprint
 from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
@@ -29,8 +29,9 @@ from fst_fast.errors import UserError
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.fast.reflectors import make_reflector
+from fst_fast.fast.reflectors.self_ import SMALL_PARAMETERS
 from fst_fast.policy import lora, optimiser, trained
-from fst_fast.policy.base_weights import check_base, weights_hash
+from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import SamplingModels
@@ -49,6 +50,7 @@ from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.recorder import Recorder, last_grad_norms
 from fst_fast.run.track import check_trackers
+from fst_fast.run.troubles import read_back
 from fst_fast.slow.rewards import load_shaping
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task, task_spec
@@ -168,8 +170,7 @@ class Run:
                 f"{who}; this one stops. Start all of them again with --resume; a wait is limited by run.timeout_s "
                 f"({self.config.run.timeout_s:g} s)"
             ) from error
-        if self.recorder.liveness:
-            self.recorder.liveness.close()
+        self.recorder.liveness.close()
 
 
 def build_run(
@@ -184,7 +185,6 @@ def build_run(
     """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
     arm(distributed.rank())
     seed_globals(config.seed, "opening", distributed.rank())
-    check_kernels(config)
     if config.slow.reward_shaping is not None:
         load_shaping(config.slow.reward_shaping)
     distributed.init(config.run.timeout_s)
@@ -197,14 +197,11 @@ def build_run(
     state = State.load(found / "state.json") if found else None
     if state and state.date:
         began = state.date
-    base_weights = distributed.broadcast_result(
-        lambda: (
-            check_base(config.model.path, state.base_weights, run_dir)
-            if state
-            else weights_hash(config.model.path)
-        )
+    config, base_weights = open_base(
+        config, console.note, run_dir=run_dir if state else None, expected=state.base_weights if state else ""
     )
-    moved = ("model.path",) if state and state.base_weights else ()
+    moved = ("model.path", "model.revision") if state and state.base_weights else ()
+    check_kernels(config)
     sampler = Sampler.open(
         config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
     )
@@ -215,6 +212,8 @@ def build_run(
         if found and config.model.chat_template:
             _compare_template(config.model.chat_template, sampler.tokenizer, console)
         check_gold(task, sampler.pool)
+        for line in getattr(task, "notes", ()):
+            console.note(line)
         reference = trained.load(config)
         lora.check(reference, config)
         base = sampler.engine(reference, console.note)
@@ -239,6 +238,7 @@ def build_run(
         if config.method != "gepa":
             optimiser.check(config, trained.deepspeed_config(config))
         data = shared_fingerprint(stages)
+        sampler.open_hosts(reference, (seed_context, stages[0].train[0]), console.note)
         folder = distributed.on_rank_zero(
             lambda: open_run(
                 run_dir,
@@ -250,7 +250,9 @@ def build_run(
                 moved=moved,
             )
         )
-        liveness = Liveness(run_dir, distributed.rank()) if distributed.world_size() > 1 else None
+        if sampler.hosts:
+            sampler.hosts.enter(run_dir)
+        liveness = Liveness(run_dir, distributed.rank())
         policy = None if config.method == "gepa" else TrainedPolicy(config, reference)
         module = reference if policy is None else policy.rollout_model
         engine = sampler.engine(module, console.note)
@@ -262,9 +264,9 @@ def build_run(
             seed_context=seed_context,
             sampler=sampler,
             models=SamplingModels(
-                trained=engine,
-                base=server or base,
-                fast=server or engine,
+                trained=sampler.vllm(module, base=policy is None) or engine,
+                base=sampler.vllm(reference, base=True) or server or base,
+                fast=sampler.vllm(module, base=policy is None) or server or engine,
                 trained_module=module,
                 base_module=reference,
             ),
@@ -280,6 +282,7 @@ def build_run(
                 callbacks=watchers,
                 stopwatch=sampler.stopwatch,
                 liveness=liveness,
+                limits={"mismatch_high": config.slow.mismatch_warning},
             ),
             folder=folder,
         )
@@ -328,10 +331,9 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
     state.data = data
     if run.folder:
         recorder.metrics = MetricsWriter(
-            run.run_dir, resume_at_step=state.step if found else None, track=config.track
+            run.run_dir, resume_at_step=state.step if found else None, track=config.track, note=recorder.note
         )
         recorder.stopwatch.before = recorder.metrics.last_seconds
-        recorder.grad_norms = last_grad_norms(run.run_dir)
         if changes:
             recorder.note(f"changed since the run was last started: {'; '.join(changes)}")
         if found and changes:
@@ -340,6 +342,9 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
             )
         if not found:
             recorder.metrics.write("start", **identity(config), versions=versions())
+    if found:
+        past = distributed.broadcast_result(lambda: (last_grad_norms(run.run_dir), read_back(run.run_dir)))
+        recorder.grad_norms, recorder.recent = past
 
 
 def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:
@@ -416,12 +421,14 @@ def check_lengths(
             f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
             f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
         )
+    sampler.prompts.openable(problems)  # all at once
     for problem in problems:
         sampler.prompts.ids(seed_context, problem)
 
 
 def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], None]) -> None:
     """Say which messages of a problem the chat template leaves out of its prompt."""
+    problem = replace(problem, messages=sampler.prompts.opening(problem).messages)
     for i in missing_messages(sampler.prompts.chat, problem):
         role = problem.messages[i]["role"]
         note(
@@ -432,23 +439,30 @@ def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], Non
 def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
     """The configured reflector; rank 0 asks it and broadcasts its replies."""
 
-    def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
+    def generate(
+        conversations: Sequence[Sequence[Message]],
+        seeds: Sequence[int],
+        *,
+        system: str = "",
+        stop: Sequence[str] | None = None,
+        temperature: float = 1.0,
+    ) -> list[Reply]:
         requests = [
             Request(
                 problem_id="reflection",
                 context_id="",
                 sample=i,
-                prompt_ids=chat.prompt(
-                    Context.of(""), Problem("", [{"role": "user", "content": text}], None)
-                ),
+                prompt_ids=chat.prompt(Context.of(system), Problem("", messages, None)),
                 seed=seed,
             )
-            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
+            for i, (messages, seed) in enumerate(zip(conversations, seeds, strict=True))
         ]
         positions = getattr(base.model.config, "max_position_embeddings", None)
         room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
         tokens = max(1, int(min(config.fast.reflection_tokens, room)))
-        rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
+        rollouts = base.generate(
+            requests, max_response_tokens=tokens, temperature=temperature, policy_version=0, stop=stop
+        )
         return [
             Reply(
                 response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
@@ -459,7 +473,11 @@ def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflect
             for q, r in zip(requests, rollouts, strict=True)
         ]
 
-    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
+    style = config.fast.reflection_style
+    if style == "auto":
+        few = sum(p.numel() for p in base.model.parameters()) < SMALL_PARAMETERS
+        style = "short" if few else "full"
+    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate, style=style)
 
     def quiet(_: str) -> None:
         """The fast phase logs what is wrong with the replies, on every process alike."""

@@ -27,7 +27,7 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
         raise UserError("fst replay runs on one process; start it without a launcher")
     reference = load(config)
     if config.policy.lora is None:
-        at = config.model.model_copy(update={"path": str(folder / "model")})
+        at = config.model.model_copy(update={"path": str(folder / "model"), "revision": None})
         policy = TrainedPolicy(config.model_copy(update={"model": at}))
     else:
         policy = TrainedPolicy(config, reference)

@@ -49,19 +49,20 @@ def dtype_of(config: Config) -> torch.dtype:
 
 def load(config: Config, path: str | Path | None = None) -> nn.Module:
     """Load a plain frozen module on this process's device, in evaluation mode, with a head that runs jobs. path: None for `model.path`."""
-    model = _load(config, config.model.path if path is None else path)
+    model = _load(config, path)
     frozen: nn.Module = model.to(distributed.device()).eval().requires_grad_(False)
     return frozen
 
 
-def _load(config: Config, path: str | Path) -> Any:
+def _load(config: Config, path: str | Path | None = None) -> Any:
     if config.policy.liger:
         liger.check()
     model = load_model(
-        path,
+        config.model.path if path is None else path,
         dtype_of(config),
         attention=config.policy.attention,
         trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision if path is None else None,
     )
     head.install(model)
     if config.policy.liger:
@@ -132,7 +133,7 @@ class TrainedPolicy:
             self._zero3_loading = HfDeepSpeedConfig(settings)  # must stay alive while from_pretrained runs
         model: Any = adapted
         if adapted is None or self._zero3:
-            model = _load(config, config.model.path)
+            model = _load(config)
             if config.policy.lora is not None:
                 lora.inject(model, config)
         self._zero3_loading = None

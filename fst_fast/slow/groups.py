@@ -113,9 +113,11 @@ def _reward(sampled: ScoredRollout) -> float:
 
 
 def cost(group: Group, prompt_of: Callable[[Rollout], NDArray[np.int64]]) -> int:
-    """What a group costs an update, in tokens: its responses, and each of its prompts once (contexts that groups share are counted in each)."""
+    """What a group costs an update, in tokens: its responses, what was read between them, and each of its prompts once (contexts that groups
+    share are counted in each)."""
     prompts = {m.rollout.context_id: len(prompt_of(m.rollout)) for m in group.members}
-    return sum(prompts.values()) + sum(len(m.rollout.response_ids) for m in group.members)
+    between = sum(len(turn.added) for m in group.members for turn in m.rollout.turns[1:])
+    return sum(prompts.values()) + between + sum(len(m.rollout.response_ids) for m in group.members)
 
 
 def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[float]], float]:
