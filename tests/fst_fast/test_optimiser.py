@@ -180,6 +180,9 @@ def test_an_optimiser_that_the_machine_does_not_have_is_refused(monkeypatch: pyt
     assert optimiser.choice(Config.model_validate(tree)) == "torch_adamw", (
         "its flat layout is not known to checkpoints"
     )
+    fused = Config.model_validate({**tree, "policy": {"optimizer": "fused_adam"}})
+    with pytest.raises(UserError, match=r"fused_adam with weights in bfloat16 needs policy.zero_stage >= 1"):
+        optimiser.check(fused, {})
     tree["policy"]["zero_stage"] = 1
     assert optimiser.choice(Config.model_validate(tree)) == "fused_adam"
 
