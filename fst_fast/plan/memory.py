@@ -239,7 +239,8 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
         ]
     last = max(whole, e * s.trained if s.stage < 2 else 0) + one * (2 if x.tied else 1)
     moments.append({"gradients": last, "buckets": sent})
-    return {"gathered weights": live, **max(moments, key=lambda items: sum(items.values()))}
+    worst: dict[str, int] = max(moments, key=lambda items: sum(items.values()))
+    return {"gathered weights": live, **worst}
 
 
 def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
