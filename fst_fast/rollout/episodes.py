@@ -22,6 +22,7 @@ from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import Opening, messages_with_context, response_text
 from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids
+from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.verify.episodes import Move, Over, digest
@@ -90,6 +91,9 @@ def play(
     turn = 0
     while live := [e for e in episodes if e.verdict is None]:
         started = time.perf_counter()
+        keep: dict[str, Any] = {}
+        if isinstance(engine, RolloutEngine):
+            keep = {"keep_responses": turn + 1 < config.max_turns}
         rollouts = engine.generate(
             [
                 Request(
@@ -108,7 +112,7 @@ def play(
             temperature=temperature,
             top_p=None if top_p in (None, 1.0) else top_p,
             policy_version=policy_version,
-            **({"keep_responses": turn + 1 < config.max_turns} if isinstance(engine, RolloutEngine) else {}),
+            **keep,
         )  # fmt: skip
         sampled_at = time.perf_counter()
         ends = {*engine.eos_ids, sampler.pad_id}
@@ -149,6 +153,8 @@ def episode_tokens(sampler: Sampler, engine: Engine) -> int:
         )
         if engine.kv_bytes is not None:
             limits.append(engine.kv_bytes // engine.token_bytes())
+    elif isinstance(engine, VllmEngine):
+        limits.append(engine.hosts.longest)
     return min(limits)
 
 

@@ -28,10 +28,10 @@ _LOG_LINES = 400
 
 
 class ManagedServer:
-    """The server of a run as one process sees it."""
+    """The server of a run as one process sees it. longest: of a sequence, in tokens."""
 
-    def __init__(self, args: VllmArgs, config: Config, folder: Path) -> None:
-        self.args, self.config = args, config
+    def __init__(self, args: VllmArgs, config: Config, folder: Path, longest: int) -> None:
+        self.args, self.config, self.longest = args, config, longest
         self.socket, self.log = folder / "server", folder / "vllm.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -53,7 +53,7 @@ class ManagedServer:
         config, lora = self.config, self.config.policy.lora
         command = [
             *self.args.command, "serve", str(model_folder(config.model.path)), f"--uds={self.socket}", f"--dtype={config.model.dtype}",
-            f"--max-model-len={config.rollout.max_prompt_tokens + config.rollout.max_response_tokens}", f"--seed={config.seed}",
+            f"--max-model-len={self.longest}", f"--seed={config.seed}",
             "--logprobs-mode=processed_logprobs", "--generation-config=vllm", "--enable-scale-out", "--enable-prompt-tokens-details",
         ]  # fmt: skip
         if config.model.trust_remote_code:

@@ -163,9 +163,20 @@ class Sampler:
         transfer of weights. All processes call it. Raises UserError."""
         if self.config.rollout.backend != "vllm":
             return
+        rollout = self.config.rollout
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        if self.pool.has_turns:
+            episode = rollout.max_episode_tokens or self.config.slow.tokens_per_micro_batch
+            positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+            longest = min(episode, positions or episode)
         self.hosts = Hosts(
-            vllm_args(self.config), self.config, probe_ids=self.prompts.ids(*probe), pad_id=self.pad_id, note=note
-        )  # fmt: skip
+            vllm_args(self.config),
+            self.config,
+            longest=longest,
+            probe_ids=self.prompts.ids(*probe),
+            pad_id=self.pad_id,
+            note=note,
+        )
         if self.hosts.args.urls:
             self.hosts.prepare(Weights(base, None))
 

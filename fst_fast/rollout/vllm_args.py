@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fst_fast import distributed
 from fst_fast.config import Config
@@ -53,6 +53,12 @@ class VllmArgs(BaseModel):
     """Further tries of a request that timed out or was given up."""
     concurrency: int = Field(256, ge=1, le=4096)
     """Requests of one process under way at the same time."""
+
+    @field_validator("urls", "command", "args", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        """A list of one may be written without its brackets."""
+        return [value] if isinstance(value, str) else value
 
 
 def vllm_args(config: Config) -> VllmArgs:

@@ -76,7 +76,7 @@ class Shared:
 
 
 class Hosts:
-    """The servers as one process sees them. probe_ids int64 [P]: the fixed prompt. note: told of restarts.
+    """The servers as one process sees them. longest: of a sequence, in tokens. probe_ids int64 [P]: the fixed prompt. note: told of restarts.
 
     mismatch: of the last probe, nats per token."""
 
@@ -85,12 +85,13 @@ class Hosts:
         args: VllmArgs,
         config: Config,
         *,
+        longest: int,
         probe_ids: NDArray[np.int64],
         pad_id: int,
         note: Callable[[str], None],
     ) -> None:
         self.args, self.config, self.note = args, config, note
-        self.probe_ids, self.lora = probe_ids, config.policy.lora is not None
+        self.longest, self.probe_ids, self.lora = longest, probe_ids, config.policy.lora is not None
         slow = config.slow
         self._batching = Batching(
             config.policy.packing, slow.tokens_per_micro_batch, slow.head_chunk_rows, 1.0, pad_id
@@ -98,7 +99,7 @@ class Hosts:
         self._folder_lock: int | None = None
         self.run_id = distributed.broadcast_result(lambda: secrets.token_hex(4))
         self.folder = Path(distributed.broadcast_result(self._make_folder))
-        self.managed = None if args.urls else ManagedServer(args, config, self.folder)
+        self.managed = None if args.urls else ManagedServer(args, config, self.folder, longest)
         where = [url.rstrip("/") for url in args.urls] or [f"unix:{self.folder}/server"]
         self.clients = [VllmClient(w, timeout_s=args.timeout_s, connections=args.concurrency) for w in where]
         self.named = ", ".join(args.urls) or "the server of this run"
@@ -255,10 +256,9 @@ class Hosts:
 
     def _missing_flags(self, info: Any) -> list[str]:
         """Flags without which a server of this configuration (of /server_info) cannot serve this run."""
-        model, rollout = info["model_config"], self.config.rollout
-        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        model = info["model_config"]
         wanted = {
-            f"--max-model-len={longest} or more": model["max_model_len"] >= longest,
+            f"--max-model-len={self.longest} or more": model["max_model_len"] >= self.longest,
             f"--dtype={self.config.model.dtype}": model["dtype"] == f"torch.{self.config.model.dtype}",
             "--logprobs-mode=processed_logprobs": model["logprobs_mode"] == "processed_logprobs",
         }

@@ -28,11 +28,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 FAULT = Path(os.environ.get("FAKE_VLLM_FAULT", "/nonexistent"))
+if __name__ == "__main__" and FAULT.is_file() and FAULT.read_text() == "no memory":
+    print(
+        "(EngineCore pid=7) ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing "
+        "the engine."
+    )
+    sys.exit(1)
+
+import torch  # noqa: E402 - seconds, which a server that cannot start does not need
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 
 class HTTPError(Exception):
@@ -227,9 +233,12 @@ class Server:
             "weight_versions": [{"version": version, "start": 0, "end": len(ids)}] if ids else None,
             "logprobs": None if how.get("logprobs") is None else {"content": content},
         }  # fmt: skip
+        details = None
+        if "enable-prompt-tokens-details" in self.args:
+            details = {"cached_tokens": 0, "created_cache_tokens": None, "multimodal_tokens": None}
         usage = {
             "prompt_tokens": len(prompt), "total_tokens": len(prompt) + len(ids), "completion_tokens": len(ids),
-            "prompt_tokens_details": None, "completion_tokens_details": None,
+            "prompt_tokens_details": details, "completion_tokens_details": None,
         }  # fmt: skip
         return {
             "request_id": "generate-tokens-0", "model": name, "created": 0, "usage": usage, "prompt_logprobs": scored,
@@ -303,12 +312,6 @@ class UnixServer(ThreadingHTTPServer):
 def main(arguments: list[str]) -> None:
     assert arguments[0] == "serve", arguments
     flags = dict(a.removeprefix("--").partition("=")[::2] for a in arguments[2:])
-    if fault() == "no memory":
-        print(
-            "(EngineCore pid=7) ValueError: No available memory for the cache blocks. Try increasing "
-            "`gpu_memory_utilization` when initializing the engine."
-        )
-        sys.exit(1)
     if fault() == "old":
         flags["old"] = ""
     torch.set_num_threads(1)

@@ -74,7 +74,7 @@ def hosted(url: str, tmp_path: Path, said: list[str] | None = None, **more: Any)
     args = {"urls": [url], "folder": str(tmp_path), "retries": 1, "restarts": 1, **more.pop("args", {})}
     settings = config(args=args, **more)
     note = said.append if said is not None else lambda _: None
-    hosts = Hosts(vllm_args(settings), settings, probe_ids=PROMPT, pad_id=0, note=note)
+    hosts = Hosts(vllm_args(settings), settings, longest=320, probe_ids=PROMPT, pad_id=0, note=note)
     try:
         yield hosts
     finally:
@@ -347,6 +347,12 @@ def test_arguments_that_cannot_work_are_refused(
     assert "secret" not in str(caught.value)
 
 
+def test_a_list_of_one_may_be_written_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert vllm_args(config(args={"urls": "http://h:1"})).urls == ("http://h:1",)
+    assert vllm_args(config(args={"command": sys.executable})).command == (sys.executable,)
+
+
 def test_a_folder_that_is_full_or_missing_is_one_sentence(
     base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +360,7 @@ def test_a_folder_that_is_full_or_missing_is_one_sentence(
         Hosts(
             vllm_args(config(args={"urls": ["http://h"], "folder": "/nonexistent"})),
             config(),
+            longest=320,
             probe_ids=PROMPT,
             pad_id=0,
             note=print,
@@ -378,7 +385,7 @@ def test_what_a_killed_run_left_in_memory_is_removed_and_what_a_living_one_has_i
     settings = config(args={"urls": ["http://h"], "folder": str(tmp_path)})
 
     def made() -> Hosts:
-        return Hosts(vllm_args(settings), settings, probe_ids=PROMPT, pad_id=0, note=print)
+        return Hosts(vllm_args(settings), settings, longest=320, probe_ids=PROMPT, pad_id=0, note=print)
 
     left = tmp_path / "fst-vllm-left"
     left.mkdir()

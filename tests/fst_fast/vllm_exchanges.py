@@ -132,7 +132,7 @@ def managed(command: list[str], folder: Path) -> ManagedServer:
         args=("--enforce-eager", "--served-model-name=mini"),
     )
     assert model_folder("mini").is_dir()
-    return ManagedServer(args, config, folder)
+    return ManagedServer(args, config, folder, 320)
 
 
 def same(recorded: Any, now: Any, at: str = "") -> list[str]:

@@ -116,6 +116,7 @@ def test_a_server_and_a_run_that_are_killed_lose_nothing(whole: Path, tmp_path: 
             assert [s[name] for s in steps] == [s[name] for s in records(whole, "step")]
 
 
+@pytest.mark.chaos
 def test_a_server_that_cannot_start_is_one_sentence_with_its_last_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
