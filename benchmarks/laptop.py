@@ -1,6 +1,7 @@
-"""Collect finished runs of configs/laptop: `python benchmarks/laptop.py RUN... --out benchmarks/results/laptop.json` prints them as a table, too.
+"""Collect runs of configs/laptop: `python benchmarks/laptop.py RUN... --out benchmarks/results/laptop.json` prints them as a table, too.
 
-For each run: its four cells, rollouts with the fast phase's included, the contexts at the end, and seconds by kind of work.
+For each run: its four cells, rollouts, training reward by step, every context of its fast phases, and seconds by kind of work (reflect_s is a
+part of fast_s).
 """
 
 from __future__ import annotations
@@ -17,22 +18,36 @@ CELLS = ("neither", "context", "weights", "both")
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """What summary.json, timing.jsonl, contexts.json and config.yaml of a run folder say."""
-    summary = json.loads((run / "summary.json").read_text())
+    """What the files of a run folder say. Cells are null where the run has not ended."""
     config = YAML(typ="safe").load((run / "config.yaml").read_text())
-    timing = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
-    kept = json.loads((run / "contexts.json").read_text()) if (run / "contexts.json").is_file() else None
+    records, timing = (
+        [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "timing")
+    )
+    steps, cycles, evals = ([r for r in records if r["kind"] == kind] for kind in ("step", "cycle", "eval"))
+    final = next((r for r in evals if r["final"]), None)
+    last: dict[str, Any] = (evals or steps or cycles)[-1]
     return {
         "run": run.name,
         "task": Path(config["task"]).stem,
         "method": config["method"],
         "seed": config["seed"],
-        "steps": summary["steps"],
-        **{key: summary[key] for key in ("rollouts", "fast_rollouts", "reused_rollouts", "tokens_computed", "kl_seed", "kl_evolved")},
-        "cells": {name: summary["channels"][name] for name in CELLS},
-        "contexts": [kept["contexts"][i]["text"] for i in dict.fromkeys(kept["population"])] if kept else [],
-        "seconds": {"all": timing[-1]["seconds"], **{kind: sum(row.get(kind) or 0.0 for row in timing) for kind in SECONDS}},
-    }  # fmt: skip
+        "lr": config["slow"]["lr"],
+        "rollouts": last.get("rollouts"),
+        "fast_rollouts": last.get("fast_rollouts"),
+        "cells": final and {name: final["channels"][name] for name in CELLS},
+        "steps": [{key: r[key] for key in ("step", "reward", "kl")} for r in steps],
+        "fast_phases": [
+            {
+                key: r[key]
+                for key in ("proposed", "admitted", "refused", "fast_rollouts", "seed_mean", "best_mean")
+            }
+            | {"kept": [c["text"] for c in r["population"]]}
+            | {"scored": [{key: c[key] for key in ("text", "admitted", "mean", "n")} for c in r["contexts"]]}
+            for r in cycles
+        ],
+        "seconds": {kind: sum(row.get(kind) or 0.0 for row in timing) for kind in SECONDS},
+    }
 
 
 def main() -> None:
@@ -43,18 +58,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = [collect(run) for run in args.runs]
-    print("| task | method | steps | rollouts, fast phase included | neither | context | weights | both |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| run | task | method | steps | rollouts, fast phase included | neither | context | weights | both |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        cells = " | ".join(f"{100 * row['cells'][name]['mean']:.1f}" for name in CELLS)
-        print(
-            f"| {row['task']} | {row['method']} | {row['steps']} | {row['rollouts']} ({row['fast_rollouts']}) | {cells} |"
-        )
+        cells = [f"{100 * row['cells'][name]['mean']:.1f}" if row["cells"] else "-" for name in CELLS]
+        counts = [str(len(row["steps"])), f"{row['rollouts']} ({row['fast_rollouts']})"]
+        print("|", " | ".join([row["run"], row["task"], row["method"], *counts, *cells]), "|")
     for row in rows:
         print(
-            f"{row['run']}: "
-            + ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in row["seconds"].items()),
-            row["contexts"],
+            f"{row['run']}:", ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in row["seconds"].items())
         )
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2) + "\n")
