@@ -9,16 +9,26 @@ CONFIG ?= configs/mini/star_graph.yaml
 ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
+VLLM ?= .venv-vllm
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test runs emulated aot chaos parity soak fuzz docs install wheel lint format types clean
+.PHONY: train laptop test runs emulated aot chaos parity soak paper fuzz vllm docs install wheel lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
 	@$(PY) -m fst_fast.cli report $(RUN)
+
+# A real language model on a CPU: fetched and checked, trained, its four cells and its contexts shown. MODEL and CONFIG belong together.
+laptop: MODEL = qwen2.5-coder-0.5b
+laptop: CONFIG = configs/laptop/short_answers.yaml
+laptop: RUN = runs/laptop
+laptop: $(STAMP)
+	@$(PY) scripts/fetch_model.py $(MODEL)
+	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
+	@$(PY) scripts/show_contexts.py $(RUN)
 
 test: $(STAMP)
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
@@ -49,9 +59,18 @@ parity: $(STAMP)
 soak: $(STAMP)
 	@$(PY) -m pytest -m long -s tests/integration/test_soak.py $(PYTEST_ARGS)
 
+# The paper's five configurations, two cycles each on a random model and rows in the data sets' columns.
+paper: $(STAMP)
+	@$(PY) -m pytest -m "" tests/integration/test_paper.py $(PYTEST_ARGS)
+
 # Random configurations, command lines and whatever else tests/fuzz draws: 20,000 of each, of which `make test` runs 200.
 fuzz: $(STAMP)
 	@FST_FUZZ_EXAMPLES=20000 $(PY) -m pytest -n $(WORKERS) tests/fuzz $(PYTEST_ARGS)
+
+# The tests of rollout.backend=vllm against a real vLLM (its CPU build, in an environment of its own), of which `make test` asks a fake one.
+vllm: $(STAMP)
+	@PYTHON=$(PYTHON) scripts/vllm_env.sh $(VLLM)
+	@FST_VLLM=$(abspath $(VLLM))/bin/vllm $(PY) -m pytest -m "" tests/fst_fast/test_vllm_recorded.py tests/integration/test_vllm.py $(PYTEST_ARGS)
 
 # The documentation as a site, in build/site; a broken link is an error. (--quiet would hide warnings from --strict as well.)
 docs: $(STAMP)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.plan_step import PHASES, Load, MeasuredStep, configure, folder_of
+from benchmarks.plan_step import PHASES, Load, MeasuredStep, add_row, configure, folder_of, read_results
 
 Row = tuple[str, tuple[int, int, int, int, int, int], dict[str, Any]]
 
@@ -113,7 +113,8 @@ def measure(name: str) -> dict[str, Any]:
 
 TERMS = {  # rate of the machine -> what it divides
     "product32": lambda c: c.products,
-    "bandwidth": lambda c: c.product_bytes + c.stream,
+    "bandwidth": lambda c: c.stream,
+    "operands": lambda c: c.product_bytes,
     "attention": lambda c: c.attention,
     "attention_backward": lambda c: c.attention_backward,
     "exps": lambda c: c.exps,
@@ -122,20 +123,20 @@ TERMS = {  # rate of the machine -> what it divides
 OF_PHASE = {"sampling": ("prefill", "decode", "verify"), "scoring": ("score",), "forward_backward": ("forward", "backward"), "optimiser": ("optimiser",), "hand_over": ("hand-over",)}  # fmt: skip
 
 
-def costs(name: str) -> dict[str, list[float]]:
+def costs(name: str, results: dict[str, Any]) -> dict[str, list[float]]:
     """Phase -> what it asks for, one number for each of TERMS."""
-    timed = {t.name: t.cost for t in predicted(name).step.phases}
+    timed = {t.name: t.cost for t in predicted(name, results).step.phases}
     return {
         phase: [sum(term(timed[n]) for n in names) for term in TERMS.values()]
         for phase, names in OF_PHASE.items()
     }
 
 
-def predicted(name: str) -> Any:
+def predicted(name: str, results: dict[str, Any]) -> Any:
     """The plan of a setting on one core."""
     from fst_fast.plan.advice import plan
     from fst_fast.plan.machines import CPU_CORE
-    from fst_fast.plan.shapes import read_shape
+    from fst_fast.plan.shapes import shape_of
     from fst_fast.plan.workload import Assumed
 
     model, _, keys = SETTINGS[name]
@@ -143,7 +144,7 @@ def predicted(name: str) -> Any:
     config = configure(model, load, keys)
     core = replace(CPU_CORE, memory=24 * 10**9)
     assumed = Assumed(load.context, load.problem, load.response, 0.0, 0.0)
-    return plan(config, read_shape(folder_of(model), model), core, 1, assumed)
+    return plan(config, shape_of(results["models"][model], model), core, 1, assumed)
 
 
 def normal(row: dict[str, Any]) -> dict[str, float]:
@@ -152,13 +153,13 @@ def normal(row: dict[str, Any]) -> dict[str, float]:
     return {phase: s * scale for phase, s in row["seconds"].items()}
 
 
-def fit(done: dict[str, Any]) -> dict[str, float]:
+def fit(results: dict[str, Any]) -> dict[str, float]:
     """The rates of one core that fit the settings of FIT, by least squares of errors relative to the step."""
     from scipy.optimize import nnls
 
     rows, wanted = [], []
-    for name in FIT.keys() & done.keys():
-        seconds, of_phase = normal(done[name]), costs(name)
+    for name in FIT.keys() & results["rows"].keys():
+        seconds, of_phase = normal(results["rows"][name]), costs(name, results)
         step = sum(seconds.values())
         for phase in PHASES:
             weight = 1 / (step * seconds[phase]) ** 0.5
@@ -173,14 +174,14 @@ def fit(done: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def check(done: dict[str, Any], names: Any) -> list[dict[str, Any]]:
+def check(results: dict[str, Any], names: Any) -> list[dict[str, Any]]:
     """Of every setting measured seconds (normal), predicted seconds and the error of the step."""
     out = []
     for name in names:
-        if name in done:
-            timed = {t.name: t.seconds for t in predicted(name).step.phases}
+        if name in results["rows"]:
+            timed = {t.name: t.seconds for t in predicted(name, results).step.phases}
             mine = {phase: sum(timed[n] for n in parts) for phase, parts in OF_PHASE.items()}
-            real = normal(done[name])
+            real = normal(results["rows"][name])
             total, guess = sum(real.values()), sum(mine.values())
             out.append(
                 {"name": name, "measured": real, "predicted": mine, "step": total, "error": guess / total - 1}
@@ -211,7 +212,7 @@ def eight() -> list[tuple[str, Any, float]]:
     from fst_fast.plan.workload import Assumed
 
     config = load.load(
-        Path(__file__).parents[1] / "configs/math.yaml", [f"--rollout.kv_memory_bytes={KV_SECOND_STEP}"]
+        Path(__file__).parents[1] / "configs/paper/math.yaml", [f"--rollout.kv_memory_bytes={KV_SECOND_STEP}"]
     )
     h200 = machine("H200")
     here = plan(config, shape_of(QWEN3_8B, "Qwen3-8B"), h200, 8, Assumed())
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_times.json"))
     args = parser.parse_args()
-    done = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    results = read_results(args.out)
     if args.what == "child":
         print(json.dumps(measure(args.only[0])))
     elif args.what == "eight":
@@ -246,10 +247,10 @@ def main() -> None:
                 f"{what:45} {took:7.1f} s a step, sampling {sampled:6.1f} s, {here.rollouts / took:5.2f} rollouts/s"
             )
     elif args.what == "fit":
-        print({term: float(f"{x:.3g}") for term, x in fit(done).items()})
+        print({term: float(f"{x:.3g}") for term, x in fit(results).items()})
     elif args.what == "check":
         for names in (FIT, JUDGED):
-            rows = check(done, names)
+            rows = check(results, names)
             for row in rows:
                 phases = "  ".join(f"{p} {row['predicted'][p]:.2f}/{row['measured'][p]:.2f}" for p in PHASES)
                 print(f"{row['name']:28} {row['step']:7.2f} s {row['error']:+6.0%}   {phases}")
@@ -260,15 +261,14 @@ def main() -> None:
                 )
     elif args.what == "measure":
         for name in args.only:
-            if name in done or not (folder_of(SETTINGS[name][0]) / "config.json").is_file():
+            if name in results["rows"] or not (folder_of(SETTINGS[name][0]) / "config.json").is_file():
                 continue
             command = [sys.executable, "-m", "benchmarks.plan", "child", "--only", name]
             child = subprocess.run(command, capture_output=True, text=True, check=False)
             if child.returncode:
                 raise SystemExit(f"{name}: {child.stderr[-3000:]}")
-            done[name] = json.loads(child.stdout.splitlines()[-1])
-            args.out.write_text(json.dumps(done, indent=1) + "\n")
-            print(name, done[name], flush=True)
+            add_row(args.out, name, SETTINGS[name][0], json.loads(child.stdout.splitlines()[-1]))
+            print(name, "measured", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ load names, no token ends a response, and nothing is verified. scripts/measure_m
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import measure
 from fst_fast import mini
 from fst_fast.config import Config
 
-FOLDERS = {"smollm2": "smollm2-135m", "qwen": "qwen2.5-coder-0.5b-instruct"}  # inside $FST_MODELS
+FOLDERS = {"smollm2": "smollm2-135m", "qwen": "qwen"}  # inside $FST_MODELS
 PHASES = ("sampling", "scoring", "forward_backward", "optimiser", "hand_over")
 
 
@@ -36,6 +38,21 @@ class Load:
 def folder_of(model: str) -> Path:
     """`mini`, or the folder of a real model below the environment variable FST_MODELS (default: ./models)."""
     return mini.path() if model == "mini" else Path(os.environ.get("FST_MODELS", "models")) / FOLDERS[model]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """{"models": their config.json by name, "rows": one for each setting}."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"models": {}, "rows": {}}
+    return found
+
+
+def add_row(path: Path, name: str, model: str, row: dict[str, Any]) -> None:
+    """Write a setting's row into the results, at once: an interrupted run keeps what it has measured."""
+    found = read_results(path)
+    found["models"][model] = json.loads((folder_of(model) / "config.json").read_text())
+    found["rows"][name] = row
+    found |= {"hardware": measure.hardware(), "versions": measure.versions()}
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def configure(model: str, load: Load, keys: dict[str, Any]) -> Config:

@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | plan | report | export | push | replay | experiment | base build | doctor`.
+"""The command line: `fst train | eval | probe | plan | report | watch | export | push | replay | experiment | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -7,9 +7,9 @@ are imported by the command that needs them, so that `fst --help` and `--dry-run
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fst_fast import mini
+from fst_fast.commands import arguments
 from fst_fast.errors import UserError, one_line
 from fst_fast.run.environment import prepare_environment, usable_cores
 
@@ -158,10 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "measure the four cells of a run's last checkpoint")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
     evaluate.add_argument(
-        "--problems", type=_count, metavar="N", help="at most so many; default: as configured"
+        "--problems", type=arguments.count, metavar="N", help="at most so many; default: as configured"
     )
     evaluate.add_argument(
-        "--samples", type=_count, metavar="K", help="samples of each problem; default: as configured"
+        "--samples", type=arguments.count, metavar="K", help="samples of each problem; default: as configured"
     )
     evaluate.add_argument(
         "--split", default="validation", metavar="NAME", help="of the task's problems; default: validation"
@@ -180,9 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
-    probe.add_argument("--context", type=_text, metavar="TEXT", help="default: fast.seed_context")
-    probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
-    probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
+    probe.add_argument("--context", type=arguments.text, metavar="TEXT", help="default: fast.seed_context")
+    probe.add_argument("--problems", type=arguments.count, default=3, metavar="N", help="default: 3")
+    probe.add_argument("--samples", type=arguments.count, default=2, metavar="K", help="default: 2")
     probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
     probe.add_argument(
         "--template",
@@ -199,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
     plan.add_argument(
-        "--gpus", type=_count, metavar="N", help="devices (processes); default: WORLD_SIZE, or 1"
+        "--gpus", type=arguments.count, metavar="N", help="devices (processes); default: WORLD_SIZE, or 1"
     )
     plan.add_argument(
         "--machine", metavar="NAME", help="A100, H100, H200, B200 or cpu; default: this machine"
@@ -211,15 +212,17 @@ def _parser() -> argparse.ArgumentParser:
         ("response", "half of the longest"),
     ):
         plan.add_argument(
-            f"--{what}-tokens", type=_count, metavar="N", help=f"mean length; default: {default}"
+            f"--{what}-tokens", type=arguments.count, metavar="N", help=f"mean length; default: {default}"
         )
     plan.add_argument(
         "--spread",
-        type=_not_negative,
+        type=arguments.not_negative,
         metavar="X",
         help="standard deviation of the logarithm of a response's length",
     )
-    plan.add_argument("--verify-ms", type=_not_negative, metavar="X", help="one verdict takes; default: 5")
+    plan.add_argument(
+        "--verify-ms", type=arguments.not_negative, metavar="X", help="one verdict takes; default: 5"
+    )
     plan.add_argument("--scale", action="store_true", help="also from 1 to 1,024 devices")
     plan.add_argument("--json", action="store_true", help="print numbers (bytes, seconds) as JSON")
 
@@ -235,6 +238,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="default: RUN/report, or report/ beside the first of several runs",
     )
+
+    watch = command("watch", _watch, "show a run as a live page in the browser, on this machine only")
+    watch.add_argument("run_dir", type=Path, metavar="RUN")
+    watch.add_argument("--port", type=arguments.port, default=0, metavar="N", help="default: a free one")
+    watch.add_argument("--host", default="127.0.0.1", metavar="HOST", help="127.0.0.1 or localhost")
 
     export = command(
         "export", _export, "write a run's weights and contexts as a Hugging Face folder plus contexts.json"
@@ -261,9 +269,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("experiments"), metavar="DIR", help="default: experiments"
     )
     experiment.add_argument("--quick", action="store_true", help="two seeds, two families, half the steps")
-    experiment.add_argument("--seeds", type=_count, metavar="N", help="default: 5, with --quick 2")
+    experiment.add_argument("--seeds", type=arguments.count, metavar="N", help="default: 5, with --quick 2")
     experiment.add_argument("--families", metavar="A,B", help="default: all four, with --quick the first two")
-    experiment.add_argument("--workers", type=_count, metavar="N", help="runs at a time; default: the cores")
+    experiment.add_argument(
+        "--workers", type=arguments.count, metavar="N", help="runs at a time; default: the cores"
+    )
     experiment.add_argument("--dry-run", action="store_true", help="name the runs, make none")
 
     base = command("base", _base, "the base model of the mini world")
@@ -280,6 +290,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     from fst_fast.config import load as config_load
     from fst_fast.config.derived import derived
+    from fst_fast.tasks.registry import check_task_args
 
     if args.allow_config_change and not args.resume:
         raise UserError("--allow-config-change goes with --resume")
@@ -290,14 +301,20 @@ def _train(args: argparse.Namespace) -> None:
         args.config = saved
     config = config_load.load(args.config or mini.default_config(), args.overrides)
     if args.dry_run:
+        from fst_fast.commands.plan import dry_run_lines
+
+        check_task_args(config)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        numbers = [f"{name}: {number}" for name, number in derived(config, processes).items()]
+        predicted = dry_run_lines(config, processes)
         if _is_first():
             print(config_load.dump(config), end="")
             print("\n# what follows from it")
-            for name, number in derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
-                print(f"# {name}: {number}")
-            from fst_fast.commands.plan import dry_run_lines
-
-            for line in dry_run_lines(config, int(os.environ.get("WORLD_SIZE", "1"))):
+            for line in [
+                *numbers,
+                *predicted,
+                "not looked at: the rows of data sets, the model, the endpoints",
+            ]:
                 print(f"# {line}".rstrip())
         return
     if args.run_dir is None:
@@ -362,25 +379,10 @@ def _probe(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from fst_fast.commands.plan import as_json, lines, make_plan
+    from fst_fast.commands.plan import run
     from fst_fast.config import load as config_load
-    from fst_fast.plan.workload import SPREAD, Assumed
 
-    config = config_load.load(args.config or mini.default_config(), args.overrides)
-    spread = SPREAD if args.spread is None else args.spread
-    verify_s = 0.005 if args.verify_ms is None else args.verify_ms / 1e3
-    assumed = Assumed(args.context_tokens, args.problem_tokens, args.response_tokens, spread, verify_s)
-    plan = make_plan(
-        config,
-        gpus=args.gpus or int(os.environ.get("WORLD_SIZE", "1")),
-        machine=args.machine,
-        memory=args.memory,
-        assumed=assumed,
-    )
-    if args.json:
-        print(json.dumps(as_json(plan), indent=1))
-        return
-    for line in lines(plan, scale=args.scale):
+    for line in run(config_load.load(args.config or mini.default_config(), args.overrides), args):
         print(line)
 
 
@@ -390,6 +392,12 @@ def _report(args: argparse.Namespace) -> None:
     runs = args.run_dirs
     out = args.out or (runs[0] / "report" if len(runs) == 1 else runs[0].parent / "report")
     print(write_report(runs, out))
+
+
+def _watch(args: argparse.Namespace) -> None:
+    from fst_fast.commands.watch import watch
+
+    watch(args.run_dir, host=args.host, port=args.port, say=functools.partial(print, flush=True))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -472,31 +480,6 @@ def _refuse(sentence: str, debug: bool) -> int:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
-        shown = repr(text) if len(text) <= 40 else f"a text of {len(text):,} characters"
-        raise argparse.ArgumentTypeError(
-            f"{shown} is refused; allowed: a whole number >= 1 of at most 18 digits"
-        )
-    return int(text)
-
-
-def _not_negative(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is refused; allowed: a number from 0 to below 1e6")
-    return number
-
-
-def _text(text: str) -> str:
-    if re.search("[\ud800-\udfff]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: text in UTF-8")
-    return text
 
 
 def _version() -> str:

@@ -23,7 +23,9 @@ FULL_REWARD = 1.0 - REWARD_ROUNDING
 """A reward from here on is the full one: ten times 0.1 is 0.9999999999999999."""
 _UNIT_ROUNDING = 1e-15  # what a subtraction in float64 leaves of rewards up to 1 that cancel
 
-Finish = Literal["stop", "length", "abort"]
+Finish = Literal["stop", "length", "abort", "max_turns", "max_tokens", "error"]
+"""How a rollout ended: its last response was whole (`stop`) or cut (`length`), or the server gave it up (`abort`); an episode of an
+environment also at the limit of its turns or tokens, or because the environment failed (`error`)."""
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 
 CELLS = {
@@ -77,7 +79,7 @@ class Verdict:
 class Rollout:
     """One sampled response, token-in token-out: the sampled ids are never retokenised.
 
-    response_ids: int64 [T], the closing eos token included when finish == "stop".
+    response_ids: int64 [T], the closing eos token included when finish == "stop"; of an episode those of all its responses, joined.
     logprobs: float32 [T], natural log, of each sampled token under the distribution actually sampled at `temperature`
     (with truncation off, as in training, that is the policy's own log-prob at that temperature).
     """
@@ -90,6 +92,20 @@ class Rollout:
     finish: Finish
     policy_version: int
     temperature: float
+    turns: tuple[
+        Turn, ...
+    ] = ()  # of an episode; () for a task, whose prompt is that of its problem and context
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of an episode: the policy reads the first `kept` tokens of the episode so far, then `added`, and samples `length` tokens.
+
+    added: int64 [A], the prompt in the first turn, then what the environment said. In an episode that only grows, `kept` is all of it."""
+
+    kept: int
+    added: NDArray[np.int64]
+    length: int
 
 
 def alike(rewards: ArrayLike) -> bool:
@@ -117,6 +133,17 @@ class ScoredRollout:
     response: str
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One sample of an evaluation. response, feedback: None where the reward was known and nothing was sampled."""
+
+    problem_id: str
+    context_id: str
+    reward: float | None
+    response: str | None
+    feedback: str | None
+
+
 @runtime_checkable
 class Task(Protocol):
     """A source of problems and their verifier. `verify` must be a pure function of its arguments: it runs in child processes."""
@@ -127,5 +154,39 @@ class Task(Protocol):
 
     def verify(self, problem: Problem, response: str) -> Verdict: ...
 
+    # Optional: `tools`, functions that the policy may call before it answers; the task is then an environment (docs/environments.md).
     # Optional: `gold(problem) -> str`, a response that must get reward 1. A task that has it is refused at start-up where it fails its
     # own gold; one that has none is checked with str(problem.answer) only if problem.meta["check_gold"] asks for it.
+
+
+@dataclass
+class EpisodeState:
+    """One episode as its environment sees it.
+
+    seed: the episode's own, for whatever is random in it. messages: the conversation so far without the context, the response last.
+    memory: what `start` gave besides messages and tools, else an empty dict; any object, the environment's own."""
+
+    problem: Problem
+    seed: int
+    messages: list[Message]
+    memory: Any = field(default_factory=dict)
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """A source of problems that answers the policy turn by turn. A Task is an environment of one turn.
+
+    Both methods may be `async` and run in child processes with the limits of `verify`. An episode whose process was lost is played
+    again from its responses, so what they return must depend on their arguments alone."""
+
+    def problems(self, split: str) -> Sequence[Problem]: ...
+
+    def start(self, problem: Problem) -> Any:
+        """The opening messages (without the context, the same in every episode of the problem), or (messages, tools), or (messages,
+        tools, memory). tools: functions with type hints."""
+
+    def step(self, state: EpisodeState, response: str) -> Any:
+        """What follows a response that calls no tool: a Verdict, which ends the episode, or messages (a text is a user's message)."""
+
+    # Optional: `end(state, why) -> Verdict` of an episode that ends without one: why is length, max_turns or max_tokens. Without it the
+    # reward is 0. Optional: `gold(problem)`, the response or list of responses that must get reward 1.

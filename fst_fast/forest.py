@@ -31,10 +31,13 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One sequence. The response may be empty (a prompt to prefill); the prompt may not."""
+    """One sequence. The response may be empty (a prompt to prefill); the prompt may not.
+
+    sampled: bool [response], which of its tokens are labels; None: all. The others are what an environment said between two turns."""
 
     prompt_ids: Ids
     response_ids: Ids
+    sampled: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -175,6 +178,8 @@ def pack(leaves: Sequence[Leaf], *, share: Share = "prompts") -> Forest:
             subtree_end[parents[s]] = max(subtree_end[parents[s]], subtree_end[s])
 
     leaf_node = np.array([index[node] for node in ends], dtype=np.int32)
+    rows = _rows(leaves, leaf_node, node_start, node_end, parents)
+    labels, leaf, offset = label_arrays(leaves)
     forest = Forest(
         token_ids=token_ids,
         depth=(np.arange(len(token_ids)) + np.repeat(depth_before - node_start, lengths)).astype(np.int32),
@@ -183,15 +188,35 @@ def pack(leaves: Sequence[Leaf], *, share: Share = "prompts") -> Forest:
         node_end=node_end.astype(np.int32),
         node_parent=np.array(parents, dtype=np.int32),
         leaf_node=leaf_node,
-        rows=_rows(leaves, leaf_node, node_start, node_end, parents),
-        labels=np.concatenate([np.empty(0, np.int64), *(leaf.response_ids for leaf in leaves)]),
-        leaf=np.repeat(np.arange(len(leaves)), [len(leaf.response_ids) for leaf in leaves]),
-        offset=np.concatenate(
-            [np.empty(0, np.int64), *(np.arange(len(leaf.response_ids)) for leaf in leaves)]
-        ),
+        rows=rows if len(rows) == len(labels) else rows[sampled_tokens(leaves)],
+        labels=labels,
+        leaf=leaf,
+        offset=offset,
     )
     assert len(forest.rows) == len(forest.labels)
     return forest
+
+
+def sampled_tokens(leaves: Sequence[Leaf]) -> NDArray[np.bool_]:
+    """[tokens of all responses] Which of them are labels."""
+    return np.concatenate(
+        [np.empty(0, bool)]
+        + [np.ones(len(x.response_ids), bool) if x.sampled is None else x.sampled for x in leaves]
+    )
+
+
+def label_arrays(leaves: Sequence[Leaf]) -> tuple[Ids, Ids, Ids]:
+    """(labels, leaf, offset), [M] each, as in Forest."""
+    empty, lengths = np.empty(0, np.int64), [len(leaf.response_ids) for leaf in leaves]
+    arrays = (
+        np.concatenate([empty, *(leaf.response_ids for leaf in leaves)]),
+        np.repeat(np.arange(len(leaves)), lengths),
+        np.concatenate([empty, *(np.arange(n) for n in lengths)]),
+    )
+    if all(leaf.sampled is None for leaf in leaves):
+        return arrays
+    kept = sampled_tokens(leaves)
+    return arrays[0][kept], arrays[1][kept], arrays[2][kept]
 
 
 def _rows(
@@ -274,6 +299,12 @@ def _check(leaves: Sequence[Leaf], share: str) -> None:
                 raise ValueError(
                     f"{name} of leaf {i} is {ids.dtype} of shape {ids.shape}; one-dimensional int64 is needed"
                 )
+        if leaf.sampled is not None and (
+            leaf.sampled.dtype != bool or leaf.sampled.shape != leaf.response_ids.shape
+        ):
+            raise ValueError(
+                f"sampled of leaf {i} is {leaf.sampled.dtype} of shape {leaf.sampled.shape}; bool of shape {leaf.response_ids.shape} is needed"
+            )
         if not len(leaf.prompt_ids):
             raise ValueError(
                 f"leaf {i} has an empty prompt; at least one token is needed, to predict the first response token from"

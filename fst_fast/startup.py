@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from torch import nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
-from fst_fast.contracts import Context, Problem
+from fst_fast.contracts import Context, Message, Problem
 from fst_fast.data.fingerprint import Fingerprint, fingerprint
 from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
@@ -29,6 +29,7 @@ from fst_fast.errors import UserError
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.fast.reflectors import make_reflector
+from fst_fast.fast.reflectors.self_ import SMALL_PARAMETERS
 from fst_fast.policy import lora, optimiser, trained
 from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
@@ -237,6 +238,7 @@ def build_run(
         if config.method != "gepa":
             optimiser.check(config, trained.deepspeed_config(config))
         data = shared_fingerprint(stages)
+        sampler.open_hosts(reference, (seed_context, stages[0].train[0]), console.note)
         folder = distributed.on_rank_zero(
             lambda: open_run(
                 run_dir,
@@ -248,6 +250,8 @@ def build_run(
                 moved=moved,
             )
         )
+        if sampler.hosts:
+            sampler.hosts.enter(run_dir)
         liveness = Liveness(run_dir, distributed.rank())
         policy = None if config.method == "gepa" else TrainedPolicy(config, reference)
         module = reference if policy is None else policy.rollout_model
@@ -260,9 +264,9 @@ def build_run(
             seed_context=seed_context,
             sampler=sampler,
             models=SamplingModels(
-                trained=engine,
-                base=server or base,
-                fast=server or engine,
+                trained=sampler.vllm(module, base=policy is None) or engine,
+                base=sampler.vllm(reference, base=True) or server or base,
+                fast=sampler.vllm(module, base=policy is None) or server or engine,
                 trained_module=module,
                 base_module=reference,
             ),
@@ -417,12 +421,14 @@ def check_lengths(
             f"keys and values of the longest sequence, {longest} tokens (rollout.max_prompt_tokens + rollout.max_response_tokens), take "
             f"{longest * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
         )
+    sampler.prompts.openable(problems)  # all at once
     for problem in problems:
         sampler.prompts.ids(seed_context, problem)
 
 
 def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], None]) -> None:
     """Say which messages of a problem the chat template leaves out of its prompt."""
+    problem = replace(problem, messages=sampler.prompts.opening(problem).messages)
     for i in missing_messages(sampler.prompts.chat, problem):
         role = problem.messages[i]["role"]
         note(
@@ -433,23 +439,30 @@ def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], Non
 def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
     """The configured reflector; rank 0 asks it and broadcasts its replies."""
 
-    def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
+    def generate(
+        conversations: Sequence[Sequence[Message]],
+        seeds: Sequence[int],
+        *,
+        system: str = "",
+        stop: Sequence[str] | None = None,
+        temperature: float = 1.0,
+    ) -> list[Reply]:
         requests = [
             Request(
                 problem_id="reflection",
                 context_id="",
                 sample=i,
-                prompt_ids=chat.prompt(
-                    Context.of(""), Problem("", [{"role": "user", "content": text}], None)
-                ),
+                prompt_ids=chat.prompt(Context.of(system), Problem("", messages, None)),
                 seed=seed,
             )
-            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
+            for i, (messages, seed) in enumerate(zip(conversations, seeds, strict=True))
         ]
         positions = getattr(base.model.config, "max_position_embeddings", None)
         room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
         tokens = max(1, int(min(config.fast.reflection_tokens, room)))
-        rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
+        rollouts = base.generate(
+            requests, max_response_tokens=tokens, temperature=temperature, policy_version=0, stop=stop
+        )
         return [
             Reply(
                 response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
@@ -460,7 +473,11 @@ def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflect
             for q, r in zip(requests, rollouts, strict=True)
         ]
 
-    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
+    style = config.fast.reflection_style
+    if style == "auto":
+        few = sum(p.numel() for p in base.model.parameters()) < SMALL_PARAMETERS
+        style = "short" if few else "full"
+    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate, style=style)
 
     def quiet(_: str) -> None:
         """The fast phase logs what is wrong with the replies, on every process alike."""

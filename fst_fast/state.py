@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.contracts import Context, Rollout, ScoredRollout, Verdict
+from fst_fast.contracts import Context, Rollout, ScoredRollout, Turn, Verdict
 from fst_fast.data.fingerprint import Fingerprint
 from fst_fast.errors import UserError
 from fst_fast.fast.population import FastState, Scores
@@ -99,8 +99,11 @@ def _checked_fingerprint(tree: Any) -> Fingerprint | None:
 
 
 def scored_to_json(scored: ScoredRollout) -> dict[str, Any]:
-    """A judged rollout as JSON; float32 log-probs survive the round trip exactly."""
+    """A judged rollout as JSON; float32 log-probs survive the round trip exactly. Only an episode has `turns`."""
     rollout = dict(vars(scored.rollout))
+    turns = [[turn.kept, turn.added.tolist(), turn.length] for turn in rollout.pop("turns")]
+    if turns:
+        rollout["turns"] = turns
     rollout["response_ids"] = scored.rollout.response_ids.tolist()
     rollout["logprobs"] = [float(x) for x in scored.rollout.logprobs]
     verdict = {**vars(scored.verdict), "metrics": dict(scored.verdict.metrics)}
@@ -112,4 +115,6 @@ def scored_from_json(tree: dict[str, Any]) -> ScoredRollout:
     rollout = dict(tree["rollout"])
     rollout["response_ids"] = np.array(rollout["response_ids"], dtype=np.int64)
     rollout["logprobs"] = np.array(rollout["logprobs"], dtype=np.float32)
+    turns = [Turn(kept, np.array(added, np.int64), n) for kept, added, n in rollout.pop("turns", ())]
+    rollout["turns"] = tuple(turns)
     return ScoredRollout(Rollout(**rollout), Verdict(**tree["verdict"]), tree["response"])

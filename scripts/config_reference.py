@@ -36,7 +36,12 @@ def page() -> str:
         if section:
             parts += [f"\n## {name}\n", f"{section.__doc__}\n"]
             parts += table(
-                [(key, inner) for key, inner in fields() if key.startswith((f"{name}.", f"{name}[]."))]
+                [
+                    (key, inner)
+                    for key, inner in fields()
+                    if key.startswith((f"{name}.", f"{name}[]."))
+                    and section_of(inner.annotation) is not inner.annotation
+                ]
             )
     return "\n".join(parts) + "\n"
 

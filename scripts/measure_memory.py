@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan_step import PHASES, Load, MeasuredStep, configure, folder_of
+from benchmarks.plan_step import PHASES, Load, MeasuredStep, add_row, configure, folder_of, read_results
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
@@ -108,6 +108,28 @@ def run(name: str) -> dict[str, Any]:
     return result
 
 
+def compared(name: str, path: Path) -> str:
+    """A line: of the largest phase and of all others, GB measured and predicted."""
+    from fst_fast.plan.memory import Setting, memory
+    from fst_fast.plan.shapes import shape_of
+    from fst_fast.plan.workload import Assumed, works
+
+    results = read_results(path)
+    row = results["rows"][name]
+    load, processes = Load(**row["load"]), row["processes"]
+    config = configure("mini", load, row["keys"])
+    [work, *_] = works(config, Assumed(load.context, load.problem, load.response, 0.0), processes)
+    phases = memory(
+        Setting(shape_of(results["models"][row["model"]], name), config, processes, gpu=False), work
+    )
+    peak, guess = max(top for top, _ in row["peaks"].values()), max(p.total for p in phases)
+    each = "  ".join(
+        f"{phase} {top / 1e6:.0f}/{p.total / 1e6:.0f}"
+        for (phase, (top, _)), p in zip(row["peaks"].items(), phases, strict=True)
+    )
+    return f"{name:32} {peak / 1e6:7.0f} MB measured {guess / 1e6:7.0f} predicted {guess / peak - 1:+6.1%}   {each}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--only", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
@@ -118,21 +140,17 @@ def main() -> None:
         model, load, keys, _ = SETTINGS[args.child]
         print(json.dumps(measure(model, Load(**load), keys)))
         return
-    done = json.loads(args.out.read_text()) if args.out.is_file() else {}
     for name in args.only:
-        if name not in done:
-            model, load, keys, processes = SETTINGS[name]
-            if not (folder_of(model) / "config.json").is_file():
-                print(f"{name}: {folder_of(model)} is not there")
-                continue
-            done[name] = {"model": model, "load": load, "keys": keys, "processes": processes, **run(name)}
-            args.out.write_text(json.dumps(done, indent=1) + "\n")
-        print(
-            f"{name:40}",
-            *(f"{p} {v[0] / 2**20:.0f} ({v[1] / 2**20:.0f})" for p, v in done[name]["peaks"].items()),
-            done[name]["micro_batches"],
-            flush=True,
-        )
+        model, load, keys, processes = SETTINGS[name]
+        rows = read_results(args.out)["rows"]
+        if name not in rows and (folder_of(model) / "config.json").is_file():
+            row = {"model": model, "load": load, "keys": keys, "processes": processes, **run(name)}
+            add_row(args.out, name, model, row)
+            rows[name] = row
+        if name in rows:
+            print(compared(name, args.out), flush=True)
+        else:
+            print(f"{name}: {folder_of(model)} is not there")
 
 
 if __name__ == "__main__":

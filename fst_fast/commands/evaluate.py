@@ -54,18 +54,22 @@ def evaluate_run(
         if changed:
             warnings.warn(f"since the checkpoint was written, {'; '.join(changed)}", stacklevel=2)
         stage = stage_at(stages, state.step)
+        seed_context = Context.of(config.fast.seed_context)
+        chosen = stage_problems(config, task, stage, split)[: problems or config.eval.final_problems]
+        sampler.open_hosts(base, (seed_context, chosen[0]), lambda line: warnings.warn(line, stacklevel=2))
+        trains = config.method != "gepa"
         return evaluate(
             config,
             sampler,
             SamplingModels(
-                trained=sampler.engine(policy),
-                base=served or own,
+                trained=sampler.vllm(policy, base=not trains) or sampler.engine(policy),
+                base=sampler.vllm(base, base=True) or served or own,
                 fast=served or own,
                 trained_module=policy,
                 base_module=base,
             ),
-            stage_problems(config, task, stage, split)[: problems or config.eval.final_problems],
-            seed_context=Context.of(config.fast.seed_context),
+            chosen,
+            seed_context=seed_context,
             population=state.population,
             policy_version=0 if config.method == "gepa" else state.step,
         )

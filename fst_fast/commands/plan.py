@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,11 +13,12 @@ from fst_fast.errors import UserError
 from fst_fast.plan import advice, machines
 from fst_fast.plan.advice import Change, Plan
 from fst_fast.plan.shapes import Shape, local_folder, read_shape
-from fst_fast.plan.workload import Assumed, longest
+from fst_fast.plan.workload import SPREAD, Assumed, longest
+from fst_fast.run.environment import usable_cores
 
 GB = machines.GB
 SHOWN = 3  # changes
-MOST_DEVICES = 16384
+MOST_DEVICES = 4096
 
 
 def with_shape(config: Config) -> tuple[Config, Shape]:
@@ -34,9 +38,17 @@ def make_plan(
     """Raises UserError for a machine that is not known, a size that is none, and lengths beyond the configuration's."""
     if gpus > MOST_DEVICES:
         raise UserError(f"--gpus {gpus}: at most {MOST_DEVICES:,} are predicted")
-    here = machines.machine(
-        machine or machines.found_here(), None if memory is None else machines.parse_bytes(memory)
-    )
+    size = None if memory is None else machines.parse_bytes(memory)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(given) if given.isdecimal() and int(given) else max(1, usable_cores() // processes)
+    rollouts = config.slow.problems_per_step * config.slow.group_size
+    if rollouts > advice.MOST_ROLLOUTS:
+        raise UserError(
+            f"slow.problems_per_step={config.slow.problems_per_step} x slow.group_size={config.slow.group_size} are {rollouts:,} rollouts; a plan "
+            f"plays through at most {advice.MOST_ROLLOUTS:,}"
+        )
+    here = machines.machine(machine or machines.found_here(), size, threads=threads)
     rollout = config.rollout
     prompt = (assumed.context or 0) + (assumed.problem or 0)
     if prompt > rollout.max_prompt_tokens or (assumed.context or 0) >= rollout.max_prompt_tokens:
@@ -57,21 +69,43 @@ def dry_run_lines(config: Config, processes: int) -> Iterator[str]:
     if local_folder(config.model.path) is None:
         yield f"memory is not predicted: there is no config.json in model.path={config.model.path!r}"
         return
+    rollouts = config.slow.problems_per_step * config.slow.group_size
+    if rollouts > advice.MOST_ROLLOUTS:
+        yield f"memory is not predicted: a step has {rollouts:,} rollouts, more than {advice.MOST_ROLLOUTS:,}"
+        return
     plan = make_plan(config, gpus=processes, machine=None, memory=None, assumed=Assumed())
     yield f"predicted, not measured, on {plan.machine.name}; `fst plan` says more"
-    yield from memory_lines(plan)
+    yield from memory_lines(plan, advise=False)
+
+
+def run(config: Config, args: argparse.Namespace) -> Iterator[str]:
+    """The command: its output, line by line. Raises UserError."""
+    assumed = Assumed(
+        args.context_tokens,
+        args.problem_tokens,
+        args.response_tokens,
+        SPREAD if args.spread is None else args.spread,
+        0.005 if args.verify_ms is None else args.verify_ms / 1e3,
+    )
+    gpus = args.gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    plan = make_plan(config, gpus=gpus, machine=args.machine, memory=args.memory, assumed=assumed)
+    if args.json:
+        yield json.dumps(as_json(plan), indent=1)
+    else:
+        yield from lines(plan, scale=args.scale)
 
 
 def lines(plan: Plan, *, scale: bool = False) -> Iterator[str]:
     """What the command prints."""
     yield from _about(plan)
     yield ""
-    yield from memory_lines(plan)
+    yield from memory_lines(plan, advise=True)
     yield ""
     yield from _time_lines(plan)
     yield ""
     yield from _stage_lines(plan)
-    yield from _gains(plan)
+    if plan.fits:
+        yield from _gains(plan)
     if scale:
         yield ""
         yield from _scale_lines(plan)
@@ -98,22 +132,23 @@ def _about(plan: Plan) -> Iterator[str]:
     )
 
 
-def memory_lines(plan: Plan) -> Iterator[str]:
-    """The memory of one process by phase, whether it fits, and if not, what to change."""
+def memory_lines(plan: Plan, *, advise: bool) -> Iterator[str]:
+    """The memory of one process by phase, whether it fits, and, if not, what to change."""
     phases = plan.memory
+    unit, size = ("MB", 10**6) if max(p.total for p in phases) < GB else ("GB", GB)
     names = list(dict.fromkeys(name for phase in phases for name in phase.items))
-    rows = [["memory of one process, GB", *(phase.name for phase in phases)]]
-    rows += [[name, *(_gb(phase.items.get(name)) for phase in phases)] for name in names]
-    rows.append(["total", *(_gb(phase.total) for phase in phases)])
+    rows = [[f"memory of one process, {unit}", *(phase.name for phase in phases)]]
+    rows += [[name, *(_amount(phase.items.get(name), size) for phase in phases)] for name in names]
+    rows.append(["total", *(_amount(phase.total, size) for phase in phases)])
     yield from table(rows)
-    for name, size in phases[-1].host.items():
-        yield f"{name} in CPU memory: {size / GB:.1f} GB for each process"
+    for name, there in phases[-1].host.items():
+        yield f"{name} in CPU memory: {there / GB:.1f} GB for each process"
     peak = max(phases, key=lambda phase: phase.total)
     reserve = f" ({plan.machine.memory / GB:.1f} less {plan.machine.reserve / GB:.1f} for context and fragmentation)" if plan.machine.reserve else ""  # fmt: skip
     yield (
         f"{'fits' if plan.fits else 'does not fit'}: at most {peak.total / GB:.2f} GB ({peak.name}) of {plan.limit / GB:.1f}{reserve}"
     )
-    if plan.fits:
+    if plan.fits or not advise:
         return
     found = advice.remedies(plan)
     for change, other in found[:SHOWN]:
@@ -167,7 +202,7 @@ def _stage_lines(plan: Plan) -> Iterator[str]:
 
 def _gains(plan: Plan) -> Iterator[str]:
     found = advice.improvements(plan)[:SHOWN]
-    yield "what gains most:" if found else "no single key makes the step faster by half a per cent"
+    yield "what gains most:" if found else "no single key makes the step faster by one per cent"
     for change, other in found:
         yield f"  {_keys(change)}: {_s(other.step.seconds)}, {plan.step.seconds / other.step.seconds:.2f}x"
 
@@ -211,8 +246,8 @@ def _keys(change: Change) -> str:
     )
 
 
-def _gb(size: int | None) -> str:
-    return "" if size is None else f"{size / GB:.2f}"
+def _amount(size: int | None, unit: int) -> str:
+    return "" if size is None else f"{size / unit:.2f}" if unit == GB else f"{size / unit:.1f}"
 
 
 def _s(seconds: float) -> str:

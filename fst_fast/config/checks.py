@@ -1,4 +1,4 @@
-"""Settings of the slow phase and of DeepSpeed that do not go together, each with one sentence, and the keys that an objective sets."""
+"""Settings that do not go together, each with one sentence, and the keys that an objective sets."""
 
 from __future__ import annotations
 
@@ -101,11 +101,74 @@ def recipe(config: Config) -> None:
             f"slow.overlong_buffer={slow.overlong_buffer} is longer than a response, rollout.max_response_tokens="
             f"{config.rollout.max_response_tokens}"
         )
-    if (
-        config.policy.optimizer == "fused_adam"
-        and config.model.dtype == "bfloat16"
-        and not config.policy.zero_stage
-    ):
+
+
+def steps(config: Config) -> None:
+    """Raises ValueError where the steps of stages and distillation do not add up."""
+    total = sum(stage.steps for stage in config.stages)
+    if config.stages and total != config.slow.steps:
         raise ValueError(
-            "policy.optimizer=fused_adam with model.dtype=bfloat16 needs policy.zero_stage >= 1, which is 0; torch_adamw takes every stage"
+            f"slow.steps={config.slow.steps} is not the sum of the stages' steps, {total}; leave slow.steps out"
+        )
+    distil = config.slow.distill_steps
+    if distil and config.method != "fst":
+        raise ValueError(
+            f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {config.method}"
+        )
+    shortest = min([stage.steps for stage in config.stages] or [config.slow.steps])
+    if distil and distil >= shortest:
+        raise ValueError(
+            f"slow.distill_steps={distil} leaves no step for the rest of {'a stage' if config.stages else 'the run'} of {shortest} steps"
+        )
+
+
+def together(config: Config) -> None:
+    """Raises ValueError where values of different sections exclude each other."""
+    g, k = config.slow.group_size, config.fast.population
+    if config.method != "rl" and g % k:
+        raise ValueError(
+            f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
+        )
+    if config.method != "rl" and config.slow.advantage_group == "context" and g < 2 * k:
+        raise ValueError(
+            f"slow.advantage_group=context compares the {g // k} rollout of a problem under one context with nothing; slow.group_size "
+            f"must be at least {2 * k} with fast.population={k}"
+        )
+    tree = config.policy.attention == "tree"
+    if tree != (config.policy.packing == "forest"):
+        raise ValueError(
+            f"policy.attention={config.policy.attention} does not go with policy.packing={config.policy.packing}; "
+            "tree goes with forest, sdpa and flash_attention_2 with padded"
+        )
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.policy.packing == "forest" and config.slow.tokens_per_micro_batch < longest:
+        raise ValueError(
+            f"slow.tokens_per_micro_batch={config.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
+            f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
+        )
+    episode = config.rollout.max_episode_tokens
+    if episode is not None and not longest <= episode <= config.slow.tokens_per_micro_batch:
+        raise ValueError(
+            f"rollout.max_episode_tokens={episode} must hold one turn, {longest} tokens (rollout.max_prompt_tokens + "
+            f"rollout.max_response_tokens), and be at most slow.tokens_per_micro_batch={config.slow.tokens_per_micro_batch}"
+        )
+    if config.rollout.history == "split" and config.slow.distill_steps:
+        raise ValueError(
+            "rollout.history=split does not go with slow.distill_steps: the teacher would read what the student has not"
+        )
+    if config.rollout.backend == "native" and config.rollout.backend_args:
+        raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
+    save, keep = config.checkpoint.every, config.checkpoint.keep_every
+    if keep and (not save or keep % save):
+        raise ValueError(
+            f"checkpoint.keep_every={keep} is not a multiple of checkpoint.every={save}; "
+            + (f"try {-(-keep // save) * save}" if save else "with 0 only the last step has a checkpoint")
+        )
+    if not all(0 <= beta < 1 for beta in config.slow.betas):
+        raise ValueError(f"slow.betas={list(config.slow.betas)}; each must be at least 0 and below 1")
+    lookahead = config.slow.problems_per_step * config.fast.cycle_steps
+    if config.method != "rl" and config.fast.anchor_size > lookahead:
+        raise ValueError(
+            f"fast.anchor_size={config.fast.anchor_size} is larger than the lookahead of {lookahead} problems "
+            f"(slow.problems_per_step x fast.cycle_steps); at most {lookahead}"
         )

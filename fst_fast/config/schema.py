@@ -111,11 +111,27 @@ class RolloutConfig(Section):
     """On a GPU: record decode steps as CUDA graphs. Off by default because the gain has not been measured; without a GPU it does nothing."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token. The tokens that complete one belong to the response."""
-    backend: Literal["native", "openai"] = "native"
-    """`openai`: a server (vLLM, SGLang) samples for the fast phase and for the base model in evaluations; the trained weights sample in this
-    process. Rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
+    max_turns: int = Field(8, ge=1)
+    """For a task of several turns (an environment, or a task with tools): most responses of an episode, each of at most max_response_tokens;
+    then it ends (finish = max_turns)."""
+    max_episode_tokens: int | None = Field(None, ge=1)
+    """Longest episode, everything that was read and sampled; one without room for a further turn ends (finish = max_tokens). null: as many as
+    slow.tokens_per_micro_batch and the model's positions allow."""
+    max_observation_chars: int = Field(8000, ge=1)
+    """Longest text of one message of an environment or a tool; a longer one is cut, and says so."""
+    history: Literal["keep", "split"] = "keep"
+    """What a later turn reads of earlier ones: `keep`, their tokens as they were sampled; `split`, what the chat template writes of them, which
+    leaves out thoughts with some models; a turn whose past was rewritten is then a training sequence of its own."""
+    tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
+    """Syntax in which the policy calls tools; `auto` is that of the chat template."""
+    backend: Literal["native", "openai", "vllm"] = "native"
+    """`native`: the engine of this package, in the training processes. `vllm`: vLLM servers, which are sent the trained weights after every step, sample
+    everything. `openai`: a server with weights of its own samples for the fast phase and for the base model in evaluations; the trained weights
+    sample in this process, and rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
     backend_args: dict[str, Any] = Field(default_factory=dict)
-    """For backend=openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The API key comes from OPENAI_API_KEY only."""
+    """For backend=vllm: urls, or command, gpus, args, env; transfer, folder, in_flight, max_mismatch, restarts, start_timeout_s, timeout_s, retries,
+    concurrency (docs/vllm.md). For backend=openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. A key comes from
+    VLLM_API_KEY or OPENAI_API_KEY only."""
 
 
 class StageConfig(Section):
@@ -202,7 +218,8 @@ class SlowConfig(Section):
     """Most rounds in which a step replaces its groups without variance by groups of other training problems, drawn at random; 0: none. A step
     then samples at most 1 + dynamic_sampling times problems_per_step x group_size rollouts."""
     mask_overlong: bool = False
-    """Leave rollouts that were cut at rollout.max_response_tokens out of the loss. They stay in the mean and deviation of their group."""
+    """Leave rollouts that were cut at rollout.max_response_tokens, or an episode's max_episode_tokens, out of the loss. They stay in the mean and
+    deviation of their group."""
     overlong_buffer: int = Field(0, ge=0)
     """Take reward off long responses: nothing up to rollout.max_response_tokens - overlong_buffer tokens, then in proportion, at the longest
     overlong_penalty (DAPO). 0: none."""
@@ -254,7 +271,12 @@ class FastConfig(Section):
     first_generations: int = Field(4, ge=1)
     """Proposal waves of the first fast phase."""
     children: int = Field(4, ge=1)
-    """Contexts proposed in one wave."""
+    """Contexts compared with their parents in one wave."""
+    proposals: int | None = Field(None, ge=1)
+    """Reflections asked for in one wave, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
+    scored with one rollout on each of fast.screen_problems anchor problems, and the best go on."""
+    screen_problems: int = Field(4, ge=1)
+    """Anchor problems of that first comparison."""
     samples: int = Field(2, ge=1)
     """Rollouts of a context on each anchor problem."""
     failures_shown: int = Field(3, ge=1)
@@ -272,6 +294,9 @@ class FastConfig(Section):
     only."""
     reflection_tokens: int = Field(1024, ge=1)
     """For reflector=self: longest reply, in tokens; a reply that is cut there is refused."""
+    reflection_style: Literal["auto", "full", "short"] = "auto"
+    """For reflector=self: `full` shows whole failures and asks for an analysis; `short` asks for one small edit, shown by examples, and
+    begins the reply, as small models need it. `auto`: short for a base model of fewer than 3e9 parameters."""
     adaptive: bool = False
     """Skip fast phases that are unlikely to help: after one that admits no child, the contexts are carried over unscored for one cycle, after
     two in a row for two cycles, then for three. An admitted child or a new stage ends it. Nothing is skipped while the seed context is the
@@ -338,8 +363,7 @@ class RunConfig(Section):
 
 
 class AttachConfig(Section):
-    """Runs of trackers that exist already and are written to, instead of new ones. A run of W&B, trackio or MLflow that is active in this
-    process is written to without being named."""
+    """Runs of trackers that exist already."""
 
     tensorboard: str | None = Field(None, min_length=1)
     """Folder of TensorBoard events; null: RUN/tensorboard."""
@@ -363,6 +387,8 @@ class TrackConfig(Section):
     mlflow: str | None = None
     """MLflow experiment (extra `track`), on the server of MLFLOW_TRACKING_URI; null: none."""
     attach: AttachConfig = AttachConfig()
+    """Runs of trackers that exist already and are written to, instead of new ones. A run of W&B, trackio or MLflow that is active in this
+    process is written to without being named."""
     rollouts_per_step: int = Field(2, ge=0)
     """Rollouts of each step written to RUN/rollouts.jsonl for a person to read, and sent to the trackers as a table."""
 
@@ -382,8 +408,8 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     task: str = "star_graph"
-    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, or `data.jsonl` with task_args.verify = a built-in grader or
-    `grader.py:function`."""
+    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, or rows with task_args.verify = a built-in grader or
+    `grader.py:function`: `hf:NAME` (a data set of the Hugging Face Hub), `data.jsonl`, `.csv`, `.tsv`, `.parquet`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
     stages: tuple[StageConfig, ...] = ()
@@ -404,63 +430,8 @@ class Config(Section):
     the batch out and counts it (skipped_steps). The batch is written to RUN/dumps, except in distillation."""
 
     @model_validator(mode="after")
-    def _steps_add_up(self) -> Config:
-        total = sum(stage.steps for stage in self.stages)
-        if self.stages and total != self.slow.steps:
-            raise ValueError(
-                f"slow.steps={self.slow.steps} is not the sum of the stages' steps, {total}; leave slow.steps out"
-            )
-        distil = self.slow.distill_steps
-        if distil and self.method != "fst":
-            raise ValueError(
-                f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {self.method}"
-            )
-        shortest = min([stage.steps for stage in self.stages] or [self.slow.steps])
-        if distil and distil >= shortest:
-            raise ValueError(
-                f"slow.distill_steps={distil} leaves no step for the rest of {'a stage' if self.stages else 'the run'} of {shortest} steps"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _values_fit_together(self) -> Config:
-        g, k = self.slow.group_size, self.fast.population
-        if self.method != "rl" and g % k:
-            raise ValueError(
-                f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
-            )
-        if self.method != "rl" and self.slow.advantage_group == "context" and g < 2 * k:
-            raise ValueError(
-                f"slow.advantage_group=context compares the {g // k} rollout of a problem under one context with nothing; slow.group_size "
-                f"must be at least {2 * k} with fast.population={k}"
-            )
-        tree = self.policy.attention == "tree"
-        if tree != (self.policy.packing == "forest"):
-            raise ValueError(
-                f"policy.attention={self.policy.attention} does not go with policy.packing={self.policy.packing}; "
-                "tree goes with forest, sdpa and flash_attention_2 with padded"
-            )
-        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
-        if self.policy.packing == "forest" and self.slow.tokens_per_micro_batch < longest:
-            raise ValueError(
-                f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
-                f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
-            )
-        if self.rollout.backend == "native" and self.rollout.backend_args:
-            raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
+        checks.steps(self)
+        checks.together(self)
         checks.recipe(self)
-        save, keep = self.checkpoint.every, self.checkpoint.keep_every
-        if keep and (not save or keep % save):
-            raise ValueError(
-                f"checkpoint.keep_every={keep} is not a multiple of checkpoint.every={save}; "
-                + (f"try {-(-keep // save) * save}" if save else "with 0 only the last step has a checkpoint")
-            )
-        if not all(0 <= beta < 1 for beta in self.slow.betas):
-            raise ValueError(f"slow.betas={list(self.slow.betas)}; each must be at least 0 and below 1")
-        lookahead = self.slow.problems_per_step * self.fast.cycle_steps
-        if self.method != "rl" and self.fast.anchor_size > lookahead:
-            raise ValueError(
-                f"fast.anchor_size={self.fast.anchor_size} is larger than the lookahead of {lookahead} problems "
-                f"(slow.problems_per_step x fast.cycle_steps); at most {lookahead}"
-            )
         return self

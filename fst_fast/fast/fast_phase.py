@@ -17,7 +17,7 @@ from fst_fast.data.stream import anchor_set
 from fst_fast.errors import UserError
 from fst_fast.fast.evolution import FastResult, evolve
 from fst_fast.fast.population import FastState
-from fst_fast.fast.reflection import Reflector
+from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.run.callbacks import CycleStart
@@ -57,12 +57,16 @@ def fast_phase(
             temperature=config.rollout.temperature,
         )
 
+    def timed(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
+        with recorder.stopwatch.part("reflect_s"):
+            return reflect(prompts, seeds=seeds)
+
     with recorder.stopwatch.phase("fast_s"):
         result = evolve(
             state,
             anchor=anchor_set(lookahead, config.fast.anchor_size, cycle, config.seed),
             score=score,
-            reflect=reflect,
+            reflect=timed,
             config=config.fast,
             count_tokens=sampler.count_tokens,
             cycle=cycle,
@@ -81,8 +85,12 @@ def leaves_room(
     context: Context, seed_context: Context, problems: Sequence[Problem], sampler: Sampler
 ) -> bool:
     """Whether the prompt of the longest of `problems` under `context` has at most rollout.max_prompt_tokens tokens."""
-    longest = max(problems, key=lambda problem: len(sampler.prompts.ids(seed_context, problem)))
-    return len(sampler.prompts.chat.prompt(context, longest)) <= sampler.prompts.max_prompt_tokens
+    prompts = sampler.prompts
+    known = prompts.openable(problems)
+    if not known:
+        return True
+    longest = max(known, key=lambda problem: len(prompts.ids(seed_context, problem)))
+    return len(prompts.prompt(context, longest)) <= prompts.max_prompt_tokens
 
 
 def spells_special(text: str, problem: Problem, sampler: Sampler) -> bool:
@@ -91,7 +99,7 @@ def spells_special(text: str, problem: Problem, sampler: Sampler) -> bool:
     if chat.special.spelt(text) is not None:
         return True
     try:
-        chat.prompt(Context.of(text), problem)
+        sampler.prompts.prompt(Context.of(text), problem)
     except UserError:
         return True
     return False

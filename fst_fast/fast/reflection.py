@@ -34,7 +34,7 @@ _AROUND = " ()[]{}<>*_.…\"'"
 
 @dataclass(frozen=True)
 class Failure:
-    """One response that did not get the full reward."""
+    """One judged response: where nothing else is said, one that did not get the full reward."""
 
     problem: str
     response: str
@@ -43,11 +43,26 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """An edit that was admitted: the context before, what the checker said of it, and the context after."""
+
+    before: str
+    feedback: Sequence[str]
+    after: str
+
+
+@dataclass(frozen=True)
 class ReflectionPrompt:
-    """What a reflector sees: a context and some of its failures."""
+    """What a reflector sees: a context and some of its failures.
+
+    For reflectors that need more help: successes, responses with the full reward, under any context; others, the other current texts, best
+    first; lessons, the latest admitted edits. `render` leaves these out."""
 
     context: str
     failures: Sequence[Failure]
+    successes: Sequence[Failure] = ()
+    others: Sequence[str] = ()
+    lessons: Sequence[Lesson] = ()
 
     def render(self) -> str:
         """The request as text, for a reflector that is a language model."""

@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 
 from fst_fast.errors import UserError
-from fst_fast.run.environment import usable_cores
 
 GB = 10**9
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -32,6 +31,7 @@ class Machine:
     attention: float  # tree attention, forward
     attention_backward: float
     bandwidth: float
+    operands: float  # bytes/s of what products read and write
     launch: float
     exps: float = 0.0  # exponentials per second where they cost more than the memory that they are read from; 0: nowhere
     link: float = 0.0  # inside a node
@@ -49,7 +49,7 @@ def _gpu(name: str, gb: int, tflops: float, fp32: float, tb_s: float, link_gb_s:
     peak = tflops * 1e12
     return Machine(
         name, gb * GB, product=0.75 * peak, product32=0.75 * fp32 * 1e12, attention=0.35 * peak, attention_backward=0.23 * peak,
-        bandwidth=0.9 * tb_s * 1e12, launch=11.5e-6, link=0.75 * link_gb_s * 1e9, network=0.75 * 50e9, reserve=4 * GB,
+        bandwidth=0.9 * tb_s * 1e12, operands=0.9 * tb_s * 1e12, launch=11.5e-6, link=0.75 * link_gb_s * 1e9, network=0.75 * 50e9, reserve=4 * GB,
     )  # fmt: skip
 
 
@@ -60,14 +60,15 @@ GPUS = (
     _gpu("B200", 180, 2250, 75, 8.0, 900),
 )
 CPU_CORE = Machine(
-    "cpu", 0, product=12e9, product32=60e9, attention=15e9, attention_backward=15e9, bandwidth=8e9, launch=12e-6, exps=4e8,
+    "cpu", 0, product=12e9, product32=5.37e10, attention=4.92e10, attention_backward=2.59e10, bandwidth=1.08e10, operands=4.22e09, launch=1.73e-05, exps=2.88e07,
     link=1e9, network=1e9, per_node=1, message=1e-4, gpu=False,
 )  # fmt: skip
 NAMES = (*(m.name for m in GPUS), "cpu")
 
 
-def machine(name: str, memory: int | None = None) -> Machine:
-    """The machine of that name, in any case; `cpu` is this machine, its memory shared by the processes on it. memory: of one device, bytes.
+def machine(name: str, memory: int | None = None, *, threads: int = 1) -> Machine:
+    """The machine of that name, in any case; `cpu` is this machine, its memory shared by the processes on it, with `threads` for each. memory: of
+    one device, bytes.
 
     Raises UserError where the name is not known."""
     found = {m.name.lower(): m for m in (*GPUS, CPU_CORE)}.get(name.lower())
@@ -75,7 +76,6 @@ def machine(name: str, memory: int | None = None) -> Machine:
         raise UserError(f"--machine {name}: not known; known are {', '.join(NAMES)}")
     if not found.gpu:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, usable_cores() // processes)
         found = _threads(replace(found, memory=psutil.virtual_memory().total // processes), threads)
     return found if memory is None else replace(found, memory=memory)
 

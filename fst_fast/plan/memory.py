@@ -79,7 +79,8 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that a process holds through all phases, by item: on the device, and on the host."""
     e, shape, policy, n = s.element, s.shape, s.config.policy, s.processes
     everything, trained = shape.parameters, s.trained
-    device, host = {}, {}
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
     small = (
         shape.layers * shape.small + shape.hidden
     )  # tensors that ZeRO-3 leaves whole, in all but tiny models
@@ -89,7 +90,11 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
         device["replica"] = 0 if policy.lora else e * everything
     else:
         device["weights"] = e * (trained if policy.lora else everything)
+    if policy.offload_parameters:
+        host["weights"] = device.pop("weights")
     device["reference"] = e * everything
+    if s.config.slow.reference.every is not None:  # the policy of some steps ago, beside the base model
+        device["refreshed reference"] = e * everything
     share = trained // n if s.stage else trained
     master = 4 * share if s.stage or e < 4 else 0
     (host if policy.offload_optimizer else device)["optimiser"] = 8 * share + master
@@ -168,7 +173,7 @@ def sampling(s: Setting, work: Work) -> dict[str, int]:
     """The largest moment: of the prefill, or of decoding. On a CPU the pool's memory is there once it is written."""
     x, e = s.shape, s.element
     slots = min(s.config.rollout.max_batch, work.sequences)
-    leaves = min(work.contexts * work.problems, work.sequences)
+    kept = e * work.prompts * x.vocabulary if work.shared else 0  # the logits at the ends of prompts
     pool = kv_pool(s, work)
 
     def forward(tokens: int) -> int:
@@ -177,15 +182,18 @@ def sampling(s: Setting, work: Work) -> dict[str, int]:
 
     prefill = {
         "keys and values": pool if s.gpu else e * x.kv_elements() * work.prompt_tokens,
-        "logits": e * leaves * x.vocabulary,
-        "activations": forward(min(PREFILL, work.prompt_tokens)),
+        "logits": kept,
+        "activations": forward(min(PREFILL, work.prompt_tokens) if work.shared else slots * work.prompt),
     }
     decoding = {
         "keys and values": pool,
-        "logits": e * leaves * x.vocabulary + slots * x.vocabulary * (4 if s.gpu else 20),
+        "logits": kept + slots * x.vocabulary * (4 if s.gpu else 20),
         "activations": forward(slots),
     }
-    return {"layer copies": s.layer_copies, **max(prefill, decoding, key=lambda items: sum(items.values()))}
+    return {
+        "layer copies": s.layer_copies,
+        **(prefill if sum(prefill.values()) > sum(decoding.values()) else decoding),
+    }
 
 
 def scoring(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
@@ -215,38 +223,40 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
     before = whole if len(micro) > 1 else 0
     one = e * x.embedding if s.config.policy.lora is None else 0
     live = e * min(x.parameters, LIVE) if s.stage == 3 and s.processes > 1 else 0
-    dw, tied = (
-        (4 * x.embedding, one) if one else (0, 0)
-    )  # as the operator leaves it, and in the type of the weight
-    moments = []
+    # The gradient of the head's weight, as the operator leaves it and in the type of the weight.
+    dw, tied = (4 * x.embedding, one) if one else (0, 0)
+    sent = buckets(s)
+    early = sent if s.gpu else 0  # on a CPU they fill up as gradients come
+    moments: list[dict[str, int]] = []
     for m in micro:
         forward, backward = activations(s, m.tokens)
         logits, states = head(s, m.rows, gradient=True)
         moments += [
-            {
-                "activations": forward + states,
-                "logits": logits + dw,
-                "gradients": before,
-            },  # the forward's end
-            {"activations": forward + states, "gradients": before + dw + tied},  # the backward's begin
-            {"activations": backward, "gradients": before + tied},
+            # the forward's end; the backward's begin; inside the last layer
+            {"activations": forward + states, "logits": logits + dw, "gradients": before},
+            {"activations": forward + states, "gradients": before + dw + tied, "buckets": early},
+            {"activations": backward, "gradients": before + tied, "buckets": early},
         ]
-    moments.append(
-        {"gradients": max(whole, e * s.trained if s.stage != 3 else 0) + one * (2 if x.tied else 1)}
-    )
-    worst = max(moments, key=lambda items: sum(items.values()))
-    return {"gathered weights": live, "buckets": buckets(s), **worst}
+    last = max(whole, e * s.trained if s.stage < 2 else 0) + one * (2 if x.tied else 1)
+    moments.append({"gradients": last, "buckets": sent})
+    worst: dict[str, int] = max(moments, key=lambda items: sum(items.values()))
+    return {"gathered weights": live, **worst}
 
 
 def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
+    own = gradients(s, micro_batches)
+    if s.config.policy.offload_optimizer:
+        return {"gradients": own}
     share = s.trained // s.processes if s.stage else s.trained
     largest = s.shape.embedding if s.config.policy.lora is None else s.shape.hidden * 64
     temporary = 4 * share if s.gpu else 8 * (share if s.stage else min(largest, share))
-    in_fp32 = 4 * share if s.stage or s.element < 4 else 0
-    return {
-        "gradients": gradients(s, micro_batches) + in_fp32,
-        "temporaries": 0 if s.config.policy.offload_optimizer else temporary,
-    }
+    if s.config.policy.optimizer == "fused_adam":
+        temporary = 0
+    if not s.stage and s.element == 4:
+        return {"gradients": own, "temporaries": temporary}
+    if s.stage and own > temporary:  # both copies are there until the one in fp32 is whole
+        return {"gradients": own + 4 * share}
+    return {"gradients": 4 * share, "temporaries": temporary}
 
 
 def hand_over(s: Setting) -> dict[str, int]:

@@ -20,6 +20,14 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"qk_norm": True},
     "gemma3_text": {"qk_norm": True, "norms": 4},
 }
+OPTIONAL = (
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+)
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -103,12 +111,15 @@ class Shape:
 
 def shape_of(tree: dict[str, Any], where: str) -> Shape:
     """The shape that the content of a config.json describes. where: how errors name it. Raises UserError."""
-    text = tree.get("text_config") or tree
+    text = tree["text_config"] if isinstance(tree.get("text_config"), dict) else tree
     kind = str(text.get("model_type", "unknown"))
-    missing = [key for key in NEEDED if not isinstance(text.get(key), int) or text[key] < 1]
-    if missing:
+    optional = [key for key in OPTIONAL if text.get(key) is not None]
+    wrong = [
+        key for key in (*NEEDED, *optional) if type(text.get(key)) is not int or not 1 <= text[key] < 2**40
+    ]
+    if wrong:
         raise UserError(
-            f"{where}: its config.json has no usable {', '.join(missing)}; a plan needs {', '.join(NEEDED)} as positive integers"
+            f"{where}: its config.json has no usable {', '.join(wrong)}; a plan needs {', '.join(NEEDED)} as positive integers"
         )
     heads = text["num_attention_heads"]
     special = dict(KNOWN.get(kind, {}))

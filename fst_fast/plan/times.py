@@ -11,13 +11,15 @@ import heapq
 import math
 from collections import Counter
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fst_fast.plan.machines import Machine
 from fst_fast.plan.memory import PREFILL, Setting, kv_pool
 from fst_fast.plan.workload import Ints, MicroBatch, Work
+
+SAMPLER_LAUNCHES = 100  # of a decode step: random numbers in plain PyTorch, what is drawn, slots and lengths
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def parts_of(costs: Costs, m: Machine, s: Setting) -> dict[str, float]:
     rate = m.product32 if s.element == 4 else m.product
     products = memory = 0.0
     for c in costs:
-        product, moved = c.products / rate, c.product_bytes / m.bandwidth
+        product, moved = c.products / rate, c.product_bytes / m.operands
         if m.gpu:  # a kernel loads while it multiplies
             product, moved = (product, 0.0) if product >= moved else (0.0, moved)
         products, memory = products + product, memory + moved
@@ -165,7 +167,6 @@ def head_rows(s: Setting, rows: float, *, products: int, passes: int, exps: int,
 
 
 def prefill(s: Setting, work: Work) -> Costs:
-    leaves = min(work.contexts * work.problems, work.sequences)
     return [
         layers_forward(
             s, work.prompt_tokens, work.prompt_pairs, calls=-(-work.prompt_tokens // PREFILL), own=s.fused
@@ -174,7 +175,7 @@ def prefill(s: Setting, work: Work) -> Costs:
         Cost(
             stream=s.element * s.shape.parameters * (1 if s.gpu else 5)
         ),  # the sums that tell whether weights changed
-        head_rows(s, leaves, products=1, passes=2, exps=0, chunk=leaves),
+        head_rows(s, work.prompts, products=1, passes=2, exps=0, chunk=work.prompts),
     ]
 
 
@@ -186,16 +187,15 @@ def layer_copies(s: Setting) -> Cost:
 def decode_step(s: Setting, slots: int, suffix: float, work: Work) -> Costs:
     """One decode step of `slots` sequences, each `suffix` tokens into its response."""
     layers = layers_forward(s, slots, slots * (work.prompt + suffix), calls=1, own=s.fused)
+    extra = Cost() if s.fused else adapters(s, slots, 1)
     if s.gpu:  # attention reads what is shared once
         shared = min(work.prompt_tokens, slots * work.prompt) + slots * suffix
-        layers = replace(
-            layers,
-            attention=0.0,
-            stream=layers.stream + s.element * s.shape.kv_elements() * shared,
-            launches=12.0 if s.config.rollout.cuda_graphs else layers.launches,
-        )
+        stream = layers.stream + s.element * s.shape.kv_elements() * shared
+        layers = replace(layers, attention=0.0, stream=stream)
+        if s.config.rollout.cuda_graphs:
+            layers, extra = replace(layers, launches=12.0), replace(extra, launches=0.0)
     head = head_rows(s, slots, products=1, passes=3 if s.gpu else 9, exps=2, chunk=slots)
-    return [layers, head, Cost(launches=20), *([] if s.fused else [adapters(s, slots, 1)])]
+    return [layers, head, extra, Cost(launches=SAMPLER_LAUNCHES)]
 
 
 class Segment(NamedTuple):
@@ -210,7 +210,7 @@ def play(responses: Ints, slots: int) -> list[Segment]:
     queue = responses[::-1].tolist()
     clock = width = 0
     running: list[tuple[int, int]] = []  # (end, begin) of each live slot
-    out = []
+    out: list[Segment] = []
     while True:
         idle = width - len(running)
         if not width or (idle and (8 if queue else 4) * idle >= width):
@@ -229,21 +229,52 @@ def play(responses: Ints, slots: int) -> list[Segment]:
             heapq.heappop(running)
 
 
-def decode(s: Setting, work: Work, m: Machine, room: int) -> tuple[float, dict[str, float], Cost]:
-    """All decode steps of one process: seconds, parts, cost. room: bytes for keys and values."""
+class Decoded(NamedTuple):
+    seconds: float
+    parts: dict[str, float]
+    cost: Cost
+
+
+class StepRates(NamedTuple):
+    """Parts and cost of a decode step: at the begin of the responses, and what every token further on adds."""
+
+    parts: dict[str, float]
+    parts_per_token: dict[str, float]
+    cost: Cost
+    cost_per_token: Cost
+
+
+def step_rates(s: Setting, slots: int, work: Work, m: Machine) -> StepRates:
+    first, later = decode_step(s, slots, 0.0, work), decode_step(s, slots, 1.0, work)
+    parts, then = parts_of(first, m, s), parts_of(later, m, s)
+    slope = total([total(later), total(first) * -1.0])
+    return StepRates(parts, {name: then[name] - parts[name] for name in parts}, total(first), slope)
+
+
+def decode(s: Setting, work: Work, m: Machine, room: int, known: dict[Any, StepRates]) -> Decoded:
+    """All decode steps of one process. room: bytes for keys and values; known: rates of widths that were met."""
     each = s.element * s.shape.kv_elements()
     slots = min(s.config.rollout.max_batch, work.sequences)
     if kv_pool(s, work) > room:
         fits = (room // each - work.prompt_tokens) // max(work.longest - 1, 1)
         slots = int(max(1, min(slots, fits)))
-    took, costs, parts = 0.0, [], Counter[str]()
+    took, parts, tokens = 0.0, dict[str, float](), Counter[tuple[int, int]]()
+    steps = Counter[tuple[int, int]]()
     for segment in play(work.responses, slots):
-        step = decode_step(s, segment.width, segment.suffix, work)
-        of_step = parts_of(step, m, s)
-        took += segment.steps * seconds(of_step, m)
-        parts.update({name: segment.steps * value for name, value in of_step.items()})  # type: ignore[arg-type]
-        costs.append(total(step) * segment.steps)
-    return took, dict(parts), total(costs)
+        key = (segment.width, work.prompt_tokens)
+        if key not in known:
+            known[key] = step_rates(s, segment.width, work, m)
+        rates, n = known[key], segment.steps
+        now = {
+            name: value + segment.suffix * rates.parts_per_token[name] for name, value in rates.parts.items()
+        }
+        took += n * seconds(now, m)
+        parts = {name: parts.get(name, 0.0) + n * value for name, value in now.items()}
+        steps[key] += n
+        tokens[key] += int(n * segment.suffix)
+    costs = [known[key].cost * n for key, n in steps.items()]
+    costs += [known[key].cost_per_token * n for key, n in tokens.items()]
+    return Decoded(took, parts, total(costs))
 
 
 def score(s: Setting, micro: list[MicroBatch]) -> Costs:
@@ -336,7 +367,9 @@ class StepTime:
         return sum(p.seconds for p in self.phases)
 
 
-def sampling(s: Setting, work: Work, m: Machine, *, room: int, verify_s: float) -> list[Timed]:
+def sampling(
+    s: Setting, work: Work, m: Machine, *, room: int, verify_s: float, known: dict[Any, StepRates]
+) -> list[Timed]:
     """Prefill, decode and verdicts of one process."""
     if not work.sequences:
         return []
@@ -345,14 +378,15 @@ def sampling(s: Setting, work: Work, m: Machine, *, room: int, verify_s: float) 
     judged = work.sequences * verify_s / s.config.verify.workers
     return [
         Timed("prefill", seconds(parts, m), parts, total(first)),
-        Timed("decode", *decode(s, work, m, room)),
+        Timed("decode", *decode(s, work, m, room, known)),
         Timed("verify", judged, {"waiting": judged}, Cost(waits=judged)),
     ]
 
 
 def step_time(s: Setting, shares: list[Work], m: Machine, *, room: int, verify_s: float) -> StepTime:
     """A slow step. shares: of every process; room: bytes for keys and values of one process."""
-    sampled = [sampling(s, work, m, room=room, verify_s=verify_s) for work in shares]
+    known: dict[Any, StepRates] = {}
+    sampled = [sampling(s, work, m, room=room, verify_s=verify_s, known=known) for work in shares]
     took = [sum(phase.seconds for phase in phases) for phases in sampled]
     phases = sampled[took.index(max(took))]
     if s.config.method != "gepa":

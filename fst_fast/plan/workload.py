@@ -60,14 +60,27 @@ class Work:
         return self.context + self.problem
 
     @property
+    def shared(self) -> bool:
+        return self.packing == "forest"
+
+    @property
+    def prompts(self) -> int:
+        """That are computed: one of each context and problem, or one of each sequence."""
+        return min(self.contexts * self.problems, self.sequences) if self.shared else self.sequences
+
+    @property
     def prompt_tokens(self) -> int:
         """Of all prompts, what they share once."""
-        return min(self.contexts, self.sequences) * (self.context + self.problems * self.problem)
+        if not self.shared:
+            return self.sequences * self.prompt
+        return min(self.contexts, self.sequences) * self.context + self.prompts * self.problem
 
     @property
     def prompt_pairs(self) -> int:
         p, c = self.problem, self.context
-        return min(self.contexts, self.sequences) * (c * c // 2 + self.problems * p * (c + p // 2))
+        if not self.shared:
+            return self.sequences * self.prompt**2 // 2
+        return min(self.contexts, self.sequences) * c * c // 2 + self.prompts * p * (c + p // 2)
 
     @property
     def response_tokens(self) -> int:
@@ -87,7 +100,7 @@ class Work:
         """The micro-batches of an update on all sequences."""
         if not self.sequences:
             return []
-        if self.packing == "padded":
+        if not self.shared:
             return self._padded(budget)
         branch, context = self._leaf
         new_branch, new_context = np.diff(branch, prepend=-1) > 0, np.diff(context, prepend=-1) > 0

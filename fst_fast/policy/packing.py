@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fst_fast.forest import Leaf, Share, pack, unshared_tokens
+from fst_fast.forest import Leaf, Share, label_arrays, pack, unshared_tokens
 from fst_fast.policy.attention import AttentionPlan, TreePlan
 
 
@@ -64,19 +64,16 @@ def padded_batch(leaves: Sequence[Leaf], *, pad_id: int, device: torch.device | 
     input_ids = np.full((len(leaves), width), pad_id, np.int64)
     for row, leaf in zip(input_ids, leaves, strict=True):
         row[: len(leaf)] = np.concatenate([leaf.prompt_ids, leaf.response_ids])
-    responses = [len(leaf.response_ids) for leaf in leaves]
     first = np.array([i * width + len(leaf.prompt_ids) - 1 for i, leaf in enumerate(leaves)], np.int64)
-    offset = np.concatenate([np.empty(0, np.int64), *(np.arange(n) for n in responses)])
+    labels, leaf_of, offset = label_arrays(leaves)
 
     return PackedBatch(
         input_ids=to_device(torch.from_numpy(input_ids), device),
         position_ids=torch.arange(width, device=device).expand(len(leaves), width),
         plan=None,
-        rows=torch.from_numpy(np.repeat(first, responses) + offset),
-        labels=torch.from_numpy(
-            np.concatenate([np.empty(0, np.int64), *(leaf.response_ids for leaf in leaves)])
-        ),
-        leaf=torch.from_numpy(np.repeat(np.arange(len(leaves)), responses)),
+        rows=torch.from_numpy(first[leaf_of] + offset),
+        labels=torch.from_numpy(labels),
+        leaf=torch.from_numpy(leaf_of),
         offset=torch.from_numpy(offset),
         tokens=input_ids.size,
         unshared=sum(lengths),

@@ -75,11 +75,9 @@ class SequenceLossJob(LossJob):
         if self.mismatch is not None:
             weights, cut = self.mismatch.weights(log_ratio, self.sequence, self.sequences)
             old = trained
-        per_label = {
-            "token_weight": self.token_weight, "old_logprob": old, "rollout_weight": weights, "ref_logprob": self.ref_logprob
-        }  # fmt: skip
         loss, stats = policy_loss(
-            out, self.at.labels, self.advantages, objective=self.objective, rows=self.at.row_of, sequence=self.sequence, **per_label
+            out, self.at.labels, self.advantages, objective=self.objective, token_weight=self.token_weight, rows=self.at.row_of,
+            old_logprob=old, rollout_weight=weights, ref_logprob=self.ref_logprob, sequence=self.sequence,
         )  # fmt: skip
         # [M] fp64: each live label's share of its sequence; a sum over labels of flags times it counts sequences
         count = live.double()

@@ -103,11 +103,12 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_last: bool = False,
         date: datetime | None = None,
     ) -> str:
-        """The prompt as text. continue_last: it ends with the last message's text, whose turn stays open.
+        """The prompt as text. tools: schemas of functions. continue_last: it ends with the last message's text, whose turn stays open.
 
         Raises TemplateError."""
         at = self.date if date is None else date
@@ -120,7 +121,7 @@ class ChatTemplate:
             text = self._compiled.render(
                 **self.variables,
                 messages=chat,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt and not continue_last,
                 strftime_now=at.strftime,

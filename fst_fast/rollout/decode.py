@@ -11,6 +11,7 @@ taken away, then windows become smaller, then sequences wait. What nobody needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from fst_fast.rollout.cascade import DecodePlan, Suffixes
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
-from fst_fast.rollout.kv_tree import TreeCache
+from fst_fast.rollout.kv_tree import Block, TreeCache
 from fst_fast.rollout.prefill import PrefillPlan
 from fst_fast.rollout.prefixes import PrefixCache, adopt
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, PromptTree, forest_of, prompt_tree
@@ -73,6 +74,7 @@ class ForestDecoder:
     layers, dtype, device: of the model. kv_tokens: what may be held at a time, of prompts and responses together; every prompt with a whole
     response must fit alone. logits_tokens: as many take the memory of the logits at one prompt's end. prefixes: what earlier calls left, and
     where this one leaves its own. pool: where keys and values lie, those of `prefixes` too; graph: what runs the decode steps.
+    keep_responses: leave what was computed of the responses, too, for the next turns of episodes.
     tokens_computed: positions that went through the model so far, idle slots included; tokens_reused: prompt tokens taken from earlier calls.
     """
 
@@ -93,7 +95,10 @@ class ForestDecoder:
         pool: KVPool,
         join_tokens: int = JOIN_TOKENS,
         graph: StepGraph | None = None,
+        keep_responses: bool = False,
     ) -> None:
+        self.keep_responses = keep_responses
+        self._kept: list[tuple[Ints, Block]] = []  # of responses that have ended: which, and a row for each
         self.forward, self.responses, self.prefixes = forward, responses, prefixes
         self.layers, self.dtype, self.device = layers, dtype, device
         self.prefill_tokens, self.kv_tokens, self.logits_tokens = prefill_tokens, kv_tokens, logits_tokens
@@ -132,7 +137,7 @@ class ForestDecoder:
             self._decode(slots)
             waiting = waiting[slots.next :]
         self._give_back()
-        self.prefixes.keep(self.cache, self.logits)
+        self.prefixes.keep(self._with_responses(), self.logits)
         self.pool.resize(0)  # to what is held for later calls
 
     def _decode(self, slots: Slots) -> None:
@@ -144,6 +149,8 @@ class ForestDecoder:
         while True:
             if slots.should_refill():
                 self._suffix_tokens = len(slots.sequence) * self.response_tokens
+                if self.keep_responses:
+                    self._keep_ended(slots, suffixes)
                 stay, fresh = slots.refill(self._ready)
                 who = slots.sequence
                 if not len(who):
@@ -188,7 +195,8 @@ class ForestDecoder:
         return self.kv_tokens - self._suffix_tokens - self._prompt_tokens()
 
     def _prompt_tokens(self) -> int:
-        return self.cache.tokens + self.prefixes.tokens + self.logits_tokens * len(self.logits)
+        kept = sum(block.tokens for _, block in self._kept)
+        return self.cache.tokens + self.prefixes.tokens + kept + self.logits_tokens * len(self.logits)
 
     def _prefill(self) -> bool:
         """Compute a window of nodes and draw the first token of every sequence whose prompt ends in it; False: there was no room."""
@@ -230,15 +238,60 @@ class ForestDecoder:
         """Hold what nobody needs only while memory is plenty."""
         if KEPT_FRACTION * self._prompt_tokens() > self.kv_tokens:
             self.prefixes.forget()
+            self._kept.clear()
             self.cache.keep_only(self._needed())
             self.logits.clear()
 
     def _make_room(self) -> None:
         """Hold only what has to be: rows of blocks too, and nothing of an earlier call that is not its turn yet."""
         self.prefixes.forget()
+        self._kept.clear()
         self.logits.clear()
         self.cache.filled[self._next :] &= np.arange(self._next, len(self.cache.filled)) < self._ahead
         self.cache.keep_only(self._needed(), compact=True)
+
+    def _keep_ended(self, slots: Slots, suffixes: Suffixes) -> None:
+        """Copy the keys and values of responses that have ended out of their slots, while memory is plenty. The last token is not fed."""
+        fed = np.where(slots.live, 0, self.responses.length[slots.sequence] - 1)
+        ended = np.flatnonzero((slots.sequence >= 0) & (fed > 0))
+        if not len(ended):
+            return
+        longest = int(fed[ended].max())
+        if KEPT_FRACTION * (self._prompt_tokens() + len(ended) * longest) > self.kv_tokens:
+            return
+        block = Block(fed[ended], self.pool.take(len(ended) * longest))
+        rows = torch.as_tensor(
+            (suffixes.first[ended][:, None] + np.arange(longest)).ravel(), device=self.device
+        )
+        for layer in range(len(self.pool.k)):
+            block.span.put(layer, *(x[layer].index_select(0, rows) for x in (self.pool.k, self.pool.v)))
+        self._kept.append((slots.sequence[ended], block))
+
+    def _with_responses(self) -> TreeCache:
+        """The cache, the kept responses as children of their prompts' ends."""
+        if not self._kept:
+            return self.cache
+        tree, count = self.tree, len(self.tree.start)
+        who = np.concatenate([sequences for sequences, _ in self._kept])
+        fed = self.responses.length[who] - 1
+        ids = [self.responses.ids[i, :n] for i, n in zip(who, fed, strict=True)]
+        end = len(tree.token_ids) + np.cumsum(fed)
+        grown = replace(
+            tree,
+            token_ids=np.concatenate([tree.token_ids, *ids]),
+            start=np.concatenate([tree.start, end - fed]),
+            end=np.concatenate([tree.end, end]),
+            parent=np.concatenate([tree.parent, tree.leaf[who]]),
+        )
+        cache = TreeCache(grown, self.pool)
+        for number, block in self.cache.blocks.items():
+            nodes = np.flatnonzero(self.cache.block_of == number)
+            cache.add(block, nodes, self.cache.row_of[nodes])
+        for sequences, block in self._kept:
+            nodes = count + np.arange(len(sequences))
+            cache.add(block, nodes, np.arange(len(sequences)))
+            count += len(sequences)
+        return cache
 
     def _step(
         self,

@@ -9,10 +9,10 @@ The template's own text makes special tokens; the text of messages never does (s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,34 +164,57 @@ class Chat:
     def with_system(self, system: System) -> Chat:
         return replace(self, system=system)
 
-    def prompt(self, context: Context, problem: Problem) -> NDArray[np.int64]:
+    def prompt(
+        self, context: Context, problem: Problem, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> NDArray[np.int64]:
         """Token ids [P] of the prompt, up to where the assistant's turn begins, or to the end of the last message where that is the
         assistant's, which the response then continues. Raises UserError."""
         try:
             _check(problem.messages)
             messages = messages_with_context(context, problem, self.system)
-            return np.asarray(self.ids(messages), dtype=np.int64)
+            return np.asarray(self.ids(messages, tools), dtype=np.int64)
         except UserError as error:
             if not problem.id or problem.id in str(error):
                 raise
             raise UserError(f"problem {problem.id}: {error}") from error
 
-    def text(self, messages: Sequence[Message]) -> str:
+    def text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt as the string that is encoded."""
         _check(messages)
         last = bool(messages) and messages[-1]["role"] == "assistant"
-        return self.template.render(messages, continue_last=last)
+        return self.template.render(messages, tools=tools, continue_last=last)
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's token ids. Where no message spells a special token they are those of `text(messages)`."""
-        text = self.text(messages)
-        suspects = [s for m in messages for key, s in m.items() if key != "role" and self._touches(s)]
+    def ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        own: Collection[int] = (),
+    ) -> list[int]:
+        """The prompt's token ids. Where no message spells a special token they are those of `text(messages)`.
+
+        own: the places of messages whose special tokens the policy has sampled, so that they stay special tokens."""
+        return self.encode(messages, lambda shown: self.text(shown, tools), own)
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        render: Callable[[Sequence[Message]], str],
+        own: Collection[int] = (),
+    ) -> list[int]:
+        """The ids of `render(messages)`, in which no text of the messages but those of `own` becomes a special token."""
+        text = render(messages)
+        suspects = [
+            s
+            for i, m in enumerate(messages)
+            for key, s in m.items()
+            if key != "role" and i not in own and self._touches(s)
+        ]
         if not suspects:
             return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         # What the template writes whatever the messages say: the same messages, the suspect texts replaced by a harmless one.
-        harmless = self.text(_each_text(messages, lambda s: "x" if s in suspects else s))
+        harmless = render(_each_text(messages, lambda s: "x" if s in suspects else s, own))
         wanted = self.special.sequence(self.tokenizer(harmless, add_special_tokens=False)["input_ids"])
-        for spans in self._places(messages, text, suspects):
+        for spans in self._places(messages, text, suspects, render, own):
             ids = self.special.encode(text, spans)
             if self.special.sequence(ids) == wanted:
                 return ids
@@ -207,7 +230,14 @@ class Chat:
     def _touches(self, value: object) -> bool:
         return isinstance(value, str) and self.special.touches(value)
 
-    def _places(self, messages: Sequence[Message], text: str, suspects: list[str]) -> list[list[Span]]:
+    def _places(
+        self,
+        messages: Sequence[Message],
+        text: str,
+        suspects: list[str],
+        render: Callable[[Sequence[Message]], str],
+        own: Collection[int],
+    ) -> list[list[Span]]:
         """Where the suspect texts are in the rendered text, from the first of these ways that finds them, then nowhere.
 
         The text is rendered once more with marks inside the white space at its ends, which a template may trim; a template that looks at the
@@ -226,7 +256,7 @@ class Chat:
             return [[]]
         found = []
         for mark in (mark_whole, mark_words):
-            spans, plain = _marked(self.text(_each_text(messages, mark)))
+            spans, plain = _marked(render(_each_text(messages, mark, own)))
             if plain == text:
                 found.append(spans)
         return [*found, []]
@@ -273,10 +303,13 @@ def _check(messages: Sequence[Message]) -> None:
             raise UserError(f"the content of a message is {type(content).__name__}; it must be a text")
 
 
-def _each_text(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
-    """The messages, every text but the roles changed."""
+def _each_text(
+    messages: Sequence[Message], change: Callable[[str], str], own: Collection[int]
+) -> list[Message]:
+    """The messages, every text changed but the roles and the messages at the places `own`."""
     return [
-        {k: change(v) if k != "role" and isinstance(v, str) else v for k, v in m.items()} for m in messages
+        m if i in own else {k: change(v) if k != "role" and isinstance(v, str) else v for k, v in m.items()}
+        for i, m in enumerate(messages)
     ]
 
 
@@ -305,24 +338,34 @@ def _no_template(model: object) -> UserError:
     )
 
 
+class Opening(NamedTuple):
+    """What an environment begins the episodes of a problem with; tools: schemas of functions."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]]
+
+
 class PromptCache:
     """Prompts by (context id, problem id): each is rendered once while it is in use.
 
     A prompt of more than `max_prompt_tokens` tokens raises UserError with the names of problem and context. At most `capacity` prompts
-    are kept, the oldest go first.
+    are kept, the oldest go first. openings: asks the environment of the run for openings, or for why there is none; None for a task.
     """
 
     def __init__(self, chat: Chat, *, max_prompt_tokens: int, capacity: int = 65536) -> None:
         self.chat = chat
         self.max_prompt_tokens = max_prompt_tokens
         self.capacity = capacity
+        self.openings: Callable[[Sequence[Problem]], list[Opening | str]] | None = None
+        self._openings: dict[str, Opening] = {}
+        self._takes_tools = False  # not known yet
         self._ids: dict[tuple[str, str], NDArray[np.int64]] = {}
 
     def ids(self, context: Context, problem: Problem) -> NDArray[np.int64]:
         """Token ids [P], read-only."""
         key = context.id, problem.id
         if key not in self._ids:
-            ids = self.chat.prompt(context, problem)
+            ids = self.prompt(context, problem)
             if len(ids) > self.max_prompt_tokens:
                 raise UserError(
                     f"problem {problem.id} with context {context.id} has {len(ids)} prompt tokens; "
@@ -334,10 +377,54 @@ class PromptCache:
             self._ids[key] = ids
         return self._ids[key]
 
+    def prompt(self, context: Context, problem: Problem) -> NDArray[np.int64]:
+        """As `ids`, of any length, and not kept."""
+        if self.openings is None:
+            return self.chat.prompt(context, problem)
+        messages, tools = self.opening(problem)
+        opened = replace(problem, messages=messages)
+        ids = self.chat.prompt(context, opened, tools)
+        if tools and not self._takes_tools:
+            self._takes_tools = ids.tolist() != self.chat.prompt(context, opened).tolist()
+            if not self._takes_tools:
+                raise UserError(f"{self.chat.template.where} leaves tools out, and the task has {len(tools)}")
+        return ids
+
+    def opening(self, problem: Problem) -> Opening:
+        """The messages and tools that the prompt of a problem is made of. Raises UserError where its environment gives none."""
+        if self.openings is None:
+            return Opening(problem.messages, ())
+        if problem.id not in self._openings:
+            [found] = self.openings([problem])
+            if isinstance(found, str):
+                raise UserError(f"problem {problem.id}: {found}")
+            self.know(problem, found)
+        return self._openings[problem.id]
+
+    def know(self, problem: Problem, opening: Opening) -> bool:
+        """Keep the opening of a problem; whether it is the one that was known, if one was."""
+        if len(self._openings) >= self.capacity:
+            del self._openings[next(iter(self._openings))]
+        return self._openings.setdefault(problem.id, opening) == opening
+
+    def openable(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Those of `problems` that have an opening; all new ones are asked for at once."""
+        if self.openings is None:
+            return list(problems)
+        new = [p for p in {p.id: p for p in problems}.values() if p.id not in self._openings]
+        for problem, found in zip(new, self.openings(new), strict=True):
+            if not isinstance(found, str):
+                self.know(problem, found)
+        return [problem for problem in problems if problem.id in self._openings]
+
     def of_rollouts(
         self, contexts: Sequence[Context], problems: Sequence[Problem]
     ) -> Callable[[Rollout], NDArray[np.int64]]:
-        """A function from a rollout, under one of these contexts on one of these problems, to the ids of its prompt."""
+        """A function from a rollout, under one of these contexts on one of these problems, to the ids of its (first) prompt."""
         context_of = {context.id: context for context in contexts}
         problem_of = {problem.id: problem for problem in problems}
-        return lambda rollout: self.ids(context_of[rollout.context_id], problem_of[rollout.problem_id])
+        return lambda rollout: (
+            rollout.turns[0].added
+            if rollout.turns
+            else self.ids(context_of[rollout.context_id], problem_of[rollout.problem_id])
+        )

@@ -87,7 +87,10 @@ class Step(CounterFields):
     reward, reward_std: null where no rollout could be judged. troubles: absent where there is none. shaped_reward: the mean that the advantages are made of; null where those are the
     verdicts' rewards. loss to mismatch_cut and grad_norm: null where nothing was trained (no group kept, or the step left out for NaN or Inf); kl,
     the three fractions of clipped, and the two of slow.mismatch also where the objective has none. distilled: a step of distillation, whose kl is
-    the one to the teacher. Fields with a default came later than version 1 and are always written."""
+    the one to the teacher. turns, observed_tokens (means of an episode) and
+    finishes (episodes by how they ended): with an environment only.
+    With rollout.backend=vllm: probe_mismatch, mean difference of log-probs between server and trainer after the last transfer of weights, nats per
+    token; server_restarts since the run was started. Fields with a default came later than version 1 and are always written."""
 
     kind: Literal["step"]
     step: Count
@@ -112,12 +115,17 @@ class Step(CounterFields):
     mismatch_weight: Annotated[float, Field(ge=0)] | None = None
     mismatch_cut: Share | None = None
     distilled: Literal[True] | None = None
+    probe_mismatch: Annotated[float, Field(ge=0)] | None = None
+    server_restarts: Count | None = None
     response_tokens: Annotated[float, Field(ge=0)] | None
     length_stopped: Share | None
     unjudged: Count
     verify_timeouts: Count
     verify_failures: Count
     verdict_metrics: dict[str, float]
+    turns: Annotated[float, Field(ge=0)] | None = None
+    observed_tokens: Annotated[float, Field(ge=0)] | None = None
+    finishes: dict[str, Count] | None = None
     grad_norm_spike: Annotated[float, Field(ge=1)] | None
     troubles: dict[str, Trouble] | None = None
 

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar, get_args
 
 from fst_fast import distributed
-from fst_fast.contracts import REWARD_ROUNDING, Context, Rollout, ScoredRollout
+from fst_fast.contracts import REWARD_ROUNDING, Context, Finish, Judged, Problem, Rollout, ScoredRollout
 from fst_fast.run import callbacks as events
 from fst_fast.run.callbacks import Callbacks
 from fst_fast.run.console import Console
@@ -26,6 +27,7 @@ from fst_fast.run.folder import write_json
 from fst_fast.run.liveness import Liveness
 from fst_fast.run.memory import memory_share
 from fst_fast.run.metrics import METRICS, MetricsWriter
+from fst_fast.run.problems import write_problems
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.troubles import SOURCES, Recent, Source, find, news
 
@@ -87,19 +89,39 @@ class Recorder:
         self.console.note(text)
 
     def step(
-        self, report: StepReport, *, step: int, cycle: int, counters: Counters, unverified: Mapping[str, int]
+        self,
+        report: StepReport,
+        *,
+        step: int,
+        cycle: int,
+        counters: Counters,
+        unverified: Mapping[str, int],
+        served: Mapping[str, float | int | None] = MappingProxyType({}),
     ) -> None:
-        """Count and write one slow step. All processes call it."""
+        """Count and write one slow step. served: what there is to say of sampling servers. All processes call it."""
         rollouts, numbers = report.rollouts, dict(report.numbers)
         rewards = [x.verdict.reward for x in rollouts if x.verdict.reward is not None]
         local = [
             len(rollouts), len(rewards), sum(rewards), sum(r * r for r in rewards), report.groups, report.groups_kept,
             sum(len(x.rollout.response_ids) for x in rollouts), sum(x.rollout.finish == "length" for x in rollouts),
             numbers.pop("tokens"), numbers.pop("unshared"), sum(report.shaped_rewards), len(report.shaped_rewards),
+            *episode_counts([x.rollout for x in rollouts]),
         ]  # fmt: skip
-        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared, shaped, shaped_n = (
-            distributed.all_reduce_sum(local)
-        )
+        (
+            n,
+            judged,
+            total,
+            squares,
+            groups,
+            kept,
+            tokens,
+            cut,
+            computed,
+            unshared,
+            shaped,
+            shaped_n,
+            *episodes,
+        ) = distributed.all_reduce_sum(local)
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
         counters.skipped_steps += report.skipped
@@ -120,7 +142,9 @@ class Recorder:
             "length_stopped": cut / n if n else None,
             "unjudged": int(n - judged),
             **unverified,
+            **served,
             "verdict_metrics": mean_metrics([x.verdict.metrics for x in rollouts]),
+            **episode_fields(episodes),
             "grad_norm_spike": spike,
             **asdict(counters),
         }
@@ -175,16 +199,19 @@ class Recorder:
     def evaluation(
         self,
         result: Mapping[str, Any],
+        problems: Sequence[Problem],
+        seen: Mapping[str, Sequence[Judged]],
         *,
         step: int,
         final: bool,
         counters: Counters,
         stage_fields: Mapping[str, Any],
     ) -> None:
-        """Write one evaluation. stage_fields: number and task of the stage, {} in a run of one task."""
+        """Write one evaluation, and problems.json. seen: what was judged, by cell. stage_fields: number and task of the stage, {} in a run of one task."""
         record = {"step": step, "final": final, **stage_fields, **result, **asdict(counters)}
         if self.metrics:
             self.metrics.write("eval", **record)
+            write_problems(self.run_dir, problems, seen, step=step, final=final)
             self.metrics.write_timing(step=step, seconds=self.stopwatch.total(), **self.stopwatch.take())
         self.console.evaluation(record)
         self.callbacks.send(events.Evaluation, step=step, record=record)
@@ -238,6 +265,7 @@ class Recorder:
             reward=x.verdict.reward,
             advantage=advantage,
             finish=r.finish,
+            **({"turns": [[len(turn.added), turn.length] for turn in r.turns]} if r.turns else {}),
             prompt=prompt_text(r),
             response=x.response,
             feedback=x.verdict.feedback,
@@ -284,6 +312,23 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
                 total, count = sums.get(name, (0.0, 0))
                 sums[name] = (total + float(value), count + 1)
     return {name: total / count for name, (total, count) in sorted(sums.items())}
+
+
+def episode_counts(rollouts: Sequence[Rollout]) -> list[int]:
+    """Episodes of several turns, their turns, the tokens they read after their prompts, and how many of them ended in each way."""
+    episodes = [r for r in rollouts if r.turns]
+    turns = sum(turn.length > 0 for r in episodes for turn in r.turns)
+    read = sum(len(turn.added) for r in episodes for turn in r.turns[1:])
+    return [len(episodes), turns, read, *(sum(r.finish == how for r in episodes) for how in get_args(Finish))]
+
+
+def episode_fields(counts: Sequence[float]) -> dict[str, Any]:
+    """The fields of a step's record that only episodes have, from the sums of `episode_counts`; {} without any."""
+    episodes, turns, read, *ended = counts
+    if not episodes:
+        return {}
+    finishes = {how: int(n) for how, n in zip(get_args(Finish), ended, strict=True) if n}
+    return {"turns": turns / episodes, "observed_tokens": read / episodes, "finishes": finishes}
 
 
 def _evenly_spaced(items: Sequence[T], count: int) -> list[T]:

@@ -83,10 +83,10 @@ def make_groups(
 
 
 def without_overlong(group: Group) -> Group:
-    """The group without the rollouts that were cut for their length, which have had their part in its mean and deviation."""
+    """The group without the rollouts that were cut for their length, or their episode's, which have had their part in its mean and deviation."""
     if group.advantages is None:
         return group
-    kept = [i for i, m in enumerate(group.members) if m.rollout.finish != "length"]
+    kept = [i for i, m in enumerate(group.members) if m.rollout.finish not in ("length", "max_tokens")]
     return replace(
         group, members=[group.members[i] for i in kept], advantages=group.advantages[kept] if kept else None
     )
@@ -113,9 +113,11 @@ def _reward(sampled: ScoredRollout) -> float:
 
 
 def cost(group: Group, prompt_of: Callable[[Rollout], NDArray[np.int64]]) -> int:
-    """What a group costs an update, in tokens: its responses, and each of its prompts once (contexts that groups share are counted in each)."""
+    """What a group costs an update, in tokens: its responses, what was read between them, and each of its prompts once (contexts that groups
+    share are counted in each)."""
     prompts = {m.rollout.context_id: len(prompt_of(m.rollout)) for m in group.members}
-    return sum(prompts.values()) + sum(len(m.rollout.response_ids) for m in group.members)
+    between = sum(len(turn.added) for m in group.members for turn in m.rollout.turns[1:])
+    return sum(prompts.values()) + between + sum(len(m.rollout.response_ids) for m in group.members)
 
 
 def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[float]], float]:

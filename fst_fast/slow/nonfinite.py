@@ -31,7 +31,7 @@ from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
-from fst_fast.forest import Leaf
+from fst_fast.forest import Leaf, sampled_tokens
 from fst_fast.policy import lora
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.run.folder import disk_errors, fsync_folder, write_atomic
@@ -146,6 +146,7 @@ def sequences_to_arrays(data: Sequences) -> dict[str, NDArray[Any]]:
     prompts = [np.asarray(leaf.prompt_ids, np.int64) for leaf in data.leaves]
     responses = [np.asarray(leaf.response_ids, np.int64) for leaf in data.leaves]
     empty = [np.zeros(0, np.int64)]
+    masked = any(leaf.sampled is not None for leaf in data.leaves)  # of episodes
     return {
         "prompt_ids": np.concatenate(prompts or empty),
         "prompt_lengths": np.array([len(p) for p in prompts], np.int64),
@@ -154,6 +155,7 @@ def sequences_to_arrays(data: Sequences) -> dict[str, NDArray[Any]]:
         "advantages": data.advantages,
         "weights": data.weights,
         "behaviour": data.behaviour,
+        **({"sampled": sampled_tokens(data.leaves)} if masked else {}),
     }
 
 
@@ -162,8 +164,15 @@ def arrays_to_sequences(arrays: dict[str, NDArray[Any]]) -> Sequences:
     lengths = arrays["response_lengths"]
     prompts = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
     responses = np.split(arrays["response_ids"], np.cumsum(lengths)[:-1])
+    sampled = np.split(
+        arrays.get("sampled", np.ones(len(arrays["response_ids"]), bool)), np.cumsum(lengths)[:-1]
+    )
     return Sequences(
-        leaves=[Leaf(p, r) for p, r in zip(prompts, responses, strict=True)] if len(lengths) else [],
+        leaves=[
+            Leaf(p, r, None if s.all() else s) for p, r, s in zip(prompts, responses, sampled, strict=True)
+        ]
+        if len(lengths)
+        else [],
         start=np.cumsum(lengths) - lengths,
         advantages=arrays["advantages"],
         weights=arrays["weights"],

@@ -13,7 +13,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from torch import nn
 from fst_fast import distributed
 from fst_fast.config import Config, SlowConfig
 from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout
-from fst_fast.forest import Leaf
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.sequence_loss import Mismatch
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
@@ -216,9 +215,10 @@ def distillation_step(
     read_by = [[prompt_of(m.rollout) for m in g.members] for g in groups]
     data = sequences(groups, read_by, config.slow.aggregation, constant_denominator(config))
     shown = distillation.teacher_contexts(len(problems), step * len(problems), population)
-    read = {p.id: sampler.prompts.ids(context, p) for p, context in zip(problems, shown, strict=True)}
-    prompts = [read[m.rollout.problem_id] for g in groups for m in g.members if len(m.rollout.response_ids)]
-    leaves = [Leaf(ids, leaf.response_ids) for ids, leaf in zip(prompts, data.leaves, strict=True)]
+    read = {p.id: (context, p) for p, context in zip(problems, shown, strict=True)}
+    trained = [m.rollout.problem_id for g in groups for m in g.members if len(m.rollout.response_ids)]
+    prompts = [sampler.prompts.ids(*read[problem_id]) for problem_id in trained]
+    leaves = [replace(leaf, prompt_ids=ids) for ids, leaf in zip(prompts, data.leaves, strict=True)]
     batching = Batching.of(config, sampler.pad_id)
     try:
         numbers = optimise(

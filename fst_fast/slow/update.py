@@ -23,6 +23,7 @@ from fst_fast.policy.packing import model_inputs, to_device
 from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs, micro_batches
 from fst_fast.policy.sequence_loss import SEQUENCE_SUMS, Mismatch, SequenceLossJob
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
+from fst_fast.rollout.turns import leaves_of
 from fst_fast.slow.groups import Group, token_weights
 from fst_kernels import PolicyObjective, PolicyStats
 from fst_kernels.linear_policy_loss.objective import SUMS
@@ -81,13 +82,11 @@ def sequences(
         for member, prompt, advantage, weight in zip(
             group.members, group_prompts, group.advantages, group_weights, strict=True
         ):
-            length = len(member.rollout.response_ids)
-            if not length:
-                continue
-            leaves.append(Leaf(prompt, member.rollout.response_ids))
-            a.append(np.full(length, advantage, np.float32))
-            n.append(np.full(length, weight / denominator, np.float32))
-            old.append(member.rollout.logprobs.astype(np.float32))
+            for leaf, behaviour in leaves_of(prompt, member.rollout):
+                leaves.append(leaf)
+                a.append(np.full(len(behaviour), advantage, np.float32))
+                n.append(np.full(len(behaviour), weight / denominator, np.float32))
+                old.append(behaviour)
     lengths = np.array([len(leaf.response_ids) for leaf in leaves], np.int64)
     empty = [np.zeros(0, np.float32)]
     return Sequences(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, Undefined
-from jinja2.nativetypes import NativeCodeGenerator, NativeTemplate
+from jinja2.nativetypes import NativeEnvironment, NativeTemplate
 from jinja2.sandbox import SandboxedEnvironment
 
 from fst_fast.errors import UserError
@@ -32,8 +32,7 @@ def _concat(values: Iterable[Any]) -> Any:
     return parts[0] if len(parts) == 1 else "".join(map(str, parts))
 
 
-class _Environment(SandboxedEnvironment):
-    code_generator_class = NativeCodeGenerator
+class _Environment(SandboxedEnvironment, NativeEnvironment):
     concat = staticmethod(_concat)
 
 
@@ -98,7 +97,7 @@ def _value(text: Any, key: str) -> Callable[[Row], Any]:
 
     def render(row: Row) -> Any:
         try:
-            value = template.render({"row": row, **row})
+            value: Any = template.render({"row": row, **row})
             if isinstance(value, Undefined):
                 str(value)  # raises
         except Exception as error:  # noqa: BLE001 - the user's expression over somebody's data may raise anything

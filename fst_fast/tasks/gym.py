@@ -12,18 +12,20 @@ question is also in the validation split, or was drawn before, is left out, so n
 
 from __future__ import annotations
 
-import io
+import json
+import os
 import re
+import subprocess
 import sys
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.boxed import NoBoxedAnswer
 from fst_fast.tasks.graders.text import answer_part, quoted
+from fst_fast.tasks.readers import said
 
 PREFIX = "reasoning_gym:"
 READ = ("last_line", "all", "box", "tag")
@@ -69,20 +71,22 @@ class ReasoningGym:
         """The problems of "train" or "validation", in the order of the data set."""
         if not self._problems:
             seen: set[str] = set()
-            for part, items in self._sets.items():  # validation first: training problems give way
+            drawn = _draw(self.name, self._sets, self._sizes)
+            for part, items in drawn.items():  # validation first: training problems give way
                 self._problems[part] = []
-                for index in range(self._sizes[part]):
-                    item = _draw(items, index)
+                for index, item in enumerate(items):
                     if item["question"] in seen or len(item["question"]) > self._longest:
                         continue
-                    if not item["metadata"].get("input_data", True):
-                        continue  # codeio: the program of the item failed
                     seen.add(item["question"])
                     message = {"role": "user", "content": item["question"]}
                     problem = Problem(
                         f"{self.name}/{part}/{index}", [message], item["answer"], {"item": item}
                     )
                     self._problems[part].append(problem)
+            if self._read == "last_line" and all("\n" in str(p.answer) for p in self._problems["validation"]):
+                raise UserError(
+                    f"task_args.read=last_line reads one line, but answers of {self.name} have several; set it to all, box or tag"
+                )
         return self._problems.get(split, [])
 
     def verify(self, problem: Problem, response: str) -> Verdict:
@@ -91,20 +95,20 @@ class ReasoningGym:
             given = self._answer(response)
         except NoBoxedAnswer as error:
             return Verdict(0.0, str(error))
-        reward = float(self._sets["train"].score_answer(given, problem.meta["item"]))
+        right = "" if problem.answer is None else f" A right answer is {quoted(str(problem.answer))}."
+        try:
+            reward = float(self._sets["train"].score_answer(given, problem.meta["item"]))
+        except Exception as error:  # noqa: BLE001 - some sets read only what has the form of an answer
+            return Verdict(0.0, f"the answer {quoted(given)} cannot be read: {said(error)}.{right}")
         if reward >= 1:
             return Verdict(1.0)
-        right = "" if problem.answer is None else f" A right answer is {quoted(str(problem.answer))}."
         return Verdict(max(reward, 0.0), f"the answer {quoted(given)} scores {reward:g} of 1.{right}")
 
     def gold(self, problem: Problem) -> str | None:
         """The item's own answer, in the form that is read; None where it has none or the package does not give it the full score."""
-        if (
-            not isinstance(problem.answer, str)
-            or self._sets["train"].score_answer(problem.answer, problem.meta["item"]) < 1
-        ):
+        if not isinstance(problem.answer, str) or (self._read == "last_line" and "\n" in problem.answer):
             return None
-        if self._read == "last_line" and "\n" in problem.answer:
+        if self._sets["train"].score_answer(problem.answer, problem.meta["item"]) < 1:
             return None
         forms = {"box": f"\\boxed{{{problem.answer}}}", "tag": f"<answer>{problem.answer}</answer>"}
         return forms.get(self._read, problem.answer)
@@ -120,11 +124,57 @@ class ReasoningGym:
         return str(found[-1]).strip()
 
 
-def _draw(items: Any, index: int) -> Any:
-    """One item, without what the programs of some sets print and warn of."""
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return items[index]
+def _draw(name: str, sets: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Iterable[Any]]:
+    if name != "codeio":
+        return {part: map(items.__getitem__, range(sizes[part])) for part, items in sets.items()}
+    drawn = _draw_apart([{**vars(items.config), "size": sizes[part]} for part, items in sets.items()])
+    return dict(zip(sets, drawn, strict=True))
+
+
+def _draw_apart(configs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Items of codeio, which are made by running its programs, in a process of its own: with the same hash and random seeds each time, without
+    the trainer's environment, in a folder that goes with the files that programs write. Programs that would still give something else in
+    another process are left out. Raises UserError."""
+    path = os.pathsep.join(filter(None, sys.path))
+    with TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM, json.dumps(configs)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder, check=False,
+            env={"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"},
+        )  # fmt: skip
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise UserError(
+            f"task={PREFIX}codeio: the process that makes its items ended with {done.returncode}: {why[:300]}"
+        )
+    return list(json.loads(done.stdout))
+
+
+_PROGRAM = """
+import json, os, random, re, sys
+import numpy
+from reasoning_gym import create_dataset
+
+out = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # programs print
+changing = re.compile(  # what another process gives otherwise: times, random numbers of its own, addresses and what is ordered by them
+    r"datetime|date\\.today|time\\.|uuid|urandom|secrets|getpid|\\bid\\(|default_rng\\(\\)|random\\.seed|SystemRandom|\\bset\\(|tempfile|/tmp/|\\bat 0x"
+)
+drawn = []
+for config in json.loads(sys.argv[1]):
+    items = create_dataset("codeio", **config)
+    drawn.append([])
+    for index in range(len(items)):
+        random.seed(index)
+        numpy.random.seed(index)
+        item = items[index]
+        if item["metadata"].pop("input_data") and not changing.search(item["question"] + item["answer"]):  # no input: it failed
+            del item["metadata"]["output_data"]
+            drawn[-1].append(item)
+json.dump(drawn, out)
+out.flush()
+os._exit(0)  # whatever threads are left
+"""
 
 
 def _create(name: str, *, size: int, seed: int, config: Mapping[str, Any]) -> Any:

@@ -49,16 +49,19 @@ class Mixture:
         return [note for part in self.parts for note in getattr(part, "notes", ())]
 
     def verify(self, problem: Problem, response: str) -> Verdict:
-        task, own = self._own(problem)
+        task, own = self.own(problem)
         return task.verify(own, response)
 
-    def gold(self, problem: Problem) -> str:
-        """The part's own gold response; str(answer) for parts without `gold`, as in the registry."""
-        task, own = self._own(problem)
+    def gold(self, problem: Problem) -> Any:
+        """The part's own gold response; str(answer) for parts without `gold`, as in the registry, but None for an environment."""
+        task, own = self.own(problem)
         gold = getattr(task, "gold", None)
-        return str(gold(own) if gold is not None else own.answer)
+        if gold is None:
+            return None if hasattr(task, "step") else str(own.answer)
+        return gold(own)
 
-    def _own(self, problem: Problem) -> tuple[Task, Problem]:
+    def own(self, problem: Problem) -> tuple[Task, Problem]:
+        """The part that a problem is of, and the problem with its id there."""
         number, _, own_id = problem.id.partition("/")
         return self.parts[int(number)], replace(problem, id=own_id)
 

@@ -20,6 +20,7 @@ from fst_fast.contracts import Task
 from fst_fast.errors import UserError
 from fst_fast.tasks import gym, readers, verifiers_env
 from fst_fast.tasks.rows import RowTask, check_count
+from fst_fast.tasks.tools.builtin import named_tools
 from fst_fast.tasks.user import load_object, make_task
 
 BUILT_IN = {
@@ -41,7 +42,7 @@ def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
 def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Task:
     """Create the task that `spec` names, with `args`. Raises UserError for any mistake in them.
 
-    problems=False: rows are not read before problems are asked for; a verifying child never asks."""
+    problems=False: rows are not read before problems are asked for; a verifying child never asks for them."""
     where = f"task={spec}"
     if spec in BUILT_IN:
         module, _, name = BUILT_IN[spec].partition(":")
@@ -52,7 +53,9 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
         name = spec.removeprefix(verifiers_env.PREFIX)
         return make_task(verifiers_env.VerifiersTask, {"name": name, **args}, where)
     if spec.startswith(readers.HUB) or Path(spec).suffix in readers.FILES:
-        task = _from_rows(spec, args)
+        task = _from_rows(spec, {name: value for name, value in args.items() if name != "tools"})
+        if "tools" in args:
+            task.tools = named_tools(args["tools"])
         if problems:
             task.read()
         return task
@@ -66,6 +69,18 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
         f"{readers.HUB}NAME, {gym.PREFIX}NAME, or {verifiers_env.PREFIX}NAME"
     )
     raise UserError(f"task={spec!r} is not known; {hint}")
+
+
+def check_task_args(config: Config) -> None:
+    """Raise UserError for arguments of a task that cannot be right, whatever its data are. Nothing is read; files and environments of the
+    user, which would run, are not looked at."""
+    parts = [(s.task, s.task_args) for s in config.stages] or [(config.task, config.task_args)]
+    for spec, args in parts:
+        if ".py" not in f"{spec} {args}" and not spec.startswith(verifiers_env.PREFIX):
+            rest = {
+                name: value for name, value in args.items() if name != "tools"
+            }  # which may be files and code
+            load_task(spec, rest, problems=False)
 
 
 def _from_rows(spec: str, args: Mapping[str, Any]) -> RowTask:

@@ -44,6 +44,8 @@ class RowTask:
     the answer itself; an empty text switches this check off, for graders that no fixed response can satisfy. A row's own `gold` goes first.
     shuffle: seed of a random order; None: the data's. limit: problems taken at most of each source, after filter and shuffle."""
 
+    tools: Sequence[Any] = ()  # task_args.tools, set by the registry
+
     def __init__(
         self,
         name: str,

@@ -82,7 +82,10 @@ def make_task(cls: Any, args: Mapping[str, Any], where: str) -> Task:
         raise UserError(
             f"{where} is {_kind(cls)}; it must be a class with the methods problems(split) and verify(problem, response)"
         )
-    for method, call in (("problems", "problems(split)"), ("verify", "verify(problem, response)")):
+    plays = callable(getattr(cls, "step", None))
+    needed = ("start(problem)", "step(state, response)") if plays else ("verify(problem, response)",)
+    for call in ("problems(split)", *needed):
+        method = call.partition("(")[0]
         if not callable(getattr(cls, method, None)):
             raise UserError(f"{where}: the class has no method {call}")
     signature = inspect.signature(cls)

@@ -25,19 +25,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
+from fst_fast.verify.episodes import OBSERVING, Move, Over
 from fst_fast.verify.supervisor import STATUS
 from fst_fast.verify.worker import HEADER, REPLY_LIMIT, check
 
 _START_LIMIT_S = 120.0  # to import and build the task
 _END_LIMIT_S = 10.0  # for a supervisor to kill all of its descendants
 _CHUNK = 64
+Answer = Verdict | Over | Mapping[str, Any]
 _KINDS_LOGGED = 10
 ISOLATION_VARIABLE = "FST_CODE_ISOLATION"  # read by run_code.py
 # Threads of maths libraries and their heaps use address space; string hashes must be the same in every run.
@@ -55,7 +57,8 @@ class VerifierPool:
 
     timeouts, failures: number of verdicts with reward None because of the time limit, or because the grader raised,
     crashed or returned no valid verdict. A grader that returns reward None itself counts in neither. replaced: children
-    replaced because of leaks. runs_code: whether the task's module imports run_code.
+    replaced because of leaks. runs_code: whether the task's module imports run_code. has_turns: whether it is played by `play`.
+    tool_calls, observation_chars: as in verify/episodes.py.
     isolation: with `required`, run_code refuses to run a program that it cannot isolate. log: receives one line for the
     first failure of each kind. Raises UserError if a child cannot load the task."""
 
@@ -68,9 +71,14 @@ class VerifierPool:
         timeout_s: float,
         memory_mib: int,
         isolation: str = "available",
+        tool_calls: str = "",
+        observation_chars: int = 8000,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._job = {"spec": spec, "args": dict(args), "memory_mib": memory_mib}
+        self._job = {
+            "spec": spec, "args": dict(args), "memory_mib": memory_mib,
+            "tool_calls": tool_calls, "observation_chars": observation_chars,
+        }  # fmt: skip
         self._env = {**_CHILD_ENV, ISOLATION_VARIABLE: isolation}
         self._folder = os.getcwd()  # base of the task's relative paths, also for children started later
         self._timeout_s = timeout_s
@@ -84,22 +92,38 @@ class VerifierPool:
         self.timeouts = 0
         self.failures = 0
         self.replaced = 0
-        self.runs_code = False
+        self.runs_code = self.has_turns = False
         with self._killing_on_error():
             self._start_missing()
             while not all(worker.ready for worker in self._workers):
                 self._serve_once(_Batch([], []))
 
     def verify(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-        """One verdict per (problem, response), in order. A failed verification has reward None and the reason as feedback."""
-        batch = _Batch(
-            [_pickled(problem, response) for problem, response in items], [problem.id for problem, _ in items]
-        )
+        """One verdict per (problem, response), in order. A failed verification has reward None and the reason as feedback.
+
+        Of an environment the response is a gold one, or the list of an episode's."""
+        blobs = [_pickled(problem, (problem, response)) for problem, response in items]
+        return self._answers(_Batch(blobs, [problem.id for problem, _ in items]))  # type: ignore[return-value]
+
+    def play(self, moves: Sequence[Move]) -> list[Over | Mapping[str, Any]]:
+        """What follows each move of an environment, in order: {"messages", "tools"} of a start, {"observation"}, or the episode's end. A
+        failed move ends it with the verdict None and the reason as feedback.
+
+        An episode stays with one child as long as it lives."""
+        ids = [move.problem.id for move in moves]
+        homes = [move.key % self._size for move in moves]
+        return self._answers(_Batch([_pickled(move.problem, move) for move in moves], ids, homes))  # type: ignore[return-value]
+
+    def fail(self, problem_id: str, failure: str) -> Over:
+        """Count and log what the caller has found wrong with an environment; returns the end of the episode."""
+        return Over(self._verdict({"failure": failure}, problem_id), "error")
+
+    def _answers(self, batch: _Batch) -> list[Answer]:
         with self._lock, self._killing_on_error():
             self._start_missing()
             while batch.left:
                 self._serve_once(batch)
-        return [batch.verdicts[index] for index in range(len(items))]
+        return [batch.answers[index] for index in range(len(batch.blobs))]
 
     def close(self) -> None:
         """Kill the children. Idempotent."""
@@ -139,11 +163,13 @@ class VerifierPool:
 
     def _serve_once(self, batch: _Batch) -> None:
         """Send chunks to idle children, wait for replies, process them, and replace children that are late or dead."""
-        for worker in self._workers:
-            if worker.ready and not worker.todo and batch.waiting:
+        for place, worker in enumerate(self._workers):
+            waiting = batch.waiting if batch.homes is None else batch.at_home[place]
+            if worker.ready and not worker.todo and waiting:
                 # shrinks, so that all children finish at about the same time
-                size = min(_CHUNK, len(batch.waiting) // (2 * self._size))
-                worker.give([batch.waiting.popleft() for _ in range(max(size, 1))], batch, self._timeout_s)
+                size = min(_CHUNK, len(waiting) // (2 * self._size) if batch.homes is None else _CHUNK)
+                chosen = [waiting.popleft() for _ in range(min(max(size, 1), len(waiting)))]
+                worker.give(chosen, batch, self._timeout_s)
         poll = select.poll()
         for worker in self._workers:
             worker.register(poll)
@@ -162,13 +188,15 @@ class VerifierPool:
                     worker.ended = True  # a reply without a request
                 elif worker.ready:
                     index = worker.todo.popleft()
-                    batch.verdicts[index] = self._verdict(reply, batch.ids[index])
+                    speaks = "reward" not in reply and "failure" not in reply
+                    batch.answer(index, reply, None if speaks else self._verdict(reply, batch.ids[index]))
                     worker.deadline = time.monotonic() + self._timeout_s if worker.todo else None
                 elif "error" in reply:
                     raise UserError(reply["error"])
                 else:
                     worker.ready, worker.deadline = True, None
                     self.runs_code = self.runs_code or bool(reply.get("runs_code"))
+                    self.has_turns = bool(reply.get("turns"))
             late = worker.deadline is not None and time.monotonic() >= worker.deadline
             if worker.ended or late:
                 self._kill_and_requeue(worker, batch, late)
@@ -201,8 +229,9 @@ class VerifierPool:
                 if late
                 else f"the verifying process died ({end})"
             )
-            batch.verdicts[index] = self._verdict({"failure": failure}, batch.ids[index], late=late)
-        batch.waiting.extendleft(reversed(worker.todo))
+            reply = {"failure": failure}
+            batch.answer(index, reply, self._verdict(reply, batch.ids[index], late=late))
+        batch.put_back(worker.todo)
 
     def _verdict(self, reply: Mapping[str, Any], problem_id: str, *, late: bool = False) -> Verdict:
         if "failure" not in reply:
@@ -221,17 +250,35 @@ class VerifierPool:
 
 
 class _Batch:
-    """The items of one call: pickled, with their problem ids, the indices not yet sent, and the verdicts by index."""
+    """The items of one call: pickled, with their problem ids, the indices not yet sent, and the answers by index.
 
-    def __init__(self, blobs: list[bytes], ids: list[str]) -> None:
+    homes: the child, by its place, that has to get each item; None: any may."""
+
+    def __init__(self, blobs: list[bytes], ids: list[str], homes: list[int] | None = None) -> None:
         self.blobs = blobs
         self.ids = ids
-        self.waiting = deque(range(len(blobs)))
-        self.verdicts: dict[int, Verdict] = {}
+        self.homes = homes
+        self.waiting = deque(range(len(blobs)) if homes is None else ())
+        self.at_home: dict[int, deque[int]] = defaultdict(deque)
+        for index, home in enumerate(homes or ()):
+            self.at_home[home].append(index)
+        self.answers: dict[int, Answer] = {}
 
     @property
     def left(self) -> int:
-        return len(self.blobs) - len(self.verdicts)
+        return len(self.blobs) - len(self.answers)
+
+    def answer(self, index: int, reply: Mapping[str, Any], verdict: Verdict | None) -> None:
+        """Keep the answer to an item. verdict: None for what an environment says."""
+        if verdict is None or self.homes is None:
+            self.answers[index] = reply if verdict is None else verdict
+        else:
+            self.answers[index] = Over(verdict, "error" if "failure" in reply else reply.get("ended", ""))
+
+    def put_back(self, indices: Sequence[int]) -> None:
+        """What a child was given and did not answer waits again, first in its order."""
+        for index in reversed(indices):
+            (self.waiting if self.homes is None else self.at_home[self.homes[index]]).appendleft(index)
 
 
 class _Worker:
@@ -342,17 +389,30 @@ def _parsed(frame: bytes) -> dict[str, Any] | None:
     try:
         reply = json.loads(frame)
         if "reward" in reply and "failure" not in reply:
-            reply = check(Verdict(reply["reward"], reply["feedback"], reply["metrics"]))
+            ended = {"ended": str(reply["ended"])} if "ended" in reply else {}
+            reply = check(Verdict(reply["reward"], reply["feedback"], reply["metrics"])) | ended
         texts = [reply[name] for name in ("failure", "error", "leaving") if name in reply]
-        known = bool(texts) or any(name in reply for name in ("reward", "ready", "taken"))
+        known = bool(texts) or any(name in reply for name in ("reward", "ready", "taken")) or _says(reply)
         return reply if known and all(isinstance(text, str) for text in texts) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _pickled(problem: Problem, response: str) -> bytes:
+def _says(reply: Mapping[str, Any]) -> bool:
+    """Whether a reply is well-formed speech of an environment."""
+    said = reply.get("messages", reply.get("observation"))
+    if not isinstance(said, list) or not said:
+        return False
+    plain = all(
+        isinstance(m, dict) and all(isinstance(v, str) for v in m.values()) and "content" in m for m in said
+    )
+    roles = OBSERVING if "observation" in reply else {*OBSERVING, "assistant"}
+    return plain and all(m.get("role") in roles for m in said) and isinstance(reply.get("tools", []), list)
+
+
+def _pickled(problem: Problem, item: Any) -> bytes:
     try:
-        return pickle.dumps((problem, response))
+        return pickle.dumps(item)
     except Exception as error:
         raise UserError(
             f"problem {problem.id!r} cannot be sent to a verifying process: {error}; its answer and meta must be plain data"

@@ -22,9 +22,11 @@ from typing import Any, BinaryIO
 
 from fst_fast.contracts import Task, Verdict
 from fst_fast.errors import UserError
+from fst_fast.tasks.environments import has_turns
 from fst_fast.tasks.user import describe
 from fst_fast.tasks.verdicts import plain_number
 from fst_fast.verify import supervisor
+from fst_fast.verify.episodes import Episodes
 from fst_fast.verify.supervisor import fork_supervised
 
 HEADER = struct.Struct("!I")
@@ -56,21 +58,50 @@ def main(trainer: int, control: int) -> None:
         return write(
             replies, {"error": f"the task cannot be loaded in a verifying process: {describe(error)}"}
         )
-    write(replies, {"ready": True, "runs_code": "fst_fast.verify.run_code" in sys.modules})
+    episodes = None
+    if has_turns(task):
+        episodes = Episodes(
+            task, syntax=settings["tool_calls"], chars=settings["observation_chars"], check=check
+        )
+    write(
+        replies,
+        {
+            "ready": True,
+            "runs_code": "fst_fast.verify.run_code" in sys.modules,
+            "turns": episodes is not None,
+        },
+    )
     own, loaded = os.getpid(), _resources()
     while (chunk := read(requests)) is not None:
         write(replies, {"taken": True})  # from here on, an item is to blame if the process dies
-        for item in pickle.loads(chunk):
+        items = pickle.loads(chunk)
+        _redirect_streams(null)
+        answers = (
+            episodes.replies(list(map(pickle.loads, items)))
+            if episodes
+            else (judge(task, item) for item in items)
+        )
+        for reply in answers:
             _redirect_streams(null)
-            reply = judge(task, item)
             if os.getpid() != own:  # verify forked and both processes returned: only one may answer
                 os._exit(0)
-            write(replies, reply)
+            write(replies, _bounded(reply) if episodes else reply)
             if "out_of_memory" in reply:  # an earlier item's leak may be the cause
                 return write(replies, {"leaving": "it ran out of memory"})
         left = _leaked(loaded, settings["memory_mib"] << 20)
         if left:
             return write(replies, {"leaving": f"verify leaves {left} behind"})
+
+
+def _bounded(reply: dict[str, Any]) -> dict[str, Any]:
+    """The reply, or the sentence that it is too long for the trainer to read."""
+    size = len(json.dumps(reply))
+    if size <= REPLY_LIMIT:
+        return reply
+    return {
+        "reward": None,
+        "failure": f"a reply of {size} bytes; at most {REPLY_LIMIT} are taken (rollout.max_observation_chars)",
+    }
 
 
 def _redirect_streams(null: int) -> None:

@@ -171,11 +171,11 @@ def test_memory_is_predicted_within_a_tenth_of_every_measured_peak():
     from benchmarks.plan_step import Load, configure
 
     measured = results("plan_memory.json")
-    assert {row["model"] for row in measured.values()} == {"mini", "smollm2"}
-    for name, row in measured.items():
+    assert {row["model"] for row in measured["rows"].values()} == {"mini", "smollm2"}
+    for name, row in measured["rows"].items():
         load = Load(**row["load"])
         config = configure("mini", load, row["keys"])
-        shape = shape_of(row["config"], name)
+        shape = shape_of(measured["models"][row["model"]], name)
         [work, *_] = workload.works(
             config, Assumed(load.context, load.problem, load.response, 0.0), row["processes"]
         )
@@ -185,13 +185,15 @@ def test_memory_is_predicted_within_a_tenth_of_every_measured_peak():
 
 
 def test_a_steps_time_is_predicted_within_a_fifth_in_the_median():
-    from benchmarks.plan import FIT, JUDGED, check
+    from benchmarks.plan import FIT, JUDGED, check, fit
 
     measured = results("plan_times.json")
     errors = [abs(row["error"]) for row in check(measured, JUDGED)]
     assert len(errors) >= 12
     assert statistics.median(errors) <= 0.2
     assert not FIT.keys() & JUDGED.keys()
+    for rate, value in fit(measured).items():
+        assert getattr(machines.CPU_CORE, rate) == pytest.approx(value, rel=0.01), rate
 
 
 @pytest.mark.parametrize(
@@ -201,13 +203,14 @@ def test_a_steps_time_is_predicted_within_a_fifth_in_the_median():
         (["--memory", "80 XB"], "--memory 80 XB: a size such as 80GB or 79.5GiB is needed"),
         (["--memory", "0GB"], "--memory 0GB: a size such as 80GB"),
         (["--memory", "🙂"], "--memory 🙂: a size such as 80GB"),
-        (["--gpus", "99999"], "--gpus 99999: at most 16,384"),
+        (["--gpus", "99999"], "--gpus 99999: at most 4,096"),
         (["--gpus", "0"], "a whole number >= 1"),
         (["--response-tokens", "4000"], "--response-tokens 4000 is more than rollout.max_response_tokens=32"),
         (
             ["--context-tokens", "250", "--problem-tokens", "60"],
             "are more than rollout.max_prompt_tokens=256",
         ),
+        (["--slow.problems_per_step", "1000000"], "8,000,000 rollouts; a plan plays through at most 200,000"),
         (["--spread", "nan"], "a number from 0"),
         (["--model.path", "/nowhere"], "model.path='/nowhere' is neither a folder"),
     ],
@@ -229,6 +232,8 @@ def test_what_cannot_be_planned_is_refused_in_one_sentence(words, sentence, caps
         ('{"model_type": "llama"}', "no usable hidden_size, num_hidden_layers"),
         (json.dumps({**QWEN3_8B, "hidden_size": "many"}), "no usable hidden_size;"),
         (json.dumps({**QWEN3_8B, "num_attention_heads": 0}), "no usable num_attention_heads;"),
+        (json.dumps({**QWEN3_8B, "head_dim": "wide"}), "no usable head_dim;"),
+        (json.dumps({"text_config": [], **QWEN3_8B, "vocab_size": 10**30}), "no usable vocab_size;"),
     ],
 )
 def test_a_config_that_gives_no_sizes_is_refused(tmp_path, content, sentence):

@@ -1,10 +1,9 @@
-"""Single-turn environments of the package verifiers as tasks."""
+"""Single-turn environments of the package verifiers as tasks. Importing it takes seconds, here and in a verifying process: 4,000 modules."""
 
 from __future__ import annotations
 
 import pickle
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from fst_fast.tasks.registry import load_task
 from fst_fast.verify.pool import VerifierPool
 
 ENVIRONMENT = '''
+import sys
+
 import verifiers as vf
 from datasets import Dataset
 
@@ -38,7 +39,7 @@ def rude(completion):
 
 
 def seen(prompt, **kwargs):
-    return 3.0
+    return 3.0 + ("torch" in sys.modules)
 
 
 def rows(first, count):
@@ -100,16 +101,18 @@ def test_its_rows_are_problems_and_its_system_prompt_a_message(environment: str)
 
 
 def test_its_rubric_judges_with_every_reward_logged(environment: str) -> None:
+    import torch  # noqa: F401
+
     task: Any = load_task(environment, {})
     problem = next(p for p in [*task.problems("train"), *task.problems("validation")] if p.answer == "8")
     full = task.verify(problem, "8")
     assert (full.reward, full.feedback) == (1.0, "")
-    assert full.metrics == {"reward/right": 1.0, "reward/brief": 1.0, "reward/rude": 0.0, "reward/seen": 3.0}
+    assert full.metrics == {"reward/right": 1.0, "reward/brief": 1.0, "reward/rude": 0.0, "reward/seen": 4.0}
     wrong = task.verify(problem, "It is 9!")
     assert wrong.reward == 0.0, "from -0.5, the sum of the negative weights, to 1.5"
     assert (
         wrong.feedback
-        == 'the response scores 0 of 1 (right 0, brief 0, rude 1, seen 3). A right answer is "8".'
+        == 'the response scores 0 of 1 (right 0, brief 0, rude 1, seen 4). A right answer is "8".'
     )
     assert task.verify(problem, "9").reward == pytest.approx(1.0 / 2.0)
     assert task.verify(problem, "8").reward == 1.0, "one call leaves nothing to the next"
@@ -135,15 +138,7 @@ def test_it_judges_in_a_verifying_process_without_torch(environment: str) -> Non
     with VerifierPool(environment, {}, workers=1, timeout_s=60, memory_mib=2048) as pool:
         verdicts = pool.verify([(problem, "8"), (problem, "nine")])
     assert [verdict.reward for verdict in verdicts] == [1.0, pytest.approx(0.5)]
-    program = f"import sys\nfrom fst_fast.tasks.registry import load_task\nload_task({environment!r}, {{}}, problems=False)\nprint('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
-    )
-    assert done.stdout.strip() == "False", done.stderr
+    assert verdicts[0].metrics["reward/seen"] == 3.0, "torch is not there"
 
 
 @pytest.mark.parametrize(

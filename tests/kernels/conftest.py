@@ -17,7 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":  # the inner process of such a test
         return
     for item in items:
-        if item.path.name in EMULATED_FILES or item.name in EMULATED_TESTS:
+        if (
+            item.path.name in EMULATED_FILES
+            or getattr(item, "originalname", None) in EMULATED_TESTS
+            or "[host]" in item.name
+        ):
             item.add_marker("emulated")
 
 
