@@ -101,6 +101,9 @@ class ManagedServer:
         found = [
             match.group()
             for line in lines
-            if (match := re.search(r"\b\w*(Error|Exception): .*|\berror: .*", line))
+            if " WARNING " not in line
+            and (match := re.search(r"\b\w*(Error|Exception): .*|\berror: .*", line))
         ]
+        # The front end's own last error says that the engine's was before it.
+        found = [line for line in found if "initialization failed" not in line] or found
         return f"{self.log} says: {found[-1][:300]}" if found else f"see {self.log}"

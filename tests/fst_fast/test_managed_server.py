@@ -84,3 +84,18 @@ def test_the_log_of_a_server_says_why_it_does_not_come_up(hosts: Hosts, tmp_path
         hosts.prepare(Weights(nn.Module(), None))
     assert hosts.managed is not None
     assert not hosts.managed.has_ended()
+
+
+def test_of_a_log_the_error_of_the_engine_is_shown_not_a_warning_and_not_what_followed_from_it(
+    hosts: Hosts,
+) -> None:
+    assert hosts.managed is not None
+    hosts.managed.log.write_text(
+        "(APIServer pid=1) WARNING 11-30 [x.py:1] `OSError: [Errno 24] Too many open files`. Consider increasing with ulimit -n\n"
+        "(EngineCore pid=2) ERROR 11-30 [core.py:9] ValueError: No available memory for the cache blocks.\n"
+        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n"
+        "(APIServer pid=1) WARNING 11-30 [x.py:2] AnotherError: nothing\n"
+    )
+    assert hosts.managed.last_words().endswith("says: ValueError: No available memory for the cache blocks.")
+    hosts.managed.log.write_text("")
+    assert hosts.managed.last_words() == f"see {hosts.managed.log}"
