@@ -46,7 +46,10 @@ def collect(run: Path) -> dict[str, Any]:
             | {"scored": [{key: c[key] for key in ("text", "admitted", "mean", "n")} for c in r["contexts"]]}
             for r in cycles
         ],
-        "seconds": {kind: sum(row.get(kind) or 0.0 for row in timing) for kind in SECONDS},
+        "seconds": {
+            kind: sum(row[kind] for row in timing) if timing and kind in timing[0] else None
+            for kind in SECONDS
+        },
     }
 
 
@@ -67,9 +70,8 @@ def main() -> None:
         counts = [str(len(row["steps"])), f"{row['rollouts']} ({row['fast_rollouts']})"]
         print("|", " | ".join([row["run"], row["task"], row["method"], *counts, *cells]), "|")
     for row in rows:
-        print(
-            f"{row['run']}:", ", ".join(f"{kind} {seconds:.0f}" for kind, seconds in row["seconds"].items())
-        )
+        spent = {kind: "not measured" if s is None else f"{s:.0f}" for kind, s in row["seconds"].items()}
+        print(f"{row['run']}:", ", ".join(f"{kind} {s}" for kind, s in spent.items()))
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2) + "\n")
 
