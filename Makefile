@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train laptop test runs emulated aot chaos parity soak paper fuzz vllm docs install lint format types clean
+.PHONY: train laptop test runs emulated aot chaos parity soak paper fuzz vllm docs install wheel lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -77,6 +77,10 @@ docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: $(STAMP)
+
+# One wheel with both packages, in dist/.
+wheel: $(STAMP)
+	@$(PY) -m build --wheel --no-isolation --outdir dist .
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

@@ -212,7 +212,7 @@ def eight() -> list[tuple[str, Any, float]]:
     from fst_fast.plan.workload import Assumed
 
     config = load.load(
-        Path(__file__).parents[1] / "configs/math.yaml", [f"--rollout.kv_memory_bytes={KV_SECOND_STEP}"]
+        Path(__file__).parents[1] / "configs/paper/math.yaml", [f"--rollout.kv_memory_bytes={KV_SECOND_STEP}"]
     )
     h200 = machine("H200")
     here = plan(config, shape_of(QWEN3_8B, "Qwen3-8B"), h200, 8, Assumed())

@@ -67,7 +67,7 @@ def dry_run_lines(config: Config, processes: int) -> Iterator[str]:
     """The memory on this machine, where the model's config.json is here: a dry run loads nothing from elsewhere."""
     yield ""
     if local_folder(config.model.path) is None:
-        yield f"memory is not predicted: there is no config.json in model.path={config.model.path!r}"
+        yield f"memory is not predicted: there is no config.json in model.path={config.model.path!r}; `fst plan` looks further"
         return
     rollouts = config.slow.problems_per_step * config.slow.group_size
     if rollouts > advice.MOST_ROLLOUTS:

@@ -101,14 +101,6 @@ def recipe(config: Config) -> None:
             f"slow.overlong_buffer={slow.overlong_buffer} is longer than a response, rollout.max_response_tokens="
             f"{config.rollout.max_response_tokens}"
         )
-    if (
-        config.policy.optimizer == "fused_adam"
-        and config.model.dtype == "bfloat16"
-        and not config.policy.zero_stage
-    ):
-        raise ValueError(
-            "policy.optimizer=fused_adam with model.dtype=bfloat16 needs policy.zero_stage >= 1, which is 0; torch_adamw takes every stage"
-        )
 
 
 def steps(config: Config) -> None:

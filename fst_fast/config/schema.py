@@ -218,7 +218,8 @@ class SlowConfig(Section):
     """Most rounds in which a step replaces its groups without variance by groups of other training problems, drawn at random; 0: none. A step
     then samples at most 1 + dynamic_sampling times problems_per_step x group_size rollouts."""
     mask_overlong: bool = False
-    """Leave rollouts that were cut at rollout.max_response_tokens out of the loss. They stay in the mean and deviation of their group."""
+    """Leave rollouts that were cut at rollout.max_response_tokens, or an episode's max_episode_tokens, out of the loss. They stay in the mean and
+    deviation of their group."""
     overlong_buffer: int = Field(0, ge=0)
     """Take reward off long responses: nothing up to rollout.max_response_tokens - overlong_buffer tokens, then in proportion, at the longest
     overlong_penalty (DAPO). 0: none."""

@@ -60,7 +60,7 @@ GPUS = (
     _gpu("B200", 180, 2250, 75, 8.0, 900),
 )
 CPU_CORE = Machine(
-    "cpu", 0, product=12e9, product32=60e9, attention=15e9, attention_backward=15e9, bandwidth=8e9, operands=8e9, launch=12e-6, exps=4e8,
+    "cpu", 0, product=12e9, product32=5.37e10, attention=4.92e10, attention_backward=2.59e10, bandwidth=1.08e10, operands=4.22e09, launch=1.73e-05, exps=2.88e07,
     link=1e9, network=1e9, per_node=1, message=1e-4, gpu=False,
 )  # fmt: skip
 NAMES = (*(m.name for m in GPUS), "cpu")

@@ -90,7 +90,11 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
         device["replica"] = 0 if policy.lora else e * everything
     else:
         device["weights"] = e * (trained if policy.lora else everything)
+    if policy.offload_parameters:
+        host["weights"] = device.pop("weights")
     device["reference"] = e * everything
+    if s.config.slow.reference.every is not None:  # the policy of some steps ago, beside the base model
+        device["refreshed reference"] = e * everything
     share = trained // n if s.stage else trained
     master = 4 * share if s.stage or e < 4 else 0
     (host if policy.offload_optimizer else device)["optimiser"] = 8 * share + master
@@ -235,7 +239,8 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
         ]
     last = max(whole, e * s.trained if s.stage < 2 else 0) + one * (2 if x.tied else 1)
     moments.append({"gradients": last, "buckets": sent})
-    return {"gathered weights": live, **max(moments, key=lambda items: sum(items.values()))}
+    worst: dict[str, int] = max(moments, key=lambda items: sum(items.values()))
+    return {"gathered weights": live, **worst}
 
 
 def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
@@ -245,6 +250,8 @@ def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
     share = s.trained // s.processes if s.stage else s.trained
     largest = s.shape.embedding if s.config.policy.lora is None else s.shape.hidden * 64
     temporary = 4 * share if s.gpu else 8 * (share if s.stage else min(largest, share))
+    if s.config.policy.optimizer == "fused_adam":
+        temporary = 0
     if not s.stage and s.element == 4:
         return {"gradients": own, "temporaries": temporary}
     if s.stage and own > temporary:  # both copies are there until the one in fp32 is whole

@@ -43,6 +43,10 @@ def check(config: Config, settings: dict[str, Any]) -> None:
     trained.deepspeed_config. Raises UserError. After distributed.init."""
     name = choice(config)
     said = f"policy.optimizer={config.policy.optimizer}"
+    if name == "fused_adam" and config.model.dtype == "bfloat16" and not config.policy.zero_stage:
+        raise UserError(
+            f"{said} with weights in bfloat16 needs policy.zero_stage >= 1, which is 0; torch_adamw takes every stage"
+        )
     if name == "fused_adam" and not torch.cuda.is_available():
         raise UserError(
             f"{said} needs a GPU, and this process has none; allowed here: auto, torch_adamw, cpu_adam"

@@ -91,6 +91,9 @@ def play(
     turn = 0
     while live := [e for e in episodes if e.verdict is None]:
         started = time.perf_counter()
+        keep: dict[str, Any] = {}
+        if isinstance(engine, RolloutEngine):
+            keep = {"keep_responses": turn + 1 < config.max_turns}
         rollouts = engine.generate(
             [
                 Request(
@@ -109,7 +112,7 @@ def play(
             temperature=temperature,
             top_p=None if top_p in (None, 1.0) else top_p,
             policy_version=policy_version,
-            **({"keep_responses": turn + 1 < config.max_turns} if isinstance(engine, RolloutEngine) else {}),
+            **keep,
         )  # fmt: skip
         sampled_at = time.perf_counter()
         ends = {*engine.eos_ids, sampler.pad_id}

@@ -52,12 +52,15 @@ class ManagedServer:
     def command(self) -> list[str]:
         config, lora = self.config, self.config.policy.lora
         command = [
-            *self.args.command, "serve", str(model_folder(config.model.path)), f"--uds={self.socket}", f"--dtype={config.model.dtype}",
+            *self.args.command, "serve", str(model_folder(config.model.path, config.model.revision)), f"--uds={self.socket}", f"--dtype={config.model.dtype}",
             f"--max-model-len={self.longest}", f"--seed={config.seed}",
             "--logprobs-mode=processed_logprobs", "--generation-config=vllm", "--enable-scale-out", "--enable-prompt-tokens-details",
         ]  # fmt: skip
         if config.model.trust_remote_code:
             command.append("--trust-remote-code")
+        if config.model.tokenizer is not None:
+            folder = model_folder(config.model.tokenizer, key="model.tokenizer", weights=False)
+            command.append(f"--tokenizer={folder}")
         if lora:
             rank = next((r for r in LORA_RANKS if r >= lora.rank), lora.rank)
             command += ["--enable-lora", f"--max-lora-rank={rank}", "--max-loras=1", "--max-cpu-loras=2"]

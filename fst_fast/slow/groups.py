@@ -83,10 +83,10 @@ def make_groups(
 
 
 def without_overlong(group: Group) -> Group:
-    """The group without the rollouts that were cut for their length, which have had their part in its mean and deviation."""
+    """The group without the rollouts that were cut for their length, or their episode's, which have had their part in its mean and deviation."""
     if group.advantages is None:
         return group
-    kept = [i for i, m in enumerate(group.members) if m.rollout.finish != "length"]
+    kept = [i for i, m in enumerate(group.members) if m.rollout.finish not in ("length", "max_tokens")]
     return replace(
         group, members=[group.members[i] for i in kept], advantages=group.advantages[kept] if kept else None
     )

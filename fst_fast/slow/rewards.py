@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fst_fast.config import SlowConfig
-from fst_fast.contracts import Problem, ScoredRollout
+from fst_fast.contracts import Problem, Rollout, ScoredRollout
 from fst_fast.errors import UserError
 from fst_fast.tasks.user import call_user, load_object
 from fst_fast.tasks.verdicts import plain_number
@@ -42,7 +42,7 @@ def training_rewards(slow: SlowConfig, longest: int, problems: Sequence[Problem]
         if shape is not None and members:
             found = _shaped(shape, by_id[members[0].rollout.problem_id], members, slow.reward_shaping)
         if slow.overlong_buffer:
-            lengths = [len(m.rollout.response_ids) for m in members]
+            lengths = [longest_response(m.rollout) for m in members]
             found = [
                 r + slow.overlong_penalty * length_penalty(n, longest, slow.overlong_buffer)
                 for r, n in zip(found, lengths, strict=True)
@@ -53,6 +53,11 @@ def training_rewards(slow: SlowConfig, longest: int, problems: Sequence[Problem]
         return found
 
     return rewards
+
+
+def longest_response(rollout: Rollout) -> int:
+    """Tokens of the response, of an episode those of its longest one."""
+    return max((turn.length for turn in rollout.turns), default=len(rollout.response_ids))
 
 
 def length_penalty(tokens: int, longest: int, buffer: int) -> float:

@@ -71,9 +71,10 @@ class ReasoningGym:
         """The problems of "train" or "validation", in the order of the data set."""
         if not self._problems:
             seen: set[str] = set()
-            for part, items in self._sets.items():  # validation first: training problems give way
+            drawn = _draw(self.name, self._sets, self._sizes)
+            for part, items in drawn.items():  # validation first: training problems give way
                 self._problems[part] = []
-                for index, item in enumerate(_draw(self.name, items, self._sizes[part])):
+                for index, item in enumerate(items):
                     if item["question"] in seen or len(item["question"]) > self._longest:
                         continue
                     seen.add(item["question"])
@@ -123,21 +124,21 @@ class ReasoningGym:
         return str(found[-1]).strip()
 
 
-def _draw(name: str, items: Any, size: int) -> Iterable[Any]:
+def _draw(name: str, sets: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Iterable[Any]]:
     if name != "codeio":
-        return (items[index] for index in range(size))
-    return _draw_apart(
-        {"size": size, **{key: value for key, value in vars(items.config).items() if key != "size"}}
-    )
+        return {part: map(items.__getitem__, range(sizes[part])) for part, items in sets.items()}
+    drawn = _draw_apart([{**vars(items.config), "size": sizes[part]} for part, items in sets.items()])
+    return dict(zip(sets, drawn, strict=True))
 
 
-def _draw_apart(config: Mapping[str, Any]) -> list[Any]:
-    """Items of codeio, which are made by running its programs. That is done in a process of its own: with the same hash and random seeds each
-    time, without the trainer's environment, in a folder that goes with the files that programs write. Raises UserError."""
+def _draw_apart(configs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Items of codeio, which are made by running its programs, in a process of its own: with the same hash and random seeds each time, without
+    the trainer's environment, in a folder that goes with the files that programs write. Programs that would still give something else in
+    another process are left out. Raises UserError."""
     path = os.pathsep.join(filter(None, sys.path))
     with TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, json.dumps(config)],
+            [sys.executable, "-c", _PROGRAM, json.dumps(configs)],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder, check=False,
             env={"PYTHONPATH": path, "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore", "PYTHONUTF8": "1"},
         )  # fmt: skip
@@ -146,7 +147,7 @@ def _draw_apart(config: Mapping[str, Any]) -> list[Any]:
         raise UserError(
             f"task={PREFIX}codeio: the process that makes its items ended with {done.returncode}: {why[:300]}"
         )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return list(json.loads(done.stdout))
 
 
 _PROGRAM = """
@@ -156,15 +157,21 @@ from reasoning_gym import create_dataset
 
 out = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # programs print
-changing = re.compile(r"datetime|date\\.today|time\\.|uuid|urandom|secrets|getpid|\\bid\\(|default_rng\\(\\)")
-items = create_dataset("codeio", **json.loads(sys.argv[1]))
-for index in range(len(items)):
-    random.seed(index)
-    numpy.random.seed(index)
-    item = items[index]
-    if item["metadata"].pop("input_data") and not changing.search(item["question"]):  # without input the program failed
-        del item["metadata"]["output_data"]
-        out.write(json.dumps(item) + "\\n")
+changing = re.compile(  # what another process gives otherwise: times, random numbers of its own, addresses and what is ordered by them
+    r"datetime|date\\.today|time\\.|uuid|urandom|secrets|getpid|\\bid\\(|default_rng\\(\\)|random\\.seed|SystemRandom|\\bset\\(|tempfile|/tmp/|\\bat 0x"
+)
+drawn = []
+for config in json.loads(sys.argv[1]):
+    items = create_dataset("codeio", **config)
+    drawn.append([])
+    for index in range(len(items)):
+        random.seed(index)
+        numpy.random.seed(index)
+        item = items[index]
+        if item["metadata"].pop("input_data") and not changing.search(item["question"] + item["answer"]):  # no input: it failed
+            del item["metadata"]["output_data"]
+            drawn[-1].append(item)
+json.dump(drawn, out)
 out.flush()
 os._exit(0)  # whatever threads are left
 """

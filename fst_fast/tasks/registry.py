@@ -77,7 +77,10 @@ def check_task_args(config: Config) -> None:
     parts = [(s.task, s.task_args) for s in config.stages] or [(config.task, config.task_args)]
     for spec, args in parts:
         if ".py" not in f"{spec} {args}" and not spec.startswith(verifiers_env.PREFIX):
-            load_task(spec, args, problems=False)
+            rest = {
+                name: value for name, value in args.items() if name != "tools"
+            }  # which may be files and code
+            load_task(spec, rest, problems=False)
 
 
 def _from_rows(spec: str, args: Mapping[str, Any]) -> RowTask:

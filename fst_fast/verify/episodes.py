@@ -164,7 +164,7 @@ class Episodes:
         else:
             given = (problem.messages, getattr(task, "tools", ()))
         several = isinstance(given, tuple) and given and not isinstance(given[0], Mapping)
-        parts = given if several else (given,)
+        parts: tuple[Any, ...] = given if several else (given,)
         if not 1 <= len(parts) <= 3:
             raise EpisodeError(f"start returned {len(parts)} values; messages, tools and memory are taken")
         messages, functions = parts[0], parts[1] if len(parts) > 1 and parts[1] is not None else ()

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ def module(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     made = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = made  # where dataclasses look for their annotations
     spec.loader.exec_module(made)
     return made
 

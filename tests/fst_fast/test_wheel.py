@@ -21,10 +21,10 @@ PROGRAM = """
 import sys
 from importlib.machinery import PathFinder
 hidden = set(sys.argv[1].split(","))
-class Installed:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        return None if name.partition(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
 import torch
 import fst_kernels
