@@ -135,7 +135,7 @@ class Grader:
             for _ in range(20):
                 kept.append(subprocess.Popen(["sleep", "600"]))
         if response == "hoard":
-            kept.append(bytearray(900 << 20))
+            kept.append(bytearray(800 << 20))  # of 1024, beside what the process itself takes
         if response == "modules":
             return Verdict(float("torch" in sys.modules), " ".join(sorted({"torch", "transformers"} & set(sys.modules))))
         if response == "pid":
