@@ -16,6 +16,7 @@ from fst_fast.plan.workload import MicroBatch, Work
 
 PHASES = ("sampling", "scoring", "forward and backward", "optimiser step", "hand-over")
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
+SUB_GROUP = 1_000_000_000  # sub_group_size of ZeRO-3, elements that a step takes at a time
 LIVE = 1_000_000_000  # stage3_max_live_parameters, elements
 PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller tensors are not partitioned
 GATHER_BUCKET = 64 * 2**20  # of policy/trained.py
@@ -64,6 +65,12 @@ class Setting:
         )
 
     @property
+    def partitioned(self) -> int:
+        """Parameters that ZeRO-3 has to gather: not those of small tensors, in all but tiny models the norms and biases."""
+        x = self.shape
+        return x.parameters - x.layers * x.small - x.hidden if x.hidden**2 > PERSISTENT else 0
+
+    @property
     def fused(self) -> bool:
         """Whether the CPU's own forward samples and scores."""
         known = self.shape.model_type in ("llama", "qwen2", "qwen3")
@@ -81,12 +88,9 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     everything, trained = shape.parameters, s.trained
     device: dict[str, int] = {}
     host: dict[str, int] = {}
-    small = (
-        shape.layers * shape.small + shape.hidden
-    )  # tensors that ZeRO-3 leaves whole, in all but tiny models
     if s.stage == 3:
-        split = everything - small if shape.hidden**2 > PERSISTENT else 0
-        device["weights"] = e * (split // n + everything + (trained if policy.lora else 0) - split)
+        whole = everything - s.partitioned  # these have a partition, too
+        device["weights"] = e * (everything // n + whole + (trained if policy.lora else 0))
         device["replica"] = 0 if policy.lora else e * everything
     else:
         device["weights"] = e * (trained if policy.lora else everything)
@@ -96,7 +100,10 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     if s.config.slow.reference.every is not None:  # the policy of some steps ago, beside the base model
         device["refreshed reference"] = e * everything
     share = trained // n if s.stage else trained
-    master = 4 * share if s.stage or e < 4 else 0
+    master = 4 * share if s.stage in (1, 2) or e < 4 else 0
+    if s.stage == 3:  # both are allocated at the start and stay
+        device["gradients"] = e * share
+        device["buckets"] = e * (BUCKET if s.gpu else min(BUCKET, trained))
     (host if policy.offload_optimizer else device)["optimiser"] = 8 * share + master
     return device, host
 
@@ -111,11 +118,8 @@ def gradients(s: Setting, micro_batches: int) -> int:
 
 
 def buckets(s: Setting) -> int:
-    """Bytes of the buffers that DeepSpeed communicates gradients through. On a CPU memory that is never written takes no room."""
-    if not s.stage:
-        return 0
-    elements = BUCKET if s.gpu else min(BUCKET, s.trained)
-    return s.element * elements * (2 if s.stage == 3 and s.gpu else 1)
+    """Bytes of the buffer that ZeRO-1 and 2 communicate gradients through in a backward. On a CPU memory that is never written takes no room."""
+    return s.element * (BUCKET if s.gpu else min(BUCKET, s.trained)) if s.stage in (1, 2) else 0
 
 
 def layer_activations(s: Setting) -> int:
@@ -220,13 +224,14 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
         return {}
     x, e = s.shape, s.element
     whole = gradients(s, len(micro))
-    before = whole if len(micro) > 1 else 0
+    before = whole if len(micro) > 1 or s.stage == 3 else 0
     one = e * x.embedding if s.config.policy.lora is None else 0
-    live = e * min(x.parameters, LIVE) if s.stage == 3 and s.processes > 1 else 0
+    live = e * min(s.partitioned, LIVE) if s.stage == 3 and s.processes > 1 else 0
     # The gradient of the head's weight, as the operator leaves it and in the type of the weight.
     dw, tied = (4 * x.embedding, one) if one else (0, 0)
     sent = buckets(s)
-    early = sent if s.gpu else 0  # on a CPU they fill up as gradients come
+    late = {"buckets": sent} if sent else {}
+    early = late if s.gpu else {}  # on a CPU they fill up as gradients come
     moments: list[dict[str, int]] = []
     for m in micro:
         forward, backward = activations(s, m.tokens)
@@ -234,11 +239,11 @@ def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
         moments += [
             # the forward's end; the backward's begin; inside the last layer
             {"activations": forward + states, "logits": logits + dw, "gradients": before},
-            {"activations": forward + states, "gradients": before + dw + tied, "buckets": early},
-            {"activations": backward, "gradients": before + tied, "buckets": early},
+            {"activations": forward + states, "gradients": before + dw + tied, **early},
+            {"activations": backward, "gradients": before + tied, **early},
         ]
     last = max(whole, e * s.trained if s.stage < 2 else 0) + one * (2 if x.tied else 1)
-    moments.append({"gradients": last, "buckets": sent})
+    moments.append({"gradients": last, **late})
     worst: dict[str, int] = max(moments, key=lambda items: sum(items.values()))
     return {"gathered weights": live, **worst}
 
@@ -254,6 +259,9 @@ def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
         temporary = 0
     if not s.stage and s.element == 4:
         return {"gradients": own, "temporaries": temporary}
+    if s.stage == 3:
+        group = min(1.0, SUB_GROUP / share)
+        return {"gradients": own + int(4 * share * group), "temporaries": int(temporary * group)}
     if s.stage and own > temporary:  # both copies are there until the one in fp32 is whole
         return {"gradients": own + 4 * share}
     return {"gradients": 4 * share, "temporaries": temporary}
