@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,16 +194,15 @@ def _answer(sampler: Sampler, live: Sequence[_Episode], *, last: bool, limit: in
 def _read(sampler: Sampler, e: _Episode, observation: Sequence[Mapping[str, Any]]) -> None:
     """Make the observation what the next turn reads. Raises UserError where the chat template does not take it."""
     chat, problem = sampler.prompts.chat, e.request.problem
-    opened = messages_with_context(
-        e.request.context, replace(problem, messages=e.opening.messages), chat.system
-    )
-    added = observation_ids(chat, opened, observation, e.opening.tools, int(e.ids[-1]))
+    opening, shown, tools = sampler.prompts.parts(e.request.context, problem)
+    opened = messages_with_context(shown, opening, chat.system)
+    added = observation_ids(chat, opened, observation, tools, int(e.ids[-1]))
     e.said += observation
     e.kept, e.added = len(e.ids), added
     if sampler.config.rollout.history == "split":
         messages = [*opened, *e.said]
         places = [i for i, m in enumerate(messages) if i >= len(opened) and m["role"] == "assistant"]
-        whole = rendered_ids(chat, messages, e.opening.tools, dict(zip(places, e.plain, strict=True)))
+        whole = rendered_ids(chat, messages, tools, dict(zip(places, e.plain, strict=True)))
         e.kept = common(e.ids, whole)
         e.added = whole[e.kept :]
 

@@ -1,6 +1,6 @@
 """Maps a task's name to its implementation.
 
-A spec is a built-in name, `file.py:Class`, `reasoning_gym:NAME`, or `data.jsonl` (then args["verify"] is the grader). A new built-in task
+A spec is a built-in name, `file.py:Class`, `reasoning_gym:NAME`, `verifiers:NAME`, or `data.jsonl` (then args["verify"] is the grader). A new built-in task
 is one file and one line in BUILT_IN; a module is imported only when its task is used.
 """
 
@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fst_fast.config import Config
-from fst_fast.contracts import Task
 from fst_fast.errors import UserError
-from fst_fast.tasks import gym
+from fst_fast.tasks import gym, verifiers
 from fst_fast.tasks.jsonl import JsonlTask
 from fst_fast.tasks.tools.builtin import named_tools
 from fst_fast.tasks.user import load_object, make_task
@@ -36,8 +35,8 @@ def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
     return "mixture", {"tasks": [{"task": s.task, "task_args": dict(s.task_args)} for s in config.stages]}
 
 
-def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Task:
-    """Create the task that `spec` names, with `args`. Raises UserError for any mistake in them.
+def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Any:
+    """Create the Task or Environment that `spec` names, with `args`. Raises UserError for any mistake in them.
 
     problems=False: only `verify` will be used (in a verifying child), so a JSONL file need not be read."""
     where = f"task={spec}"
@@ -46,6 +45,8 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
         return make_task(getattr(importlib.import_module(module), name), args, where)
     if spec.startswith(gym.PREFIX):
         return gym.ReasoningGym(spec.removeprefix(gym.PREFIX), **args)
+    if spec.startswith(verifiers.PREFIX):
+        return verifiers.Verifiers(spec.removeprefix(verifiers.PREFIX), **args)
     if spec.endswith(".jsonl"):
         rest = {name: value for name, value in args.items() if name != "tools"}
         _refuse_unknown_args(rest, where)
@@ -59,7 +60,7 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
     hint = (
         f"did you mean {near[0]}?"
         if near
-        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, data.jsonl, or {gym.PREFIX}NAME"
+        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, data.jsonl, {gym.PREFIX}NAME or {verifiers.PREFIX}NAME"
     )
     raise UserError(f"task={spec!r} is not known; {hint}")
 
