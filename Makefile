@@ -9,23 +9,37 @@ CONFIG ?= configs/mini/star_graph.yaml
 ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
+VLLM ?= .venv-vllm
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train test emulated aot chaos parity soak fuzz docs install lint format types clean
+.PHONY: train laptop test runs emulated aot chaos parity soak paper fuzz vllm docs install wheel lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
 	@$(PY) -m fst_fast.cli report $(RUN)
 
+# A real language model on a CPU: fetched and checked, trained, its four cells and its contexts shown. MODEL and CONFIG belong together.
+laptop: MODEL = qwen2.5-coder-0.5b
+laptop: CONFIG = configs/laptop/short_answers.yaml
+laptop: RUN = runs/laptop
+laptop: $(STAMP)
+	@$(PY) scripts/fetch_model.py $(MODEL)
+	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
+	@$(PY) scripts/show_contexts.py $(RUN)
+
 test: $(STAMP)
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
+# Whole runs in processes of their own: resumed, killed (a sample), under DeepSpeed, from the examples and the documentation.
+runs: $(STAMP)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal tests/integration $(PYTEST_ARGS)
+
 # The GPU kernels without a GPU: Triton's in its interpreter, CUDA's on host threads.
 emulated: $(STAMP)
-	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m emulated tests/kernels $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m emulated tests/kernels tests/fst_fast/test_kv_pool.py $(PYTEST_ARGS)
 
 # Every Triton kernel compiled for every GPU generation, head size and type, and what the compiler made of it: of which .ci/run does a sample.
 aot: $(STAMP)
@@ -33,7 +47,7 @@ aot: $(STAMP)
 	@$(PY) scripts/aot_tree_attention.py
 	@$(PY) scripts/aot_cascade_decode.py
 
-# Every crash and fault, every layout of a checkpoint, two nodes: of which `make test` runs a sample.
+# Every crash and fault, every layout of a checkpoint, two nodes: of which `make runs` runs a sample.
 chaos: $(STAMP)
 	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py disk.py secrets.py stages.py) $(PYTEST_ARGS)
 
@@ -45,15 +59,28 @@ parity: $(STAMP)
 soak: $(STAMP)
 	@$(PY) -m pytest -m long -s tests/integration/test_soak.py $(PYTEST_ARGS)
 
+# The paper's five configurations, two cycles each on a random model and rows in the data sets' columns.
+paper: $(STAMP)
+	@$(PY) -m pytest -m "" tests/integration/test_paper.py $(PYTEST_ARGS)
+
 # Random configurations, command lines and whatever else tests/fuzz draws: 20,000 of each, of which `make test` runs 200.
 fuzz: $(STAMP)
 	@FST_FUZZ_EXAMPLES=20000 $(PY) -m pytest -n $(WORKERS) tests/fuzz $(PYTEST_ARGS)
+
+# The tests of rollout.backend=vllm against a real vLLM (its CPU build, in an environment of its own), of which `make test` asks a fake one.
+vllm: $(STAMP)
+	@PYTHON=$(PYTHON) scripts/vllm_env.sh $(VLLM)
+	@FST_VLLM=$(abspath $(VLLM))/bin/vllm $(PY) -m pytest -m "" tests/fst_fast/test_vllm_recorded.py tests/integration/test_vllm.py $(PYTEST_ARGS)
 
 # The documentation as a site, in build/site; a broken link is an error. (--quiet would hide warnings from --strict as well.)
 docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: $(STAMP)
+
+# One wheel with both packages, in dist/.
+wheel: $(STAMP)
+	@$(PY) -m build --wheel --no-isolation --outdir dist .
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

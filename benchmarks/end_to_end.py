@@ -1,8 +1,9 @@
 """A whole optimiser step, sampling included: this trainer versus TRL's GRPOTrainer (transformers.generate), on the CPU.
 
     python benchmarks/end_to_end.py [--steps 3] [--threads 1] [--out benchmarks/results/end_to_end.json]
+    python benchmarks/end_to_end.py --model FOLDER --problems 4 --threads 2 --micros 4 8
 
-Both sides use the shipped 0.8M model in float32; star graph problems of the mini world; K = 4 contexts of about 256
+Both sides use the same model in float32, by default the shipped one of 0.8M parameters; star graph problems of the mini world; K = 4 contexts of about 256
 tokens in the system message; 16 problems x 4 contexts x 2 samples = 128 samples per step, at most 32 new tokens,
 temperature 1; a KL penalty to the frozen base model; AdamW; and a reward that hashes the completion, so that rewards
 differ within every group. They differ in the advantage group: TRL has one per prompt, we have one per problem over its
@@ -30,22 +31,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from fst_fast import mini
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, ScoredRollout, Verdict
+from fst_fast.policy.base_model import model_folder
 from fst_fast.rollout.prompt import Chat, load_tokenizer, messages_with_context
 from fst_fast.tasks.registry import load_task
 
-CONTEXTS, PROBLEMS, SAMPLES, NEW_TOKENS, CONTEXT_TOKENS = 4, 16, 2, 32, 256
-BATCH = CONTEXTS * PROBLEMS * SAMPLES
+CONTEXTS, SAMPLES, NEW_TOKENS, CONTEXT_TOKENS = 4, 2, 32, 256
 TASK = {"form": "mini", "arms": 5, "path": 4, "ids": 40}
 KL_COEF, LR = 1e-3, 1e-4
 SENTENCE = "start at the goal and go back to the start . put the final path in the box ."
 
 
-def problems(steps: int) -> list[list[Problem]]:
+def problems(steps: int, each: int) -> list[list[Problem]]:
     train = load_task("star_graph", TASK).problems("train")
-    return [[train[step * PROBLEMS + i] for i in range(PROBLEMS)] for step in range(steps)]
+    return [[train[step * each + i] for i in range(each)] for step in range(steps)]
 
 
 def contexts() -> list[Context]:
@@ -57,8 +57,12 @@ def reward(ids: Any) -> float:
     return float(hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=1).digest()[0] % 2)
 
 
-def ours(steps: int) -> list[tuple[float, float]]:
-    """(wall-clock, CPU) seconds of each step."""
+def longest_prompt(tokenizer: Any, chosen: list[Problem]) -> int:
+    return max(len(Chat.of(tokenizer).prompt(c, p)) for p in chosen for c in contexts())
+
+
+def ours(model: str, steps: int, each: int) -> list[tuple[float, float, float]]:
+    """(wall-clock, CPU, wall-clock of sampling) seconds of each step."""
     from fst_fast import distributed
     from fst_fast.policy import trained
     from fst_fast.policy.scoring import Batching
@@ -68,10 +72,12 @@ def ours(steps: int) -> list[tuple[float, float]]:
     from fst_fast.slow.slow_phase import objective_of
     from fst_fast.slow.update import Reference, optimise, sequences
 
+    longest = longest_prompt(load_tokenizer(model), problems(1, each)[0])
     config = Config.model_validate(
         {
+            "model": {"path": model},
             "task_args": TASK,
-            "rollout": {"max_prompt_tokens": 448, "max_response_tokens": NEW_TOKENS},
+            "rollout": {"max_prompt_tokens": longest + 32, "max_response_tokens": NEW_TOKENS},
             "slow": {
                 "lr": LR,
                 "warmup_steps": 0,
@@ -87,7 +93,7 @@ def ours(steps: int) -> list[tuple[float, float]]:
         policy, reference = trained.TrainedPolicy(config), trained.load(config)
         engine = sampler.engine(policy.rollout_model)
         prompts, batching = {}, Batching.of(config, sampler.pad_id)
-        for step, chosen in enumerate(problems(steps)):
+        for step, chosen in enumerate(problems(steps, each)):
             clock = time.perf_counter(), time.process_time()
             requests = []
             for p in chosen:
@@ -100,29 +106,29 @@ def ours(steps: int) -> list[tuple[float, float]]:
             rollouts = engine.generate(
                 requests, max_response_tokens=NEW_TOKENS, temperature=1.0, policy_version=step
             )
+            sampling = time.perf_counter() - clock[0]
             sampled = [ScoredRollout(r, Verdict(reward(r.response_ids)), "") for r in rollouts]
             groups = [g for g in make_groups(sampled, 1e-6) if g.advantages is not None]
             of = [[prompts[m.rollout.problem_id, m.rollout.context_id] for m in g.members] for g in groups]
             data = sequences(groups, of, "problem")
             optimise(policy, Reference(reference), data, objective_of(config.slow), batching, step=step)
             policy.hand_over()
-            out.append((time.perf_counter() - clock[0], time.process_time() - clock[1]))
+            out.append((time.perf_counter() - clock[0], time.process_time() - clock[1], sampling))
     return out
 
 
-def trl(steps: int, micro: int) -> list[tuple[float, float]]:
+def trl(model: str, steps: int, each: int, micro: int) -> list[tuple[float, float]]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = load_tokenizer("mini")
+    tokenizer, batch = load_tokenizer(model), CONTEXTS * each * SAMPLES
     rows = [
         {"prompt": messages_with_context(c, p)}
-        for chosen in problems(steps)
+        for chosen in problems(steps, each)
         for p in chosen
         for c in contexts()
     ]
-    lengths = [len(Chat.of(tokenizer).prompt(c, p)) for p in problems(1)[0] for c in contexts()]
     seen: list[int] = []
 
     def judge(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -139,21 +145,20 @@ def trl(steps: int, micro: int) -> list[tuple[float, float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(mini.path(), dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(model_folder(model), dtype=torch.float32),
             reward_funcs=judge,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[Clock()],
             args=GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=BATCH // micro,
-                generation_batch_size=BATCH, num_generations=SAMPLES, max_completion_length=NEW_TOKENS, temperature=1.0, beta=KL_COEF,
+                output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=batch // micro,
+                generation_batch_size=batch, num_generations=SAMPLES, max_completion_length=NEW_TOKENS, temperature=1.0, beta=KL_COEF,
                 learning_rate=LR, lr_scheduler_type="constant", max_steps=steps, use_cpu=True, bf16=False, gradient_checkpointing=False,
                 shuffle_dataset=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
         )  # fmt: skip
         trainer.train()
-    assert sum(seen) == steps * BATCH, f"TRL sampled {sum(seen)} for {steps} steps"
-    assert max(lengths) + NEW_TOKENS <= 512
+    assert sum(seen) == steps * batch, f"TRL sampled {sum(seen)} for {steps} steps"
     return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clock)]
 
 
@@ -163,6 +168,8 @@ def child(name: str, args: argparse.Namespace, steps: int, micro: int = 0) -> di
         __file__,
         "--side",
         name,
+        f"--model={args.model}",
+        f"--problems={args.problems}",
         f"--steps={steps}",
         f"--threads={args.threads}",
         f"--micro={micro}",
@@ -176,6 +183,8 @@ def child(name: str, args: argparse.Namespace, steps: int, micro: int = 0) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--model", default="mini", help="folder, Hub id or .gguf file")
+    parser.add_argument("--problems", type=int, default=16, help="of a step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -188,7 +197,11 @@ def main() -> None:
     if args.side:
         torch.set_num_threads(args.threads)
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        steps = ours(args.steps) if args.side == "ours" else trl(args.steps, args.micro)
+        steps: Any = (
+            ours(args.model, args.steps, args.problems)
+            if args.side == "ours"
+            else trl(args.model, args.steps, args.problems, args.micro)
+        )
         rest = np.array(steps[1:])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(
@@ -196,6 +209,7 @@ def main() -> None:
                 {
                     "seconds": rest[:, 0].mean(),
                     "cpu_seconds": rest[:, 1].mean(),
+                    "sampling_seconds": rest[:, 2].mean() if args.side == "ours" else None,
                     "steps": steps,
                     "peak_bytes": peak,
                 }
@@ -206,14 +220,14 @@ def main() -> None:
     tried = {micro: child("trl", args, 2, micro) for micro in args.micros}
     best = min(tried, key=lambda m: tried[m]["cpu_seconds"])
     sides = {"ours": child("ours", args, args.steps), "trl": child("trl", args, args.steps, best)}
-    a, b = sides["ours"], sides["trl"]
+    a, b, batch = sides["ours"], sides["trl"], CONTEXTS * args.problems * SAMPLES
     result = {
-        "load": {"contexts": [CONTEXTS, CONTEXT_TOKENS], "problems": PROBLEMS, "samples": SAMPLES, "new_tokens": NEW_TOKENS},
-        "model": "mini (0.8M parameters), float32",
+        "load": {"contexts": [CONTEXTS, CONTEXT_TOKENS], "problems": args.problems, "samples": SAMPLES, "new_tokens": NEW_TOKENS},
+        "model": f"{Path(args.model).name}, float32",
         "sides": sides,
         "trl_micro_batch": best,
         "trl_by_micro_batch": tried,
-        "samples_per_s": {name: BATCH / s["seconds"] for name, s in sides.items()},
+        "samples_per_s": {name: batch / s["seconds"] for name, s in sides.items()},
         "speedup": b["seconds"] / a["seconds"],
         "speedup_cpu": b["cpu_seconds"] / a["cpu_seconds"],
         "threads": args.threads,
@@ -224,7 +238,8 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, s in sides.items():
         print(
-            f"{name:5s} {s['seconds']:7.2f} s {s['cpu_seconds']:7.2f} s CPU per step, {BATCH / s['seconds']:6.1f} samples/s"
+            f"{name:5s} {s['seconds']:7.2f} s {s['cpu_seconds']:7.2f} s CPU per step, {batch / s['seconds']:6.1f} samples/s"
+            + (f", sampling {s['sampling_seconds']:.2f} s" if s["sampling_seconds"] else "")
         )
     print(
         f"{result['speedup']:.2f}x by wall clock, {result['speedup_cpu']:.2f}x by CPU seconds (TRL at micro-batch {best} of {args.micros}); {args.out}"

@@ -26,7 +26,7 @@ from benchmarks.head_rows import COLUMNS, DEFAULT_SIZE, Work
 __all__ = ["COLUMNS", "DEFAULT_SIZE"]
 
 OPERATIONS = {"step": 6, "step, KL": 8, "forward": 2}
-OURS = ("ours, reference", "ours, triton", "ours, cuda")
+OURS = ("ours, reference", "ours, triton")
 MODE_A, GRPO = "ours, mode A + policy_loss", "Liger fused linear GRPO"
 NAMES = (*OURS, MODE_A, *(n for n in heads.LOGPROBS if not n.startswith("ours")), GRPO)
 

@@ -1,16 +1,18 @@
-"""Rollouts: the forest engine versus transformers.generate and its continuous batching, on the CPU.
+"""Rollouts: the forest engine versus transformers.generate, its continuous batching and vLLM, on the CPU, float32.
 
     python benchmarks/rollout.py [--threads 1] [--repeats 3] [--out benchmarks/results/rollout.json]
+    python benchmarks/rollout.py --model FOLDER --problems 8 --samples 2 --new-tokens 32 --batches 8 16 32 --vllm ENV/bin/python
 
-All sides have the same weights, prompts and lengths. The shipped 0.8M model; 4 contexts x 256 tokens, 16 problems x 48 tokens, 8 samples of every (context, problem), 64 new
-tokens each, no eos: 512 samples. Every side runs in its own process, so that peak memory is its own. Repeats alternate
-between the sides; figures are medians.
+All sides have the same weights, prompts and lengths. By default the shipped 0.8M model; 4 contexts x 256 tokens, 16 problems x 48 tokens, 8 samples of every
+(context, problem), 64 new tokens each, no eos: 512 samples. Every side runs in its own process, so that peak memory is its own. Repeats alternate
+between the sides; figures are medians. Loading and a short warm-up are not in them.
 
     shared      the engine
     unshared    the same engine with policy.packing=padded: every sequence with its own prompt, same sampler
     generate    transformers.generate, left-padded, in batches of the size that is fastest on one context's 128 samples
     one batch   transformers.generate, all samples at once
     continuous  transformers' generate_batch, if it finishes within its time limit
+    vllm        vLLM in the environment of --vllm, prefix cache on, log-probs of the sampled tokens as for the engine
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -33,22 +37,48 @@ import transformers
 from transformers import GenerationConfig
 
 from fst_fast.policy.attention import NAME, load_model
+from fst_fast.policy.base_model import model_folder, read_config
 from fst_fast.rollout import cascade
 from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
 
-CONTEXTS, CONTEXT_TOKENS, PROBLEMS, PROBLEM_TOKENS, VOCABULARY = 4, 256, 16, 48, 117
+CONTEXTS, CONTEXT_TOKENS, PROBLEM_TOKENS = 4, 256, 48
 CONTINUOUS_LIMIT_S = 120.0
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::linear",
+    "aten::_addmm_activation",
+    "mkldnn::_linear_pointwise",
+)
 
 
-def requests(samples: int) -> list[Request]:
+VLLM = """
+import json, resource, sys, time
+given = json.load(open(sys.argv[1]))
+from vllm import LLM, SamplingParams
+llm = LLM(given["model"], dtype="float32", max_model_len=given["longest"], enforce_eager=True, max_num_seqs=given["max_batch"], generation_config="vllm")
+def run(prompts, new):
+    how = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, logprobs=0, detokenize=False)
+    out = llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
+    assert all(len(o.outputs[0].token_ids) == new for o in out)
+run(given["warm_up"], 2)
+wall = time.perf_counter()
+run(given["prompts"], given["new_tokens"])
+print(json.dumps({"seconds": time.perf_counter() - wall, "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}))
+"""
+
+
+def requests(problems: int, samples: int, vocabulary: int) -> list[Request]:
+    """Prompts of random ids, the first six left out, which are special tokens of the mini model."""
     rng = np.random.default_rng(0)
-    context_ids = rng.integers(6, VOCABULARY, (CONTEXTS, CONTEXT_TOKENS))
-    problem_ids = rng.integers(6, VOCABULARY, (PROBLEMS, PROBLEM_TOKENS))
+    context_ids = rng.integers(6, vocabulary, (CONTEXTS, CONTEXT_TOKENS))
+    problem_ids = rng.integers(6, vocabulary, (problems, PROBLEM_TOKENS))
     return [
-        Request(str(p), str(c), s, np.concatenate([context_ids[c], problem_ids[p]]), seed=(c * PROBLEMS + p) * samples + s)
+        Request(str(p), str(c), s, np.concatenate([context_ids[c], problem_ids[p]]), seed=(c * problems + p) * samples + s)
         for c in range(CONTEXTS)
-        for p in range(PROBLEMS)
+        for p in range(problems)
         for s in range(samples)
     ]  # fmt: skip
 
@@ -122,15 +152,55 @@ def kv_bytes_read(model: Any, load: list[Request], new_tokens: int, max_batch: i
     }
 
 
+def product_share(model: Any, load: list[Request], new_tokens: int, max_batch: int) -> dict[str, float]:
+    """Share of the engine's CPU time that torch's matrix products take, by torch.profiler; the kernels of fst_kernels count as other work."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        ours(model, load, new_tokens, max_batch, "forest")
+    events = found.key_averages()
+    products = sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS)
+    return {"products": products / sum(e.self_cpu_time_total for e in events)}
+
+
+def vllm(args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+    """The same load in another interpreter's vLLM: seconds of its generate call."""
+    load = requests(args.problems, args.samples, vocabulary)
+    given = {
+        "model": str(model_folder(args.model)),
+        "longest": CONTEXT_TOKENS + PROBLEM_TOKENS + args.new_tokens,
+        "max_batch": args.max_batch,
+        "warm_up": [
+            r.prompt_ids[::-1].tolist() for r in load[:4]
+        ],  # other prompts, which the prefix cache does not keep
+        "prompts": [r.prompt_ids.tolist() for r in load],
+        "new_tokens": args.new_tokens,
+    }
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}"}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "given.json").write_text(json.dumps(given))
+        (Path(folder) / "run.py").write_text(f"if __name__ == '__main__':\n{textwrap.indent(VLLM, '    ')}")
+        done = subprocess.run(
+            [args.vllm, f"{folder}/run.py", f"{folder}/given.json"],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        return {"skipped": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def side(args: argparse.Namespace) -> dict[str, Any]:
     """Measure one side in this process."""
     torch.set_num_threads(args.threads)
-    load = requests(args.samples)
-    attention = {"shared": NAME, "kv": NAME, "continuous": "paged|sdpa"}.get(args.side, "sdpa")
-    model: Any = load_model("mini", "float32", attention="tree" if attention == NAME else "sdpa").eval()
+    attention = {"shared": NAME, "kv": NAME, "products": NAME, "continuous": "paged|sdpa"}.get(
+        args.side, "sdpa"
+    )
+    model: Any = load_model(args.model, "float32", attention="tree" if attention == NAME else "sdpa").eval()
+    load = requests(args.problems, args.samples, model.config.vocab_size)
     model.set_attn_implementation(attention)
     if args.side == "kv":
         return kv_bytes_read(model, load, args.new_tokens, args.max_batch)
+    if args.side == "products":
+        return product_share(model, load, args.new_tokens, args.max_batch)
     runs = {
         "shared": lambda some, n: ours(model, some, n, args.max_batch, "forest"),
         "unshared": lambda some, n: ours(model, some, n, args.batch, "padded"),
@@ -154,9 +224,9 @@ def side(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(
-    args: argparse.Namespace, name: str, *, limit_s: float | None = None, **more: int
+    args: argparse.Namespace, name: str, *, limit_s: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    options = {"threads": args.threads, "samples": args.samples, "new-tokens": args.new_tokens, "max-batch": args.max_batch, **more}  # fmt: skip
+    options = {"model": args.model, "threads": args.threads, "problems": args.problems, "samples": args.samples, "new-tokens": args.new_tokens, "max-batch": args.max_batch, **more}  # fmt: skip
     command = [sys.executable, __file__, "--side", name, *(f"--{k}={v}" for k, v in options.items())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
@@ -170,7 +240,12 @@ def child(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--model", default="mini", help="folder, Hub id or .gguf file")
+    parser.add_argument(
+        "--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM, for the side vllm"
+    )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -188,18 +263,22 @@ def main() -> None:
         print(json.dumps(side(args)))
         return
 
-    total = CONTEXTS * PROBLEMS * args.samples
+    sides = [*args.sides, *(["vllm"] if args.vllm else [])]
+    vocabulary = read_config(model_folder(args.model), args.model).vocab_size
+    total = CONTEXTS * args.problems * args.samples
     tried = {b: child(args, "generate", batch=b, count=total // CONTEXTS) for b in args.batches}
     best = min(tried, key=lambda b: tried[b]["cpu_seconds"])
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.sides}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(args.repeats):
         for name, results in runs.items():
             if not (results and "skipped" in results[-1]):
-                results.append(
-                    child(
-                        args, name, batch=best, limit_s=CONTINUOUS_LIMIT_S if name == "continuous" else None
-                    )
+                limit_s = CONTINUOUS_LIMIT_S if name == "continuous" else None
+                measured = (
+                    vllm(args, vocabulary)
+                    if name == "vllm"
+                    else child(args, name, batch=best, limit_s=limit_s)
                 )
+                results.append(measured)
     figures = {}
     for name, results in runs.items():
         if "skipped" in results[-1]:
@@ -209,7 +288,7 @@ def main() -> None:
         figures[name] = {
             **median,
             "samples_per_s": total / median["seconds"],
-            "samples_per_cpu_s": total / median["cpu_seconds"],
+            "samples_per_cpu_s": total / median["cpu_seconds"] if "cpu_seconds" in median else None,
             "tokens_per_s": total * args.new_tokens / median["seconds"],
             "runs": results,
         }
@@ -217,21 +296,24 @@ def main() -> None:
     ratios = {
         name: {
             "by_wall_clock": shared["samples_per_s"] / f["samples_per_s"],
-            "by_cpu_seconds": shared["samples_per_cpu_s"] / f["samples_per_cpu_s"],
-            "peak_memory": shared["peak_bytes_added"] / f["peak_bytes_added"],
+            "by_cpu_seconds": f["samples_per_cpu_s"] and shared["samples_per_cpu_s"] / f["samples_per_cpu_s"],
+            "peak_memory": shared["peak_bytes_added"] / f["peak_bytes_added"]
+            if "peak_bytes_added" in f
+            else None,
         }
         for name, f in figures.items()
         if name != "shared" and "skipped" not in f
     }
     result = {
-        "load": {"contexts": [CONTEXTS, CONTEXT_TOKENS], "problems": [PROBLEMS, PROBLEM_TOKENS], "samples": args.samples, "new_tokens": args.new_tokens},
-        "model": "mini (0.8M parameters), float32",
+        "load": {"contexts": [CONTEXTS, CONTEXT_TOKENS], "problems": [args.problems, PROBLEM_TOKENS], "samples": args.samples, "new_tokens": args.new_tokens},
+        "model": f"{Path(args.model).name}, float32",
         "max_batch": args.max_batch,
         "generate_batch": best,
         "generate_by_batch": tried,
         "sides": figures,
         "shared_against": ratios,
         "kv": child(args, "kv"),
+        "products_share": child(args, "products").get("products"),
         "threads": args.threads,
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(), "load_average_1min": os.getloadavg()[0]},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
@@ -242,12 +324,16 @@ def main() -> None:
         if "skipped" in f:
             print(f"{name:11s} skipped: {f['skipped']}")
             continue
-        against = ratios.get(name)
-        print(
-            f"{name:11s} {f['seconds']:7.2f} s {f['cpu_seconds']:7.2f} s CPU {f['samples_per_s']:7.1f} samples/s {f['tokens_per_s']:8.0f} tokens/s "
-            f"{f['peak_bytes_added'] / 2**20:7.0f} MiB"
-            + (f"   engine: {against['by_wall_clock']:.2f}x, by CPU {against['by_cpu_seconds']:.2f}x, memory {against['peak_memory']:.2f}" if against else "")
-        )  # fmt: skip
+        line = f"{name:11s} {f['seconds']:7.2f} s {f['samples_per_s']:7.1f} samples/s {f['tokens_per_s']:8.0f} tokens/s"
+        if f["samples_per_cpu_s"]:
+            line += f" {f['cpu_seconds']:7.2f} s CPU {f['peak_bytes_added'] / 2**20:7.0f} MiB"
+        if name in ratios:
+            line += f"   engine: {ratios[name]['by_wall_clock']:.2f}x"
+            if ratios[name]["by_cpu_seconds"]:
+                line += f", by CPU {ratios[name]['by_cpu_seconds']:.2f}x, memory {ratios[name]['peak_memory']:.2f}"
+        print(line)
+    if result["products_share"] is not None:
+        print(f"matrix products: {100 * result['products_share']:.0f} % of the engine's time")
     kv = result["kv"]
     print(f"keys and values read per decode step: {kv['bytes_per_step'] / 2**20:.1f} MiB, floor {kv['floor_bytes_per_step'] / 2**20:.1f}, unshared {kv['unshared_bytes_per_step'] / 2**20:.1f}")  # fmt: skip
 

@@ -453,4 +453,6 @@ int fst_sample_tokens(const FstSampleTokens* tokens, void* stream) {
     if (p.top_k < 0 || !(p.top_p > 0)) return FST_BAD_ARGUMENT;
     return p.logits_are_bf16 ? fst::launch_as<fst::bf16>(p, stream) : fst::launch_as<float>(p, stream);
 }
+
+const char* fst_error(int code) { return code == FST_BAD_ARGUMENT ? "an argument is out of range" : fst::machine_error(code); }
 }

@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-#include "policy_rows.h"  // FST_BAD_ARGUMENT, fst_error
-
 extern "C" {
 
-enum { FST_LARGEST_VOCABULARY = 1 << 22 };
+enum { FST_LARGEST_VOCABULARY = 1 << 22, FST_BAD_ARGUMENT = -1 };
 
 struct FstSampleTokens {
     int64_t rows, vocabulary;
@@ -31,4 +29,5 @@ struct FstSampleTokens {
 
 int64_t fst_sample_tokens_size();
 int fst_sample_tokens(const FstSampleTokens* tokens, void* stream);  // 0, FST_BAD_ARGUMENT or the machine's error code
+const char* fst_error(int code);
 }

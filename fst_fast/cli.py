@@ -1,4 +1,4 @@
-"""The command line: `fst train | eval | probe | report | export | replay | experiment | base build | doctor`.
+"""The command line: `fst train | eval | probe | plan | report | watch | export | push | replay | experiment | base build | doctor`.
 
 Bad input is one line on stderr (`fst: ...`) and exit code 2, from rank 0 only; `--debug` adds the traceback. Modules that load torch
 are imported by the command that needs them, so that `fst --help` and `--dry-run` answer at once.
@@ -7,9 +7,9 @@ are imported by the command that needs them, so that `fst --help` and `--dry-run
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fst_fast import mini
+from fst_fast.commands import arguments
 from fst_fast.errors import UserError, one_line
 from fst_fast.run.environment import prepare_environment, usable_cores
 
@@ -37,6 +38,16 @@ OPTIONS = {
     "--samples": True,
     "--split": True,
     "--template": False,
+    "--gpus": True,
+    "--machine": True,
+    "--memory": True,
+    "--context-tokens": True,
+    "--problem-tokens": True,
+    "--response-tokens": True,
+    "--spread": True,
+    "--verify-ms": True,
+    "--scale": False,
+    "--json": False,
 }
 
 
@@ -89,7 +100,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
-        if argv[0] not in ("train", "probe") or not name.startswith("--"):
+        if argv[0] not in ("train", "probe", "plan") or not name.startswith("--"):
             own.append(word)
             continue
         mine = name in OPTIONS
@@ -148,16 +159,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "measure the four cells of a run's last checkpoint")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
     evaluate.add_argument(
-        "--problems", type=_count, metavar="N", help="at most so many; default: as configured"
+        "--problems", type=arguments.count, metavar="N", help="at most so many; default: as configured"
     )
     evaluate.add_argument(
-        "--samples", type=_count, metavar="K", help="samples of each problem; default: as configured"
+        "--samples", type=arguments.count, metavar="K", help="samples of each problem; default: as configured"
     )
     evaluate.add_argument(
         "--split", default="validation", metavar="NAME", help="of the task's problems; default: validation"
     )
     evaluate.add_argument(
-        "--model.path", dest="model", metavar="DIR", help="where the base model is now, if it was moved"
+        "--model.path", dest="model", metavar="MODEL", help="where the base model is now, if it was moved"
+    )
+    evaluate.add_argument(
+        "--model.revision", dest="revision", metavar="COMMIT", help="of a base model of the Hub"
     )
     evaluate.add_argument(
         "--out", type=Path, metavar="FILE", help="where the figures are written, as JSON; default: nowhere"
@@ -167,15 +181,50 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
-    probe.add_argument("--context", type=_text, metavar="TEXT", help="default: fast.seed_context")
-    probe.add_argument("--problems", type=_count, default=3, metavar="N", help="default: 3")
-    probe.add_argument("--samples", type=_count, default=2, metavar="K", help="default: 2")
+    probe.add_argument("--context", type=arguments.text, metavar="TEXT", help="default: fast.seed_context")
+    probe.add_argument("--problems", type=arguments.count, default=3, metavar="N", help="default: 3")
+    probe.add_argument("--samples", type=arguments.count, default=2, metavar="K", help="default: 2")
     probe.add_argument("--split", default="validation", metavar="NAME", help="default: validation")
     probe.add_argument(
         "--template",
         action="store_true",
         help="sample nothing: show the prompts' token ids, their pieces and whose text they are",
     )
+
+    plan = command(
+        "plan",
+        _plan,
+        "predict memory and time of a step, say whether it fits and what to change; keys can follow as --dotted.key=value",
+    )
+    plan.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
+    )
+    plan.add_argument(
+        "--gpus", type=arguments.count, metavar="N", help="devices (processes); default: WORLD_SIZE, or 1"
+    )
+    plan.add_argument(
+        "--machine", metavar="NAME", help="A100, H100, H200, B200 or cpu; default: this machine"
+    )
+    plan.add_argument("--memory", metavar="SIZE", help="of one device, such as 80GB; default: the machine's")
+    for what, default in (
+        ("context", "as long as allowed"),
+        ("problem", "half of what contexts leave of a prompt"),
+        ("response", "half of the longest"),
+    ):
+        plan.add_argument(
+            f"--{what}-tokens", type=arguments.count, metavar="N", help=f"mean length; default: {default}"
+        )
+    plan.add_argument(
+        "--spread",
+        type=arguments.not_negative,
+        metavar="X",
+        help="standard deviation of the logarithm of a response's length",
+    )
+    plan.add_argument(
+        "--verify-ms", type=arguments.not_negative, metavar="X", help="one verdict takes; default: 5"
+    )
+    plan.add_argument("--scale", action="store_true", help="also from 1 to 1,024 devices")
+    plan.add_argument("--json", action="store_true", help="print numbers (bytes, seconds) as JSON")
 
     report = command(
         "report",
@@ -190,11 +239,22 @@ def _parser() -> argparse.ArgumentParser:
         help="default: RUN/report, or report/ beside the first of several runs",
     )
 
+    watch = command("watch", _watch, "show a run as a live page in the browser, on this machine only")
+    watch.add_argument("run_dir", type=Path, metavar="RUN")
+    watch.add_argument("--port", type=arguments.port, default=0, metavar="N", help="default: a free one")
+    watch.add_argument("--host", default="127.0.0.1", metavar="HOST", help="127.0.0.1 or localhost")
+
     export = command(
         "export", _export, "write a run's weights and contexts as a Hugging Face folder plus contexts.json"
     )
     export.add_argument("run_dir", type=Path, metavar="RUN")
     export.add_argument("out", type=Path, metavar="OUT")
+
+    push = command("push", _push, "upload what `fst export` writes to the Hugging Face Hub")
+    push.add_argument("run_dir", type=Path, metavar="RUN")
+    push.add_argument("repo", metavar="REPO", help="org/name; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.add_argument("--revision", metavar="BRANCH", help="default: main")
 
     replay = command("replay", _replay, "repeat a step that gave NaN or Inf from what the run dumped of it")
     replay.add_argument("dump", type=Path, metavar="DUMP", help="such as RUN/dumps/step-000012")
@@ -209,9 +269,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("experiments"), metavar="DIR", help="default: experiments"
     )
     experiment.add_argument("--quick", action="store_true", help="two seeds, two families, half the steps")
-    experiment.add_argument("--seeds", type=_count, metavar="N", help="default: 5, with --quick 2")
+    experiment.add_argument("--seeds", type=arguments.count, metavar="N", help="default: 5, with --quick 2")
     experiment.add_argument("--families", metavar="A,B", help="default: all four, with --quick the first two")
-    experiment.add_argument("--workers", type=_count, metavar="N", help="runs at a time; default: the cores")
+    experiment.add_argument(
+        "--workers", type=arguments.count, metavar="N", help="runs at a time; default: the cores"
+    )
     experiment.add_argument("--dry-run", action="store_true", help="name the runs, make none")
 
     base = command("base", _base, "the base model of the mini world")
@@ -228,6 +290,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> None:
     from fst_fast.config import load as config_load
     from fst_fast.config.derived import derived
+    from fst_fast.tasks.registry import check_task_args
 
     if args.allow_config_change and not args.resume:
         raise UserError("--allow-config-change goes with --resume")
@@ -238,11 +301,21 @@ def _train(args: argparse.Namespace) -> None:
         args.config = saved
     config = config_load.load(args.config or mini.default_config(), args.overrides)
     if args.dry_run:
+        from fst_fast.commands.plan import dry_run_lines
+
+        check_task_args(config)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        numbers = [f"{name}: {number}" for name, number in derived(config, processes).items()]
+        predicted = dry_run_lines(config, processes)
         if _is_first():
             print(config_load.dump(config), end="")
             print("\n# what follows from it")
-            for name, number in derived(config, int(os.environ.get("WORLD_SIZE", "1"))).items():
-                print(f"# {name}: {number}")
+            for line in [
+                *numbers,
+                *predicted,
+                "not looked at: the rows of data sets, the model, the endpoints",
+            ]:
+                print(f"# {line}".rstrip())
         return
     if args.run_dir is None:
         raise UserError("--run-dir is missing; name the folder of the run, such as --run-dir runs/mini")
@@ -271,7 +344,12 @@ def _eval(args: argparse.Namespace) -> None:
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} is not there")
     result = evaluate_run(
-        args.run_dir, problems=args.problems, samples=args.samples, split=args.split, model=args.model
+        args.run_dir,
+        problems=args.problems,
+        samples=args.samples,
+        split=args.split,
+        model=args.model,
+        revision=args.revision,
     )
     if args.out and _is_first():
         with disk_errors(f"{args.out} cannot be written"):
@@ -300,6 +378,14 @@ def _probe(args: argparse.Namespace) -> None:
         print(line)
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from fst_fast.commands.plan import run
+    from fst_fast.config import load as config_load
+
+    for line in run(config_load.load(args.config or mini.default_config(), args.overrides), args):
+        print(line)
+
+
 def _report(args: argparse.Namespace) -> None:
     from fst_fast.report import write_report
 
@@ -308,12 +394,25 @@ def _report(args: argparse.Namespace) -> None:
     print(write_report(runs, out))
 
 
+def _watch(args: argparse.Namespace) -> None:
+    from fst_fast.commands.watch import watch
+
+    watch(args.run_dir, host=args.host, port=args.port, say=functools.partial(print, flush=True))
+
+
 def _export(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.commands.export import export
 
     export(args.run_dir, args.out)
     print(args.out)
+
+
+def _push(args: argparse.Namespace) -> None:
+    prepare_environment()
+    from fst_fast.commands.push import push
+
+    print(push(args.run_dir, args.repo, private=args.private, revision=args.revision))
 
 
 def _replay(args: argparse.Namespace) -> None:
@@ -381,21 +480,6 @@ def _refuse(sentence: str, debug: bool) -> int:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
-        shown = repr(text) if len(text) <= 40 else f"a text of {len(text):,} characters"
-        raise argparse.ArgumentTypeError(
-            f"{shown} is refused; allowed: a whole number >= 1 of at most 18 digits"
-        )
-    return int(text)
-
-
-def _text(text: str) -> str:
-    if re.search("[\ud800-\udfff]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is refused; allowed: text in UTF-8")
-    return text
 
 
 def _version() -> str:

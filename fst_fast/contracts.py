@@ -133,6 +133,17 @@ class ScoredRollout:
     response: str
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One sample of an evaluation. response, feedback: None where the reward was known and nothing was sampled."""
+
+    problem_id: str
+    context_id: str
+    reward: float | None
+    response: str | None
+    feedback: str | None
+
+
 @runtime_checkable
 class Task(Protocol):
     """A source of problems and their verifier. `verify` must be a pure function of its arguments: it runs in child processes."""

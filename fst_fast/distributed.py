@@ -6,6 +6,7 @@ Only small objects (rollouts, verdicts, texts) are exchanged here, pickled. Mode
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -38,9 +39,15 @@ def device() -> torch.device:
 def init(timeout_s: float = 1800.0) -> None:
     """Initialise torch.distributed: nccl with GPUs, gloo without; a single process becomes a world of one.
 
-    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer` recognises."""
+    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer` recognises. Raises UserError
+    where the packages for training are not installed."""
     if dist.is_initialized():
         return
+    missing = [name for name in ("deepspeed", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"training and fst eval need the package {missing[0]}: pip install 'fst-fast[train]' (docs/install.md)"
+        )
     where = device()
     backend = "nccl" if where.type == "cuda" else "gloo"
     if where.type == "cuda":
@@ -120,6 +127,19 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 def all_reduce_max(value: int) -> int:
     """The largest `value` of any process."""
     return max(all_gather(value))
+
+
+def agree(action: Callable[[], T]) -> T:
+    """Run `action` on every process and return its result; where it raises UserError on one, all raise the first. All processes call it."""
+    result = error = None
+    try:
+        result = action()
+    except UserError as bad:
+        error = bad
+    for said in all_gather(None if error is None else str(error)):
+        if said is not None:
+            raise UserError(said) from error
+    return result  # type: ignore[return-value]
 
 
 def barrier() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import CELLS, FULL_REWARD, Context, Problem, RolloutRequest, alike
+from fst_fast.contracts import CELLS, FULL_REWARD, Context, Judged, Problem, RolloutRequest, alike
 from fst_fast.policy.scoring import Batching, kl_to_reference
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
@@ -68,17 +68,20 @@ def evaluate(
     policy_version: int,
     base_rewards: dict[str, dict[str, float]] | None = None,
     cells: Collection[str] = CELLS,
+    seen: dict[str, list[Judged]] | None = None,
 ) -> dict[str, Any]:
     """Sample and judge the cells on `problems`, on all processes together; returns {"channels", "kl_seed", "kl_evolved", "k"}. The KL under
     the seed context belongs to the cell `weights`, that under the evolved ones to `both`; without its cell it is None.
 
     base_rewards: context id -> "problem id/sample" -> reward, of the base model, from earlier evaluations of the run; what is in it is not
     sampled again, and it is brought up to date. A sample that could not be judged is tried again.
+    seen: receives, for each cell, what was judged.
     """
     trained = config.method != "gepa" and policy_version > 0
     evolved = any(c.id != seed_context.id for c in population)
     k = config.eval.samples
     channels: dict[str, Any] = {}
+    by_cell: dict[str, list[Judged]] = {}
     memory = {} if base_rewards is None else base_rewards
     for gone in set(memory) - {c.id for c in (seed_context, *population)}:
         del memory[gone]
@@ -99,9 +102,13 @@ def evaluate(
                 problems, [seed_context] if origin in ("neither", "weights") else list(population), k
             )
             base = origin in ("neither", "context")
-            rewards = _rewards(config, sampler, models, requests, policy_version, memory if base else None)
-            channels[origin] = cell(rewards, k)
+            judged = _judge(config, sampler, models, requests, policy_version, memory if base else None)
+            channels[origin] = cell([(each.problem_id, each.reward) for each in judged], k)
+            by_cell[origin] = judged
         channels[name] = channels[origin]
+        by_cell[name] = by_cell[origin]
+    if seen is not None:
+        seen.update({name: by_cell[name] for name in wanted})
     held_out = list(problems[: config.eval.kl_problems])
     under = {
         "weights": [seed_context],
@@ -119,15 +126,15 @@ def evaluate(
     }
 
 
-def _rewards(
+def _judge(
     config: Config,
     sampler: Sampler,
     models: SamplingModels,
     requests: Sequence[RolloutRequest],
     policy_version: int,
     memory: dict[str, dict[str, float]] | None,
-) -> list[tuple[str, float | None]]:
-    """(problem id, reward) of each request, under the trained model, or, given its memory, under the base model."""
+) -> list[Judged]:
+    """The requests, judged, under the trained model, or, given its memory, under the base model."""
     known = {} if memory is None else {(c, key): r for c, of in memory.items() for key, r in of.items()}
     keys = [(context.id, f"{problem.id}/{sample}") for context, problem, sample in requests]
     fresh = [request for request, key in zip(requests, keys, strict=True) if key not in known]
@@ -144,13 +151,18 @@ def _rewards(
             paired=True,
         )
     )
-    new = iter(s.verdict.reward for s in sampled)
-    rewards = [known[key] if key in known else next(new) for key in keys]
-    if memory is not None:
-        for (context_id, sample), reward in zip(keys, rewards, strict=True):
-            if reward is not None:
-                memory.setdefault(context_id, {})[sample] = reward
-    return [(problem.id, reward) for (_, problem, _), reward in zip(requests, rewards, strict=True)]
+    new = iter(sampled)
+    judged = []
+    for key, (context, problem, _) in zip(keys, requests, strict=True):
+        if key in known:
+            judged.append(Judged(problem.id, context.id, known[key], None, None))
+            continue
+        answer = next(new)
+        reward = answer.verdict.reward
+        judged.append(Judged(problem.id, context.id, reward, answer.response, answer.verdict.feedback))
+        if memory is not None and reward is not None:
+            memory.setdefault(key[0], {})[key[1]] = reward
+    return judged
 
 
 def kl(

@@ -257,9 +257,15 @@ def split(leaves: Sequence[Leaf], token_budget: int, *, share: Share = "prompts"
     order = np.argsort(forest.leaf_node, kind="stable")
     ends = forest.node_end[forest.leaf_node[order]].astype(np.int64)  # ascending
     lengths = np.array([len(leaves[i]) for i in order])
+    return [sorted(part.tolist()) for part in np.split(order, cuts(ends, lengths, token_budget)[1:])]
+
+
+def cuts(ends: Ids, lengths: Ids, token_budget: int) -> list[int]:
+    """The first leaf of every part that `split` makes. Leaves are in forest order: leaf i ends at token ends[i] [L] and is lengths[i] tokens long
+    from its root on, at most `token_budget`."""
 
     def cut(largest: int) -> list[int]:
-        """First leaf of each part, filled greedily up to `largest` tokens."""
+        """Parts filled greedily up to `largest` tokens."""
         starts = [0]
         while True:
             first = starts[-1]
@@ -269,14 +275,14 @@ def split(leaves: Sequence[Leaf], token_budget: int, *, share: Share = "prompts"
             starts.append(after)
 
     parts = len(cut(token_budget))
-    low, high = longest, token_budget
+    low, high = int(lengths.max()), token_budget
     while low < high:  # the smallest size that still gives this number of parts
         middle = (low + high) // 2
         if len(cut(middle)) <= parts:
             high = middle
         else:
             low = middle + 1
-    return [sorted(part.tolist()) for part in np.split(order, cut(low)[1:])]
+    return cut(low)
 
 
 def unshared_tokens(leaves: Sequence[Leaf]) -> int:

@@ -20,7 +20,7 @@ from torch import nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
-from fst_fast.contracts import Context, Problem
+from fst_fast.contracts import Context, Message, Problem
 from fst_fast.data.fingerprint import Fingerprint, fingerprint
 from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
@@ -29,8 +29,9 @@ from fst_fast.errors import UserError
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.fast.reflectors import make_reflector
-from fst_fast.policy import lora, trained
-from fst_fast.policy.base_weights import check_base, weights_hash
+from fst_fast.fast.reflectors.self_ import SMALL_PARAMETERS
+from fst_fast.policy import lora, optimiser, trained
+from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import SamplingModels
@@ -50,12 +51,15 @@ from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.recorder import Recorder, last_grad_norms
 from fst_fast.run.track import check_trackers
+from fst_fast.run.troubles import read_back
+from fst_fast.slow.rewards import load_shaping
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task, task_spec
 from fst_fast.verify.gold import check_gold
 from fst_kernels.backends import choose_backend
 
 TEACHER = "teacher"  # folder in a checkpoint that was written during distillation
+REFERENCE = "reference"  # with slow.reference.every: folder in a checkpoint after the first refresh
 
 
 @dataclass
@@ -74,6 +78,9 @@ class Run:
     reflect: Reflector
     recorder: Recorder
     teacher: nn.Module | None = None  # frozen weights, while contexts are distilled
+    refreshed: nn.Module | None = (
+        None  # what the KL penalty compares with, once it is not the base model (slow.reference.every)
+    )
     folder: RunFolder | None = None  # on rank 0
     resumed: bool = False  # from a checkpoint
 
@@ -100,6 +107,8 @@ class Run:
                 reach("save.state")
                 if self.teacher is not None:
                     self.teacher.save_pretrained(tmp / TEACHER)  # type: ignore[operator]
+                if self.refreshed is not None:
+                    self.refreshed.save_pretrained(tmp / REFERENCE)  # type: ignore[operator]
                 # The weights once more, whole and as safetensors: for `fst export` and `fst eval`, under any ZeRO stage.
                 lora.save(self.models.trained_module, tmp)
                 self.sampler.save_text(tmp / "model")
@@ -124,6 +133,16 @@ class Run:
             self.teacher = trained.load(self.config)
             self.teacher.load_state_dict(lora.merged_state_dict(self.models.trained_module))
         return self.teacher
+
+    def kl_reference(self) -> nn.Module:
+        """What the KL penalty of the next step compares the policy with; refreshed here where slow.reference.every says so. All processes call it
+        before every step."""
+        every, step = self.config.slow.reference.every, self.state.step
+        if every and step and step % every == 0:
+            if self.refreshed is None:
+                self.refreshed = trained.load(self.config)
+            self.refreshed.load_state_dict(lora.merged_state_dict(self.models.trained_module))
+        return self.reference if self.refreshed is None else self.refreshed
 
     def __enter__(self) -> Run:
         return self
@@ -152,8 +171,7 @@ class Run:
                 f"{who}; this one stops. Start all of them again with --resume; a wait is limited by run.timeout_s "
                 f"({self.config.run.timeout_s:g} s)"
             ) from error
-        if self.recorder.liveness:
-            self.recorder.liveness.close()
+        self.recorder.liveness.close()
 
 
 def build_run(
@@ -168,7 +186,8 @@ def build_run(
     """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
     arm(distributed.rank())
     seed_globals(config.seed, "opening", distributed.rank())
-    check_kernels(config)
+    if config.slow.reward_shaping is not None:
+        load_shaping(config.slow.reward_shaping)
     distributed.init(config.run.timeout_s)
     is_main = distributed.rank() == 0
     watchers = Callbacks(callbacks, run_dir, is_main=is_main)
@@ -179,14 +198,11 @@ def build_run(
     state = State.load(found / "state.json") if found else None
     if state and state.date:
         began = state.date
-    base_weights = distributed.broadcast_result(
-        lambda: (
-            check_base(config.model.path, state.base_weights, run_dir)
-            if state
-            else weights_hash(config.model.path)
-        )
+    config, base_weights = open_base(
+        config, console.note, run_dir=run_dir if state else None, expected=state.base_weights if state else ""
     )
-    moved = ("model.path",) if state and state.base_weights else ()
+    moved = ("model.path", "model.revision") if state and state.base_weights else ()
+    check_kernels(config)
     sampler = Sampler.open(
         config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
     )
@@ -197,6 +213,8 @@ def build_run(
         if found and config.model.chat_template:
             _compare_template(config.model.chat_template, sampler.tokenizer, console)
         check_gold(task, sampler.pool)
+        for line in getattr(task, "notes", ()):
+            console.note(line)
         reference = trained.load(config)
         lora.check(reference, config)
         base = sampler.engine(reference, console.note)
@@ -220,7 +238,10 @@ def build_run(
             check_messages(sampler, first[0], console.note)
             if sampler.pool.has_turns:
                 check_turns(sampler, seed_context, first[0], console.note)
+        if config.method != "gepa":
+            optimiser.check(config, trained.deepspeed_config(config))
         data = shared_fingerprint(stages)
+        sampler.open_hosts(reference, (seed_context, stages[0].train[0]), console.note)
         folder = distributed.on_rank_zero(
             lambda: open_run(
                 run_dir,
@@ -232,7 +253,9 @@ def build_run(
                 moved=moved,
             )
         )
-        liveness = Liveness(run_dir, distributed.rank()) if distributed.world_size() > 1 else None
+        if sampler.hosts:
+            sampler.hosts.enter(run_dir)
+        liveness = Liveness(run_dir, distributed.rank())
         policy = None if config.method == "gepa" else TrainedPolicy(config, reference)
         module = reference if policy is None else policy.rollout_model
         engine = sampler.engine(module, console.note)
@@ -244,9 +267,9 @@ def build_run(
             seed_context=seed_context,
             sampler=sampler,
             models=SamplingModels(
-                trained=engine,
-                base=server or base,
-                fast=server or engine,
+                trained=sampler.vllm(module, base=policy is None) or engine,
+                base=sampler.vllm(reference, base=True) or server or base,
+                fast=sampler.vllm(module, base=policy is None) or server or engine,
                 trained_module=module,
                 base_module=reference,
             ),
@@ -262,6 +285,7 @@ def build_run(
                 callbacks=watchers,
                 stopwatch=sampler.stopwatch,
                 liveness=liveness,
+                limits={"mismatch_high": config.slow.mismatch_warning},
             ),
             folder=folder,
         )
@@ -310,10 +334,9 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
     state.data = data
     if run.folder:
         recorder.metrics = MetricsWriter(
-            run.run_dir, resume_at_step=state.step if found else None, track=config.track
+            run.run_dir, resume_at_step=state.step if found else None, track=config.track, note=recorder.note
         )
         recorder.stopwatch.before = recorder.metrics.last_seconds
-        recorder.grad_norms = last_grad_norms(run.run_dir)
         if changes:
             recorder.note(f"changed since the run was last started: {'; '.join(changes)}")
         if found and changes:
@@ -322,6 +345,9 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
             )
         if not found:
             recorder.metrics.write("start", **identity(config), versions=versions())
+    if found:
+        past = distributed.broadcast_result(lambda: (last_grad_norms(run.run_dir), read_back(run.run_dir)))
+        recorder.grad_norms, recorder.recent = past
 
 
 def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:
@@ -366,6 +392,8 @@ def _load_weights(run: Run, found: Path) -> None:
         run.policy.hand_over()
     if (found / TEACHER).is_dir():
         run.teacher = trained.load(run.config, found / TEACHER)
+    if run.config.slow.reference.every and (found / REFERENCE).is_dir():
+        run.refreshed = trained.load(run.config, found / REFERENCE)
 
 
 def check_kernels(config: Config) -> None:
@@ -428,23 +456,30 @@ def check_turns(
 def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
     """The configured reflector; rank 0 asks it and broadcasts its replies."""
 
-    def generate(texts: Sequence[str], seeds: Sequence[int]) -> list[Reply]:
+    def generate(
+        conversations: Sequence[Sequence[Message]],
+        seeds: Sequence[int],
+        *,
+        system: str = "",
+        stop: Sequence[str] | None = None,
+        temperature: float = 1.0,
+    ) -> list[Reply]:
         requests = [
             Request(
                 problem_id="reflection",
                 context_id="",
                 sample=i,
-                prompt_ids=chat.prompt(
-                    Context.of(""), Problem("", [{"role": "user", "content": text}], None)
-                ),
+                prompt_ids=chat.prompt(Context.of(system), Problem("", messages, None)),
                 seed=seed,
             )
-            for i, (text, seed) in enumerate(zip(texts, seeds, strict=True))
+            for i, (messages, seed) in enumerate(zip(conversations, seeds, strict=True))
         ]
         positions = getattr(base.model.config, "max_position_embeddings", None)
         room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
         tokens = max(1, int(min(config.fast.reflection_tokens, room)))
-        rollouts = base.generate(requests, max_response_tokens=tokens, temperature=1.0, policy_version=0)
+        rollouts = base.generate(
+            requests, max_response_tokens=tokens, temperature=temperature, policy_version=0, stop=stop
+        )
         return [
             Reply(
                 response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
@@ -455,7 +490,11 @@ def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflect
             for q, r in zip(requests, rollouts, strict=True)
         ]
 
-    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate)
+    style = config.fast.reflection_style
+    if style == "auto":
+        few = sum(p.numel() for p in base.model.parameters()) < SMALL_PARAMETERS
+        style = "short" if few else "full"
+    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate, style=style)
 
     def quiet(_: str) -> None:
         """The fast phase logs what is wrong with the replies, on every process alike."""

@@ -18,9 +18,9 @@ from typing import Any
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import CELLS, Rollout
+from fst_fast.contracts import CELLS, Judged, Rollout
 from fst_fast.data.stages import Stage, stage_at
-from fst_fast.data.stream import lookahead, minibatch
+from fst_fast.data.stream import lookahead, minibatch, spare_problems
 from fst_fast.evaluate import evaluate
 from fst_fast.fast.fast_phase import fast_phase
 from fst_fast.rollout.reuse import ReusePool
@@ -56,7 +56,7 @@ def train(
             callbacks=callbacks,
         ) as run,
     ):
-        state, send = run.state, run.recorder.callbacks.send
+        config, state, send = run.config, run.state, run.recorder.callbacks.send
         send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)
@@ -154,6 +154,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
     problems = minibatch(
         stage.train, stage.local_step(state.step), config.slow.problems_per_step, config.seed
     )
+    reference = run.kl_reference()
     report: StepReport
     if distilling:
         report = distillation_step(
@@ -177,11 +178,11 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
             sampler=run.sampler,
             models=run.models,
             policy=run.policy,
-            reference=run.reference,
+            reference=reference,
             reusable=state.reusable,
+            spare=spare_problems(stage.train, stage.local_step(state.step), problems, config.seed),
             recorder=run.recorder,
         )
-        run.recorder.warn_of_mismatch(report, step=state.step, limit=config.slow.mismatch_warning)
     state.step += 1
     state.counters.add_tokens(*run.models.new_tokens())
     run.recorder.step(
@@ -190,21 +191,23 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
         cycle=max(state.cycle - 1, 0),  # state.cycle counts the cycles begun
         counters=state.counters,
         unverified=run.sampler.unverified(),
+        served=run.models.served(),
     )
 
 
 def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
     """Evaluate on validation problems, all four cells at the end and those of eval.cells before, and record the result."""
     config = run.config
+    seen: dict[str, list[Judged]] = {}
     result = (
-        _evaluate(run, stage, config.eval.final_problems, list(CELLS))
+        _evaluate(run, stage, config.eval.final_problems, list(CELLS), seen)
         if final
-        else _evaluate(run, stage, config.eval.problems, config.eval.cells)
+        else _evaluate(run, stage, config.eval.problems, config.eval.cells, seen)
     )
     named = {"stage": stage.number, "task": stage.task} if config.stages else {}
     run.recorder.evaluation(
-        result, step=run.state.step, final=final, counters=run.state.counters, stage_fields=named
-    )
+        result, stage.validation, seen, step=run.state.step, final=final, counters=run.state.counters, stage_fields=named
+    )  # fmt: skip
     return result
 
 
@@ -221,7 +224,9 @@ def evaluate_stages(run: Run, stage: Stage, own: dict[str, Any] | None = None) -
         )
 
 
-def _evaluate(run: Run, stage: Stage, problems: int, cells: Sequence[str]) -> dict[str, Any]:
+def _evaluate(
+    run: Run, stage: Stage, problems: int, cells: Sequence[str], seen: dict[str, list[Judged]] | None = None
+) -> dict[str, Any]:
     state = run.state
     run.recorder.begin("evaluation", state.step)
     run.models.forget_prefixes()
@@ -237,6 +242,7 @@ def _evaluate(run: Run, stage: Stage, problems: int, cells: Sequence[str]) -> di
             policy_version=run.policy_version,
             base_rewards=state.base_rewards,
             cells=cells,
+            seen=seen,
         )
     run.models.skip_tokens()
     return result

@@ -36,7 +36,12 @@ def page() -> str:
         if section:
             parts += [f"\n## {name}\n", f"{section.__doc__}\n"]
             parts += table(
-                [(key, inner) for key, inner in fields() if key.startswith((f"{name}.", f"{name}[]."))]
+                [
+                    (key, inner)
+                    for key, inner in fields()
+                    if key.startswith((f"{name}.", f"{name}[]."))
+                    and section_of(inner.annotation) is not inner.annotation
+                ]
             )
     return "\n".join(parts) + "\n"
 
@@ -53,7 +58,8 @@ def default(field: FieldInfo) -> str:
     """The default as YAML has it; `needed` where there is none."""
     if field.is_required():
         return "needed"
-    return f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+    value = field.get_default(call_default_factory=True)
+    return f"`{json.dumps(value, default=lambda section: section.model_dump(exclude_defaults=True))}`"
 
 
 if __name__ == "__main__":

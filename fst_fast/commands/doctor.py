@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import constants
 
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
@@ -23,14 +24,16 @@ from fst_fast.run.environment import usable_cores
 from fst_fast.verify.run_code import isolation
 from fst_fast.verify.supervisor import MAX_PROCESSES, unlimited_reason
 
-PACKAGES = ("torch", "transformers", "deepspeed", "triton", "flash-attn", "numpy", "pydantic")
+PACKAGES = (
+    "torch", "transformers", "huggingface_hub", "deepspeed", "accelerate", "triton", "flash-attn", "gguf", "numpy", "pydantic"
+)  # fmt: skip
 GIB = 2**30
 
 
 def findings() -> Iterator[str]:
     """The report, line by line."""
     yield from _section("machine", _machine())
-    yield from _section("packages", (f"{name:14} {_version(name)}" for name in PACKAGES))
+    yield from _section("packages", (f"{name:16} {_version(name)}" for name in PACKAGES))
     yield from _section("kernels", _kernels())
     yield from _section("verification", _verification())
     yield from _section("make train", _default_run(config_load.load(default_config())))
@@ -49,6 +52,10 @@ def _machine() -> Iterator[str]:
     yield f"memory {memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available"
     yield from _gpus()
     yield f"nvcc {_nvcc()}"
+    looked_up = (
+        "not looked up (HF_HUB_OFFLINE)" if constants.is_offline_mode() else "looked up when it is named"
+    )
+    yield f"models of the Hugging Face Hub: {looked_up}, kept in {constants.HF_HUB_CACHE}"
 
 
 def _gpus() -> Iterator[str]:

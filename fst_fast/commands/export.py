@@ -1,5 +1,5 @@
-"""A run's newest checkpoint as things other programs read: a Hugging Face model folder, and contexts.json beside the weights; of a run with
-policy.lora also the adapters alone, as peft reads them, in adapter/.
+"""A run's newest checkpoint as things other programs read: a Hugging Face model folder with a model card, contexts.json and the run's
+configuration beside the weights; of a run with policy.lora also the adapters alone, as peft reads them, in adapter/.
 
 The checkpoint holds the whole weights as safetensors, so nothing is unpickled and neither the number of processes nor the ZeRO stage of
 the run matters.
@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fst_fast.commands.model_card import CONFIG, model_card
 from fst_fast.components import components_of
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
@@ -44,17 +45,26 @@ def newest(run_dir: Path) -> tuple[Config, Path]:
 
 
 def export(run_dir: Path, out: Path) -> Path:
-    """Write the trained model, its tokenizer and contexts.json to the new folder `out`, whole or not at all."""
+    """Write the trained model, its tokenizer, contexts.json, a model card and the configuration to the new folder `out`, whole or not at all."""
     config, found = newest(run_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose a new folder")
     state = State.load(found / "state.json")
     date = datetime.fromisoformat(state.date) if state.date else None
     chat, _ = configured_chat(config.model, saved=found / "model", date=date)
+    usage = f"put one text of the population {USAGE[chat.system]}"
+    card = model_card(
+        config,
+        state,
+        run_dir,
+        system=chat.system,
+        usage=usage,
+        versions=checkpoint.written_by(found).get("versions", {}),
+    )
     contexts: dict[str, Any] = {
         "population": [{"id": c.id, "text": c.text} for c in state.population],
         "seed": config.fast.seed_context,
-        "usage": f"put one text of the population {USAGE[chat.system]}",
+        "usage": usage,
         "step": state.step,
     }
     if config.fast.components:
@@ -73,6 +83,8 @@ def export(run_dir: Path, out: Path) -> Path:
             tokenizer.chat_template = chat.template.with_defaults(config.model.chat_template_kwargs)
             tokenizer.save_pretrained(tmp)
             (tmp / "contexts.json").write_text(json.dumps(contexts, indent=1, ensure_ascii=False) + "\n")
+            (tmp / "README.md").write_text(card, encoding="utf-8")
+            (tmp / CONFIG).write_text(config_load.dump(config), encoding="utf-8")
             if out.is_dir():
                 out.rmdir()
             os.rename(tmp, out)

@@ -13,6 +13,7 @@ from rich.text import Text
 from fst_fast.config import Config
 from fst_fast.contracts import Context, RolloutRequest
 from fst_fast.errors import UserError
+from fst_fast.policy.base_model import pin
 from fst_fast.policy.trained import load
 from fst_fast.rollout.prompt import messages_with_context
 from fst_fast.rollout.sampler import Sampler
@@ -28,6 +29,8 @@ def probe(config: Config, *, context: str | None, problems: int, samples: int, s
     chosen = list(load_task(*task_spec(config)).problems(split)[:problems])
     if not chosen:
         raise UserError(f"--split {split} of task {config.task} has no problems")
+    notes: list[str] = []
+    config = pin(config, notes.append)
     with Sampler.open(config) as sampler:
         sampled = sampler.local(
             sampler.engine(load(config)),
@@ -36,7 +39,7 @@ def probe(config: Config, *, context: str | None, problems: int, samples: int, s
             policy_version=0,
             temperature=config.rollout.temperature,
         )
-    yield from (sampler.template.line, *sampler.template.warnings)
+    yield from (*notes, sampler.template.line, *sampler.template.warnings)
     answers = iter(sampled)
     for problem in chosen:
         yield f"problem {problem.id}"
@@ -61,7 +64,7 @@ def show_prompts(config: Config, *, context: str | None, problems: int, split: s
     chosen = list(load_task(*task_spec(config)).problems(split)[:problems])
     if not chosen:
         raise UserError(f"--split {split} of task {config.task} has no problems")
-    chat, findings = configured_chat(config.model)
+    chat, findings = configured_chat(pin(config).model)
     yield Text(findings.line)
     for warning in findings.warnings:
         yield Text(warning, style="bold red")

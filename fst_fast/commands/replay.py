@@ -9,8 +9,9 @@ from fst_fast import distributed
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.policy.scoring import Batching
+from fst_fast.policy.sequence_loss import Mismatch
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy, load
-from fst_fast.slow.nonfinite import read_dump
+from fst_fast.slow.nonfinite import REFERENCE, read_dump
 from fst_fast.slow.slow_phase import objective_of
 from fst_fast.slow.update import Reference, check_finite, micro_jobs
 
@@ -26,11 +27,13 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
         raise UserError("fst replay runs on one process; start it without a launcher")
     reference = load(config)
     if config.policy.lora is None:
-        at = config.model.model_copy(update={"path": str(folder / "model")})
+        at = config.model.model_copy(update={"path": str(folder / "model"), "revision": None})
         policy = TrainedPolicy(config.model_copy(update={"model": at}))
     else:
         policy = TrainedPolicy(config, reference)
         policy.load_adapters(folder)
+    if (folder / REFERENCE).is_dir():
+        reference = load(config, folder / REFERENCE)
     say(f"step {tree['step']}, dumped because of {tree['reason']}")
     dumped = [loss for share in tree["losses"] for loss in share]
     batching, objective = Batching.of(config, tree["pad_id"]), objective_of(config.slow)
@@ -39,7 +42,11 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
         for share in shares:
             check_finite(share)
         jobs = [
-            job for share in shares for job in micro_jobs(share, Reference(reference), objective, batching)[1]
+            job
+            for share in shares
+            for job in micro_jobs(share, Reference(reference), objective, batching, Mismatch.of(config.slow))[
+                1
+            ]
         ]
         policy.forward_backward(jobs)
     except NonFiniteError as again:

@@ -102,7 +102,11 @@ def resolve_config(
         tree["task"] = name
     tree = merged(tree, changes or {})
     if model is not None:
-        tree = merged(tree, {"model": {"path": str(model)}})
+        given = tree.get("model")
+        section = dict(given) if isinstance(given, Mapping) else {}
+        if section.get("path") != str(model):
+            section.pop("revision", None)  # it is the other model's
+        tree["model"] = {**section, "path": str(model)}
     return config_load.check(tree)
 
 

@@ -24,11 +24,17 @@ def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
 
     If they do not, first the number of samples shrinks, then the anchor set (to its first problems): breadth over
     problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the phase does nothing."""
-    contexts = members + config.children
-    if anchor == 0 or contexts > config.rollout_budget:
+    contexts, budget = members + config.children, config.rollout_budget - screening(config)
+    if anchor == 0 or contexts > budget:
         return Size(0, 0)
-    problems = min(anchor, config.rollout_budget // contexts)
-    return Size(problems, min(config.samples, config.rollout_budget // (contexts * problems)))
+    problems = min(anchor, budget // contexts)
+    return Size(problems, min(config.samples, budget // (contexts * problems)))
+
+
+def screening(config: FastConfig) -> int:
+    """The most rollouts of one wave that choose among more proposals than children."""
+    proposals = config.proposals or config.children
+    return proposals * config.screen_problems if proposals > config.children else 0
 
 
 def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
@@ -51,6 +57,10 @@ def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
             "rollouts per step": slow.problems_per_step * slow.group_size,
             "slow rollouts, whole run": slow.steps * slow.problems_per_step * slow.group_size,
         }
+        if slow.dynamic_sampling:
+            most = (1 + slow.dynamic_sampling) * slow.problems_per_step * slow.group_size
+            numbers["rollouts per step, with dynamic sampling at most"] = most
+            numbers["slow rollouts, whole run, with dynamic sampling at most"] = slow.steps * most
     return numbers | {
         "rollouts of one cell, periodic evaluation": config.eval.problems * k,
         "rollouts of one cell, final evaluation": config.eval.final_problems * k,
@@ -73,8 +83,9 @@ def _fast(config: Config) -> dict[str, int | str]:
         size = affordable(fast, members=members, anchor=fast.anchor_size)
         waves = 0
         if size.rollouts:  # the last wave may be narrower than fast.children
-            children = (fast.rollout_budget - members * size.rollouts) // size.rollouts
-            waves = min(generations, -(-children // fast.children))
+            left = fast.rollout_budget - members * size.rollouts
+            wave = fast.children * size.rollouts + screening(fast)
+            waves = min(generations, (left + (fast.children - 1) * size.rollouts) // wave)
         numbers[f"anchor problems x samples, {when}"] = f"{size.problems} x {size.samples}"
         numbers[f"proposal waves, {when}"] = waves
     return numbers | {

@@ -94,6 +94,8 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
     for option in sorted(options(annotation), key=lambda option: section_of(option) is not None):
         if section := section_of(option):
             words.append(f"a section with the keys {', '.join(section.model_fields)}")
+        elif get_origin(option) is not None:
+            words.append(_words(option, metadata))
         else:
             words.append(f"{_NAMES[option]} {_bounds(metadata) if option in (int, float) else ''}".rstrip())
     return " or ".join(words)

@@ -44,14 +44,19 @@ TOO_LARGE = f"the configuration is larger than {MAX_BYTES >> 10} KiB; {LONG}"
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (None: all defaults), apply the overrides in order, check everything.
 
-    overrides: `--slow.lr=1e-3`, or `--slow.lr` followed by `1e-3`. Each changes the key that it names and no other, with one exception: a
-    `--task` that is not the file's leaves the file's task_args behind. Raises UserError, one sentence per mistake.
+    overrides: `--slow.lr=1e-3`, or `--slow.lr` followed by `1e-3`. Each changes the key that it names and no other, with two exceptions: a
+    `--task` that is not the file's leaves the file's task_args behind, a `--model.path` its model.revision. Raises UserError, one sentence per mistake.
     """
     tree = {} if path is None else read_file(path)
     given = list(pairs(overrides))
     task = [text for key, text in given if key == "task"][-1:]
     if task and task[0] != tree.get("task", Config.model_fields["task"].default):
         tree.pop("task_args", None)
+    model = tree.get("model")
+    if isinstance(model, dict) and any(
+        key == "model.path" and text != model.get("path") for key, text in given
+    ):
+        model.pop("revision", None)
     for key, text in given:
         assign(tree, key, _value(key, text))
     return check(tree, "" if path is None else f"{path}: ", {key for key, _ in given})

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fst_fast.components import NAME, compose, names_one
+from fst_fast.config import checks
 
 
 class Section(BaseModel):
@@ -26,9 +27,14 @@ class ModelConfig(Section):
     """The base model, which training starts from and which stays the reference."""
 
     path: str = "mini"
-    """Folder of a Hugging Face model, or `mini`: the base model shipped with the package."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights during training."""
+    """Folder of a Hugging Face model, a model of the Hugging Face Hub such as `Qwen/Qwen3-8B`, a `.gguf` file, or `mini`: the base model shipped
+    with the package."""
+    revision: str | None = None
+    """For a model of the Hub: branch, tag or commit; null: main. A run records the commit."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own: a folder, or `org/name` or `org/name@revision` of the Hub. Its vocabulary must fit the model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Data type of the weights during training. `auto`: that of the checkpoint; float32 for a GGUF file. A run records what it is."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     chat_template: str | None = None
@@ -65,6 +71,14 @@ class PolicyConfig(Section):
     """DeepSpeed ZeRO stage, which partitions over the processes: 0 nothing, 1 the optimiser's state, 2 also gradients, 3 also weights."""
     offload_optimizer: bool = False
     """Keep the optimiser's state in CPU memory; needs zero_stage >= 1."""
+    offload_parameters: bool = False
+    """Keep the partitioned weights in CPU memory and fetch them layer by layer; needs zero_stage = 3."""
+    optimizer: Literal["torch_adamw", "auto", "fused_adam", "cpu_adam"] = "torch_adamw"
+    """Which implementation of AdamW: torch's; DeepSpeed's FusedAdam, which needs a GPU; DeepSpeedCPUAdam, which needs offload_optimizer and a C++
+    compiler at its first use; `auto`: DeepSpeedCPUAdam with offload_optimizer, else FusedAdam on a GPU, else torch's. They differ by rounding."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Further keys of the DeepSpeed configuration, such as {zero_optimization: {overlap_comm: true}}. Those that follow from other keys are
+    refused by name."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory."""
     liger: bool = False
@@ -73,6 +87,11 @@ class PolicyConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank adapters (peft) instead of all weights. The base weights are in memory once and serve as the reference, too. `{}` takes
     the defaults."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> PolicyConfig:
+        checks.policy(self)
+        return self
 
 
 class RolloutConfig(Section):
@@ -106,11 +125,14 @@ class RolloutConfig(Section):
     leaves out thoughts with some models; a turn whose past was rewritten is then a training sequence of its own."""
     tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
     """Syntax in which the policy calls tools; `auto` is that of the chat template."""
-    backend: Literal["native", "openai"] = "native"
-    """`openai`: a server (vLLM, SGLang) samples for the fast phase and for the base model in evaluations; the trained weights sample in this
-    process. Rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
+    backend: Literal["native", "openai", "vllm"] = "native"
+    """`native`: the engine of this package, in the training processes. `vllm`: vLLM servers, which are sent the trained weights after every step, sample
+    everything. `openai`: a server with weights of its own samples for the fast phase and for the base model in evaluations; the trained weights
+    sample in this process, and rollouts of the server are trained on (fast.reuse_rollouts) only if it returns token ids and log-probs."""
     backend_args: dict[str, Any] = Field(default_factory=dict)
-    """For backend=openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. The API key comes from OPENAI_API_KEY only."""
+    """For backend=vllm: urls, or command, gpus, args, env; transfer, folder, in_flight, max_mismatch, restarts, start_timeout_s, timeout_s, retries,
+    concurrency (docs/vllm.md). For backend=openai: model, base_url, timeout_s, retries, concurrency, processed_logprobs. A key comes from
+    VLLM_API_KEY or OPENAI_API_KEY only."""
 
 
 class StageConfig(Section):
@@ -124,6 +146,14 @@ class StageConfig(Section):
     """Optimiser steps of this stage, distillation included."""
 
 
+class ReferenceConfig(Section):
+    """The model that the KL penalty compares the policy with."""
+
+    every: int | None = Field(None, ge=1)
+    """null, or `slow.reference: base`: the base model. N: the policy itself as it was after the last multiple of N steps, a frozen copy; needs the
+    memory of one more model, with LoRA too. The KL of evaluations stays the one to the base model."""
+
+
 class SlowConfig(Section):
     """The slow phase: reinforcement learning on the weights."""
 
@@ -134,39 +164,73 @@ class SlowConfig(Section):
     group_size: int = Field(8, ge=2)
     """Rollouts of one problem (G), spread evenly over the population. They form one advantage group."""
     lr: float = Field(1e-6, gt=0, le=1)
-    """AdamW learning rate, constant after the warm-up."""
+    """AdamW learning rate, the highest of the schedule."""
     warmup_steps: int = Field(10, ge=0)
     """Steps of linear warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling over the rest of slow.steps along a line or half a cosine."""
+    lr_min_ratio: float = Field(0.0, ge=0, le=1)
+    """linear, cosine: the share of lr to which they fall."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Largest global norm of the gradient, which is clipped to it; 0: no clipping."""
-    objective: Literal["cispo", "grpo", "ppo", "reinforce"] = "cispo"
-    """Policy-gradient loss; see fst_kernels.PolicyObjective."""
+    objective: Literal["cispo", "grpo", "ppo", "reinforce", "gspo", "dapo", "dr_grpo"] = "cispo"
+    """Policy-gradient loss; see fst_kernels.PolicyObjective. grpo, ppo, dapo and dr_grpo clip the ratio of each token, gspo that of a sequence.
+    Three of them change defaults of other keys: dapo clip_high=0.28, aggregation=token; dr_grpo aggregation=constant, advantage_scale=none;
+    gspo clip_low=3e-4, clip_high=4e-4, aggregation=sequence."""
     ratio_cap: float = Field(4.0, ge=1)
     """cispo: largest importance ratio, as in TRL and Liger. verl, open-instruct, NeMo and slime give it as 1 + eps: the paper's clip_high of
     3.0 is 4.0 here."""
     clip_low: float = Field(0.2, ge=0, lt=1)
-    """grpo, ppo: the ratio is clipped to at least 1 - clip_low."""
+    """grpo, ppo, dapo, dr_grpo, gspo: the ratio is clipped to at least 1 - clip_low."""
     clip_high: float = Field(0.2, ge=0)
-    """grpo, ppo: the ratio is clipped to at most 1 + clip_high."""
+    """grpo, ppo, dapo, dr_grpo, gspo: the ratio is clipped to at most 1 + clip_high."""
+    mismatch: Literal["none", "tis", "mis"] = "none"
+    """Importance weight on the loss for what the sampler's and the trainer's log-probs differ by: `none`: the objective's own ratio is between the
+    trained weights and the sampler, and holds it; `tis`: a weight cut to mismatch_cap; `mis`: one that is 0 above it. With the latter two the
+    objective's ratio is 1, since a batch has one step, and its clip or cap does not act."""
+    mismatch_level: Literal["token", "sequence"] = "token"
+    """The ratio of the weight: of each token, or the product over its sequence."""
+    mismatch_cap: float = Field(2.0, ge=1)
+    """tis: largest weight; mis: largest ratio that keeps its weight."""
     kl: Literal["none", "k3", "reverse", "forward"] = "k3"
     """Penalty for distance from the base model: `none`; `k3`, an estimate from the sampled tokens; `reverse`, the exact KL(pi||ref), and
     `forward`, the exact KL(ref||pi), both over the vocabulary."""
     kl_coef: float = Field(1e-3, ge=0)
     """Weight of the KL penalty."""
+    reference: ReferenceConfig = ReferenceConfig()
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    aggregation: Literal["problem", "token", "sequence"] = "problem"
+    aggregation: Literal["problem", "token", "sequence", "constant"] = "problem"
     """How token losses are averaged: `problem` over the tokens of a problem, then over problems (the paper); `token` over all tokens;
-    `sequence` over the tokens of a sequence, then over sequences."""
+    `sequence` over the tokens of a sequence, then over sequences; `constant`: their sum over problems_per_step x group_size x
+    rollout.max_response_tokens, whatever was sampled (Dr. GRPO)."""
     advantage_group: Literal["problem", "context"] = "problem"
     """Rewards that a rollout is compared with: `problem` those of all rollouts of its problem, across contexts (the paper); `context` those
     under its own context."""
     advantage_eps: float = Field(1e-6, ge=0)
     """Added to the population standard deviation of a group's rewards."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """What r - mean is divided by: `std` the standard deviation of the group, `none` nothing (Dr. GRPO)."""
+    dynamic_sampling: int = Field(0, ge=0)
+    """Most rounds in which a step replaces its groups without variance by groups of other training problems, drawn at random; 0: none. A step
+    then samples at most 1 + dynamic_sampling times problems_per_step x group_size rollouts."""
+    mask_overlong: bool = False
+    """Leave rollouts that were cut at rollout.max_response_tokens, or an episode's max_episode_tokens, out of the loss. They stay in the mean and
+    deviation of their group."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Take reward off long responses: nothing up to rollout.max_response_tokens - overlong_buffer tokens, then in proportion, at the longest
+    overlong_penalty (DAPO). 0: none."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """See overlong_buffer."""
+    reward_shaping: str | None = None
+    """`file.py:function` of (problem, rollouts of its group) that returns a reward for each, instead of the verdict's. See docs/recipes.md."""
+    reward_clip: tuple[float, float] | None = None
+    """Smallest and largest reward, applied last. Shaping, penalty and clip change what the advantages are made of; contexts and metrics keep the
+    verdict's reward."""
     tokens_per_micro_batch: int = Field(8192, ge=1)
     """Forest tokens (padded: tokens of the padded batch) of one forward/backward on one process."""
     head_chunk_rows: int = Field(1024, ge=1)
@@ -177,6 +241,19 @@ class SlowConfig(Section):
     mismatch_warning: float = Field(1e-2, gt=0)
     """Warn of a step without reused rollouts whose mismatch_kl, in nats per token, is above this: rollout engine and trainer then disagree on
     log-probs. Usual values are below 1e-8 in float32 and below 1e-3 in bfloat16."""
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _base(cls, value: Any) -> Any:
+        return {} if value == "base" else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> SlowConfig:
+        for name, value in checks.OBJECTIVE_DEFAULTS.get(self.objective, {}).items():
+            if name not in self.model_fields_set:
+                self.__dict__[name] = value
+        checks.slow(self)
+        return self
 
 
 class FastConfig(Section):
@@ -195,7 +272,12 @@ class FastConfig(Section):
     first_generations: int = Field(4, ge=1)
     """Proposal waves of the first fast phase."""
     children: int = Field(4, ge=1)
-    """Contexts proposed in one wave."""
+    """Contexts compared with their parents in one wave."""
+    proposals: int | None = Field(None, ge=1)
+    """Reflections asked for in one wave, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
+    scored with one rollout on each of fast.screen_problems anchor problems, and the best go on."""
+    screen_problems: int = Field(4, ge=1)
+    """Anchor problems of that first comparison."""
     samples: int = Field(2, ge=1)
     """Rollouts of a context on each anchor problem."""
     failures_shown: int = Field(3, ge=1)
@@ -220,6 +302,9 @@ class FastConfig(Section):
     only."""
     reflection_tokens: int = Field(1024, ge=1)
     """For reflector=self: longest reply, in tokens; a reply that is cut there is refused."""
+    reflection_style: Literal["auto", "full", "short"] = "auto"
+    """For reflector=self: `full` shows whole failures and asks for an analysis; `short` asks for one small edit, shown by examples, and
+    begins the reply, as small models need it. `auto`: short for a base model of fewer than 3e9 parameters."""
     adaptive: bool = False
     """Skip fast phases that are unlikely to help: after one that admits no child, the contexts are carried over unscored for one cycle, after
     two in a row for two cycles, then for three. An admitted child or a new stage ends it. Nothing is skipped while the seed context is the
@@ -309,6 +394,19 @@ class RunConfig(Section):
     """Longest wait of one process for another; after it the run stops and names the missing one."""
 
 
+class AttachConfig(Section):
+    """Runs of trackers that exist already."""
+
+    tensorboard: str | None = Field(None, min_length=1)
+    """Folder of TensorBoard events; null: RUN/tensorboard."""
+    wandb: str | None = Field(None, min_length=1)
+    """Id of a Weights & Biases run; null: none."""
+    trackio: str | None = Field(None, min_length=1)
+    """Name of a trackio run; null: none."""
+    mlflow: str | None = Field(None, min_length=1)
+    """Id of an MLflow run; null: none."""
+
+
 class TrackConfig(Section):
     """Where metrics and sample rollouts go, besides metrics.jsonl."""
 
@@ -318,8 +416,20 @@ class TrackConfig(Section):
     """Weights & Biases project (extra `track`); null: none."""
     trackio: str | None = None
     """trackio project (extra `track`); null: none."""
+    mlflow: str | None = None
+    """MLflow experiment (extra `track`), on the server of MLFLOW_TRACKING_URI; null: none."""
+    attach: AttachConfig = AttachConfig()
+    """Runs of trackers that exist already and are written to, instead of new ones. A run of W&B, trackio or MLflow that is active in this
+    process is written to without being named."""
     rollouts_per_step: int = Field(2, ge=0)
-    """Rollouts of each step written to RUN/rollouts.jsonl for a person to read."""
+    """Rollouts of each step written to RUN/rollouts.jsonl for a person to read, and sent to the trackers as a table."""
+
+    @model_validator(mode="after")
+    def _attached_is_on(self) -> TrackConfig:
+        for key, run in self.attach:
+            if run and not getattr(self, key):
+                raise ValueError(f"track.attach names a run of {key}, but track.{key} is off")
+        return self
 
 
 class Config(Section):
@@ -330,8 +440,8 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     task: str = "star_graph"
-    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, or `data.jsonl` with task_args.verify = a built-in grader or
-    `grader.py:function`."""
+    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, or rows with task_args.verify = a built-in grader or
+    `grader.py:function`: `hf:NAME` (a data set of the Hugging Face Hub), `data.jsonl`, `.csv`, `.tsv`, `.parquet`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
     stages: tuple[StageConfig, ...] = ()
@@ -352,74 +462,8 @@ class Config(Section):
     the batch out and counts it (skipped_steps). The batch is written to RUN/dumps, except in distillation."""
 
     @model_validator(mode="after")
-    def _steps_add_up(self) -> Config:
-        total = sum(stage.steps for stage in self.stages)
-        if self.stages and total != self.slow.steps:
-            raise ValueError(
-                f"slow.steps={self.slow.steps} is not the sum of the stages' steps, {total}; leave slow.steps out"
-            )
-        distil = self.slow.distill_steps
-        if distil and self.method != "fst":
-            raise ValueError(
-                f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {self.method}"
-            )
-        shortest = min([stage.steps for stage in self.stages] or [self.slow.steps])
-        if distil and distil >= shortest:
-            raise ValueError(
-                f"slow.distill_steps={distil} leaves no step for the rest of {'a stage' if self.stages else 'the run'} of {shortest} steps"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _values_fit_together(self) -> Config:
-        g, k = self.slow.group_size, self.fast.population
-        if self.method != "rl" and g % k:
-            raise ValueError(
-                f"slow.group_size={g} is not a multiple of fast.population={k}; try {-(-g // k) * k}"
-            )
-        if self.method != "rl" and self.slow.advantage_group == "context" and g < 2 * k:
-            raise ValueError(
-                f"slow.advantage_group=context compares the {g // k} rollout of a problem under one context with nothing; slow.group_size "
-                f"must be at least {2 * k} with fast.population={k}"
-            )
-        tree = self.policy.attention == "tree"
-        if tree != (self.policy.packing == "forest"):
-            raise ValueError(
-                f"policy.attention={self.policy.attention} does not go with policy.packing={self.policy.packing}; "
-                "tree goes with forest, sdpa and flash_attention_2 with padded"
-            )
-        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
-        if self.policy.packing == "forest" and self.slow.tokens_per_micro_batch < longest:
-            raise ValueError(
-                f"slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch} does not hold the longest sequence, {longest} tokens "
-                f"(rollout.max_prompt_tokens + rollout.max_response_tokens); at least {longest}"
-            )
-        episode = self.rollout.max_episode_tokens
-        if episode is not None and not longest <= episode <= self.slow.tokens_per_micro_batch:
-            raise ValueError(
-                f"rollout.max_episode_tokens={episode} must hold one turn, {longest} tokens (rollout.max_prompt_tokens + "
-                f"rollout.max_response_tokens), and be at most slow.tokens_per_micro_batch={self.slow.tokens_per_micro_batch}"
-            )
-        if self.rollout.history == "split" and self.slow.distill_steps:
-            raise ValueError(
-                "rollout.history=split does not go with slow.distill_steps: the teacher would read what the student has not"
-            )
-        if self.rollout.backend == "native" and self.rollout.backend_args:
-            raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
-        if self.policy.offload_optimizer and self.policy.zero_stage == 0:
-            raise ValueError("policy.offload_optimizer=true needs policy.zero_stage >= 1, which is 0")
-        save, keep = self.checkpoint.every, self.checkpoint.keep_every
-        if keep and (not save or keep % save):
-            raise ValueError(
-                f"checkpoint.keep_every={keep} is not a multiple of checkpoint.every={save}; "
-                + (f"try {-(-keep // save) * save}" if save else "with 0 only the last step has a checkpoint")
-            )
-        if not all(0 <= beta < 1 for beta in self.slow.betas):
-            raise ValueError(f"slow.betas={list(self.slow.betas)}; each must be at least 0 and below 1")
-        lookahead = self.slow.problems_per_step * self.fast.cycle_steps
-        if self.method != "rl" and self.fast.anchor_size > lookahead:
-            raise ValueError(
-                f"fast.anchor_size={self.fast.anchor_size} is larger than the lookahead of {lookahead} problems "
-                f"(slow.problems_per_step x fast.cycle_steps); at most {lookahead}"
-            )
+        checks.steps(self)
+        checks.together(self)
+        checks.recipe(self)
         return self

@@ -5,7 +5,7 @@ Each is a function of (seed, step or cycle), so the step number is the only curs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +23,16 @@ def minibatch(problems: Sequence[Problem], step: int, size: int, seed: int) -> l
     epoch, place = divmod(step, per_epoch)
     order = np.random.default_rng([seed, 1, epoch]).permutation(len(problems))
     return [problems[i] for i in order[place * size : (place + 1) * size]]
+
+
+def spare_problems(
+    problems: Sequence[Problem], step: int, batch: Sequence[Problem], seed: int
+) -> Iterator[Problem]:
+    """The problems that are not in the minibatch of step `step`, in an order of the step's own: for slow.dynamic_sampling."""
+    taken = {p.id for p in batch}
+    for i in np.random.default_rng([seed, 3, step]).permutation(len(problems)):
+        if problems[i].id not in taken:
+            yield problems[i]
 
 
 def lookahead(problems: Sequence[Problem], step: int, steps: int, size: int, seed: int) -> list[Problem]:

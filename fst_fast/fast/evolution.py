@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,22 @@ from numpy.typing import NDArray
 
 from fst_fast.components import components_of, compose, names_one
 from fst_fast.config import FastConfig
-from fst_fast.config.derived import Size, affordable
+from fst_fast.config.derived import Size, affordable, screening
 from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
 from fst_fast.fast.merge import merge
 from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
-from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, Reply, ask, cut, extract
+from fst_fast.fast.reflection import (
+    Failure,
+    Lesson,
+    ReflectionPrompt,
+    Reflector,
+    Refusal,
+    Reply,
+    ask,
+    cut,
+    extract,
+)
 from fst_fast.fast.scoring import ScoreFn
 from fst_fast.run.callbacks import Admission, Proposal
 
@@ -44,6 +54,9 @@ KEPT_FEEDBACK_CHARS = 500
 """How much of a shown failure's feedback the lineage stores."""
 KEPT_REFLECTION_CHARS = 4000
 """How much of a reflector's reply the lineage stores."""
+
+SHOWN_SUCCESSES, SHOWN_LESSONS, SHOWN_OTHERS = 8, 2, 3
+"""How many full rewards, admitted edits and other contexts a reflection prompt brings along."""
 
 _STREAM = 0xFA57
 """Separates the fast phase's random stream from others with the same seed."""
@@ -120,9 +133,13 @@ def evolve(
     refused: Counter[str] = Counter()
     asked = generations = read = written = 0
     for generation in range(config.first_generations if cycle == 0 else config.generations):
-        width = min(config.children, (config.rollout_budget - evaluations.spent) // size.rollouts)
+        screen = screening(config)
+        width = min(config.children, (config.rollout_budget - evaluations.spent - screen) // size.rollouts)
         rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
-        parents = _choose_parents(evaluations, archive, width, rng)
+        wanted = config.proposals or config.children
+        parents = _choose_parents(
+            evaluations, archive, min(width, wanted) if not screen else wanted * (width > 0), rng
+        )
         if not parents:  # the budget is used up, or no context fails anywhere
             break
         shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
@@ -133,10 +150,20 @@ def evolve(
         )
         if merged:
             parents, shown = parents[:-1], shown[:-1]
-        turn = (cycle + generation) * config.children
+        turn = (cycle + generation) * wanted
         revised = [_revised(config, parent, turn + i) for i, parent in enumerate(parents)]
+        ranked = sorted(archive, key=lambda c: -(evaluations.mean(c.id)[0] or 0.0))
+        lessons = _lessons(lineage)
         prompts = [
-            _prompt(evaluations, parent, failures, component)
+            ReflectionPrompt(
+                components_of(parent.text)[component] if component else parent.text,
+                [evaluations.failure(s) for s in failures],
+                successes=[evaluations.failure(s) for s in evaluations.successes],
+                others=[c.text for c in ranked if c.id != parent.id][:SHOWN_OTHERS],
+                lessons=lessons,
+                component=component,
+                whole=parent.text if component else "",
+            )
             for parent, failures, names in zip(parents, shown, revised, strict=True)
             for component in names
         ]
@@ -182,13 +209,17 @@ def evolve(
             line = lineage.setdefault(line.context.id, line)
             emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
             children.append((line.context, parent))
+        born += [child.id for child, _ in children]
+        if len(children) > width:
+            evaluations.judge([child for child, _ in children], screen=config.screen_problems)
+            children.sort(key=lambda pair: -(evaluations.mean(pair[0].id)[0] or 0.0))
+            del children[width:]
         evaluations.judge([child for child, _ in children])
         for child, parent in children:
             admitted = pareto.admits(
                 evaluations.rewards[child.id], evaluations.rewards[parent.id], config.admit_z
             )
             lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=admitted)
-            born.append(child.id)
             if admitted:
                 archive.append(child)
             means = [evaluations.mean(context.id)[0] for context in (child, parent)]
@@ -243,21 +274,27 @@ class _Evaluations:
         self.rewards: dict[str, NDArray[np.float64]] = {}  # context id -> [N, S], NaN where unjudged
         # context id -> the first failed sample of each failed problem
         self.failures: dict[str, list[ScoredRollout]] = {}
+        self.successes: list[ScoredRollout] = []  # the first with the full reward, of whatever context
         self.sampled: list[ScoredRollout] = []
         self.unjudged = 0
+        self._asked: set[tuple[str, str, int]] = set()  # (context, problem, sample)
+        self._failed: set[tuple[str, str]] = set()
 
     @property
     def spent(self) -> int:
         return len(self.sampled)
 
-    def judge(self, contexts: Sequence[Context]) -> None:
-        """Score these contexts on every problem and sample, in one batch."""
+    def judge(self, contexts: Sequence[Context], *, screen: int | None = None) -> None:
+        """Score these contexts on every problem and sample that they have not been scored on, in one batch. screen: on the first problems
+        only, one sample each."""
         items = [
             RolloutRequest(c, p, k)
             for c in contexts
-            for p in self.problem.values()
-            for k in range(self.samples)
+            for p in list(self.problem.values())[:screen]
+            for k in range(self.samples if screen is None else 1)
+            if (c.id, p.id, k) not in self._asked
         ]
+        self._asked |= {(c.id, p.id, k) for c, p, k in items}
         if not items:
             return
         answers = self.score(items)
@@ -265,9 +302,8 @@ class _Evaluations:
         self.sampled += answers
         column = {problem_id: j for j, problem_id in enumerate(self.problem)}
         for context in contexts:
-            self.rewards[context.id] = np.full((len(column), self.samples), np.nan)
-            self.failures[context.id] = []
-        failed: set[tuple[str, str]] = set()
+            self.rewards.setdefault(context.id, np.full((len(column), self.samples), np.nan))
+            self.failures.setdefault(context.id, [])
         for (context, problem, sample), answer in zip(items, answers, strict=True):
             rollout, reward = answer.rollout, answer.verdict.reward
             assert (rollout.context_id, rollout.problem_id, rollout.sample) == (
@@ -281,8 +317,10 @@ class _Evaluations:
                 continue
             self.rewards[context.id][column[problem.id], sample] = reward
             self.scores.add(context.id, problem.id, reward)
-            if reward < FULL_REWARD and (context.id, problem.id) not in failed:
-                failed.add((context.id, problem.id))
+            if reward >= FULL_REWARD:
+                self.successes = [*self.successes, answer][:SHOWN_SUCCESSES]
+            elif (context.id, problem.id) not in self._failed:
+                self._failed.add((context.id, problem.id))
                 self.failures[context.id].append(answer)
 
     def matrix(self, context_ids: Sequence[str]) -> pareto.Matrix:
@@ -292,6 +330,15 @@ class _Evaluations:
         """(mean over this phase's problems of the mean reward, number of judged rollouts)."""
         n = self.scores.count(context_id, list(self.problem))
         return (float(pareto.row_means(self.matrix([context_id]))[0]) if n else None), n
+
+    def failure(self, sampled: ScoredRollout) -> Failure:
+        """A rollout of this phase as a reflection shows it."""
+        assert sampled.verdict.reward is not None
+        text = "\n\n".join(
+            m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}"
+            for m in self.problem[sampled.rollout.problem_id].messages
+        )
+        return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
 
 
 def _choose_parents(
@@ -336,15 +383,6 @@ def _revised(config: FastConfig, parent: Context, turn: int) -> list[str]:
     return names if config.component_selector == "all" else [names[turn % len(names)]]
 
 
-def _prompt(
-    evaluations: _Evaluations, parent: Context, failures: Sequence[ScoredRollout], component: str
-) -> ReflectionPrompt:
-    shown = [_failure(evaluations.problem[s.rollout.problem_id], s) for s in failures]
-    if not component:
-        return ReflectionPrompt(parent.text, shown)
-    return ReflectionPrompt(components_of(parent.text)[component], shown, component, parent.text)
-
-
 def _child_text(
     parent: Context,
     names: Sequence[str],
@@ -370,12 +408,17 @@ def _child_text(
     return ("", "duplicate") if child in tried else (child, "")
 
 
-def _failure(problem: Problem, sampled: ScoredRollout) -> Failure:
-    assert sampled.verdict.reward is not None
-    text = "\n\n".join(
-        m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}" for m in problem.messages
-    )
-    return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
+def _lessons(lineage: Mapping[str, Lineage]) -> list[Lesson]:
+    """The latest admitted edits, oldest first."""
+    edits = [
+        (lineage[line.context.parent], line)
+        for line in lineage.values()
+        if line.admitted and line.context.parent is not None and line.context.parent in lineage
+    ]
+    return [
+        Lesson(before.context.text, [shown.feedback for shown in line.failures], line.context.text)
+        for before, line in edits[-SHOWN_LESSONS:]
+    ]
 
 
 def _child_lineage(child: Context, failures: Sequence[ScoredRollout], replies: Sequence[Reply]) -> Lineage:

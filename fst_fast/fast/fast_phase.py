@@ -17,7 +17,7 @@ from fst_fast.data.stream import anchor_set
 from fst_fast.errors import UserError
 from fst_fast.fast.evolution import FastResult, evolve
 from fst_fast.fast.population import FastState
-from fst_fast.fast.reflection import Reflector
+from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.run.callbacks import CycleStart
@@ -57,12 +57,16 @@ def fast_phase(
             temperature=config.rollout.temperature,
         )
 
+    def timed(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
+        with recorder.stopwatch.part("reflect_s"):
+            return reflect(prompts, seeds=seeds)
+
     with recorder.stopwatch.phase("fast_s"):
         result = evolve(
             state,
             anchor=anchor_set(lookahead, config.fast.anchor_size, cycle, config.seed),
             score=score,
-            reflect=reflect,
+            reflect=timed,
             config=config.fast,
             count_tokens=sampler.count_tokens,
             cycle=cycle,

@@ -34,7 +34,7 @@ _AROUND = " ()[]{}<>*_.…\"'"
 
 @dataclass(frozen=True)
 class Failure:
-    """One response that did not get the full reward."""
+    """One judged response: where nothing else is said, one that did not get the full reward."""
 
     problem: str
     response: str
@@ -43,12 +43,27 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """An edit that was admitted: the context before, what the checker said of it, and the context after."""
+
+    before: str
+    feedback: Sequence[str]
+    after: str
+
+
+@dataclass(frozen=True)
 class ReflectionPrompt:
-    """What a reflector sees: a context and some of its failures. Of a context of components: `context` is the component to be revised,
+    """What a reflector sees: a context and some of its failures.
+
+    For reflectors that need more help: successes, responses with the full reward, under any context; others, the other current texts, best
+    first; lessons, the latest admitted edits. `render` leaves these out. Of a context of components: `context` is the component to be revised,
     `component` its name, `whole` all of them."""
 
     context: str
     failures: Sequence[Failure]
+    successes: Sequence[Failure] = ()
+    others: Sequence[str] = ()
+    lessons: Sequence[Lesson] = ()
     component: str = ""
     whole: str = ""
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +28,8 @@ from transformers import (
 
 from fst_fast.errors import UserError
 from fst_fast.forest import Forest
+from fst_fast.policy.base_model import first_line, model_folder, read_config
+from fst_fast.policy.gguf import refuse_missing
 from fst_kernels.tree_attention import TreeMask, tree_attention
 
 NAME = "fst"
@@ -122,21 +123,19 @@ PADDED_HINT = "use policy.packing=padded with policy.attention=sdpa"
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str, *, attention: Attention, trust_remote_code: bool = False
+    path: str | Path,
+    dtype: torch.dtype | str,
+    *,
+    attention: Attention,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from a local folder, or the shipped one for "mini"; nothing is ever downloaded.
+    """Load a causal language model. path, revision: as `model.path` and `model.revision`, see base_model.py.
 
     dtype: torch.float32, "bfloat16", ... attention="tree" takes the plan of each forward (see above); the others are
-    transformers' own. Raises UserError if the folder is missing or holds no model, and, with "tree", for architectures
-    that cannot be packed."""
-    folder = model_folder(path)
-    kwargs: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path={str(path)!r}: its config.json cannot be used: {_first_line(error)}"
-        ) from error
+    transformers' own. Raises UserError if there is no model, and, with "tree", for architectures that cannot be packed."""
+    folder = model_folder(path, revision)
+    config = read_config(folder, path, trust_remote_code=trust_remote_code)
     if attention == "tree":
         reason = unpackable_reason(config)
         if reason:
@@ -146,12 +145,18 @@ def load_model(
     implementation = NAME if attention == "tree" else attention
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=kind, attn_implementation=implementation, **kwargs
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=kind,
+            attn_implementation=implementation,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except ImportError as error:
         raise UserError(
-            f"policy.attention={attention} cannot run here: {_first_line(error)}; sdpa runs everywhere"
+            f"policy.attention={attention} cannot run here: {first_line(error)}; sdpa runs everywhere"
         ) from error
     except (
         OSError,
@@ -159,26 +164,10 @@ def load_model(
         RuntimeError,
         SafetensorError,
     ) as error:  # RuntimeError: weights of another shape
-        raise UserError(f"model.path={str(path)!r} cannot be loaded: {_first_line(error)}") from error
-    return model
-
-
-def model_folder(path: str | Path) -> Path:
-    """The folder that model.path names; "mini" is the shipped model. Raises UserError if it holds no model."""
-    if str(path) == "mini":
-        from fst_fast import mini
-
-        return Path(mini.path())
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"model.path={str(path)!r} is not a folder; a local Hugging Face model folder or 'mini' is needed"
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model.path={str(path)!r} has no config.json; a local Hugging Face model folder or 'mini' is needed"
-        )
-    return folder
+        raise UserError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
+    refuse_missing(loading, f"model.path={str(path)!r}")
+    found: PreTrainedModel = model
+    return found
 
 
 # Architectures (model_type) whose loss and gradients a test compares with the padded pass. Others may compute something else.
@@ -220,7 +209,3 @@ def sliding_window(config: PreTrainedConfig) -> int | None:
         return None
     types = getattr(text, "layer_types", None)
     return int(window) if not types or "sliding_attention" in types else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -118,14 +118,19 @@ def save(model: nn.Module, folder: Path) -> None:
     state = merged_state_dict(model) if adapters else None
     model.save_pretrained(folder / "model", state_dict=state)  # type: ignore[operator]
     if adapters:
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
+        save_adapters(model, folder / FOLDER)
 
-        configs: Any = model.peft_config
-        configs[NAME].save_pretrained(folder / FOLDER)
-        state = get_peft_model_state_dict(model, adapter_name=NAME)
-        named = {f"base_model.model.{key}": value.contiguous().cpu() for key, value in state.items()}
-        save_file(named, folder / FOLDER / "adapter_model.safetensors")
+
+def save_adapters(model: nn.Module, folder: Path) -> None:
+    """Write the adapters alone to `folder`, in peft's format."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    configs: Any = model.peft_config
+    configs[NAME].save_pretrained(folder)
+    state = get_peft_model_state_dict(model, adapter_name=NAME)
+    named = {f"base_model.model.{key}": value.contiguous().cpu() for key, value in state.items()}
+    save_file(named, folder / "adapter_model.safetensors")
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Fragment:
 
 
 def fragments(engine: Any) -> list[Fragment]:
-    """The fragments of this process, in the order of the model's parameters. engine: DeepSpeed's, with torch's AdamW inside."""
+    """The fragments of this process, in the order of the model's parameters. engine: DeepSpeed's, with an AdamW inside."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 3:
@@ -84,8 +84,8 @@ def _copies(optimizer: Any) -> Iterator[tuple[Any, Tensor]]:
         yield from zip(weights, copies, strict=True)
 
 
-def _torch_adam(engine: Any) -> Any:
-    """The torch AdamW inside DeepSpeed's optimiser."""
+def _adam(engine: Any) -> Any:
+    """The AdamW inside DeepSpeed's optimiser: torch's, FusedAdam or DeepSpeedCPUAdam. All keep exp_avg and exp_avg_sq per tensor."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -93,7 +93,7 @@ def reset(engine: Any) -> None:
     """Undo the Adam step with zero gradients that DeepSpeed takes at the start in bf16 without ZeRO (only there). It
     applies weight decay and counts as a step, so the first update would be 0.74 times that of the other stages."""
     if hasattr(engine.optimizer, "fp32_groups"):
-        _torch_adam(engine).state.clear()
+        _adam(engine).state.clear()
         for weight, copy in _copies(engine.optimizer):
             copy.data.copy_(weight.data)
 
@@ -104,7 +104,7 @@ def save(engine: Any, folder: Path) -> None:
     held = fragments(engine)
     if engine.zero_optimization_stage() == 0:  # every process holds everything: each writes a shard
         held = distributed.local_shard(held)
-    adam = _torch_adam(engine)
+    adam = _adam(engine)
     batch: dict[str, Tensor] = {}
     number = 0
 
@@ -130,17 +130,19 @@ def save(engine: Any, folder: Path) -> None:
 
 
 def _steps(adam: Any, held: list[Fragment]) -> int:
-    """The number of Adam steps in the moments; 0 before the first."""
+    """The number of Adam steps in the moments; 0 before the first. FusedAdam counts on the last tensor of those that it steps together."""
     counts = {int(adam.state.get(fragment.owner, {}).get("step", 0)) for fragment in held}
-    assert len(counts) == 1, f"parameters have taken different numbers of steps: {sorted(counts)}"
-    return counts.pop()
+    assert len(counts) == 1 or type(adam).__name__ == "FusedAdam", (
+        f"different numbers of steps: {sorted(counts)}"
+    )
+    return max(counts)
 
 
 def load(engine: Any, folder: Path) -> None:
     """Restore this process's fragments and the model weights derived from them. All processes call it, before the first step.
 
     Raises RuntimeError, naming the parameter, if the files do not cover it."""
-    adam, held = _torch_adam(engine), fragments(engine)
+    adam, held = _adam(engine), fragments(engine)
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
         counts = {int(file.metadata()["steps"]) for file in files}
@@ -157,7 +159,8 @@ def load(engine: Any, folder: Path) -> None:
             owner = fragment.owner
             if steps and owner not in adam.state:
                 moments = {kind: torch.zeros_like(owner, requires_grad=False) for kind in MOMENTS}
-                adam.state[owner] = {"step": torch.tensor(float(steps)), **moments}
+                count = torch.tensor(float(steps)) if isinstance(adam, torch.optim.AdamW) else steps
+                adam.state[owner] = {"step": count, **moments}
             targets = {WEIGHT: owner, **{kind: adam.state[owner][kind] for kind in MOMENTS if steps}}
             for kind, tensor in targets.items():
                 read = _read_range(places[kind, fragment.name], fragment.start, fragment.view(tensor))

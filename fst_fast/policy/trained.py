@@ -5,8 +5,7 @@ Deviations from the usual way to use DeepSpeed, and why:
   `gradient_accumulation_steps` is 1;
 - the loss has ONE global denominator (see slow/update.py). DeepSpeed averages gradients over processes, so the loss is
   first multiplied by their number;
-- the learning rate is set at every step from the config (linear warm-up, then constant), so it depends on the step
-  number alone;
+- the learning rate is set at every step from the config (policy/optimiser.py), so it depends on the step number alone;
 - checkpoints are in our own format (optimiser_state.py): safetensors that any layout can load;
 - rollouts never run through a ZeRO-3 forward. After each step the trained weights are gathered in buckets into a plain
   replica, whose memory is freed for the step itself.
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import head, liger, lora, optimiser_state
+from fst_fast.policy import head, liger, lora, optimiser, optimiser_state
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
@@ -50,19 +49,20 @@ def dtype_of(config: Config) -> torch.dtype:
 
 def load(config: Config, path: str | Path | None = None) -> nn.Module:
     """Load a plain frozen module on this process's device, in evaluation mode, with a head that runs jobs. path: None for `model.path`."""
-    model = _load(config, config.model.path if path is None else path)
+    model = _load(config, path)
     frozen: nn.Module = model.to(distributed.device()).eval().requires_grad_(False)
     return frozen
 
 
-def _load(config: Config, path: str | Path) -> Any:
+def _load(config: Config, path: str | Path | None = None) -> Any:
     if config.policy.liger:
         liger.check()
     model = load_model(
-        path,
+        config.model.path if path is None else path,
         dtype_of(config),
         attention=config.policy.attention,
         trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision if path is None else None,
     )
     head.install(model)
     if config.policy.liger:
@@ -72,10 +72,13 @@ def _load(config: Config, path: str | Path) -> Any:
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed settings derived from the config. Batch sizes are nominal, since we count micro-batches ourselves."""
-    zero: dict[str, Any] = {"stage": config.policy.zero_stage}
-    if config.policy.offload_optimizer:
+    policy = config.policy
+    zero: dict[str, Any] = {"stage": policy.zero_stage}
+    if policy.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    return {
+    if policy.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "optimizer": {
@@ -85,7 +88,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
                 "betas": list(config.slow.betas),
                 "eps": 1e-8,
                 "weight_decay": config.slow.weight_decay,
-                "torch_adam": True,
+                "torch_adam": optimiser.choice(config) == "torch_adamw",
             },
         },
         "gradient_clipping": config.slow.max_grad_norm,
@@ -96,6 +99,15 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    return _merged(settings, policy.deepspeed)
+
+
+def _merged(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        k: _merged(tree[k], v) if isinstance(v, dict) and isinstance(tree.get(k), dict) else v
+        for k, v in more.items()
+    }
+    return {**tree, **both}
 
 
 class TrainedPolicy:
@@ -121,7 +133,7 @@ class TrainedPolicy:
             self._zero3_loading = HfDeepSpeedConfig(settings)  # must stay alive while from_pretrained runs
         model: Any = adapted
         if adapted is None or self._zero3:
-            model = _load(config, config.model.path)
+            model = _load(config)
             if config.policy.lora is not None:
                 lora.inject(model, config)
         self._zero3_loading = None
@@ -148,8 +160,7 @@ class TrainedPolicy:
 
     def lr(self, step: int) -> float:
         """The learning rate of optimiser step `step` (from 0)."""
-        warmup = self._config.slow.warmup_steps
-        return self._config.slow.lr * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+        return optimiser.learning_rate(self._config.slow, step)
 
     def forward_backward(self, micro_batches: Sequence[tuple[dict[str, Any], head.LossJob]]) -> None:
         """Accumulate the gradients of all micro-batches; afterwards each job holds its statistics.

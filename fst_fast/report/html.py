@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from fst_fast.contracts import CELLS
 from fst_fast.report import curves, figures, lineage_figure, pages
 from fst_fast.report.lineage import Node, lineage, population
 from fst_fast.report.load import Cell, Counters, Eval, Example, Run, Step, Summary, load_runs
+from fst_fast.report.problems import compare, present
 from fst_fast.run.folder import disk_errors, write_atomic
+from fst_fast.run.troubles import KINDS
 
 WINDOW = 32  # rollouts at either end of a run among which the examples are chosen
 
@@ -53,6 +55,7 @@ class RunPage:
     final: list[Node]
     tree: Picture
     refused: dict[str, int]
+    troubles: list[tuple[str, Mapping[str, int]]]
     examples: list[tuple[str, str, list[Example]]]
 
 
@@ -101,6 +104,8 @@ def render(runs: Sequence[Run]) -> tuple[str, list[Picture]]:
         target_run=figures.name(rl) if rl else None,
         target=target,
         reached=curves.cost_to_reach(runs, target) if target is not None and len(runs) > 1 else [],
+        comparison=compare(runs) if len(runs) > 1 else None,
+        kinds=KINDS,
         overlapping=[run.label for run in runs if curves.phases_overlap(run)],
         version=fst_fast.__version__,
     )
@@ -124,6 +129,7 @@ def _run_page(number: int, run: Run, out: Outcome) -> RunPage:
         final=[by_id[id] for id in dict.fromkeys(population(run)) if id in by_id],
         tree=_picture(file, f"Lineage of the contexts of {run.label}", tree),
         refused=dict(refused.most_common()),
+        troubles=[(kind, where) for kind, where in present(run) if kind in KINDS],
         examples=examples(run),
     )
 

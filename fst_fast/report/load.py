@@ -1,6 +1,7 @@
 """A run folder as typed data.
 
-Only files are read: metrics.jsonl (required), timing.jsonl, summary.json, contexts.json, rollouts.jsonl and config.yaml. The run may
+Only files are read: metrics.jsonl (required), timing.jsonl, summary.json, contexts.json, problems.json, rollouts.jsonl and
+config.yaml. The run may
 still be going: what is not there yet is None or empty, and a torn last line is left out and said. Anything else that is not as the
 trainer writes it is refused with file and line, since a report drawn from damaged data looks as good as a right one.
 Keys and kinds of line that this page does not show are ignored.
@@ -72,6 +73,17 @@ class Start(Record):
     hardware: Any = None
 
 
+class Trouble(Record):
+    """A trouble that stood after a record (run/troubles.py)."""
+
+    value: float
+    limit: float
+    count: int
+
+
+Troubles = dict[str, Trouble]
+
+
 class Step(Counters):
     step: int
     cycle: int | None = None
@@ -85,6 +97,7 @@ class Step(Counters):
     response_tokens: float | None = None
     groups: int | None = None
     groups_kept: int | None = None
+    troubles: Troubles = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -128,6 +141,7 @@ class Cycle(Record):
     fast_rollouts: int | None = None
     best_mean: float | None = None
     seed_mean: float | None = None
+    troubles: Troubles = Field(default_factory=dict)
 
 
 class Eval(Counters):
@@ -141,7 +155,7 @@ class Eval(Counters):
 
 class Timing(Record):
     """Seconds since the start (over all resumes), and seconds spent in each phase since the row before. A step has a row for its
-    training and another for its evaluation."""
+    training and another for its evaluation. reflect_s is a part of fast_s."""
 
     step: int
     seconds: float
@@ -150,7 +164,9 @@ class Timing(Record):
     score_s: float | None = None
     train_s: float | None = None
     fast_s: float | None = None
+    reflect_s: float | None = None
     eval_s: float | None = None
+    troubles: Troubles = Field(default_factory=dict)
 
 
 class Summary(Counters):
@@ -188,6 +204,34 @@ class Example(Record):
     feedback: str | None = ""
 
 
+class Answer(Record):
+    """A cell's samples of one problem: their rewards, and the first of them."""
+
+    rewards: list[float | None]
+    reward: float | None = None
+    context_id: str | None = None
+    response: str | None = None
+    feedback: str | None = None
+
+    @property
+    def mean(self) -> float | None:
+        judged = [reward for reward in self.rewards if reward is not None]
+        return sum(judged) / len(judged) if judged else None
+
+
+class Posed(Record):
+    question: str
+    cells: dict[str, Answer]
+
+
+class Problems(Record):
+    """problems.json: the last evaluation."""
+
+    step: int
+    final: bool = False
+    problems: dict[str, Posed]
+
+
 R = TypeVar("R", bound=Record)
 S = TypeVar("S", Step, Eval)
 
@@ -207,6 +251,7 @@ class Run:
     summary: Summary | None
     contexts: Contexts | None
     examples: dict[str, tuple[list[Example], list[Example]]]
+    problems: Problems | None
     config: str | None
     notes: list[str] = field(default_factory=list)
 
@@ -292,6 +337,7 @@ def _load(folder: Path, label: str) -> Run:
         summary=_whole(Summary, folder / "summary.json"),
         contexts=_whole(Contexts, folder / "contexts.json"),
         examples=_edges(folder / "rollouts.jsonl", notes),
+        problems=_whole(Problems, folder / "problems.json"),
         config=_text(folder / "config.yaml"),
         notes=notes,
     )

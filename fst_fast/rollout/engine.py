@@ -94,6 +94,7 @@ class RolloutEngine:
         self.eos_ids, self.pad_id = tuple(eos_ids), pad_id
         self.max_batch, self.prefill_tokens, self.kv_bytes = max_batch, prefill_tokens, kv_bytes
         self.join_tokens, self.graph = join_tokens, graph
+        self._decode = decode
         self._ends = StopTexts(stop, decode) if stop and decode else None
         self.note = note
         self.tokens_computed = self.tokens_reused = self.tokens_unshared = 0
@@ -121,13 +122,19 @@ class RolloutEngine:
         top_p: float | None = None,
         top_k: int | None = None,
         policy_version: int,
+        stop: Sequence[str] | None = None,
         keep_responses: bool = False,
     ) -> list[Rollout]:
-        """Rollouts in request order. keep_responses: a later prompt may go on from them, so hold their keys and values, too. Raises UserError before it starts where a prompt is empty, too long for the model or for kv_bytes,
+        """Rollouts in request order. stop: texts that end a response here, instead of the engine's own. keep_responses: a later prompt may go on
+        from them, so hold their keys and values, too. Raises UserError before it starts where a prompt is empty, too long for the model or for kv_bytes,
         or where two requests are one and the same; UserError where memory runs out twice, the second time with half the sequences; and
         FloatingPointError naming request and token where the model gives NaN or Inf."""
         if not requests:
             return []
+        ends = self._ends
+        if stop is not None:
+            assert self._decode is not None, "stop texts without the decoding of tokens"
+            ends = StopTexts(stop, self._decode) if stop else None
         room = self._room() if self.packing == "forest" else 0
         self._check(requests, max_response_tokens, room)
         prompts = [np.asarray(r.prompt_ids, dtype=np.int64) for r in requests]
@@ -139,7 +146,7 @@ class RolloutEngine:
                 eos_ids=self.eos_ids,
                 sampling=Sampling(temperature, top_p, top_k),
                 name=lambda i: str(requests[i]),
-                stop=self._ends,
+                stop=ends,
             )
             with _evaluating(self.model), float32_logits(self.model), torch.inference_mode():
                 if self.packing == "forest":

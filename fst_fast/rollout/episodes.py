@@ -19,9 +19,10 @@ import numpy as np
 from fst_fast.contracts import Finish, Message, Rollout, RolloutRequest, ScoredRollout, Turn, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import Opening, messages_with_context, response_text
-from fst_fast.rollout.server import ServerEngine
 from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids
+from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.verify.episodes import Move, Over, digest
@@ -66,7 +67,7 @@ class _Episode:
 
 def play(
     sampler: Sampler,
-    engine: RolloutEngine | ServerEngine,
+    engine: Engine,
     requests: Sequence[RolloutRequest],
     *,
     stream: tuple[object, ...],
@@ -90,6 +91,9 @@ def play(
     turn = 0
     while live := [e for e in episodes if e.verdict is None]:
         started = time.perf_counter()
+        keep: dict[str, Any] = {}
+        if isinstance(engine, RolloutEngine):
+            keep = {"keep_responses": turn + 1 < config.max_turns}
         rollouts = engine.generate(
             [
                 Request(
@@ -108,7 +112,7 @@ def play(
             temperature=temperature,
             top_p=None if top_p in (None, 1.0) else top_p,
             policy_version=policy_version,
-            **({"keep_responses": turn + 1 < config.max_turns} if isinstance(engine, RolloutEngine) else {}),
+            **keep,
         )  # fmt: skip
         sampled_at = time.perf_counter()
         ends = {*engine.eos_ids, sampler.pad_id}
@@ -123,7 +127,7 @@ def play(
             if rollout.finish == "abort":
                 e.over(Verdict(None, "the server gave the response up"), "abort")
         turn += 1
-        reach("verification")
+        reach("turn")
         _answer(sampler, [e for e in live if e.verdict is None], last=turn >= config.max_turns, limit=limit)
         sampler.stopwatch.add("rollout_s", sampled_at - started)
         sampler.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
@@ -139,7 +143,7 @@ def ask_openings(sampler: Sampler, problems: Sequence[Any]) -> list[Opening | st
     ]
 
 
-def episode_tokens(sampler: Sampler, engine: RolloutEngine | ServerEngine) -> int:
+def episode_tokens(sampler: Sampler, engine: Engine) -> int:
     """The longest episode, in tokens."""
     config = sampler.config
     limits = [config.rollout.max_episode_tokens or config.slow.tokens_per_micro_batch]
@@ -149,6 +153,8 @@ def episode_tokens(sampler: Sampler, engine: RolloutEngine | ServerEngine) -> in
         )
         if engine.kv_bytes is not None:
             limits.append(engine.kv_bytes // engine.token_bytes())
+    elif isinstance(engine, VllmEngine):
+        limits.append(engine.hosts.longest)
     return min(limits)
 
 

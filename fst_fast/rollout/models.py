@@ -9,6 +9,9 @@ from torch import nn
 from fst_fast import distributed
 from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.rollout.server import ServerEngine
+from fst_fast.rollout.vllm import VllmEngine
+
+Engine = RolloutEngine | ServerEngine | VllmEngine
 
 
 @dataclass
@@ -17,9 +20,9 @@ class SamplingModels:
 
     Two of the engines may be the same object."""
 
-    trained: RolloutEngine
-    base: RolloutEngine | ServerEngine
-    fast: RolloutEngine | ServerEngine
+    trained: RolloutEngine | VllmEngine
+    base: Engine
+    fast: Engine
     trained_module: nn.Module
     base_module: nn.Module
     _counted: tuple[int, int] = (0, 0)
@@ -39,6 +42,13 @@ class SamplingModels:
     def skip_tokens(self) -> None:
         """Exclude the tokens since the last call from the count; used for evaluations, which are not part of the method's cost."""
         self._counted = self._tokens()
+
+    def served(self) -> dict[str, float | int | None]:
+        """What metrics.jsonl says of vLLM's servers: the last probe's mismatch and the restarts so far. {} without."""
+        if not isinstance(self.trained, VllmEngine):
+            return {}
+        hosts = self.trained.hosts
+        return {"probe_mismatch": hosts.mismatch, "server_restarts": hosts.generation}
 
     def _tokens(self) -> tuple[int, int]:
         engines = {id(e): e for e in (self.trained, self.base, self.fast)}.values()

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from fst_fast.components import components_of, system_text
 from fst_fast.contracts import Context, Message, Problem, Rollout
 from fst_fast.errors import UserError
-from fst_fast.policy.attention import model_folder
+from fst_fast.policy.base_model import first_line, model_folder
 from fst_fast.rollout.chat_template import ChatTemplate
 from fst_fast.rollout.special_tokens import Span, SpecialTokens
 
@@ -34,30 +34,39 @@ _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"  # private-use characters that mark a
 
 
 def load_tokenizer(
-    path: str | Path, *, trust_remote_code: bool = False, chat_template: str | Path | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    key: str = "model.path",
+    trust_remote_code: bool = False,
+    chat_template: str | Path | None = None,
 ) -> Any:
-    """The tokenizer of a local model folder, or the shipped one for "mini"; nothing is ever downloaded.
+    """The tokenizer of a model. path, revision: as `model.path` and `model.revision`, or with that key as `model.tokenizer`.
 
     chat_template: a file that replaces its own template. Raises UserError where there is no tokenizer, where it has no chat template, or
     where it is empty.
     """
+    where = f"{key}={str(path)!r}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model_folder(path), local_files_only=True, trust_remote_code=trust_remote_code
+            model_folder(path, revision, key=key, weights=False),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path={str(path)!r}: its tokenizer cannot be loaded: {reason}") from error
+        raise UserError(
+            f"{where}: its tokenizer cannot be loaded: {first_line(error)}; model.tokenizer can name another"
+        ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    if not tokenizer.chat_template:
-        raise _no_template(path)
     if not tokenizer.encode(
         "user", add_special_tokens=False
     ):  # what is made where a folder has no tokenizer.json
         raise UserError(
-            f"model.path={str(path)!r}: its tokenizer makes no token of a text; is tokenizer.json missing?"
+            f"{where}: its tokenizer makes no token of a text; is tokenizer.json missing? model.tokenizer can name another"
         )
+    if not tokenizer.chat_template:
+        raise _no_template(path)
     return tokenizer
 
 

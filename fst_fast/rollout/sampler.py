@@ -19,14 +19,18 @@ from transformers import GenerationConfig
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import RolloutRequest, ScoredRollout, Verdict
+from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.episodes import ask_openings, play
 from fst_fast.rollout.graphs import StepGraph
+from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
 from fst_fast.rollout.server import ServerEngine
-from fst_fast.rollout.template import Findings, configured_chat
+from fst_fast.rollout.template import Findings, check_vocabulary, configured_chat
+from fst_fast.rollout.vllm import VllmEngine
+from fst_fast.rollout.vllm_args import vllm_args
+from fst_fast.rollout.vllm_hosts import Hosts, Weights
 from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
@@ -47,6 +51,7 @@ class Sampler:
     template: Findings  # of the check of the chat template
     generation_config: Any = None  # of the run's checkpoint; None: the model's own
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    hosts: Hosts | None = None  # of rollout.backend=vllm
     _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
@@ -104,8 +109,10 @@ class Sampler:
         return sampler
 
     def close(self) -> None:
-        """End the verifying children. May be called twice."""
+        """End the verifying children and a server that the run started. May be called twice."""
         self.pool.close()
+        if self.hosts:
+            self.hosts.close()
 
     def __enter__(self) -> Sampler:
         return self
@@ -125,7 +132,9 @@ class Sampler:
             self.generation_config.save_pretrained(folder)
 
     def engine(self, model: nn.Module, note: Callable[[str], None] = print) -> RolloutEngine:
-        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory."""
+        """An engine that samples from `model` as configured. note: told what had to be chosen for want of memory. Raises UserError where the
+        tokenizer does not fit the model."""
+        check_vocabulary(self.prompts.chat, model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
         return RolloutEngine(
             model,
             eos_ids=self.end_ids(model),
@@ -144,21 +153,51 @@ class Sampler:
     def server(self, model: nn.Module, note: Callable[[str], None] = print) -> ServerEngine | None:
         """The server that rollout.backend=openai names, or None. model: whose vocabulary and end-of-response tokens it uses. note: told what the
         server did not answer."""
-        if self.config.rollout.backend == "native":
+        if self.config.rollout.backend != "openai":
             return None
-        return ServerEngine.from_args(
-            self.config.rollout.backend_args,
-            eos_ids=self.end_ids(model),
-            stop=self.config.rollout.stop,
-            vocab_size=model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
-            decode=self.tokenizer.decode,
-            encode=self.prompts.chat.special.encode_text,
+        return ServerEngine.from_args(self.config.rollout.backend_args, **self._of_model(model), note=note)
+
+    def open_hosts(
+        self, base: nn.Module, probe: tuple[Context, Problem], note: Callable[[str], None]
+    ) -> None:
+        """With rollout.backend=vllm: check its arguments, and the servers where they run already. probe: whose prompt is asked for after every
+        transfer of weights. All processes call it. Raises UserError."""
+        if self.config.rollout.backend != "vllm":
+            return
+        rollout = self.config.rollout
+        longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+        if self.pool.has_turns:
+            episode = rollout.max_episode_tokens or self.config.slow.tokens_per_micro_batch
+            positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+            longest = min(episode, positions or episode)
+        self.hosts = Hosts(
+            vllm_args(self.config),
+            self.config,
+            longest=longest,
+            probe_ids=self.prompts.ids(*probe),
+            pad_id=self.pad_id,
             note=note,
         )
+        if self.hosts.args.urls:
+            self.hosts.prepare(Weights(base, None))
+
+    def vllm(self, model: nn.Module, *, base: bool) -> VllmEngine | None:
+        """An engine that samples from `model` on the servers of rollout.backend=vllm, or None. base: its weights do not move."""
+        return VllmEngine(self.hosts, model, base=base, **self._of_model(model)) if self.hosts else None
+
+    def _of_model(self, model: nn.Module) -> dict[str, Any]:
+        """What an engine of a server must know of the model and its tokenizer."""
+        return {
+            "eos_ids": self.end_ids(model),
+            "stop": self.config.rollout.stop,
+            "vocab_size": model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
+            "decode": self.tokenizer.decode,
+            "encode": self.prompts.chat.special.encode_text,
+        }
 
     def local(
         self,
-        engine: RolloutEngine | ServerEngine,
+        engine: Engine,
         requests: Sequence[RolloutRequest],
         *,
         stream: tuple[object, ...],
@@ -170,6 +209,8 @@ class Sampler:
         """Sample and judge `requests` on this process. `paired`: streams leave out the context, so that two contexts meet the same random numbers.
 
         A response that the server gave up (finish `abort`) is not judged: its reward is None."""
+        if isinstance(engine, VllmEngine):
+            engine.prepare(policy_version)
         if self.pool.has_turns:
             return play(
                 self, engine, requests, stream=stream, policy_version=policy_version, temperature=temperature, top_p=top_p, paired=paired
@@ -225,9 +266,7 @@ class Sampler:
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
-    def spread(
-        self, engine: RolloutEngine | ServerEngine, requests: Sequence[RolloutRequest], **how: Any
-    ) -> list[ScoredRollout]:
+    def spread(self, engine: Engine, requests: Sequence[RolloutRequest], **how: Any) -> list[ScoredRollout]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
         return distributed.concat_shards(
             distributed.all_gather(self.local(engine, distributed.local_shard(requests), **how))

@@ -39,8 +39,13 @@ def configured_chat(
     """The chat template of a configuration, checked. saved: the model's folder in a checkpoint of the run, whose tokenizer and template are then
     used if it holds them. Raises UserError."""
     here = saved is not None and (saved / "tokenizer_config.json").is_file()  # earlier versions saved none
+    source: dict[str, Any] = {"path": config.path, "revision": config.revision}
+    if saved is not None and here:
+        source = {"path": saved}
+    elif config.tokenizer is not None:
+        source = {"path": config.tokenizer, "key": "model.tokenizer"}
     tokenizer = load_tokenizer(
-        saved if saved and here else config.path,
+        **source,
         trust_remote_code=config.trust_remote_code,
         chat_template=None if here else config.chat_template,
     )
@@ -161,6 +166,24 @@ def _text_stays_text(chat: Chat, messages: Sequence[Message]) -> str:
         return "a text that spells a special token is refused"
     assert got == wanted, "Chat.ids lets a special token arise from text"
     return f"none of the {len(special.words)} special tokens arises from text"
+
+
+def check_vocabulary(chat: Chat, rows: int) -> None:
+    """Raise UserError where the tokenizer has a token, or a prompt an id, beyond the `rows` of the model's vocabulary. Added tokens that no
+    prompt holds may be beyond: Gemma 3's tokenizer has such."""
+    tokenizer, backend = chat.tokenizer, chat.special.backend
+    own = backend.get_vocab(with_added_tokens=False).values() if backend else [tokenizer.vocab_size - 1]
+    used = [
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        *chat.prompt(Context.of(""), _problem(PROBLEMS[0])).tolist(),
+    ]
+    largest = max([*own, *(i for i in used if i is not None)])
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} does not fit the model: it has token {largest}, the model's vocabulary ends at {rows - 1}; "
+            "model.tokenizer can name another"
+        )
 
 
 def _problem(text: str) -> Problem:

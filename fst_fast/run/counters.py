@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 KINDS = ("rollout_s", "verify_s", "train_s", "fast_s", "eval_s")
+PARTS = ("reflect_s",)
+"""What is a part of another kind's seconds: the reflections, of fast_s."""
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Counters:
 
 
 class Stopwatch:
-    """Wall-clock seconds of a run and, by kind of work (`KINDS`), since the last record of timing.jsonl.
+    """Wall-clock seconds of a run and, by kind of work (`KINDS`), since the last record of timing.jsonl, parts apart.
 
     before: seconds of the runs that this one resumes.
     """
@@ -45,10 +47,19 @@ class Stopwatch:
         return self.before + time.perf_counter() - self._opened
 
     def add(self, kind: str, seconds: float) -> None:
-        """Count seconds of one kind, unless a surrounding `phase` counts them already."""
-        assert kind in KINDS, kind
-        if not self._inside_phase:
+        """Count seconds of one kind, unless a surrounding `phase` counts them already. Those of a part are always counted."""
+        assert kind in KINDS + PARTS, kind
+        if kind in PARTS or not self._inside_phase:
             self._spent[kind] += seconds
+
+    @contextmanager
+    def part(self, kind: str) -> Iterator[None]:
+        """Count everything inside as this part of a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(kind, time.perf_counter() - started)
 
     @contextmanager
     def phase(self, kind: str) -> Iterator[None]:
@@ -62,4 +73,4 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """Seconds by kind since the last call."""
-        return {kind: self._spent.pop(kind, 0.0) for kind in KINDS}
+        return {kind: self._spent.pop(kind, 0.0) for kind in KINDS + PARTS}

@@ -33,9 +33,9 @@ def prepare_environment() -> None:
     """Set environment variables that libraries read at import; values that the user has set stay. Call before importing
     torch and deepspeed.
 
-    No model look-ups on the network, quiet libraries, the cores of a machine divided among its processes, and
+    No telemetry, quiet libraries, the cores of a machine divided among its processes, and
     DS_ACCELERATOR=cpu without a GPU, which DeepSpeed would otherwise detect with a page of warnings."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")

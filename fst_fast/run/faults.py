@@ -18,6 +18,7 @@ POINTS = (
     "reflection",  # the reflector is about to be asked
     "fast.end",  # the new population is chosen but not saved
     "rollout",  # a token of every running sequence is about to be drawn, in any phase
+    "turn",  # a turn of every running episode is sampled, nothing is known of what follows it
     "verification",  # a batch is sampled but not verified
     "backward",  # the gradients of a micro-batch are computed
     "optimiser",  # the weights are updated, nothing is recorded yet

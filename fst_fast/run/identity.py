@@ -17,6 +17,7 @@ def identity(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "task": config.task,
         "model": config.model.path,
+        **({"revision": config.model.revision} if config.model.revision else {}),
         "config_hash": config_hash(config),
     }
 

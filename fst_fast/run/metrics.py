@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,32 @@ from fst_fast.errors import UserError
 from fst_fast.run.checkpoint import log_sizes
 from fst_fast.run.faults import reach
 from fst_fast.run.folder import disk_errors
-from fst_fast.run.track import open_trackers
+from fst_fast.run.track import COLUMNS, Tracker, open_trackers
 
 METRICS, TIMING, ROLLOUTS = FILES = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
+TABLE_ROWS = 256  # of a tracker's table, at most; one is sent with every evaluation
 
 
 class MetricsWriter:
     """resume_at_step: the step of the checkpoint from which the run goes on, None to start from nothing (also where a resumed run has no
     checkpoint yet). Only rank 0 has a writer. Raises UserError where the files are shorter than the checkpoint says, where the disk
-    refuses, and where a tracker's package is missing.
+    refuses, and where a tracker's package is missing. note: says that a tracker has failed; nothing more is sent to it, and the run goes on.
 
     last_seconds: `seconds` of the last record of timing.jsonl that stayed: the run's time so far."""
 
     def __init__(
-        self, run_dir: Path, *, resume_at_step: int | None = None, track: TrackConfig | None = None
+        self,
+        run_dir: Path,
+        *,
+        resume_at_step: int | None = None,
+        track: TrackConfig | None = None,
+        note: Callable[[str], None] = warnings.warn,
     ) -> None:
         sizes = {} if resume_at_step is None else log_sizes(run_dir, resume_at_step)
         self._files = {name: _open_at(run_dir / name, sizes.get(name, 0)) for name in FILES}
         self._trackers = open_trackers(run_dir, track or TrackConfig(), resume_step=resume_at_step)
+        self._note = note
+        self._rows: list[list[Any]] = []  # of the next table
         timings = (run_dir / TIMING).read_text().splitlines()
         self.last_seconds = float(json.loads(timings[-1])["seconds"]) if timings else 0.0
 
@@ -57,13 +66,17 @@ class MetricsWriter:
     def write_rollout(self, **fields: Any) -> None:
         """One record of rollouts.jsonl."""
         self._append(ROLLOUTS, fields)
+        if self._trackers:
+            self._rows.append([fields.get(name) for name in COLUMNS])
+            if len(self._rows) >= TABLE_ROWS:
+                self._send_table()
 
     def close(self) -> None:
         """Close the files and let the trackers send what they have. May be called twice."""
         for file in self._files.values():
             file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._send_table()
+        self._each_tracker(lambda tracker: tracker.close())
         self._trackers = []
 
     def __enter__(self) -> MetricsWriter:
@@ -83,8 +96,25 @@ class MetricsWriter:
     def _track(self, kind: str, fields: Mapping[str, Any]) -> None:
         if self._trackers and fields.get("step") is not None:
             values = numbers_of({key: value for key, value in fields.items() if key != "step"}, kind)
-            for tracker in self._trackers:
-                tracker.log(int(fields["step"]), values)
+            self._each_tracker(lambda tracker: tracker.log(int(fields["step"]), values))
+            if kind == "eval":
+                self._send_table()
+
+    def _send_table(self) -> None:
+        rows, self._rows = self._rows, []
+        if rows:
+            self._each_tracker(lambda tracker: tracker.table(int(rows[-1][0]), rows))
+
+    def _each_tracker(self, do: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                do(tracker)
+            except Exception as error:  # noqa: BLE001  # a server that is away for a while must not end a run
+                self._trackers.remove(tracker)
+                self._note(
+                    f"warning: {type(tracker).__name__} has failed and gets nothing more from this run: "
+                    f"{' '.join(str(error).split())[:300]}"
+                )
 
 
 def _open_at(path: Path, position: int) -> Any:

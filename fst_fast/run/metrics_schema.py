@@ -60,14 +60,23 @@ class Measured(Record):
     kl_evolved: float | None
 
 
+class Trouble(Record):
+    """A trouble of the run (run/troubles.py): what was measured, its limit, and for how many records in a row, this one included."""
+
+    value: float
+    limit: float
+    count: Annotated[int, Field(ge=1)]
+
+
 class Start(Record):
-    """The first record of a run."""
+    """The first record of a run. revision: the commit of a model of the Hub."""
 
     kind: Literal["start"]
     method: Literal["fst", "rl", "gepa"]
     seed: Count
     task: str
     model: str
+    revision: str | None = None
     config_hash: str
     versions: dict[str, str]
 
@@ -75,17 +84,24 @@ class Start(Record):
 class Step(CounterFields):
     """After an optimiser step, or one that was left out.
 
-    reward, reward_std: null where no rollout could be judged. loss to mismatch_kl and grad_norm: null where nothing was trained (no group
-    kept, or the step left out for NaN or Inf); kl also where the objective has none. distilled: a step of distillation, whose kl is the one to the
-    teacher. turns, observed_tokens (means of an episode) and finishes (episodes by how they ended): with an environment only."""
+    reward, reward_std: null where no rollout could be judged. troubles: absent where there is none. shaped_reward: the mean that the advantages are made of; null where those are the
+    verdicts' rewards. loss to mismatch_cut and grad_norm: null where nothing was trained (no group kept, or the step left out for NaN or Inf); kl,
+    the three fractions of clipped, and the two of slow.mismatch also where the objective has none. distilled: a step of distillation, whose kl is
+    the one to the teacher. turns, observed_tokens (means of an episode) and
+    finishes (episodes by how they ended): with an environment only.
+    With rollout.backend=vllm: probe_mismatch, mean difference of log-probs between server and trainer after the last transfer of weights, nats per
+    token; server_restarts since the run was started. Fields with a default came later than version 1 and are always written."""
 
     kind: Literal["step"]
     step: Count
     cycle: Count
     reward: Share | None
     reward_std: Share | None
+    shaped_reward: float | None = None
     groups: Count
     groups_kept: Count
+    refill_rounds: Count = 0
+    refill_groups: Count = 0
     grad_norm: Annotated[float, Field(ge=0)] | None
     lr: Annotated[float, Field(ge=0)]
     loss: float | None
@@ -93,8 +109,14 @@ class Step(CounterFields):
     entropy: float | None
     ratio_mean: Annotated[float, Field(ge=0)] | None
     clipped_fraction: Share | None
+    clipped_low_fraction: Share | None = None
+    clipped_high_fraction: Share | None = None
     mismatch_kl: float | None
+    mismatch_weight: Annotated[float, Field(ge=0)] | None = None
+    mismatch_cut: Share | None = None
     distilled: Literal[True] | None = None
+    probe_mismatch: Annotated[float, Field(ge=0)] | None = None
+    server_restarts: Count | None = None
     response_tokens: Annotated[float, Field(ge=0)] | None
     length_stopped: Share | None
     unjudged: Count
@@ -105,6 +127,7 @@ class Step(CounterFields):
     observed_tokens: Annotated[float, Field(ge=0)] | None = None
     finishes: dict[str, Count] | None = None
     grad_norm_spike: Annotated[float, Field(ge=1)] | None
+    troubles: dict[str, Trouble] | None = None
 
 
 class Scored(Record):
@@ -153,6 +176,7 @@ class Cycle(Record):
     anchor_problems: Count
     samples: Count
     contexts: list[Born]
+    troubles: dict[str, Trouble] | None = None
 
 
 class Eval(CounterFields, Measured):

@@ -21,7 +21,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 _NO_KEY = "not-needed"  # local servers want none, the client wants one
 _FAULT_CHARS = 300
 
-Args = TypeVar("Args", bound="EndpointArgs")
+Args = TypeVar("Args", bound=BaseModel)
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -53,6 +53,11 @@ def check_args(kind: type[Args], args: Mapping[str, Any], *, section: str, user:
         raise UserError(
             f"{user} needs the package openai; install it with: pip install 'fst-fast[reflect]'"
         ) from error
+    return validated(kind, args, section=section, user=user)
+
+
+def validated(kind: type[Args], args: Mapping[str, Any], *, section: str, user: str) -> Args:
+    """`check_args` for what needs no package."""
     allowed = ", ".join(kind.model_fields)
     unknown = sorted(set(args) - set(kind.model_fields))
     if unknown:
@@ -66,7 +71,7 @@ def check_args(kind: type[Args], args: Mapping[str, Any], *, section: str, user:
         where = f"{section}.{'.'.join(str(part) for part in first['loc'])}"
         if first["type"] == "missing":
             raise UserError(f"{where} is missing, but {user} needs it; allowed: {allowed}") from None
-        if first["loc"][:1] == ("base_url",):
+        if first["loc"][:1] in (("base_url",), ("urls",)):
             raise UserError(
                 f"{where} must be http(s)://host/path without user name, password or query"
             ) from None

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 from fst_fast import distributed
-from fst_fast.contracts import REWARD_ROUNDING, Context, Finish, Rollout, ScoredRollout
+from fst_fast.contracts import REWARD_ROUNDING, Context, Finish, Judged, Problem, Rollout, ScoredRollout
 from fst_fast.run import callbacks as events
 from fst_fast.run.callbacks import Callbacks
 from fst_fast.run.console import Console
@@ -24,8 +25,11 @@ from fst_fast.run.counters import Counters, Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.folder import write_json
 from fst_fast.run.liveness import Liveness
+from fst_fast.run.memory import memory_share
 from fst_fast.run.metrics import METRICS, MetricsWriter
+from fst_fast.run.problems import write_problems
 from fst_fast.run.randomness import seed_globals
+from fst_fast.run.troubles import SOURCES, Recent, Source, find, news
 
 T = TypeVar("T")
 
@@ -44,6 +48,9 @@ class StepReport:
     advantages: list[float]
     groups: int
     groups_kept: int
+    refill_rounds: int  # of slow.dynamic_sampling, over all processes
+    refill_groups: int
+    shaped_rewards: list[float]  # what the advantages are made of, where that is not the verdicts' rewards
     skipped: bool  # the update was left out (on_nonfinite=skip)
     numbers: dict[str, Any]  # of slow.update.optimise
     reused: int  # over all processes
@@ -62,8 +69,12 @@ class Recorder:
     console: Console
     callbacks: Callbacks
     stopwatch: Stopwatch
-    liveness: Liveness | None = None  # with several processes
+    liveness: Liveness
+    limits: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of troubles, where they are not the usual ones
     metrics: MetricsWriter | None = None  # [rank 0]
+    recent: dict[Source, Recent] = field(default_factory=lambda: {source: Recent() for source in SOURCES})
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_STEPS))
     stage_ends: list[dict[str, Any]] = field(default_factory=list)
 
@@ -71,27 +82,46 @@ class Recorder:
         """Announce a phase on the console and in the liveness file, and seed the global generators for it."""
         seed_globals(self.seed, phase, step, distributed.rank())
         self.console.phase(phase)
-        if self.liveness:
-            self.liveness.report(f"step {step}, {phase}")
+        self.liveness.report(f"step {step}, {phase}")
 
     def note(self, text: str) -> None:
         """Print a line for a person to read."""
         self.console.note(text)
 
     def step(
-        self, report: StepReport, *, step: int, cycle: int, counters: Counters, unverified: Mapping[str, int]
+        self,
+        report: StepReport,
+        *,
+        step: int,
+        cycle: int,
+        counters: Counters,
+        unverified: Mapping[str, int],
+        served: Mapping[str, float | int | None] = MappingProxyType({}),
     ) -> None:
-        """Count and write one slow step. All processes call it."""
+        """Count and write one slow step. served: what there is to say of sampling servers. All processes call it."""
         rollouts, numbers = report.rollouts, dict(report.numbers)
         rewards = [x.verdict.reward for x in rollouts if x.verdict.reward is not None]
         local = [
             len(rollouts), len(rewards), sum(rewards), sum(r * r for r in rewards), report.groups, report.groups_kept,
             sum(len(x.rollout.response_ids) for x in rollouts), sum(x.rollout.finish == "length" for x in rollouts),
-            numbers.pop("tokens"), numbers.pop("unshared"), *episode_counts([x.rollout for x in rollouts]),
+            numbers.pop("tokens"), numbers.pop("unshared"), sum(report.shaped_rewards), len(report.shaped_rewards),
+            *episode_counts([x.rollout for x in rollouts]),
         ]  # fmt: skip
-        n, judged, total, squares, groups, kept, tokens, cut, computed, unshared, *episodes = (
-            distributed.all_reduce_sum(local)
-        )
+        (
+            n,
+            judged,
+            total,
+            squares,
+            groups,
+            kept,
+            tokens,
+            cut,
+            computed,
+            unshared,
+            shaped,
+            shaped_n,
+            *episodes,
+        ) = distributed.all_reduce_sum(local)
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
         counters.skipped_steps += report.skipped
@@ -102,13 +132,17 @@ class Recorder:
             "cycle": cycle,
             "reward": total / judged if judged else None,
             "reward_std": deviation(judged, total, squares),
+            "shaped_reward": shaped / shaped_n if shaped_n else None,
             "groups": int(groups),
             "groups_kept": int(kept),
+            "refill_rounds": report.refill_rounds,
+            "refill_groups": report.refill_groups,
             **numbers,
             "response_tokens": tokens / n if n else None,
             "length_stopped": cut / n if n else None,
             "unjudged": int(n - judged),
             **unverified,
+            **served,
             "verdict_metrics": mean_metrics([x.verdict.metrics for x in rollouts]),
             **episode_fields(episodes),
             "grad_norm_spike": spike,
@@ -119,6 +153,7 @@ class Recorder:
             "seconds": self.stopwatch.total(),
             **self.stopwatch.take(),
             "tokens_per_s": (tokens + computed) / max(report.seconds, 1e-9),
+            "memory_share": memory_share(),
         }
         if spike:
             self.note(
@@ -127,6 +162,8 @@ class Recorder:
             )
         if numbers["grad_norm"]:
             self.grad_norms.append(numbers["grad_norm"])
+        self._find_troubles("step", record, step)
+        self._find_troubles("timing", timing, step)
         if self.metrics:
             self.metrics.write("step", **record)
             self.metrics.write_timing(**timing)
@@ -149,6 +186,7 @@ class Recorder:
     ) -> None:
         """Write one fast phase, and contexts.json. lineage: of every context so far, by id."""
         full = {"cycle": cycle, "step": step, **record}
+        self._find_troubles("cycle", full, step)
         if self.metrics:
             self.metrics.write("cycle", **full)
             for scored in _evenly_spaced(sampled, self.rollouts_per_step):
@@ -161,16 +199,19 @@ class Recorder:
     def evaluation(
         self,
         result: Mapping[str, Any],
+        problems: Sequence[Problem],
+        seen: Mapping[str, Sequence[Judged]],
         *,
         step: int,
         final: bool,
         counters: Counters,
         stage_fields: Mapping[str, Any],
     ) -> None:
-        """Write one evaluation. stage_fields: number and task of the stage, {} in a run of one task."""
+        """Write one evaluation, and problems.json. seen: what was judged, by cell. stage_fields: number and task of the stage, {} in a run of one task."""
         record = {"step": step, "final": final, **stage_fields, **result, **asdict(counters)}
         if self.metrics:
             self.metrics.write("eval", **record)
+            write_problems(self.run_dir, problems, seen, step=step, final=final)
             self.metrics.write_timing(step=step, seconds=self.stopwatch.total(), **self.stopwatch.take())
         self.console.evaluation(record)
         self.callbacks.send(events.Evaluation, step=step, record=record)
@@ -181,6 +222,7 @@ class Recorder:
         """Write the four cells on the task of `stage` as they are at the end of the stage `after_stage`."""
         record = {"step": step, "after_stage": after_stage, "stage": stage, "task": task, **result}
         self.stage_ends = [r for r in self.stage_ends if r["after_stage"] == after_stage] + [record]
+        self.recent |= {"step": Recent(), "cycle": Recent()}  # the rewards of another task
         if self.metrics:
             self.metrics.write("stage", **record)
 
@@ -192,22 +234,22 @@ class Recorder:
             write_json(self.run_dir / "summary.json", summary)
         self.console.final_table(summary["channels"])
 
-    def warn_of_mismatch(self, report: StepReport, *, step: int, limit: float) -> None:
-        """Warn where fresh rollouts have other log-probs in the trainer than in the engine that sampled them.
-
-        A step with reused rollouts may differ: the weights have moved since."""
-        mismatch = report.numbers["mismatch_kl"]
-        if mismatch is not None and not report.reused and mismatch > limit:
-            self.note(
-                f"warning, step {step}: mismatch_kl={mismatch:.3g} nats per token between rollout engine and trainer on rollouts of "
-                f"these very weights; slow.mismatch_warning={limit:g}"
-            )
-
     def close(self) -> None:
         """Close the console and the files. May be called twice."""
         self.console.close()
         if self.metrics:
             self.metrics.close()
+
+    def _find_troubles(self, source: Source, record: dict[str, Any], step: int) -> None:
+        """Add the troubles that stand to the record of this source, and say which of them are new or over."""
+        recent = self.recent[source]
+        before = recent.newest.get("troubles", {})
+        recent.add(record)
+        found = find(source, recent.records, self.limits)
+        if found:
+            record["troubles"] = found
+        for line in news(before, found, "fast phase" if source == "cycle" else "step"):
+            self.note(f"step {step}: {line}")
 
     def _write_rollout(
         self, x: ScoredRollout, phase: str, advantage: float | None, step: int, prompt_text: PromptText

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout, alike
+from fst_fast.slow.rewards import Rewards
 
 
 def plan_group(problem: Problem, population: Sequence[Context], group_size: int) -> list[RolloutRequest]:
@@ -30,54 +32,76 @@ def plan_group(problem: Problem, population: Sequence[Context], group_size: int)
     return plan
 
 
-def advantages(rewards: Sequence[float], eps: float) -> NDArray[np.float32] | None:
-    """(r - mean) / (std + eps) with the population std; None for a group without variance, which carries no gradient [ScaleRL].
+def advantages(
+    rewards: Sequence[float], eps: float, scale: Literal["std", "none"] = "std"
+) -> NDArray[np.float32] | None:
+    """(r - mean) / (std + eps) with the population std, with scale="none" r - mean; None for a group without variance, which carries no
+    gradient [ScaleRL].
 
     A spread at the level of rounding (contracts.alike) is no variance: divided by itself it would be advantages of order 1."""
     r = np.asarray(rewards, dtype=np.float64)
     if len(r) < 2 or alike(r):
         return None
-    centred: NDArray[np.float32] = ((r - r.mean()) / (r.std() + eps)).astype(np.float32)
-    return centred
+    centred = r - r.mean()
+    found: NDArray[np.float32] = (centred / (r.std() + eps) if scale == "std" else centred).astype(np.float32)
+    return found
 
 
 @dataclass(frozen=True)
 class Group:
-    """The judged rollouts of one problem and their advantages (None: dropped, no variance)."""
+    """The judged rollouts of one problem and their advantages (None: dropped, no variance). rewards: that the advantages are made of."""
 
     problem_id: str
     members: list[ScoredRollout]
     advantages: NDArray[np.float32] | None
+    rewards: list[float] = field(default_factory=list)
 
 
-def make_groups(sampled: Sequence[ScoredRollout], eps: float, *, by_context: bool = False) -> list[Group]:
+def make_groups(
+    sampled: Sequence[ScoredRollout],
+    eps: float,
+    *,
+    by_context: bool = False,
+    scale: Literal["std", "none"] = "std",
+    rewards: Rewards | None = None,
+) -> list[Group]:
     """Group by problem id in order of first appearance. A rollout that could not be judged counts as no sample, never as 0.
 
     by_context: a rollout's advantage is taken among those of its context alone, 0 where they are all alike; the group stays one, so that
-    problems weigh the same."""
+    problems weigh the same. rewards: makes the rewards of a problem's judged rollouts; None: those of their verdicts."""
     by_problem: dict[str, list[ScoredRollout]] = defaultdict(list)
     for s in sampled:
         members = by_problem[s.rollout.problem_id]
         if s.verdict.reward is not None:
             members.append(s)
-    return [
-        Group(
-            problem_id,
-            members,
-            _by_context(members, eps) if by_context else advantages([_reward(m) for m in members], eps),
-        )
-        for problem_id, members in by_problem.items()
-    ]
+    groups = []
+    for problem_id, members in by_problem.items():
+        given = [_reward(m) for m in members] if rewards is None else rewards(members)
+        found = _by_context(members, given, eps, scale) if by_context else advantages(given, eps, scale)
+        groups.append(Group(problem_id, members, found, given))
+    return groups
 
 
-def _by_context(members: Sequence[ScoredRollout], eps: float) -> NDArray[np.float32] | None:
+def without_overlong(group: Group) -> Group:
+    """The group without the rollouts that were cut for their length, or their episode's, which have had their part in its mean and deviation."""
+    if group.advantages is None:
+        return group
+    kept = [i for i, m in enumerate(group.members) if m.rollout.finish not in ("length", "max_tokens")]
+    return replace(
+        group, members=[group.members[i] for i in kept], advantages=group.advantages[kept] if kept else None
+    )
+
+
+def _by_context(
+    members: Sequence[ScoredRollout], rewards: Sequence[float], eps: float, scale: Literal["std", "none"]
+) -> NDArray[np.float32] | None:
     """Advantages within each context; None where no context's rewards differ."""
     out = np.zeros(len(members), np.float32)
     contexts = [m.rollout.context_id for m in members]
     found = False
     for context in dict.fromkeys(contexts):
         mine = [i for i, c in enumerate(contexts) if c == context]
-        own = advantages([_reward(members[i]) for i in mine], eps)
+        own = advantages([rewards[i] for i in mine], eps, scale)
         if own is not None:
             out[mine], found = own, True
     return out if found else None
@@ -100,7 +124,7 @@ def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[
     """Unnormalised weight of each token of each rollout of each kept group, and their sum over this process's groups.
 
     problem: mean over the tokens of a problem, then over problems (the paper); token: mean over all tokens; sequence: mean over a
-    sequence's tokens, then over sequences. Dividing by the sum over all processes makes one global denominator. What has no token, an
+    sequence's tokens, then over sequences; constant: their sum, over a denominator that the caller knows. Dividing by the sum over all processes makes one global denominator. What has no token, an
     empty response or a problem with nothing else, has weight 0 and is not counted in the denominator.
     """
     weights: list[list[float]] = []
@@ -112,12 +136,12 @@ def token_weights(groups: Sequence[Group], aggregation: str) -> tuple[list[list[
                 each = 1.0 / sum(lengths) if any(lengths) else 0.0
                 weights.append([each] * len(lengths))
                 denominator += float(any(lengths))
-            case "token":
+            case "token" | "constant":
                 weights.append([1.0] * len(lengths))
                 denominator += sum(lengths)
             case "sequence":
                 weights.append([1.0 / n if n else 0.0 for n in lengths])
                 denominator += sum(n > 0 for n in lengths)
             case _:
-                raise ValueError(f"aggregation={aggregation!r}; allowed: problem, token, sequence")
+                raise ValueError(f"aggregation={aggregation!r}; allowed: problem, token, sequence, constant")
     return weights, denominator

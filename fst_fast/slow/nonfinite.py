@@ -7,6 +7,7 @@
         rank-0.safetensors     the sequences of each process: prompts, responses, advantages, token weights, log-probs as sampled
         config.yaml  model/    the configuration, and the weights as they were before the step, which are those after it too
         adapter/               with policy.lora: the adapters alone
+        reference/             with slow.reference.every: the reference of the KL penalty, once it is not the base model
 
 safetensors and JSON only: a dump may come from elsewhere. It is there whole or not at all; the oldest go (`KEPT`).
 """
@@ -39,6 +40,7 @@ from fst_fast.slow.update import Sequences, unmeasured
 
 FORMAT = 1
 KEPT = 2  # dumps, each with the weights
+REFERENCE = "reference"
 
 
 def skip_or_stop(
@@ -77,8 +79,10 @@ def write_dump(
     step: int,
     pad_id: int,
     model: nn.Module,
+    reference: nn.Module | None = None,
 ) -> Path:
-    """Write the dump of `step`; all processes call it, `data` and `groups` are their own. model: the whole weights, on rank 0."""
+    """Write the dump of `step`; all processes call it, `data` and `groups` are their own. model: the whole weights, on rank 0. reference: of the KL
+    penalty, None for the base model."""
     folder = run_dir / "dumps" / f"step-{step:06d}"
     tmp = folder.with_name(f".tmp-{folder.name}")
     losses = distributed.all_gather([repr(loss) for loss in error.losses])
@@ -94,6 +98,8 @@ def write_dump(
         distributed.barrier()
         if distributed.rank() == 0:
             lora.save(model, tmp)
+            if reference is not None:
+                reference.save_pretrained(tmp / REFERENCE)  # type: ignore[operator]
             write_atomic(tmp / "config.yaml", config_load.dump(config).encode())
             tree = {
                 "format": FORMAT, "step": step, "reason": str(error), "losses": losses, "sequences": sequences, "pad_id": pad_id,

@@ -3,15 +3,17 @@
     slow_step            sample G rollouts per problem, G/K under each context; judge; group; advantages; one policy-gradient update
     distillation_step    the same shape, but the loss is the KL to the frozen weights under the evolved contexts (distillation.py)
 
-Groups and advantages are in groups.py, the loss and the update in update.py, what happens to NaN and Inf in nonfinite.py. A new loss:
+Groups and advantages are in groups.py, the rewards they are made of in rewards.py, the loss and the update in update.py, what happens to NaN and Inf in nonfinite.py. A new loss:
 docs/extending.md lists every place; its formula goes into fst_kernels/linear_policy_loss/objective.py.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,15 +22,18 @@ from torch import nn
 
 from fst_fast import distributed
 from fst_fast.config import Config, SlowConfig
-from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout
+from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout
 from fst_fast.policy.scoring import Batching
+from fst_fast.policy.sequence_loss import Mismatch
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.rollout.sampler import Sampler
+from fst_fast.run.memory import restart_peak
 from fst_fast.run.recorder import Recorder, StepReport
 from fst_fast.slow import distillation, nonfinite
-from fst_fast.slow.groups import Group, cost, make_groups, plan_group
+from fst_fast.slow.groups import Group, cost, make_groups, plan_group, without_overlong
+from fst_fast.slow.rewards import training_rewards
 from fst_fast.slow.update import Reference, optimise, sequences
 from fst_kernels import PolicyObjective
 
@@ -44,17 +49,112 @@ def slow_step(
     policy: TrainedPolicy,
     reference: nn.Module,
     reusable: ReusePool,
+    spare: Iterator[Problem],
     recorder: Recorder,
 ) -> StepReport:
     """One policy-gradient step on `problems` under the contexts of `population`. All processes call it with the same arguments.
 
-    Groups claim rollouts of the cycle's fast phase from `reusable` first. Raises UserError where the step is not finite and
-    on_nonfinite=stop."""
+    Groups claim rollouts of the cycle's fast phase from `reusable` first. spare: other problems, for dynamic sampling. Raises UserError where
+    the step is not finite and on_nonfinite=stop, and where slow.reward_shaping fails."""
     started = time.perf_counter()
     recorder.begin("rollouts", step)
-    group_requests = [plan_group(p, population, config.slow.group_size) for p in problems]
-    # Every process claims for all problems, so that the pools stay equal.
-    group_claims = [reusable.claim(requests) for requests in group_requests]
+    found = sample_groups(
+        problems, population, config=config, step=step, sampler=sampler, models=models, reusable=reusable, spare=spare
+    )  # fmt: skip
+    prompt_of = sampler.prompts.of_rollouts(population, found.problems)
+
+    updating = _begin_update(models, policy, recorder, step)
+    kept = [g for g in found.groups if g.advantages is not None]
+    kept = distributed.rebalance(kept, [cost(g, prompt_of) for g in kept])
+    prompts = [[prompt_of(m.rollout) for m in g.members] for g in kept]
+    data = sequences(kept, prompts, config.slow.aggregation, constant_denominator(config))
+    try:
+        numbers = optimise(
+            policy,
+            Reference(reference),
+            data,
+            objective_of(config.slow),
+            Batching.of(config, sampler.pad_id),
+            step=step,
+            mismatch=Mismatch.of(config.slow),
+        )
+    except NonFiniteError as error:
+        policy.hand_over()  # the weights as they were, for the dump
+        moved = None if reference is models.base_module else reference
+        dump = nonfinite.write_dump(
+            recorder.run_dir, error, data, kept, config, step=step, pad_id=sampler.pad_id, model=models.trained_module, reference=moved
+        )  # fmt: skip
+        numbers = nonfinite.skip_or_stop(error, dump, config.on_nonfinite, policy, step, recorder.note)
+    policy.hand_over()
+    recorder.stopwatch.add("train_s", time.perf_counter() - updating)
+    return _report(found, numbers, started, _prompt_text(sampler, prompt_of))
+
+
+@dataclass
+class StepGroups:
+    """What a step has sampled. problems: those of all processes; rollouts, groups: this process's. shaped: whether rewards are other than the
+    verdicts'. reused: rollouts of the fast phase, over all processes. refill_rounds, refill_groups: of dynamic sampling, on all processes together."""
+
+    problems: list[Problem] = field(default_factory=list)
+    rollouts: list[ScoredRollout] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    shaped: bool = False
+    reused: int = 0
+    refill_rounds: int = 0
+    refill_groups: int = 0
+
+
+def sample_groups(
+    problems: Sequence[Problem],
+    population: Sequence[Context],
+    *,
+    config: Config,
+    step: int,
+    sampler: Sampler,
+    models: SamplingModels,
+    reusable: ReusePool,
+    spare: Iterator[Problem],
+) -> StepGroups:
+    """Sample and judge the groups of a step. Dynamic sampling (DAPO, arXiv 2503.14476) then puts groups of `spare` problems in the place of
+    those without variance, in rounds, each of as many groups as are missing. All processes call it with the same arguments."""
+    slow, found = config.slow, StepGroups()
+    wave = list(problems)
+    while True:
+        requests = [plan_group(p, population, slow.group_size) for p in wave]
+        # Every process claims for all problems, so that the pools stay equal; later rounds leave them to the steps they were sampled for.
+        claims = [[None] * len(r) if found.problems else reusable.claim(r) for r in requests]
+        rollouts = _sample_shard(requests, claims, config=config, step=step, sampler=sampler, models=models)
+        found.problems += wave
+        found.rollouts += rollouts
+        found.reused += sum(claim is not None for of_group in claims for claim in of_group)
+        rewards = training_rewards(slow, config.rollout.max_response_tokens, wave)
+        found.shaped = rewards is not None
+        grouped = functools.partial(
+            make_groups, rollouts, slow.advantage_eps, by_context=slow.advantage_group == "context", scale=slow.advantage_scale,
+            rewards=rewards,
+        )  # fmt: skip
+        groups = grouped() if slow.reward_shaping is None else distributed.agree(grouped)
+        found.groups += map(without_overlong, groups) if slow.mask_overlong else groups
+        if found.refill_rounds == slow.dynamic_sampling:
+            return found
+        [kept] = distributed.all_reduce_sum([sum(g.advantages is not None for g in found.groups)])
+        wave = list(itertools.islice(spare, len(problems) - int(kept)))
+        if not wave:
+            return found
+        found.refill_rounds += 1
+        found.refill_groups += len(wave)
+
+
+def _sample_shard(
+    group_requests: Sequence[Sequence[RolloutRequest]],
+    group_claims: Sequence[Sequence[ScoredRollout | None]],
+    *,
+    config: Config,
+    step: int,
+    sampler: Sampler,
+    models: SamplingModels,
+) -> list[ScoredRollout]:
+    """This process's share of the groups, what nothing was claimed for sampled from the trained weights."""
     unclaimed = [sum(claim is None for claim in claims) for claims in group_claims]
     my_requests = [
         r for requests in distributed.local_shard_by_cost(group_requests, unclaimed) for r in requests
@@ -69,34 +169,14 @@ def slow_step(
             temperature=config.rollout.temperature,
         )
     )
-    rollouts = [next(fresh) if claim is None else claim for claim in my_claims]
-    prompt_of = sampler.prompts.of_rollouts(population, problems)
+    return [next(fresh) if claim is None else claim for claim in my_claims]
 
-    updating = _begin_update(models, policy, recorder, step)
-    by_context = config.slow.advantage_group == "context"
-    groups = make_groups(rollouts, config.slow.advantage_eps, by_context=by_context)
-    kept = [g for g in groups if g.advantages is not None]
-    kept = distributed.rebalance(kept, [cost(g, prompt_of) for g in kept])
-    data = sequences(kept, [[prompt_of(m.rollout) for m in g.members] for g in kept], config.slow.aggregation)
-    try:
-        numbers = optimise(
-            policy,
-            Reference(reference),
-            data,
-            objective_of(config.slow),
-            Batching.of(config, sampler.pad_id),
-            step=step,
-        )
-    except NonFiniteError as error:
-        policy.hand_over()  # the weights as they were, for the dump
-        dump = nonfinite.write_dump(
-            recorder.run_dir, error, data, kept, config, step=step, pad_id=sampler.pad_id, model=models.trained_module
-        )  # fmt: skip
-        numbers = nonfinite.skip_or_stop(error, dump, config.on_nonfinite, policy, step, recorder.note)
-    policy.hand_over()
-    recorder.stopwatch.add("train_s", time.perf_counter() - updating)
-    reused = sum(claim is not None for claims in group_claims for claim in claims)
-    return _report(rollouts, groups, numbers, reused, started, _prompt_text(sampler, prompt_of))
+
+def constant_denominator(config: Config) -> float | None:
+    """The tokens of a step in which every rollout is as long as it may be; None where the aggregation counts what was sampled."""
+    if config.slow.aggregation != "constant":
+        return None
+    return float(config.slow.problems_per_step * config.slow.group_size * config.rollout.max_response_tokens)
 
 
 def distillation_step(
@@ -132,9 +212,8 @@ def distillation_step(
 
     updating = _begin_update(models, policy, recorder, step)
     groups = distillation.distillation_groups(rollouts)
-    data = sequences(
-        groups, [[prompt_of(m.rollout) for m in g.members] for g in groups], config.slow.aggregation
-    )
+    read_by = [[prompt_of(m.rollout) for m in g.members] for g in groups]
+    data = sequences(groups, read_by, config.slow.aggregation, constant_denominator(config))
     shown = distillation.teacher_contexts(len(problems), step * len(problems), population)
     read = {p.id: (context, p) for p, context in zip(problems, shown, strict=True)}
     trained = [m.rollout.problem_id for g in groups for m in g.members if len(m.rollout.response_ids)]
@@ -155,13 +234,14 @@ def distillation_step(
     policy.hand_over()
     recorder.stopwatch.add("train_s", time.perf_counter() - updating)
     numbers["distilled"] = True
-    return _report(rollouts, groups, numbers, 0, started, _prompt_text(sampler, prompt_of))
+    found = StepGroups(list(problems), rollouts, groups)
+    return _report(found, numbers, started, _prompt_text(sampler, prompt_of))
 
 
 def objective_of(slow: SlowConfig) -> PolicyObjective:
     """The policy-gradient loss that the configuration describes."""
     return PolicyObjective(
-        kind=slow.objective,
+        kind="grpo" if slow.objective == "dr_grpo" else slow.objective,
         ratio_cap=slow.ratio_cap,
         clip_low=slow.clip_low,
         clip_high=slow.clip_high,
@@ -175,32 +255,31 @@ def _begin_update(models: SamplingModels, policy: TrainedPolicy, recorder: Recor
     """End sampling, so that the update may have its memory; returns the time."""
     models.forget_prefixes()
     policy.release()
+    restart_peak()
     recorder.begin("update", step)
     return time.perf_counter()
 
 
 def _report(
-    rollouts: list[ScoredRollout],
-    groups: Sequence[Group],
-    numbers: dict[str, Any],
-    reused: int,
-    started: float,
-    prompt_text: Callable[[Rollout], str],
+    sampled: StepGroups, numbers: dict[str, Any], started: float, prompt_text: Callable[[Rollout], str]
 ) -> StepReport:
     found = {
         id(member): float(advantage)
-        for group in groups
+        for group in sampled.groups
         if group.advantages is not None
         for member, advantage in zip(group.members, group.advantages, strict=True)
     }
     return StepReport(
-        rollouts=rollouts,
-        advantages=[found.get(id(rollout), 0.0) for rollout in rollouts],
-        groups=len(groups),
-        groups_kept=sum(g.advantages is not None for g in groups),
+        rollouts=sampled.rollouts,
+        advantages=[found.get(id(rollout), 0.0) for rollout in sampled.rollouts],
+        groups=len(sampled.groups),
+        groups_kept=sum(g.advantages is not None for g in sampled.groups),
+        refill_rounds=sampled.refill_rounds,
+        refill_groups=sampled.refill_groups,
+        shaped_rewards=[r for g in sampled.groups for r in g.rewards] if sampled.shaped else [],
         skipped=numbers.pop("skipped", False),
         numbers=numbers,
-        reused=reused,
+        reused=sampled.reused,
         seconds=time.perf_counter() - started,
         prompt_text=prompt_text,
     )

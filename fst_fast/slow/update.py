@@ -21,6 +21,7 @@ from fst_fast.forest import Leaf
 from fst_fast.policy import head
 from fst_fast.policy.packing import model_inputs, to_device
 from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs, micro_batches
+from fst_fast.policy.sequence_loss import SEQUENCE_SUMS, Mismatch, SequenceLossJob
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.rollout.turns import leaves_of
 from fst_fast.slow.groups import Group, token_weights
@@ -64,13 +65,17 @@ class Reference:
 
 
 def sequences(
-    groups: Sequence[Group], prompts: Sequence[Sequence[NDArray[np.int64]]], aggregation: str
+    groups: Sequence[Group],
+    prompts: Sequence[Sequence[NDArray[np.int64]]],
+    aggregation: str,
+    constant: float | None = None,
 ) -> Sequences:
-    """Flatten the kept groups. prompts: the prompt ids of every member of every group. All processes must call it.
+    """Flatten the kept groups. prompts: the prompt ids of every member of every group. constant: the denominator, where the number of tokens
+    does not give it. All processes must call it.
 
     A response without tokens has nothing to train and becomes no sequence."""
     weights, denominator = token_weights(groups, aggregation)
-    [denominator] = distributed.all_reduce_sum([denominator])
+    [denominator] = distributed.all_reduce_sum([denominator]) if constant is None else [constant]
     leaves, a, n, old = [], [], [], []
     for group, group_prompts, group_weights in zip(groups, prompts, weights, strict=True):
         assert group.advantages is not None
@@ -101,6 +106,7 @@ def optimise(
     batching: Batching,
     *,
     step: int,
+    mismatch: Mismatch | None = None,
 ) -> dict[str, Any]:
     """Forward, backward and update on `data`; returns the step's numbers, summed over processes. All processes must call it.
 
@@ -111,7 +117,7 @@ def optimise(
     if not anywhere:
         return unmeasured(policy.lr(step))
     check_finite(data)
-    micros, jobs = micro_jobs(data, reference, objective, batching)
+    micros, jobs = micro_jobs(data, reference, objective, batching, mismatch)
     tokens = sum(m.batch.tokens for m in micros) + (reference.tokens if reference else 0)
     unshared = sum(m.batch.unshared for m in micros) + (reference.unshared if reference else 0)
     # Every process runs the same number of micro-batches: ZeRO's collectives are inside them. A filler has zero weight.
@@ -119,19 +125,19 @@ def optimise(
     for _ in range(distributed.all_reduce_max(len(micros)) - len(micros)):
         [micro] = micro_batches([filler], batching)
         plain = None if reference is None else Reference(reference.model)
-        jobs.append(_job(micro, _filler_data(filler), plain, objective, batching))
-    policy.forward_backward(jobs)
+        jobs.append(_job(micro, _filler_data(filler), plain, objective, batching, mismatch))
+    try:
+        policy.forward_backward(jobs)
+    except NonFiniteError as error:
+        error.losses = error.losses[: len(micros)]  # a dump holds no filler
+        raise
     grad_norm = policy.step(policy.lr(step))
-    stats = None
-    for _, job in jobs:
-        assert job.stats is not None
-        stats = job.stats if stats is None else stats + job.stats
     return {
         "grad_norm": grad_norm,
         "lr": policy.lr(step),
         "tokens": tokens,
         "unshared": unshared,
-        **_means(stats, objective),
+        **_means([job for _, job in jobs], objective, mismatch),
     }
 
 
@@ -147,11 +153,15 @@ def check_finite(data: Sequences) -> None:
 
 
 def micro_jobs(
-    data: Sequences, reference: Reference | None, objective: PolicyObjective, batching: Batching
+    data: Sequences,
+    reference: Reference | None,
+    objective: PolicyObjective,
+    batching: Batching,
+    mismatch: Mismatch | None = None,
 ) -> tuple[list[MicroBatch], list[tuple[dict[str, Any], head.LossJob]]]:
     """This process's micro-batches, and for each the model's inputs and the job of its head."""
     micros = micro_batches(data.leaves, batching) if data.leaves else []
-    return micros, [_job(micro, data, reference, objective, batching) for micro in micros]
+    return micros, [_job(micro, data, reference, objective, batching, mismatch) for micro in micros]
 
 
 def unmeasured(lr: float) -> dict[str, Any]:
@@ -170,6 +180,7 @@ def _job(
     reference: Reference | None,
     objective: PolicyObjective,
     batching: Batching,
+    mismatch: Mismatch | None,
 ) -> tuple[dict[str, Any], head.LossJob]:
     device = micro.at.labels.device
     leaf = np.asarray(micro.leaves)[micro.batch.leaf.numpy()]
@@ -178,15 +189,22 @@ def _job(
     def tokens(values: NDArray[np.float32]) -> Tensor:
         return to_device(torch.from_numpy(values)[at], device)
 
-    job = head.LossJob(
-        at=micro.at,
-        objective=objective,
-        advantages=tokens(data.advantages),
-        token_weight=tokens(data.weights),
-        old_logprob=tokens(data.behaviour),
-        temperature=batching.temperature,
-        chunk_rows=batching.head_rows,
-    )
+    given: dict[str, Any] = {
+        "at": micro.at,
+        "objective": objective,
+        "advantages": tokens(data.advantages),
+        "token_weight": tokens(data.weights),
+        "old_logprob": tokens(data.behaviour),
+        "temperature": batching.temperature,
+        "chunk_rows": batching.head_rows,
+    }
+    if objective.kind == "gspo" or mismatch is not None:
+        sequence = to_device(micro.batch.leaf, device)
+        job: head.LossJob = SequenceLossJob(
+            **given, sequence=sequence, sequences=len(micro.leaves), mismatch=mismatch
+        )
+    else:
+        job = head.LossJob(**given)
     if objective.kl is not None:
         assert reference is not None, f"kl={objective.kl} needs a reference"
         if objective.kl == "k3":
@@ -198,19 +216,48 @@ def _job(
     return model_inputs(micro.batch), job
 
 
-MEANS = ("loss", "kl", "entropy", "ratio_mean", "clipped_fraction", "mismatch_kl")
+MEANS = (
+    "loss", "kl", "entropy", "ratio_mean", "clipped_fraction", "clipped_low_fraction", "clipped_high_fraction", "mismatch_kl",
+    "mismatch_weight", "mismatch_cut",
+)  # fmt: skip
 
 
-def _means(stats: PolicyStats | None, objective: PolicyObjective) -> dict[str, float | None]:
-    """The logged means over all processes' tokens, by the names of MEANS; None where there is no token to take one over."""
-    sums = torch.zeros(len(SUMS), dtype=torch.float64) if stats is None else stats.sums.cpu()
-    everywhere = PolicyStats(torch.tensor(distributed.all_reduce_sum(sums.tolist()), dtype=torch.float64))
-    if not everywhere.count:
+def _means(
+    jobs: Sequence[head.LossJob], objective: PolicyObjective, mismatch: Mismatch | None
+) -> dict[str, float | None]:
+    """The logged means over all processes' tokens, by the names of MEANS; None for what the objective does not have, and where there is no
+    token to take one over. For gspo the three fractions of clipped are of sequences, not of tokens."""
+    sums = torch.zeros(len(SUMS) + SEQUENCE_SUMS, dtype=torch.float64)
+    for job in jobs:
+        assert job.stats is not None
+        sums[: len(SUMS)] += job.stats.sums.cpu()
+        if isinstance(job, SequenceLossJob):
+            assert job.sequence_sums is not None
+            sums[len(SUMS) :] += job.sequence_sums.cpu()
+    everywhere = distributed.all_reduce_sum(sums.tolist())
+    stats = PolicyStats(torch.tensor(everywhere[: len(SUMS)], dtype=torch.float64))
+    weight, cut_labels, cut_sequences, sequences = everywhere[len(SUMS) :]
+    labels = float(stats.count)
+    if not labels:
         return dict.fromkeys(MEANS)
-    means = (
-        everywhere.loss, everywhere.kl, everywhere.entropy, everywhere.ratio, everywhere.clipped_fraction, everywhere.mismatch_kl,
-    )  # fmt: skip
-    found: dict[str, float | None] = {name: float(mean) for name, mean in zip(MEANS, means, strict=True)}
-    if objective.kl is None:
-        found["kl"] = None
+    found: dict[str, float | None] = dict.fromkeys(MEANS)
+    found |= {
+        "loss": float(stats.loss),
+        "kl": None if objective.kl is None else float(stats.kl),
+        "entropy": float(stats.entropy),
+        "ratio_mean": float(stats.ratio),
+        "mismatch_kl": float(stats.mismatch_kl),
+    }
+    if objective.kind != "reinforce":
+        over = sequences if objective.kind == "gspo" else labels
+        clipped, low, high = (
+            everywhere[SUMS.index(n)] / over for n in ("clipped", "clipped_low", "clipped_high")
+        )
+        found |= {"clipped_fraction": clipped, "clipped_high_fraction": high}
+        found["clipped_low_fraction"] = None if objective.kind == "cispo" else low
+    if mismatch is not None:
+        found["mismatch_weight"] = weight / labels
+        found["mismatch_cut"] = (
+            cut_labels / labels if mismatch.level == "token" else cut_sequences / sequences
+        )
     return found

@@ -34,7 +34,7 @@ class Mixture:
                 raise UserError(
                     f"mixture: tasks.{i}={dict(part)} must have the key task and may have task_args"
                 )
-            self.parts.append(load_task(part["task"], part.get("task_args") or {}))
+            self.parts.append(load_task(part["task"], part.get("task_args") or {}, problems=False))
 
     def part(self, number: int, split: str) -> Sequence[Problem]:
         """The problems of one part, with their ids in the mixture."""
@@ -42,6 +42,11 @@ class Mixture:
 
     def problems(self, split: str) -> Sequence[Problem]:
         return _Joined([self.part(i, split) for i in range(len(self.parts))])
+
+    @property
+    def notes(self) -> list[str]:
+        """What the parts say of their data."""
+        return [note for part in self.parts for note in getattr(part, "notes", ())]
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         task, own = self.own(problem)

@@ -1,7 +1,8 @@
 """Maps a task's name to its implementation.
 
-A spec is a built-in name, `file.py:Class`, `reasoning_gym:NAME`, `verifiers:NAME`, or `data.jsonl` (then args["verify"] is the grader). A new built-in task
-is one file and one line in BUILT_IN; a module is imported only when its task is used.
+A spec is a built-in name, `file.py:Class`, `reasoning_gym:NAME`, `verifiers:NAME`, or rows with args["verify"] as the grader: `hf:NAME`,
+`data.jsonl`, `.csv`, `.tsv`, `.parquet`. A new built-in task is one file and one line in BUILT_IN; a module is imported only when its task
+is used.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.tasks import gym, verifiers
-from fst_fast.tasks.jsonl import JsonlTask
+from fst_fast.tasks import gym, readers, verifiers_env
+from fst_fast.tasks.rows import RowTask, check_count
 from fst_fast.tasks.tools.builtin import named_tools
 from fst_fast.tasks.user import load_object, make_task
+from fst_fast.tasks.verifiers_turns import VerifiersEpisodes
 
 BUILT_IN = {
     "star_graph": "fst_fast.tasks.star_graph:StarGraph",
@@ -38,21 +42,23 @@ def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
 def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Any:
     """Create the Task or Environment that `spec` names, with `args`. Raises UserError for any mistake in them.
 
-    problems=False: only `verify` will be used (in a verifying child), so a JSONL file need not be read."""
+    problems=False: rows are not read before problems are asked for; a verifying child never asks for them."""
     where = f"task={spec}"
     if spec in BUILT_IN:
         module, _, name = BUILT_IN[spec].partition(":")
         return make_task(getattr(importlib.import_module(module), name), args, where)
     if spec.startswith(gym.PREFIX):
         return gym.ReasoningGym(spec.removeprefix(gym.PREFIX), **args)
-    if spec.startswith(verifiers.PREFIX):
-        return verifiers.Verifiers(spec.removeprefix(verifiers.PREFIX), **args)
-    if spec.endswith(".jsonl"):
-        rest = {name: value for name, value in args.items() if name != "tools"}
-        _refuse_unknown_args(rest, where)
-        task = JsonlTask(spec, **rest, read=problems)
+    if spec.startswith(verifiers_env.PREFIX):
+        name = spec.removeprefix(verifiers_env.PREFIX)
+        loaded: Any = make_task(verifiers_env.VerifiersTask, {"name": name, **args}, where)
+        return VerifiersEpisodes(loaded) if loaded.turns else loaded
+    if spec.startswith(readers.HUB) or Path(spec).suffix in readers.FILES:
+        task = _from_rows(spec, {name: value for name, value in args.items() if name != "tools"})
         if "tools" in args:
             task.tools = named_tools(args["tools"])
+        if problems:
+            task.read()
         return task
     if ".py" in spec:
         return make_task(load_object(spec, "task"), args, where)
@@ -60,15 +66,53 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> A
     hint = (
         f"did you mean {near[0]}?"
         if near
-        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, data.jsonl, {gym.PREFIX}NAME or {verifiers.PREFIX}NAME"
+        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, data.jsonl (.csv, .tsv, .parquet), "
+        f"{readers.HUB}NAME, {gym.PREFIX}NAME, or {verifiers_env.PREFIX}NAME"
     )
     raise UserError(f"task={spec!r} is not known; {hint}")
 
 
-def _refuse_unknown_args(args: Mapping[str, Any], where: str) -> None:
-    allowed = [name for name in inspect.signature(JsonlTask).parameters if name not in ("path", "read")]
+def check_task_args(config: Config) -> None:
+    """Raise UserError for arguments of a task that cannot be right, whatever its data are. Nothing is read; files and environments of the
+    user, which would run, are not looked at."""
+    parts = [(s.task, s.task_args) for s in config.stages] or [(config.task, config.task_args)]
+    for spec, args in parts:
+        if ".py" not in f"{spec} {args}" and not spec.startswith(verifiers_env.PREFIX):
+            rest = {
+                name: value for name, value in args.items() if name != "tools"
+            }  # which may be files and code
+            load_task(spec, rest, problems=False)
+
+
+def _from_rows(spec: str, args: Mapping[str, Any]) -> RowTask:
+    """A task from a file or from a data set. Its arguments are those of RowTask and of the reader."""
+    on_hub = spec.startswith(readers.HUB)
+    own = ("config", "train", "validation", "revision", "streaming") if on_hub else ("validation",)
+    allowed = [*own, *list(inspect.signature(RowTask).parameters)[2:]]
     for name in args:
         if name not in allowed:
-            raise UserError(
-                f"{where}: task_args.{name} is not known for a JSONL task; allowed are {', '.join(allowed)}"
-            )
+            raise UserError(f"task={spec}: task_args.{name} is not known; allowed are {', '.join(allowed)}")
+    reader = {name: args.get(name) for name in own}
+    for name, value in reader.items():
+        if name == "streaming":
+            check_count(name, value, 1)
+        elif value is not None and (not isinstance(value, str) or not value):
+            raise UserError(f"task_args.{name}={value!r} must be a text that is not empty, or null")
+    train, validation = reader.pop("train", None) or "train", reader.pop("validation")
+    parts = {"train": train if on_hub else spec} | ({"validation": validation} if validation else {})
+    if on_hub:
+        data = spec.removeprefix(readers.HUB)
+        sources = {
+            split: (part, partial(readers.read_hub, data, split=part, **reader))
+            for split, part in parts.items()
+        }
+    else:
+        sources = {
+            split: (_stem(file), partial(readers.read_file, Path(file))) for split, file in parts.items()
+        }
+    rest = {name: value for name, value in args.items() if name not in own}
+    return RowTask(spec, sources, **rest)
+
+
+def _stem(file: str) -> str:
+    return Path(file).stem.encode("utf-8", "replace").decode()  # a file's name need not be text

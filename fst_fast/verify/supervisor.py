@@ -131,7 +131,7 @@ def _supervise(control: socket.socket, child: int, channel: socket.socket) -> No
     except (_Stop, OSError):
         pass
     finally:
-        status = _kill_descendants(child, status)
+        status = kill_descendants(child, status)
         with contextlib.suppress(OSError):
             control.sendall(STATUS.pack(status))
         os._exit(0)
@@ -181,7 +181,7 @@ def _answer_notification(listener: int) -> None:
             raise
 
 
-def _kill_descendants(child: int, status: int) -> int:
+def kill_descendants(child: int, status: int) -> int:
     """Kill and reap until no descendant is left; returns the child's wait status.
 
     Notifications are no longer answered, so with the filter no new process can start meanwhile."""

@@ -20,7 +20,7 @@ NAMES = ("reference", "triton", "cpu", "cuda", "host")
 # Operation -> the backends it has, best first.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("triton", "reference"),
-    "linear_policy_loss": ("triton", "reference", "cuda", "host"),
+    "linear_policy_loss": ("triton", "reference"),
     "tree_attention": ("triton", "cpu", "reference"),
     "cascade_decode_attention": ("triton", "cpu", "reference"),
     "sample_tokens": ("cpu", "reference", "cuda", "host"),

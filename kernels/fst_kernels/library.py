@@ -40,8 +40,8 @@ class _Recipe:
 _FLAGS = ("-std=c++20", "-fPIC", "-shared")
 _RECIPES = {
     "host": _Recipe(
-        compiled=("policy_rows.cu", "sample_tokens.cu"),
-        read=("policy_rows.h", "sample_tokens.h", "philox.h", "device.cuh", "host/threads.hpp"),
+        compiled=("sample_tokens.cu",),
+        read=("sample_tokens.h", "philox.h", "device.cuh", "host/threads.hpp"),
         flags=("-x", "c++", "-O2", "-pthread"),
     ),
     "cpu": _Recipe(
@@ -51,7 +51,6 @@ _RECIPES = {
             "cpu/rows.h",
             "cpu/vector.hpp",
             "sample_tokens.h",
-            "policy_rows.h",
             "philox.h",
         ),
         flags=("-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp"),

@@ -119,6 +119,19 @@ def test_what_a_dry_run_prints_is_a_config_file(capsys, tmp_path):
     assert capsys.readouterr().out == first
 
 
+def test_a_dry_run_prints_its_numbers_and_refuses_arguments_of_the_task_that_cannot_be_right(capsys):
+    argv = ["train", "--dry-run", "--task=hf:some/where", "--task_args.verify=exact", "--task_args.fitler=a"]
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(
+        "fst: task=hf:some/where: task_args.fitler is not known; allowed are config, train"
+    )
+    assert cli.main([*argv[:-1], "--task_args.filter=a"]) == 0
+    assert "# rollouts per step: " in capsys.readouterr().out
+    assert cli.main(["train", "--dry-run", "--task=hf:some/where", "--task_args.verify=gone.py:grade"]) == 0
+
+
 def test_without_a_config_file_the_mini_star_graph_is_trained(capsys):
     cli.main(["train", "--dry-run"])
     default = capsys.readouterr().out

@@ -208,7 +208,7 @@ def test_the_hash_follows_the_values_and_not_their_order(tmp_path):
 
 
 def test_derived_numbers_of_the_paper_s_setting():
-    numbers = derived(load(CONFIGS / "star_graph_paper.yaml"), world_size=8)
+    numbers = derived(load(CONFIGS / "paper/star_graph.yaml"), world_size=8)
     assert numbers["rollouts per step"] == 32 * 8
     assert numbers["rollouts per problem under one context"] == 1
     assert numbers["lookahead, problems per cycle"] == 192

@@ -94,7 +94,7 @@ def test_every_configuration_key_that_is_named_exists(page: Path) -> None:
     known = set(keys())
     sections = "|".join(key for key in known if any(other.startswith(key + ".") for other in known))
     for key in re.findall(rf"`(?:--)?((?:{sections})\.\w+(?:\.\w+)*)(?==|: |`)", page.read_text()):
-        free = re.sub(r"(_args)\..*", r"\1", key)
+        free = re.sub(r"(_args|_kwargs|\.deepspeed)\..*", r"\1", key)
         other = key in POINTS or key.endswith((".py", ".md", ".yaml", ".json", ".jsonl"))
         assert free in known or other, f"{name(page)}: {key}"
 
@@ -149,7 +149,7 @@ def takes_it(words: list[str], where: str) -> None:
         for word in words
         if word not in ("[", "]", "...]")
     ]
-    words = [word.strip("[]") for word in words]
+    words = [word if "=[" in word else word.strip("[]") for word in words]
     own, overrides = cli.split_overrides(words)
     args = cli._parser().parse_args(own)
     if words[0] in ("train", "probe"):

@@ -720,3 +720,53 @@ def test_a_reward_that_is_one_but_for_rounding_is_no_failure():
     assert not reflect.batches, "nothing fails, so there is nothing to reflect on"
     run(start(), Constant(0.999), reflect, FastConfig())
     assert reflect.batches
+
+
+# -- more proposals than children ---------------------------------------------------------------------------------------------
+
+
+WIDE = FastConfig(children=2, proposals=6, screen_problems=4, samples=2, first_generations=1)
+
+
+def test_more_proposals_than_children_are_asked_for_as_one_batch_and_the_best_of_a_first_comparison_go_on():
+    reflect = numbered()
+    world = World(lambda text, problem: 1.0 if text.endswith(("3", "5")) else 0.0)
+    result = run(start(), world, reflect, WIDE)
+    assert [len(prompts) for prompts, _ in reflect.batches] == [6]
+    assert [len(call) for call in world.calls] == [16, 6 * 4, 2 * (16 - 4)]
+    scored_whole = {line["text"] for line in result.record["contexts"] if line["n"] == 16}
+    assert scored_whole == {f"{SEED} variant 3", f"{SEED} variant 5"}
+    assert result.record["admitted"] == 2
+    assert len(result.record["contexts"]) == 6
+    asked = [(c.id, p.id, k) for call in world.calls for c, p, k in call]
+    assert len(asked) == len(set(asked)), "no rollout is sampled twice"
+
+
+def test_proposals_that_leave_no_more_than_the_children_are_not_compared_first():
+    lots = iter(["a", "", "b", "", "", ""])
+    world = World(half)
+    run(start(), world, Scribe(lambda prompt, seed: next(lots)), WIDE)
+    assert [len(call) for call in world.calls] == [16, 32]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 200), st.integers(1, 5), st.integers(1, 12), st.integers(1, 9), st.integers(1, 3))
+def test_the_budget_holds_with_a_first_comparison(budget, children, proposals, screen, generations):
+    config = FastConfig(
+        children=children, proposals=proposals, screen_problems=screen, samples=2, rollout_budget=budget, first_generations=generations
+    )  # fmt: skip
+    world = World(half)
+    assert run(start(), world, numbered(), config).record["fast_rollouts"] == world.rollouts <= budget
+
+
+def test_a_prompt_brings_successes_other_contexts_and_the_latest_admitted_edits():
+    reflect, world = numbered(), World(lambda text, problem: 0.2 if text == SEED else 0.7)
+    run(start(), world, reflect, FastConfig(children=2, samples=2, first_generations=3))
+    first, *_, last = [prompts for prompts, _ in reflect.batches]
+    assert not first[0].others
+    assert not first[0].lessons
+    assert last[0].successes
+    assert all(s.reward == 1.0 for s in last[0].successes)
+    assert last[0].others
+    assert last[0].context not in last[0].others
+    assert any(lesson.before == SEED and lesson.after.startswith(SEED) for lesson in last[0].lessons)

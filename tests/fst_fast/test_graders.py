@@ -43,6 +43,11 @@ WORDS = [{"kind": "words", "max": 3}, {"kind": "case", "is": "lower"}]
         ({"grader": "contains", "words": False}, "art", "the start", 1, ""),
         ({"grader": "contains", "any": True}, ["x", "y"], "only y here", 1, ""),
         ({"grader": "contains", "any": True}, ["x", "y"], "none", 0, '"x" or "y"'),
+        ({"grader": "contains", "all_or_nothing": True}, ["red", "blue"], "Red and green", 0, 'the response does not contain "blue"'),
+        ({"grader": "contains", "read": "box"}, ["red", "blue"], "blue, \\boxed{Red}", 0.5, 'the box does not contain "blue"'),
+        ({"grader": "contains", "read": "box"}, ["red"], "red", 0, "no \\boxed"),
+        ({"grader": "contains", "read": "box", "limit": 8}, ["red"], "a long way \\boxed{red, blue}", 0, "the box has 9 characters; at most 8"),
+        ({"grader": "contains", "read": "box", "limit": 9}, ["red"], "a long way \\boxed{red, blue}", 1, ""),
         ("regex", r"\d{3}-\d{2}", "call 555-12 now", 1, ""),
         ({"grader": "regex", "full": True}, r"\d+", "12 or 13", 0, "does not match the pattern"),
         ({"grader": "regex", "pattern": r"= (-?\d+)$", "group": 1}, -4, "so x = -4", 1, ""),
@@ -232,6 +237,9 @@ def test_a_service_may_judge_and_its_faults_leave_the_rollout_unjudged() -> None
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
+        ({"grader": "contains", "read": "end"}, "read='end'; allowed: all, last_line, box"),
+        ({"grader": "contains", "any": True, "all_or_nothing": True}, "any and all_or_nothing exclude each other"),
+        ({"grader": "contains", "limit": -1}, "limit=-1; allowed: a whole number >= 0"),
         ("exactt", "task_args.verify=exactt is not known; allowed: exact, contains"),
         (3, "task_args.verify=3 is no grader"),
         ([], "is no grader"),

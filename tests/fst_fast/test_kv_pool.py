@@ -87,6 +87,7 @@ def test_a_range_cut_to_some_of_its_slots_holds_these_in_their_order():
     assert torch.equal(span.kv(0)[1], 2 * k[[4, 1]])
 
 
+@pytest.mark.emulated
 @pytest.mark.skipif(INTERPRETED, reason="the outer process runs this file")
 def test_by_the_triton_kernels_it_is_the_same_in_the_interpreter():
     """Triton reads TRITON_INTERPRET at import, so this file runs again in its own process."""

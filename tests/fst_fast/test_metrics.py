@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,78 +149,6 @@ def test_numbers_of_a_record_get_names_and_texts_are_left_out() -> None:
     assert numbers_of(fields, "eval") == {"eval/k": 4.0, "eval/channels/both/mean": 0.5}
 
 
-class Recorder:
-    """Stands in for wandb and trackio: `init` and what a run of theirs takes."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-
-    def init(self, **kwargs: Any) -> Recorder:
-        self.calls.append(kwargs)
-        return self
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.calls.append((step, values))
-
-    def finish(self) -> None:
-        self.calls.append("finish")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Recorder]:
-    def install(name: str) -> Recorder:
-        recorder, module = Recorder(), types.ModuleType(name)
-        module.init = recorder.init  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, name, module)
-        return recorder
-
-    return install
-
-
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_a_tracker_gets_the_numbers_and_keeps_its_identity_on_resume(
-    tmp_path: Path, fake: Callable[[str], Recorder], package: str
-) -> None:
-    recorder = fake(package)
-    track = TrackConfig(**{package: "my-project"})
-    with MetricsWriter(tmp_path, track=track) as writer:
-        writer.write("start", method="fst")
-        writer.write("step", step=3, reward=0.5)
-        writer.write_timing(step=3, seconds=1.5)
-        save(tmp_path, 3)
-    first, *rest = recorder.calls
-    assert first["project"] == "my-project"
-    assert first["resume"] == "allow"
-    assert rest == [(3, {"step/reward": 0.5}), (3, {"timing/seconds": 1.5}), "finish"]
-    MetricsWriter(tmp_path, resume_at_step=3, track=track).close()
-    assert recorder.calls[-2] == first
-
-
-@pytest.mark.parametrize(
-    ("key", "module"),
-    [("wandb", "wandb"), ("trackio", "trackio"), ("tensorboard", "torch.utils.tensorboard")],
-)
-def test_a_tracker_whose_package_is_missing_is_refused_naming_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, module: str
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"track.{key} needs a package .*pip install fst-fast\[track\]"):
-        MetricsWriter(tmp_path, track=TrackConfig(**{key: True if key == "tensorboard" else "p"}))
-
-
-def test_a_tracker_that_does_not_start_is_one_sentence(
-    tmp_path: Path, fake: Callable[[str], Recorder], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake("wandb")
-
-    def fails(**_: Any) -> None:
-        raise RuntimeError("not logged in\ntry wandb login")
-
-    monkeypatch.setattr(sys.modules["wandb"], "init", fails)
-    with pytest.raises(UserError, match=r"track\.wandb='p' cannot be started: not logged in try wandb login"):
-        MetricsWriter(tmp_path, track=TrackConfig(wandb="p"))
-
-
 def test_tensorboard_events_are_written_and_purged_on_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -248,3 +174,18 @@ def test_without_a_tracker_torch_is_not_imported() -> None:
         text=True,
     )
     assert done.stdout == "False\n", done.stderr
+
+
+def test_tensorboard_shows_rollouts_as_text_and_can_write_where_events_are_already(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track = TrackConfig(tensorboard=True, attach={"tensorboard": str(tmp_path / "events")})
+    with MetricsWriter(tmp_path, track=track) as writer:
+        writer.write_rollout(step=3, reward=0.5, prompt="a | b\n`c`", response="<script>x</script>")
+    assert not (tmp_path / "tensorboard").exists()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    [name] = [tag for tag in events.Tags()["tensors"] if "rollouts" in tag]
+    [text] = events.Tensors(name)[0].tensor_proto.string_val
+    assert b"| 0.5 |" in text
+    assert b"a &#124; b<br>&#96;c&#96; | &lt;script>x&lt;/script>" in text

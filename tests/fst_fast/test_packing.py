@@ -37,7 +37,6 @@ from fst_fast.policy.attention import (
     PACKABLE,
     TreePlan,
     load_model,
-    model_folder,
     sliding_window,
     unpackable_reason,
 )
@@ -321,7 +320,9 @@ def test_a_plan_without_windows_is_refused_by_a_layer_that_has_one() -> None:
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.path='.*nowhere' is not a folder"):
+    with pytest.raises(
+        UserError, match=r"model.path='.*nowhere' is neither a folder nor a .gguf file; .*'mini'"
+    ):
         load_model(tmp_path / "nowhere", "float32", attention="tree")
     with pytest.raises(UserError, match=r"has no config.json; .*'mini'"):
         load_model(tmp_path, "float32", attention="tree")
@@ -334,10 +335,3 @@ def test_folders_that_hold_no_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(tiny_config("qwen3").to_json_string())
     with pytest.raises(UserError, match=r"cannot be loaded"):
         load_model(tmp_path, "float32", attention="tree")
-
-
-def test_a_model_folder_may_start_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert model_folder("~/m") == tmp_path / "m"

@@ -297,14 +297,14 @@ def test_a_local_endpoint_needs_no_key(monkeypatch):
 def test_self_sends_the_rendered_prompts_and_seeds_to_the_model():
     seen = {}
 
-    def generate(texts, seeds):
-        seen.update(texts=list(texts), seeds=list(seeds))
-        return [Reply("```\nx\n```", "stop") for _ in texts]
+    def generate(conversations, seeds):
+        seen.update(conversations=list(conversations), seeds=list(seeds))
+        return [Reply("```\nx\n```", "stop") for _ in conversations]
 
     assert (
         make_reflector("self", {}, generate=generate)([PROMPT, PROMPT], seeds=[1, 2])[1].text == "```\nx\n```"
     )
-    assert seen == {"texts": [PROMPT.render()] * 2, "seeds": [1, 2]}
+    assert seen == {"conversations": [[{"role": "user", "content": PROMPT.render()}]] * 2, "seeds": [1, 2]}
 
 
 def test_self_without_a_model_is_refused():

@@ -15,7 +15,6 @@ from fst_fast.cli import main
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem
 from fst_fast.rollout.sampler import Sampler
-from fst_fast.run.recorder import Recorder
 from fst_fast.slow import slow_phase
 
 SHORT = [
@@ -197,24 +196,6 @@ def test_a_kernel_path_that_cannot_run_here_is_refused_before_anything_is_writte
     assert main(["train", "--run-dir", str(tmp_path / "run"), *SHORT]) == 2
     assert "FST_KERNELS" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_mismatch_beyond_the_band_is_said_on_fresh_rollouts_only() -> None:
-    notes: list[str] = []
-    recorder: Any = types.SimpleNamespace(note=notes.append)
-
-    def warn(value: float | None, reused: int) -> None:
-        report: Any = types.SimpleNamespace(numbers={"mismatch_kl": value}, reused=reused)
-        Recorder.warn_of_mismatch(recorder, report, step=7, limit=0.01)
-
-    for value, reused in ((0.009, 0), (None, 0), (0.5, 3)):
-        warn(value, reused)
-    assert notes == []
-    warn(0.0123, 0)
-    assert notes == [
-        "warning, step 7: mismatch_kl=0.0123 nats per token between rollout engine and trainer on rollouts of these very weights; "
-        "slow.mismatch_warning=0.01"
-    ]
 
 
 def test_while_a_step_is_computed_no_engine_holds_what_sampling_took(

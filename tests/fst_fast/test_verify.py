@@ -543,11 +543,11 @@ if not child:
     time.sleep(600)
 print(child, flush=True)
 trainer.close()
-kill_descendants = supervisor._kill_descendants
+kill_descendants = supervisor.kill_descendants
 def told_again(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
     return kill_descendants(*arguments)
-supervisor._kill_descendants = told_again
+supervisor.kill_descendants = told_again
 sys.settrace(trace)
 supervisor._supervise(control, child, ours)
 """

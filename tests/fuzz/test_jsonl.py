@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_fast.errors import UserError
-from fst_fast.tasks.jsonl import JsonlTask
+from fst_fast.tasks.registry import load_task
 
 FUZZ = settings.get_profile("fuzz")
 
@@ -87,7 +87,7 @@ def test_a_file_is_read_or_refused_in_one_sentence(folder, bounded, data):
     path = folder / "d.jsonl"
     path.write_bytes(data)
     try:
-        task = bounded(lambda: JsonlTask(str(path), f"{folder}/g.py:f"))
+        task = bounded(lambda: load_task(str(path), {"verify": f"{folder}/g.py:f"}))
     except UserError as error:
         said = str(error)
         assert "\n" not in said

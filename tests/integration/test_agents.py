@@ -17,7 +17,7 @@ def test_a_run_killed_between_the_turns_of_its_episodes_continues_bit_equal(tmp_
     steps = records(tmp_path / "unbroken", "step")
     assert all(step["turns"] > 1 and step["finishes"] == {"stop": 8} for step in steps)
     # Every batch is judged after each of two turns: those of the first fast phase, then those of the steps.
-    code, printed = train(tmp_path / "run", *EPISODES, fault="verification:14")
+    code, printed = train(tmp_path / "run", *EPISODES, fault="turn:14")
     assert code == -signal.SIGKILL, printed
     assert 1 <= len(records(tmp_path / "run", "step")) < len(steps)
     code, printed = train(tmp_path / "run", *EPISODES, "--resume")

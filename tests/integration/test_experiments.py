@@ -63,7 +63,7 @@ def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(tmp_path: Path) -> N
         start_new_session=True,
     ) as suite:
         metrics = folder / "metrics.jsonl"
-        while suite.poll() is None and not (metrics.is_file() and '"step"' in metrics.read_text()):
+        while suite.poll() is None and not (metrics.is_file() and '"kind": "step"' in metrics.read_text()):
             time.sleep(0.05)
         os.killpg(suite.pid, signal.SIGINT)
         said = suite.communicate()[1]

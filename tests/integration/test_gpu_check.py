@@ -132,7 +132,7 @@ def test_the_gpu_tests_and_benchmarks_load_where_most_packages_are_missing(tmp_p
     command += ["--collect-only", "-m", "gpu or not gpu", "tests/kernels", "tests/fst_fast/test_kv_pool.py", "tests/fst_fast/test_graphs.py", "benchmarks/linear_logprob.py", "benchmarks/linear_policy_loss.py"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    for name in ("test_linear_bf16.py", "test_linear_logprob_triton.py", "test_policy_rows.py", "test_tree_attention_triton.py"):  # fmt: skip
+    for name in ("test_linear_bf16.py", "test_linear_logprob_triton.py", "test_tree_attention_triton.py"):  # fmt: skip
         marked = "mark.gpu" in (ROOT / "tests" / "kernels" / name).read_text()
         assert marked
         assert f"tests/kernels/{name}::" in done.stdout

@@ -87,10 +87,8 @@ def empty() -> None:
 
     sequences, calls = slow_phase.sequences, itertools.count(1)
 
-    def emptied(groups, prompts, aggregation):
-        return (
-            sequences(groups, prompts, aggregation) if next(calls) != BAD else sequences([], [], aggregation)
-        )
+    def emptied(groups, prompts, *how):
+        return sequences(groups, prompts, *how) if next(calls) != BAD else sequences([], [], *how)
 
     slow_phase.sequences = emptied
 

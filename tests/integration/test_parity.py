@@ -6,7 +6,7 @@ Losses and gradient norms of 20 steps on recorded rollouts (parity.py) against a
     bias    |mean d_t|      a tenth of it: rounding has no sign; a wrong denominator has one in every step
     drift   20 |slope of d_t|   the same for a difference that grows, such as a wrong learning rate makes
 
-A sample is in `make test`, every setting in `make parity`, which prints the table.
+A sample is in `make runs`, every setting in `make parity`, which prints the table.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Clock(datetime):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
-    monkeypatch.setattr(startup, "datetime", Clock)
+    monkeypatch.setattr(startup, "wall_clock", Clock.now)
     monkeypatch.setattr(Clock, "at", datetime(2026, 2, 28, 23, 58))
     return Clock
 
@@ -74,7 +74,7 @@ def test_a_run_needs_its_data_and_its_base_weights_and_nothing_else_from_outside
     for command in (resume, ["eval", str(run)]):
         assert main(command) == 2
         err = capsys.readouterr().err
-        assert f"'{base}' is not a folder" in err
+        assert f"'{base}' is neither a folder nor a .gguf file" in err
         assert "if it was moved, name its new folder by --model.path" in err
     assert main([*resume, f"--model.path={moved}"]) == 0
     assert (

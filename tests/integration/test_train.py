@@ -203,6 +203,22 @@ def test_a_padded_run_takes_the_same_first_step_as_a_forest_run(
     assert forest["tokens_computed"] < padded["tokens_computed"]
 
 
+def test_the_mini_base_as_its_own_reflector_with_short_requests_proposes_what_is_scored_and_not_admitted(
+    tmp_path: Path,
+) -> None:
+    """Its replies are begun for it, so they are whole; what it writes is no help."""
+    run(
+        tmp_path / "run",
+        *("--fast.reflector=self", "--fast.reflection_style=short", "--fast.reflection_tokens=48"),
+        *("--slow.steps=2", "--eval.every=0"),
+    )
+    [cycle] = records(tmp_path / "run", "cycle")
+    assert cycle["contexts"]
+    assert cycle["admitted"] == 0
+    assert len(cycle["contexts"]) + sum(cycle["refused"].values()) == cycle["proposed"]
+    assert len(records(tmp_path / "run", "step")) == 2
+
+
 @pytest.mark.parametrize("reflector", ["self", "user"])
 def test_a_reflector_that_proposes_nothing_usable_or_fails_costs_its_proposals_only(
     reflector: str, tmp_path: Path
@@ -215,6 +231,7 @@ def test_a_reflector_that_proposes_nothing_usable_or_fails_costs_its_proposals_o
     run(
         tmp_path / "run",
         f"--fast.reflector={name}",
+        f"--fast.reflection_style={'full' if reflector == 'self' else 'auto'}",
         "--slow.steps=2",
         "--eval.every=0",
         "--fast.failures_shown=1",

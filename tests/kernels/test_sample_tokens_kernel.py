@@ -3,12 +3,13 @@ launch with the same bits."""
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from fst_kernels import backends, sample_tokens
 from fst_kernels import library as library_module
-from fst_kernels import sample_tokens
 from fst_kernels.sampling import cuda, reference
 from fst_kernels.sampling.cuda import Launch, launch_kernel
 from tests.compiler import needs_a_compiler
@@ -283,6 +284,21 @@ def test_the_operation_holds_what_torch_asks_of_one():
     torch.library.opcheck(
         cuda.sample_tokens_op, (x, 1.0, 5, None, None, torch.ones(3), None, torch.ones(3), None, s, p, "host"), test_utils=("test_schema", "test_faketensor")
     )  # fmt: skip
+
+
+def test_a_library_that_is_absent_or_built_from_other_sources_is_refused(monkeypatch):
+    fields = [*cuda._SampleTokens._fields_, ("more", cuda.ctypes.c_int64)]
+    longer = type("_SampleTokens", (cuda.ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setattr(cuda, "_SampleTokens", longer)
+    with pytest.raises(
+        RuntimeError, match=r"built from other sources \(its arguments take \d+ bytes, \d+ exp.*build it"
+    ):
+        cuda._library.__wrapped__("host")
+    assert "for tests" in backends()["sample_tokens"]["others"]["host"]
+    for name in ("_CHECKOUT", "_PACKAGE"):
+        monkeypatch.setattr(library_module, name, Path("/nowhere"))
+    assert "it compiles /nowhere/csrc, which is not there" in library_module.missing("host")
+    assert "cmake --build build/csrc" in library_module.missing("cuda")
 
 
 @pytest.mark.gpu

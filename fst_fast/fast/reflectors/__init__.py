@@ -6,18 +6,19 @@ a call becomes a reply with an error (see reflection.ask), since a reflector tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from fst_fast.errors import UserError
-from fst_fast.fast.reflection import Reflector, Reply
-
-Generate = Callable[[Sequence[str], Sequence[int]], list[Reply]]
-"""Answers of the frozen base model to user messages, one seed each."""
+from fst_fast.fast.reflection import Reflector
+from fst_fast.fast.reflectors.self_ import Generate, SelfReflector
 
 
-def make_reflector(name: str, args: Mapping[str, Any], *, generate: Generate | None) -> Reflector:
-    """The reflector that fast.reflector names. generate: needed by `self` only. Raises UserError on a name or arguments that cannot be."""
+def make_reflector(
+    name: str, args: Mapping[str, Any], *, generate: Generate | None, style: Literal["full", "short"] = "full"
+) -> Reflector:
+    """The reflector that fast.reflector names. generate: needed by `self` only, as style is. Raises UserError on a name or arguments that
+    cannot be."""
     if name == "openai":
         from fst_fast.fast.reflectors.openai import OpenAIReflector  # the package `openai` is an extra
 
@@ -32,13 +33,11 @@ def make_reflector(name: str, args: Mapping[str, Any], *, generate: Generate | N
 
         return FunctionReflector("mini", seeded(rules))
     if name == "self":
-        from fst_fast.fast.reflectors.self_ import SelfReflector
-
         if generate is None:
             raise UserError(
                 "fast.reflector=self needs a model that generates; allowed without one: mini, openai, file.py:function"
             )
-        return SelfReflector(generate)
+        return SelfReflector(generate, style)
     if ".py:" in name:
         from fst_fast.fast.reflectors.python import FunctionReflector, load_function, unseeded
 

@@ -11,6 +11,7 @@ from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
 
 Read = Literal["all", "last_line", "box"]
 _READ = ("all", "last_line", "box")
+_PLACES = {"all": "the response", "last_line": "the last line", "box": "the box"}
 
 
 def answer_part(response: str, read: str) -> str:
@@ -66,7 +67,7 @@ class Exact:
         expected = answers_of(problem)
         if normal(given, case=self.case) in {normal(text, case=self.case) for text in expected}:
             return Verdict(1.0)
-        place = {"all": "the whole response", "last_line": "the last line", "box": "the box"}[self.read]
+        place = "the whole response" if self.read == "all" else _PLACES[self.read]
         return Verdict(0.0, f"{place} must be exactly {quoted(expected[0])}, but is {quoted(given)}.")
 
     def gold(self, problem: Problem) -> str:
@@ -76,14 +77,35 @@ class Exact:
 
 @dataclass(frozen=True)
 class Contains:
-    """Reward: the share of the expected texts that the response contains; with `any` 1 for one of them. `words`: as whole words."""
+    """Reward: the share of the expected texts that the response contains; with `any` 1 for one of them, with `all_or_nothing` 1 for all of
+    them alone. `words`: as whole words.
+
+    read: as for exact. limit: most characters of the part that is read, so that a list of everything earns nothing; 0: any number."""
 
     case: bool = False
     any: bool = False
     words: bool = True
+    read: Read = "all"
+    all_or_nothing: bool = False
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.read not in _READ:
+            raise ValueError(f"read={self.read!r}; allowed: {', '.join(_READ)}")
+        if self.any and self.all_or_nothing:
+            raise ValueError("any and all_or_nothing exclude each other")
+        if not isinstance(self.limit, int) or self.limit < 0:
+            raise ValueError(f"limit={self.limit!r}; allowed: a whole number >= 0")
 
     def __call__(self, problem: Problem, response: str) -> Verdict:
-        text = normal(response, case=self.case)
+        try:
+            part = answer_part(response, self.read)
+        except NoBoxedAnswer as error:
+            return Verdict(0.0, str(error))
+        place = _PLACES[self.read]
+        if self.limit and len(part) > self.limit:
+            return Verdict(0.0, f"{place} has {len(part)} characters; at most {self.limit} are read.")
+        text = normal(part, case=self.case)
         expected = answers_of(problem)
         missing = [answer for answer in expected if not self._has(text, normal(answer, case=self.case))]
         found = len(expected) - len(missing)
@@ -91,7 +113,7 @@ class Contains:
         if reward == 1:
             return Verdict(1.0)
         what = " or ".join(map(quoted, expected)) if self.any else ", ".join(map(quoted, missing))
-        return Verdict(reward, f"the response does not contain {what}.")
+        return Verdict(0.0 if self.all_or_nothing else reward, f"{place} does not contain {what}.")
 
     def _has(self, text: str, answer: str) -> bool:
         if not self.words:
@@ -99,7 +121,8 @@ class Contains:
         return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
 
     def gold(self, problem: Problem) -> str:
-        return " ".join(answers_of(problem))
+        answers = " ".join(answers_of(problem))
+        return f"\\boxed{{{answers}}}" if self.read == "box" else answers
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,6 @@ class Rows(NamedTuple):
     temperature: Temperature
     label_rows: Tensor  # [l] ascending
     labels: Tensor  # [l]
-    inputs: dict[str, Tensor] | None = None  # [l] what the objective reads of each label; None: no objective
 
 
 class RowValues(NamedTuple):
@@ -231,7 +230,6 @@ class RowValues(NamedTuple):
     kept: Tensor | None = (
         None  # [4, n] what recall() needs: peak and log of the sum relative to it, the policy's and the reference's
     )
-    coefficient: Tensor | None = None  # [l] dLoss/dlogprob, from a backend that computes it itself
 
 
 class HeadRows(Protocol):

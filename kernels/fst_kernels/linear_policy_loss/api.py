@@ -9,6 +9,7 @@ from fst_kernels.backends import choose_backend
 from fst_kernels.checks import FLOATS, INTS, check_tensor
 from fst_kernels.linear_logprob.api import LogprobOutput, detached, split_temperature
 from fst_kernels.linear_logprob.arguments import check_head
+from fst_kernels.linear_logprob.op import default_chunk_rows
 from fst_kernels.linear_logprob.rows import IGNORED, accumulate_
 from fst_kernels.linear_policy_loss.objective import (
     PolicyObjective,
@@ -17,7 +18,7 @@ from fst_kernels.linear_policy_loss.objective import (
     label_terms,
     policy_sums,
 )
-from fst_kernels.linear_policy_loss.op import PER_LABEL, default_chunk_rows, linear_policy_loss_op
+from fst_kernels.linear_policy_loss.op import PER_LABEL, linear_policy_loss_op
 
 
 def linear_policy_loss(
@@ -91,7 +92,7 @@ def linear_policy_loss(
         kl_unbiased=objective.kl_unbiased,
         backend=taken,
         chunk_rows=chunk_rows
-        or default_chunk_rows(taken, weight.shape[0], objective, ref_hidden is not None),
+        or default_chunk_rows(taken, weight.shape[0], 1 if objective.exact_kl is None else 2),
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and weight.requires_grad,
         need_bias=grad and bias is not None and bias.requires_grad,

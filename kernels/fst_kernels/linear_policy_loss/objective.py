@@ -154,7 +154,7 @@ def label_terms(
     ref_logprob: Tensor | None = None,
     sequence: Tensor | None = None,
 ) -> PolicyTerms:
-    """policy_terms of checked arguments of one type; program.py calls it with symbols in place of tensors."""
+    """policy_terms of checked arguments of one type."""
     log_ratio = torch.zeros_like(logprob) if old_logprob is None else logprob - old_logprob
     held = log_ratio.clamp(max=MAX_LOG_RATIO)
     mismatch = torch.expm1(held) - held

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fst_kernels.linear_logprob import op as linear_logprob
 from fst_kernels.linear_logprob.arguments import check_head_values
-from fst_kernels.linear_logprob.op import optional
+from fst_kernels.linear_logprob.op import head_rows, optional
 from fst_kernels.linear_logprob.rows import (
     IGNORED,
     Gradients,
-    HeadRows,
     Heads,
     Rows,
     accumulate_,
@@ -51,23 +49,6 @@ _SCHEMA = (
     "float entropy_coef, bool kl_unbiased, str backend, int chunk_rows, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def backend_rows(backend: str, heads: Heads, objective: PolicyObjective) -> HeadRows:
-    if backend in ("cuda", "host"):
-        from fst_kernels.linear_policy_loss.cuda import RowKernel
-
-        return RowKernel(heads, objective, "cuda" if backend == "cuda" else "host")
-    return linear_logprob.head_rows(backend, heads)
-
-
-def default_chunk_rows(backend: str, vocabulary: int, objective: PolicyObjective, reference: bool) -> int:
-    """reference: its hidden states are given, so that its logits are computed."""
-    if backend == "cuda":
-        from fst_kernels.linear_policy_loss.cuda import device_chunk_rows
-
-        return device_chunk_rows(vocabulary, 2 if reference else 1)
-    return linear_logprob.default_chunk_rows(backend, vocabulary, 1 if objective.exact_kl is None else 2)
 
 
 def rows_with_advantages(
@@ -117,9 +98,7 @@ def linear_policy_loss_op(
     selected, compact = torch.unique_consecutive(table.rows, return_inverse=True)  # [R], [L]
     every = selected.shape[0] == hidden.shape[0]
     needed = need_hidden or need_weight or need_bias
-    head = backend_rows(
-        backend, Heads(weight, bias, ref_weight, ref_bias, softcap, objective.exact_kl), objective
-    )
+    head = head_rows(backend, Heads(weight, bias, ref_weight, ref_bias, softcap, objective.exact_kl))
     taken = operand(weight)
     out = Gradients(
         hidden, taken, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
@@ -128,7 +107,7 @@ def linear_policy_loss_op(
     # Rows without a coefficient drop out of the two products, where neither entropy nor an exact KL gives all rows one. A host that computes drops
     # what clipping silences, too; a device is not waited for in every chunk: it drops the rows whose advantages are all 0 (k3 gives those a
     # coefficient), and clipped rows stay with a gradient of exactly 0.
-    waits = backend in ("reference", "host")
+    waits = backend == "reference"
     without: Iterator[Tensor | None] = itertools.repeat(None)
     if (
         needed
@@ -145,9 +124,8 @@ def linear_policy_loss_op(
             at, here, origin = chunk.rows, chunk.label_rows, table.origin[chunk.labels]
             h, t = hidden[at], temperature if row_temperature is None else row_temperature[at]
             of = {name: x[origin].to(dtype) for name, x in given.items()}
-            values = head.evaluate(
-                Rows(h, optional(ref_hidden, at), t, here, table.labels[chunk.labels], of), keep=needed
-            )
+            chosen = Rows(h, optional(ref_hidden, at), t, here, table.labels[chunk.labels])
+            values = head.evaluate(chosen, keep=needed)
             if objective.kl == "k3" and values.ref_logprob is not None:
                 of["ref_logprob"] = values.ref_logprob
             n = of.pop("token_weight")
@@ -156,17 +134,16 @@ def linear_policy_loss_op(
             sums += policy_sums(terms, objective, n, of.get("rollout_weight"), values.entropy[here], exact)
             if not needed:
                 continue
-            coefficient = terms.coefficient if values.coefficient is None else values.coefficient
             row_weight = accumulate_(values.entropy.new_zeros(chunk.size), here, n)
             d_entropy = -objective.entropy_coef * row_weight if objective.entropy_coef else None
             d_kl = objective.kl_coef * row_weight if exact is not None and objective.kl_coef else None
             if waits and d_entropy is None and d_kl is None:
-                acting = torch.unique_consecutive(here[coefficient != 0])
+                acting = torch.unique_consecutive(here[terms.coefficient != 0])
             if acting is not None and acting.shape[0] == chunk.size:
                 acting = None
             if acting is not None:
                 at, h = acting_rows(chunk, acting), h[acting]
-            out.add(at, head.gradient(coefficient, d_entropy, d_kl, acting, out.room(len(h))), h)
+            out.add(at, head.gradient(terms.coefficient, d_entropy, d_kl, acting, out.room(len(h))), h)
         out.flush()
     absent = hidden.new_empty(0)
     return (
