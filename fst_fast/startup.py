@@ -34,11 +34,11 @@ from fst_fast.policy import lora, optimiser, trained
 from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.episodes import check_turns
 from fst_fast.rollout.models import SamplingModels
-from fst_fast.rollout.prompt import Chat, messages_with_context, read_template, response_text
+from fst_fast.rollout.prompt import Chat, read_template, response_text
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.rollout.template import missing_messages, turn_end
-from fst_fast.rollout.turns import rewritten_turns
 from fst_fast.run import checkpoint
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
@@ -436,20 +436,6 @@ def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], Non
         role = problem.messages[i]["role"]
         note(
             f"warning: the chat template leaves message {i} (role {role}) of problem {problem.id} out of the prompt"
-        )
-
-
-def check_turns(
-    sampler: Sampler, seed_context: Context, problem: Problem, note: Callable[[str], None]
-) -> None:
-    """Say whether the chat template rewrites the earlier turns of an episode. Raises UserError where it takes no further turn."""
-    opening, shown, tools = sampler.prompts.parts(seed_context, problem)
-    chat, how = sampler.prompts.chat, sampler.config.rollout.history
-    opened = messages_with_context(shown, opening, chat.system)
-    if what := rewritten_turns(chat, opened, tools):
-        reads = "what was sampled" if how == "keep" else "what the template writes"
-        note(
-            f"the chat template does not write {what} of an earlier turn as it was sampled: later turns read {reads} (rollout.history={how})"
         )
 
 

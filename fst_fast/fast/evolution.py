@@ -156,11 +156,11 @@ def evolve(
         lessons = _lessons(lineage)
         prompts = [
             ReflectionPrompt(
-                components_of(parent.text)[component] if component else parent.text,
+                _part(parent, component),
                 [evaluations.failure(s) for s in failures],
                 successes=[evaluations.failure(s) for s in evaluations.successes],
-                others=[c.text for c in ranked if c.id != parent.id][:SHOWN_OTHERS],
-                lessons=lessons,
+                others=[_part(c, component) for c in ranked if c.id != parent.id][:SHOWN_OTHERS],
+                lessons=[] if component else lessons,  # which are whole contexts
                 component=component,
                 whole=parent.text if component else "",
             )
@@ -381,6 +381,11 @@ def _revised(config: FastConfig, parent: Context, turn: int) -> list[str]:
         return [""]
     names = list(components_of(parent.text))
     return names if config.component_selector == "all" else [names[turn % len(names)]]
+
+
+def _part(context: Context, component: str) -> str:
+    """The text of a component; that of the context where it has none."""
+    return components_of(context.text)[component] if component else context.text
 
 
 def _child_text(
