@@ -49,7 +49,7 @@ aot: $(STAMP)
 
 # Every crash and fault, every layout of a checkpoint, two nodes: of which `make runs` runs a sample.
 chaos: $(STAMP)
-	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py disk.py secrets.py stages.py) $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py disk.py secrets.py stages.py vllm.py recipe_resume.py agents.py) tests/fst_fast/test_optimiser.py tests/fst_fast/test_managed_server.py $(PYTEST_ARGS)
 
 # The loss curves of every engine setting against the committed one, as a table.
 parity: $(STAMP)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import threading
-import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +26,7 @@ from fst_fast.contracts import CELLS
 from fst_fast.errors import UserError
 from fst_fast.report.lineage import Change, word_diff
 from fst_fast.report.pages import cut
+from fst_fast.run.environment import wall_clock
 from fst_fast.run.folder import CONFIG, FORMAT, LOCK, MARKER
 from fst_fast.run.liveness import FOLDER as PROCESSES
 from fst_fast.run.metrics import METRICS, ROLLOUTS, TIMING
@@ -341,7 +341,7 @@ class Follower:
             text, since = path.read_text(encoding="utf-8"), path.stat().st_mtime
         except (OSError, UnicodeDecodeError):
             return None, None
-        return text.rpartition(", ")[2] or None, max(0.0, time.time() - since)
+        return text.rpartition(", ")[2] or None, max(0.0, wall_clock().timestamp() - since)
 
     def _troubles(self) -> list[Json]:
         found = []
