@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fst_fast import Problem, Verdict
-from fst_fast.contracts import EpisodeState
+from fst_fast import EpisodeState, Problem, Verdict
 from fst_fast.tasks.list_programs import ListPrograms
 
 

@@ -16,7 +16,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fst_fast.commands.train import Result, train
     from fst_fast.config import Config
-    from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Task, Verdict
+    from fst_fast.contracts import (
+        Context,
+        Environment,
+        EpisodeState,
+        Problem,
+        Rollout,
+        ScoredRollout,
+        Task,
+        Verdict,
+    )  # fmt: skip
     from fst_fast.errors import UserError
     from fst_fast.run.callbacks import Callback
     from fst_fast.verify.run_code import run_code
@@ -26,6 +35,8 @@ _HOMES = {
     "Result": "commands.train",
     "Config": "config",
     "Context": "contracts",
+    "Environment": "contracts",
+    "EpisodeState": "contracts",
     "Problem": "contracts",
     "Rollout": "contracts",
     "ScoredRollout": "contracts",
@@ -40,6 +51,8 @@ __all__ = [
     "Callback",
     "Config",
     "Context",
+    "Environment",
+    "EpisodeState",
     "Problem",
     "Result",
     "Rollout",

@@ -164,12 +164,14 @@ class EpisodeState:
     """One episode as its environment sees it.
 
     seed: the episode's own, for whatever is random in it. messages: the conversation so far without the context, the response last.
-    memory: what `start` gave besides messages and tools, else an empty dict; any object, the environment's own."""
+    memory: what `start` gave besides messages and tools, else an empty dict; any object, the environment's own. tool_calls: the syntax of the
+    model's tool calls, as rollout.tool_calls, "" where its template shows none."""
 
     problem: Problem
     seed: int
     messages: list[Message]
     memory: Any = field(default_factory=dict)
+    tool_calls: str = ""
 
 
 @runtime_checkable
@@ -183,7 +185,7 @@ class Environment(Protocol):
 
     def start(self, problem: Problem) -> Any:
         """The opening messages (without the context, the same in every episode of the problem), or (messages, tools), or (messages,
-        tools, memory). tools: functions with type hints."""
+        tools, memory). tools: functions with type hints, or JSON schemas of those that `step` runs itself."""
 
     def step(self, state: EpisodeState, response: str) -> Any:
         """What follows a response that calls no tool: a Verdict, which ends the episode, or messages (a text is a user's message)."""

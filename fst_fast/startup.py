@@ -34,6 +34,7 @@ from fst_fast.policy import lora, optimiser, trained
 from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.episodes import check_turns
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.prompt import Chat, read_template, response_text
 from fst_fast.rollout.sampler import Sampler
@@ -235,6 +236,8 @@ def build_run(
             evaluated = stage.validation[: config.eval.final_problems]
             check_lengths(config, base, sampler, seed_context, [*first, *evaluated])
             check_messages(sampler, first[0], console.note)
+            if sampler.pool.has_turns:
+                check_turns(sampler, seed_context, first[0], console.note)
         if config.method != "gepa":
             optimiser.check(config, trained.deepspeed_config(config))
         data = shared_fingerprint(stages)

@@ -12,8 +12,10 @@ import os
 import shutil
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from fst_fast.commands.model_card import CONFIG, model_card
+from fst_fast.components import components_of
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
@@ -23,6 +25,7 @@ from fst_fast.run import checkpoint
 from fst_fast.run.folder import MARKER, disk_errors
 from fst_fast.state import State
 
+COMPONENTS = "choose one member of the population: tool:NAME is the description of that tool; put its other components, a blank line between them"
 USAGE = {
     "system": "into the system message of the model's chat template",
     "user": "before the text of the first user message, a blank line between them",
@@ -58,12 +61,16 @@ def export(run_dir: Path, out: Path) -> Path:
         usage=usage,
         versions=checkpoint.written_by(found).get("versions", {}),
     )
-    contexts = {
+    contexts: dict[str, Any] = {
         "population": [{"id": c.id, "text": c.text} for c in state.population],
         "seed": config.fast.seed_context,
         "usage": usage,
         "step": state.step,
     }
+    if config.fast.components:
+        for line in contexts["population"]:
+            line["components"] = components_of(line["text"])
+        contexts["usage"] = f"{COMPONENTS}, {USAGE[chat.system]}"
     tmp = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     with disk_errors(f"{out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)

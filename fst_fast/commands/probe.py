@@ -18,6 +18,7 @@ from fst_fast.policy.trained import load
 from fst_fast.rollout.prompt import messages_with_context
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.rollout.template import configured_chat
+from fst_fast.tasks.environments import has_turns
 from fst_fast.tasks.registry import load_task, task_spec
 
 COLOURS = {"special": "bold red", "template": "dim", "system": "cyan", "user": "green", "assistant": "yellow"}
@@ -61,7 +62,13 @@ def show_prompts(config: Config, *, context: str | None, problems: int, split: s
     """What the check of the chat template found, then a line for every token of the problems' prompts: id, whose text it is, its characters.
     context: None means fast.seed_context. Raises UserError."""
     phi = Context.of(config.fast.seed_context if context is None else context)
-    chosen = list(load_task(*task_spec(config)).problems(split)[:problems])
+    task = load_task(*task_spec(config))
+    if has_turns(task) or config.fast.components:
+        raise UserError(
+            f"task {config.task}: the tokens of prompts are shown for tasks of one turn and contexts of one text; without --template fst probe "
+            "plays episodes and shows their text"
+        )
+    chosen = list(task.problems(split)[:problems])
     if not chosen:
         raise UserError(f"--split {split} of task {config.task} has no problems")
     chat, findings = configured_chat(pin(config).model)

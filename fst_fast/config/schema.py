@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fst_fast.components import NAME, compose, names_one
 from fst_fast.config import checks
 
 
@@ -287,6 +288,13 @@ class FastConfig(Section):
     """Longest context; a longer proposal is refused."""
     seed_context: str = "solve the problem ."
     """Text that the evolution starts from; with method=rl the only context."""
+    components: dict[Annotated[str, Field(pattern=f"^{NAME}$")], str] = Field(default_factory=dict)
+    """Contexts of named parts, by name the texts that the evolution starts from, instead of seed_context: `system`, `protocol`, `examples`,
+    `skill:NAME` and `tool:NAME`, the description of a tool. max_context_tokens holds for each of them."""
+    component_selector: Literal["round_robin", "all"] = "round_robin"
+    """With components: which of them a child revises. `round_robin`: the next one in turn; `all`: each of them, one reflection for each."""
+    merge: bool = False
+    """With components: one child of a wave takes its components from two contexts that win different problems, without a reflection."""
     reflector: str = "mini"
     """`mini` (rules, mini world only), `self` (the frozen base model), `openai` (any compatible endpoint), or `file.py:function`."""
     reflector_args: dict[str, Any] = Field(default_factory=dict)
@@ -304,6 +312,30 @@ class FastConfig(Section):
     reuse_rollouts: bool = True
     """Use the rollouts of a cycle's fast phase in its RL groups before sampling new ones, each once; the importance ratio uses their stored
     log-probs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _components_are_the_seed(cls, given: Any) -> Any:
+        """Contexts are composed texts; so is the first one."""
+        parts = given.get("components") if isinstance(given, dict) else None
+        if not isinstance(parts, dict) or not parts or not all(isinstance(v, str) for v in parts.values()):
+            return given
+        if named := [name for name, text in parts.items() if names_one(text)]:
+            raise ValueError(
+                f"fast.components.{named[0]} holds a line that names a component, such as <<system>>"
+            )
+        seed = compose(parts)
+        if given.get("seed_context", seed) != seed:
+            raise ValueError(
+                "fast.components and fast.seed_context are both given; the components are the seed context"
+            )
+        return {**given, "seed_context": seed}
+
+    @model_validator(mode="after")
+    def _merges_need_components(self) -> FastConfig:
+        if self.merge and not self.components:
+            raise ValueError("fast.merge=true takes components from two contexts; it needs fast.components")
+        return self
 
 
 class EvalConfig(Section):

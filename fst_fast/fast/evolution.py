@@ -20,17 +20,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fst_fast.components import components_of, compose, names_one
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import Size, affordable, screening
 from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
+from fst_fast.fast.merge import merge
 from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
 from fst_fast.fast.reflection import (
     Failure,
@@ -141,17 +143,29 @@ def evolve(
         if not parents:  # the budget is used up, or no context fails anywhere
             break
         shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
+        merged = (
+            merge(evaluations.matrix([c.id for c in archive]), archive, lineage, tried)
+            if config.merge
+            else None
+        )
+        if merged:
+            parents, shown = parents[:-1], shown[:-1]
+        turn = (cycle + generation) * wanted
+        revised = [_revised(config, parent, turn + i) for i, parent in enumerate(parents)]
         ranked = sorted(archive, key=lambda c: -(evaluations.mean(c.id)[0] or 0.0))
         lessons = _lessons(lineage)
         prompts = [
             ReflectionPrompt(
-                parent.text,
+                _part(parent, component),
                 [evaluations.failure(s) for s in failures],
                 successes=[evaluations.failure(s) for s in evaluations.successes],
-                others=[c.text for c in ranked if c.id != parent.id][:SHOWN_OTHERS],
-                lessons=lessons,
+                others=[_part(c, component) for c in ranked if c.id != parent.id][:SHOWN_OTHERS],
+                lessons=[] if component else lessons,  # which are whole contexts
+                component=component,
+                whole=parent.text if component else "",
             )
-            for parent, failures in zip(parents, shown, strict=True)
+            for parent, failures, names in zip(parents, shown, revised, strict=True)
+            for component in names
         ]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
         replies = ask(reflect, prompts, seeds, functools.partial(_log_generation, log, cycle, generation))
@@ -161,23 +175,36 @@ def evolve(
         written += sum(reply.completion_tokens for reply in replies)
 
         children: list[tuple[Context, Context]] = []  # (child, its parent)
-        for parent, failures, reply in zip(parents, shown, replies, strict=True):
-            text = extract(
-                reply,
-                known_texts=tried,
-                count_tokens=count_tokens,
-                max_tokens=config.max_context_tokens,
-                spells_special=spells_special,
+        if merged:
+            parent, other, text = merged
+            tried.add(text)
+            child = Context.of(text, parent=parent.id, born=cycle)
+            lineage.setdefault(child.id, Lineage(child, admitted=False, reflection=f"merged with {other.id}"))
+            emit(Proposal, cycle=cycle, parent=parent, context=child, refused="")
+            children.append((lineage[child.id].context, parent))
+        answers = iter(replies)
+        for parent, failures, names in zip(parents, shown, revised, strict=True):
+            replies_here = [next(answers) for _ in names]
+            text, reason = _child_text(
+                parent,
+                names,
+                replies_here,
+                functools.partial(
+                    extract,
+                    count_tokens=count_tokens,
+                    max_tokens=config.max_context_tokens,
+                    spells_special=spells_special,
+                ),
+                tried,
             )
-            reason = text.reason if isinstance(text, Refusal) else ""
-            if isinstance(text, str):
+            if text:
                 tried.add(text)
                 reason = "" if fits(Context.of(text)) else "too_long"
-            if reason or isinstance(text, Refusal):
+            if reason:
                 refused[reason] += 1
                 emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
                 continue
-            line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, reply)
+            line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, replies_here)
             # A context tried under an earlier policy keeps its place in the tree.
             line = lineage.setdefault(line.context.id, line)
             emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
@@ -348,6 +375,44 @@ def _choose_failures(
     return chosen
 
 
+def _revised(config: FastConfig, parent: Context, turn: int) -> list[str]:
+    """The components of a parent that its child revises; [""] for the context as a whole."""
+    if not config.components:
+        return [""]
+    names = list(components_of(parent.text))
+    return names if config.component_selector == "all" else [names[turn % len(names)]]
+
+
+def _part(context: Context, component: str) -> str:
+    """The text of a component; that of the context where it has none."""
+    return components_of(context.text)[component] if component else context.text
+
+
+def _child_text(
+    parent: Context,
+    names: Sequence[str],
+    replies: Sequence[Reply],
+    read: Callable[..., str | Refusal],
+    tried: Collection[str],
+) -> tuple[str, str]:
+    """(the child's text, "") or ("", why there is none). Of several components, those without a usable reply stay as they are."""
+    if names == [""]:
+        text = read(replies[0], known_texts=tried)
+        return (text, "") if isinstance(text, str) else ("", text.reason)
+    parts = components_of(parent.text)
+    reason = ""
+    for name, reply in zip(names, replies, strict=True):
+        text = read(reply, known_texts=[parts[name]])
+        if isinstance(text, Refusal) or names_one(text):
+            reason = text.reason if isinstance(text, Refusal) else "ambiguous"
+        else:
+            parts[name] = text
+    child = compose(parts)
+    if child == parent.text:
+        return "", reason
+    return ("", "duplicate") if child in tried else (child, "")
+
+
 def _lessons(lineage: Mapping[str, Lineage]) -> list[Lesson]:
     """The latest admitted edits, oldest first."""
     edits = [
@@ -361,11 +426,12 @@ def _lessons(lineage: Mapping[str, Lineage]) -> list[Lesson]:
     ]
 
 
-def _child_lineage(child: Context, failures: Sequence[ScoredRollout], reply: Reply) -> Lineage:
+def _child_lineage(child: Context, failures: Sequence[ScoredRollout], replies: Sequence[Reply]) -> Lineage:
     shown = (
         ShownFailure(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures
     )
-    text = (reply.text or "").encode(errors="replace").decode()  # valid UTF-8
+    said = "\n\n".join(reply.text or "" for reply in replies)
+    text = said.encode(errors="replace").decode()  # valid UTF-8
     return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
 
 

@@ -56,20 +56,34 @@ class ReflectionPrompt:
     """What a reflector sees: a context and some of its failures.
 
     For reflectors that need more help: successes, responses with the full reward, under any context; others, the other current texts, best
-    first; lessons, the latest admitted edits. `render` leaves these out."""
+    first; lessons, the latest admitted edits. `render` leaves these out. Of a context of components: `context` is the component to be revised,
+    `component` its name, `whole` all of them."""
 
     context: str
     failures: Sequence[Failure]
     successes: Sequence[Failure] = ()
     others: Sequence[str] = ()
     lessons: Sequence[Lesson] = ()
+    component: str = ""
+    whole: str = ""
 
     def render(self) -> str:
         """The request as text, for a reflector that is a language model."""
         shown = "\n\n".join(_render_failure(i, failure) for i, failure in enumerate(self.failures, 1))
+        instruction = f"<instruction>\n{self.context}\n</instruction>\n\n"
+        what = (
+            "the description of a tool that it may call"
+            if self.component.startswith("tool:")
+            else "one part of it"
+        )
+        read = (
+            f"Before each problem it reads an instruction of several parts:\n\n{self.whole}\n\nYou revise {what}, "
+            f"{self.component}, and nothing else:\n\n"
+            if self.component
+            else "Before each problem it reads this instruction:\n\n"
+        )
         return (
-            "A language model solves problems of one kind. Before each problem it reads this instruction:\n\n"
-            f"<instruction>\n{self.context}\n</instruction>\n\n"
+            f"A language model solves problems of one kind. {read}{instruction}"
             "With this instruction it did not get the full reward (1.0) on the following problems. For each you see the problem, "
             "the model's response, the reward, and what the checker said.\n\n"
             f"{shown}\n\n"

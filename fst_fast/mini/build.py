@@ -54,7 +54,8 @@ def mini_task(kind: world.Kind = "star_graph", **changes: Any) -> Task:
     standard: dict[str, Any] = (
         {"form": "mini", "arms": 5, "path": 4, "ids": 40} if kind == "star_graph" else {}
     )
-    return load_task(kind, {**standard, **changes})
+    task: Task = load_task(kind, {**standard, **changes})
+    return task
 
 
 def build_base(

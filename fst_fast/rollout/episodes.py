@@ -10,18 +10,28 @@ the keys and values of what earlier turns read, so that a turn computes the last
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fst_fast.contracts import Finish, Message, Rollout, RolloutRequest, ScoredRollout, Turn, Verdict
+from fst_fast.contracts import (
+    Context,
+    Finish,
+    Message,
+    Problem,
+    Rollout,
+    RolloutRequest,
+    ScoredRollout,
+    Turn,
+    Verdict,
+)
 from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import Opening, messages_with_context, response_text
-from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids
+from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids, rewritten_turns
 from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
@@ -143,6 +153,17 @@ def ask_openings(sampler: Sampler, problems: Sequence[Any]) -> list[Opening | st
     ]
 
 
+def check_turns(sampler: Sampler, context: Context, problem: Problem, note: Callable[[str], None]) -> None:
+    """Say whether the chat template rewrites the earlier turns of an episode. Raises UserError where it takes no further turn."""
+    opening, shown, tools = sampler.prompts.parts(context, problem)
+    chat, how = sampler.prompts.chat, sampler.config.rollout.history
+    if what := rewritten_turns(chat, messages_with_context(shown, opening, chat.system), tools):
+        reads = "what was sampled" if how == "keep" else "what the template writes"
+        note(
+            f"the chat template does not write {what} of an earlier turn as it was sampled: later turns read {reads} (rollout.history={how})"
+        )
+
+
 def episode_tokens(sampler: Sampler, engine: Engine) -> int:
     """The longest episode, in tokens."""
     config = sampler.config
@@ -200,16 +221,15 @@ def _answer(sampler: Sampler, live: Sequence[_Episode], *, last: bool, limit: in
 def _read(sampler: Sampler, e: _Episode, observation: Sequence[Mapping[str, Any]]) -> None:
     """Make the observation what the next turn reads. Raises UserError where the chat template does not take it."""
     chat, problem = sampler.prompts.chat, e.request.problem
-    opened = messages_with_context(
-        e.request.context, replace(problem, messages=e.opening.messages), chat.system
-    )
-    added = observation_ids(chat, opened, observation, e.opening.tools, int(e.ids[-1]))
+    opening, shown, tools = sampler.prompts.parts(e.request.context, problem)
+    opened = messages_with_context(shown, opening, chat.system)
+    added = observation_ids(chat, opened, observation, tools, int(e.ids[-1]))
     e.said += observation
     e.kept, e.added = len(e.ids), added
     if sampler.config.rollout.history == "split":
         messages = [*opened, *e.said]
         places = [i for i, m in enumerate(messages) if i >= len(opened) and m["role"] == "assistant"]
-        whole = rendered_ids(chat, messages, e.opening.tools, dict(zip(places, e.plain, strict=True)))
+        whole = rendered_ids(chat, messages, tools, dict(zip(places, e.plain, strict=True)))
         e.kept = common(e.ids, whole)
         e.added = whole[e.kept :]
 

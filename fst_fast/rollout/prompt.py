@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
+from fst_fast.components import components_of, system_text
 from fst_fast.contracts import Context, Message, Problem, Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.base_model import first_line, model_folder
@@ -356,6 +357,7 @@ class PromptCache:
         self.chat = chat
         self.max_prompt_tokens = max_prompt_tokens
         self.capacity = capacity
+        self.components = False  # contexts are made of components (fast.components)
         self.openings: Callable[[Sequence[Problem]], list[Opening | str]] | None = None
         self._openings: dict[str, Opening] = {}
         self._takes_tools = False  # not known yet
@@ -379,16 +381,38 @@ class PromptCache:
 
     def prompt(self, context: Context, problem: Problem) -> NDArray[np.int64]:
         """As `ids`, of any length, and not kept."""
-        if self.openings is None:
+        if self.openings is None and not self.components:
             return self.chat.prompt(context, problem)
-        messages, tools = self.opening(problem)
-        opened = replace(problem, messages=messages)
-        ids = self.chat.prompt(context, opened, tools)
+        opened, shown, tools = self.parts(context, problem)
+        ids = self.chat.prompt(shown, opened, tools)
         if tools and not self._takes_tools:
-            self._takes_tools = ids.tolist() != self.chat.prompt(context, opened).tolist()
+            self._takes_tools = ids.tolist() != self.chat.prompt(shown, opened).tolist()
             if not self._takes_tools:
                 raise UserError(f"{self.chat.template.where} leaves tools out, and the task has {len(tools)}")
         return ids
+
+    def parts(
+        self, context: Context, problem: Problem
+    ) -> tuple[Problem, Context, Sequence[Mapping[str, Any]]]:
+        """What a prompt is made of: the problem with its opening messages, what of the context stands in the system message, and the tools
+        as the context describes them. Raises UserError where it describes a tool that is not there."""
+        messages, tools = self.opening(problem)
+        opened = replace(problem, messages=messages)
+        if not self.components:
+            return opened, context, tools
+        components = components_of(context.text)
+        described = {n.removeprefix("tool:"): text for n, text in components.items() if n.startswith("tool:")}
+        names = [tool["function"]["name"] for tool in tools]
+        if missing := [name for name in described if name not in names]:
+            there = f"it has {', '.join(names)}" if names else "it has no tools"
+            raise UserError(
+                f"fast.components describes the tool {missing[0]!r}, which the task has not; {there}"
+            )
+        tools = [
+            {**tool, "function": {**tool["function"], "description": described.get(name, tool["function"].get("description", ""))}}
+            for tool, name in zip(tools, names, strict=True)
+        ]  # fmt: skip
+        return opened, replace(context, text=system_text(components)), tools
 
     def opening(self, problem: Problem) -> Opening:
         """The messages and tools that the prompt of a problem is made of. Raises UserError where its environment gives none."""

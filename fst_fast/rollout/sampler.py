@@ -103,6 +103,7 @@ class Sampler:
             log(f"programs run by run_code: {isolation()}")
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         sampler = cls(config, tokenizer, prompts, pool, pad_id, findings, generation)
+        prompts.components = bool(config.fast.components)
         if pool.has_turns:
             prompts.openings = partial(ask_openings, sampler)
         return sampler

@@ -38,10 +38,7 @@ def observation_ids(
     before = [*({**m, "content": "x"} for m in opening), {"role": "assistant", "content": _RESPONSE}]
 
     def behind(messages: Sequence[Message]) -> str:
-        _, response, text = chat.template.render([*before, *messages], tools=tools).partition(_RESPONSE)
-        if not response:
-            raise UserError("the chat template leaves out the assistant's message")
-        return text
+        return _behind(chat, [*before, *messages], tools)
 
     text = behind(observation)
     for i, message in enumerate(observation):
@@ -52,6 +49,14 @@ def observation_ids(
     front = "" if text.startswith(tuple(chat.special.words.values())) else str(chat.tokenizer.eos_token)
     ids = np.asarray(chat.encode(observation, lambda shown: front + behind(shown)), dtype=np.int64)
     return ids[1:] if front or ids[0] == last else ids
+
+
+def _behind(chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+    """What the template writes behind the placeholder in one of the messages. Raises UserError where it does not write that."""
+    _, response, text = chat.template.render(messages, tools=tools).partition(_RESPONSE)
+    if not response:
+        raise UserError("the chat template leaves out the assistant's message")
+    return text
 
 
 def rendered_ids(
@@ -71,6 +76,17 @@ def rendered_ids(
         == chat.special.sequence(ids)
     ]
     return np.asarray(chat.ids(messages, tools, own), dtype=np.int64)
+
+
+def rewritten_turns(chat: Chat, opening: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+    """What of an earlier turn the chat template writes in another way when the conversation goes on: "its thoughts", "its text", or ""."""
+    for text, what in (("amber", "its text"), ("<think>\nlanterns\n</think>\n\namber", "its thoughts")):
+        response, placeholder = ({"role": "assistant", "content": said} for said in (text, _RESPONSE))
+        further = {"role": "user", "content": "hum"}
+        appended = chat.text(opening, tools) + text + _behind(chat, [*opening, placeholder, further], tools)
+        if appended != chat.text([*opening, response, further], tools):
+            return what
+    return ""
 
 
 def common(a: Ints, b: Ints) -> int:

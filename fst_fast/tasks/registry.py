@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from fst_fast.config import Config
-from fst_fast.contracts import Task
 from fst_fast.errors import UserError
 from fst_fast.tasks import gym, readers, verifiers_env
 from fst_fast.tasks.rows import RowTask, check_count
 from fst_fast.tasks.tools.builtin import named_tools
 from fst_fast.tasks.user import load_object, make_task
+from fst_fast.tasks.verifiers_turns import VerifiersEpisodes
 
 BUILT_IN = {
     "star_graph": "fst_fast.tasks.star_graph:StarGraph",
@@ -39,8 +39,8 @@ def task_spec(config: Config) -> tuple[str, dict[str, Any]]:
     return "mixture", {"tasks": [{"task": s.task, "task_args": dict(s.task_args)} for s in config.stages]}
 
 
-def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Task:
-    """Create the task that `spec` names, with `args`. Raises UserError for any mistake in them.
+def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> Any:
+    """Create the Task or Environment that `spec` names, with `args`. Raises UserError for any mistake in them.
 
     problems=False: rows are not read before problems are asked for; a verifying child never asks for them."""
     where = f"task={spec}"
@@ -51,7 +51,8 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> T
         return gym.ReasoningGym(spec.removeprefix(gym.PREFIX), **args)
     if spec.startswith(verifiers_env.PREFIX):
         name = spec.removeprefix(verifiers_env.PREFIX)
-        return make_task(verifiers_env.VerifiersTask, {"name": name, **args}, where)
+        loaded: Any = make_task(verifiers_env.VerifiersTask, {"name": name, **args}, where)
+        return VerifiersEpisodes(loaded) if loaded.turns else loaded
     if spec.startswith(readers.HUB) or Path(spec).suffix in readers.FILES:
         task = _from_rows(spec, {name: value for name, value in args.items() if name != "tools"})
         if "tools" in args:

@@ -1,4 +1,4 @@
-"""A single-turn environment of the package verifiers as a task: `task: verifiers:NAME` (extra `verifiers`).
+"""A single-turn environment of the package verifiers as a task: `task: verifiers:NAME` (extra `verifiers`). Others: verifiers_turns.py.
 
     task: verifiers:my-environment               an installed package or module with load_environment(**args)
     task_args: {args: {difficulty: hard}}
@@ -17,6 +17,7 @@ import json
 import logging
 import signal
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from copy import deepcopy
 from typing import Any
 
@@ -27,6 +28,8 @@ from fst_fast.tasks.readers import import_package, said
 from fst_fast.tasks.rows import check_count, check_fraction, divide
 
 PREFIX = "verifiers:"
+COLLECTED: ContextVar[list[str] | None] = ContextVar("COLLECTED", default=None)
+"""Where a rollout that runs beside others collects what the package logs as its errors."""
 _MONITORS = ("num_turns",)  # metrics that the package adds of its own
 
 
@@ -52,6 +55,11 @@ class VerifiersTask:
         self.name, self._fraction = name, float(validation_fraction)
         self._limits = {"train": train, "validation": validation}
         self._env = _load(name, dict(args or {}))
+        vf = import_package("verifiers", f"task={PREFIX}{name}", "verifiers")
+        self.environment, self.turns = (
+            self._env,
+            bool(self._env.tool_defs) or not isinstance(self._env, vf.SingleTurnEnv),
+        )
         self._low, self._high = _reward_range(name, self._env.rubric, reward_range)
         self._errors = _Errors()
         logger = logging.getLogger("verifiers")
@@ -88,7 +96,11 @@ class VerifiersTask:
         state = self._loop.run_until_complete(self._score(problem, response))
         if self._errors.said:
             return Verdict(None, " ".join(self._errors.said[0].split()))
-        total, metrics = float(state["reward"]), dict(state["metrics"] or {})
+        return self.verdict(problem.answer, float(state["reward"]), state["metrics"] or {})
+
+    def verdict(self, answer: Any, total: float, scores: Mapping[str, float]) -> Verdict:
+        """The verdict for what the rubric gives in all, and what each reward function gives."""
+        metrics = dict(scores)
         for name in _MONITORS:
             metrics.pop(name, None)
         reward = (total - self._low) / (self._high - self._low)
@@ -102,11 +114,7 @@ class VerifiersTask:
         if reward == 1:
             return Verdict(1.0, "", logged)
         parts = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
-        right = (
-            f" A right answer is {quoted(problem.answer)}."
-            if isinstance(problem.answer, str) and problem.answer
-            else ""
-        )
+        right = f" A right answer is {quoted(answer)}." if isinstance(answer, str) and answer else ""
         return Verdict(reward, f"the response scores {reward:.3g} of 1 ({parts}).{right}", logged)
 
     def _read(self, rows: Any, split: str) -> list[Problem]:
@@ -154,7 +162,8 @@ class _Errors(logging.Handler):
         self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        own = COLLECTED.get()
+        (self.said if own is None else own).append(record.getMessage())
 
 
 def _load(name: str, args: dict[str, Any]) -> Any:
@@ -172,17 +181,8 @@ def _load(name: str, args: dict[str, Any]) -> Any:
             handler,
         ) in handlers.items():  # environments take the signals; a run has handlers of its own
             signal.signal(number, handler)
-    kind = type(env).__name__
-    if not isinstance(env, vf.SingleTurnEnv):
-        raise UserError(
-            f"{where} is a {kind}; only single-turn environments (SingleTurnEnv) can be trained on"
-        )
     if env.message_type != "chat":
         raise UserError(f"{where} has prompts of the type {env.message_type}; only chat is supported")
-    if env.tool_defs:
-        raise UserError(
-            f"{where} gives the model tools; only single-turn environments without tools can be trained on"
-        )
     if env.rubric.has_group_rewards or env.rubric.has_advantages:
         raise UserError(
             f"{where} judges the rollouts of a problem together; only rewards of single rollouts are supported"

@@ -163,11 +163,11 @@ class Episodes:
             given = await self._call(task.start, problem)
         else:
             given = (problem.messages, getattr(task, "tools", ()))
-        several = isinstance(given, tuple) and given and not isinstance(given[0], Mapping)
-        parts: tuple[Any, ...] = given if several else (given,)
-        if not 1 <= len(parts) <= 3:
+        several = isinstance(given, tuple) and bool(given) and not isinstance(given[0], Mapping)
+        parts: list[Any] = list(given) if several else [given]
+        if len(parts) > 3:
             raise EpisodeError(f"start returned {len(parts)} values; messages, tools and memory are taken")
-        messages, functions = parts[0], parts[1] if len(parts) > 1 and parts[1] is not None else ()
+        messages, functions = parts[0], (parts[1] if len(parts) > 1 else None) or ()
         if wrong := find_message_error(messages):
             raise EpisodeError(f"start returned {wrong}")
         if messages[-1]["role"] == "assistant":
@@ -175,18 +175,27 @@ class Episodes:
                 "start returned a last message of the role assistant, which is the policy's own"
             )
         try:
-            tools = [Tool.of(function) for function in functions]
+            tools = [f if isinstance(f, Mapping) else Tool.of(f) for f in functions]
         except UserError as error:
             raise EpisodeError(str(error)) from None
         memory = {"memory": parts[2]} if len(parts) > 2 else {}
-        state = EpisodeState(problem, move.seed, [dict(message) for message in messages], **memory)
-        opening = {"messages": [dict(m) for m in state.messages], "tools": [tool.schema for tool in tools]}
+        state = EpisodeState(
+            problem, move.seed, [dict(message) for message in messages], tool_calls=self.syntax, **memory
+        )
+        schemas = [tool.schema if isinstance(tool, Tool) else tool for tool in tools]
+        opening = {"messages": [dict(m) for m in state.messages], "tools": schemas}
         if tools and not self.syntax:
             raise EpisodeError(
                 "it has tools, but the chat template shows no syntax for calling them; use a model whose template does, or name one by "
                 "rollout.tool_calls"
             )
-        return _Live(task, state, {tool.name: tool for tool in tools}, opening, [digest(opening)])
+        return _Live(
+            task,
+            state,
+            {tool.name: tool for tool in tools if isinstance(tool, Tool)},
+            opening,
+            [digest(opening)],
+        )
 
     async def _step(self, live: _Live, response: str) -> Verdict | list[Message]:
         """What follows a response; the observation is part of the conversation then."""

@@ -155,7 +155,7 @@ def write(stream: Any, reply: Mapping[str, Any]) -> None:
         frame = frame[stream.write(frame) :]
 
 
-def _load(job: Mapping[str, Any]) -> Task:
+def _load(job: Mapping[str, Any]) -> Any:
     limit = job["memory_mib"] << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

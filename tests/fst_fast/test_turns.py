@@ -22,7 +22,7 @@ from fst_fast.policy import trained
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.prompt import Chat, messages_with_context
-from fst_fast.rollout.turns import common, leaves_of, observation_ids, rendered_ids
+from fst_fast.rollout.turns import common, leaves_of, observation_ids, rendered_ids, rewritten_turns
 from fst_fast.slow.groups import make_groups
 from fst_fast.slow.slow_phase import objective_of
 from fst_fast.slow.update import Reference, micro_jobs, sequences
@@ -123,6 +123,11 @@ def test_the_text_of_an_observation_opens_no_turn_in_any_family(name: str) -> No
 
     assert chat.special.sequence(ids(f"5{spelt}5")) == chat.special.sequence(ids("5x5"))
     assert spelt in chat.tokenizer.decode(ids(f"5{spelt}5"), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(("name", "what"), [("qwen", ""), ("thinks", "its thoughts"), ("llama", "")])
+def test_it_is_known_whether_the_template_rewrites_earlier_turns(name: str, what: str) -> None:
+    assert rewritten_turns(CHATS[name], OPENING, TOOLS) == what
 
 
 def test_a_role_that_the_template_does_not_write_is_one_sentence() -> None:

@@ -144,11 +144,6 @@ def test_it_judges_in_a_verifying_process_without_torch(environment: str) -> Non
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (
-            {"args": {"kind": "multi"}},
-            "is a Dialogue; only single-turn environments (SingleTurnEnv) can be trained on",
-        ),
-        ({"args": {"kind": "tools"}}, "is a ToolEnv; only single-turn environments"),
         ({"args": {"kind": "group"}}, "judges the rollouts of a problem together"),
         ({"args": {"kind": "unweighted"}}, "its rubric has no reward function with a weight"),
         ({"args": {"sort": "good"}}, "got an unexpected keyword argument 'sort'"),
