@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fst_fast.components import NAME, compose, names_one
+from fst_fast.components import NAME, NAMES, compose, names_one
 from fst_fast.config import checks
 
 
@@ -288,7 +288,9 @@ class FastConfig(Section):
     """Longest context; a longer proposal is refused."""
     seed_context: str = "solve the problem ."
     """Text that the evolution starts from; with method=rl the only context."""
-    components: dict[Annotated[str, Field(pattern=f"^{NAME}$")], str] = Field(default_factory=dict)
+    components: dict[Annotated[str, Field(pattern=f"^{NAME}$", description=NAMES)], str] = Field(
+        default_factory=dict
+    )
     """Contexts of named parts, by name the texts that the evolution starts from, instead of seed_context: `system`, `protocol`, `examples`,
     `skill:NAME` and `tool:NAME`, the description of a tool. max_context_tokens holds for each of them."""
     component_selector: Literal["round_robin", "all"] = "round_robin"
