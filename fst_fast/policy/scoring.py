@@ -90,10 +90,10 @@ class Scorer:
     @torch.no_grad()
     def hidden_rows(self, micro: MicroBatch) -> Tensor:
         """Hidden states of the labelled rows: [R, H]."""
-        if self._takes(micro):
+        if (plan := self._cpu_plan(micro)) is not None:
             self._fused = self._fused or CpuForward(self.model)
             ids, positions = micro.batch.input_ids[0], micro.batch.position_ids[0]
-            return self._fused.hidden(ids, positions, micro.batch.plan, micro.at.unique)
+            return self._fused.hidden(ids, positions, plan, micro.at.unique)
         with head.running(self.model, head.HiddenJob(micro.at)):
             out: Tensor = self.model(**model_inputs(micro.batch)).logits
         return out
@@ -106,7 +106,7 @@ class Scorer:
     @torch.no_grad()
     def run(self, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
         """The job inside the model's head module, where ZeRO-3 has gathered its weight, or after CpuForward, which needs no gathering."""
-        if self._takes(micro):
+        if self._cpu_plan(micro) is not None:
             rows = self.hidden_rows(micro)
             lm_head = self.model.get_output_embeddings()  # type: ignore[operator]
             job.at = head.Labels(
@@ -119,8 +119,10 @@ class Scorer:
         assert job.out is not None
         return job.out
 
-    def _takes(self, micro: MicroBatch) -> bool:
-        return isinstance(micro.batch.plan, TreePlan) and unsupported_reason(self.model) is None
+    def _cpu_plan(self, micro: MicroBatch) -> TreePlan | None:
+        """The micro-batch's plan where CpuForward can run it."""
+        plan = micro.batch.plan
+        return plan if isinstance(plan, TreePlan) and unsupported_reason(self.model) is None else None
 
 
 @torch.no_grad()
