@@ -134,7 +134,8 @@ class CpuForward:
             norms=norms,
             out=merged_weight(attention.o_proj).t().contiguous(),
             gate_up=_scaled(
-                [merged_weight(mlp.gate_proj), merged_weight(mlp.up_proj)], layer.post_attention_layernorm.weight
+                [merged_weight(mlp.gate_proj), merged_weight(mlp.up_proj)],
+                layer.post_attention_layernorm.weight,
             ),
             down=merged_weight(mlp.down_proj).t().contiguous(),
         )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import head, liger, lora, optimiser, optimiser_state
+from fst_fast.policy import cpu_layers, head, liger, lora, optimiser, optimiser_state
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
@@ -67,6 +67,7 @@ def _load(config: Config, path: str | Path | None = None) -> Any:
     head.install(model)
     if config.policy.liger:
         liger.install(model)
+    cpu_layers.install(model)
     return model
 
 
