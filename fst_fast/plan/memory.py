@@ -129,7 +129,7 @@ def layer_activations(s: Setting) -> int:
     mlp = x.active * (4 * e * x.inner + (e * x.hidden if x.experts > 1 else 0))
     norm = x.hidden * (4 + (e if frozen else 2 * e))
     qk_norm = (x.q_width + x.kv_width) * (4 + (0 if frozen else e)) if x.qk_norm else 0
-    if s.config.policy.liger:  # each norm keeps its input, SwiGLU its two inputs and its result
+    if s.config.policy.liger or s.fused:  # each norm keeps its input, SwiGLU its two inputs and its result
         norm, qk_norm, mlp = 2 * e * x.hidden, e * (x.q_width + x.kv_width) if x.qk_norm else 0, mlp * 3 // 4
     attention = 2 * e * (x.q_width + x.kv_width) + 4 * x.heads
     lora = s.config.policy.lora
