@@ -1,7 +1,7 @@
 """Sampling one step ahead: two processes of which one samples and one trains, against the same two that both sample and then train.
 
     python -m benchmarks.ahead [--steps 12] [--rounds 2] [--response 48] [--samples 8] [--out benchmarks/results/ahead.json]
-    python -m benchmarks.ahead --simulate [--out ...]        eight GPUs, predicted: phases as `fst plan` predicts them, played through
+    python -m benchmarks.ahead --simulate [--devices 8]      GPUs, predicted: phases as `fst plan` predicts them, played through
 
 The mini model, list programs, method=rl; one thread for each process. Reported: the median seconds of a step after the first two, and what sampling and
 training take of one (with ahead they go on side by side).
@@ -110,8 +110,8 @@ def played(
     return total / (STEPS // cycle * cycle)
 
 
-def simulate() -> dict[str, Any]:
-    """An 8B step on eight H200 (configs/paper/math.yaml), for every division into samplers and trainers."""
+def simulate(devices: int) -> dict[str, Any]:
+    """An 8B step (configs/paper/math.yaml) on so many H200, for every division into samplers and trainers by eighths."""
     from benchmarks.plan import QWEN3_8B
     from fst_fast.config import load
     from fst_fast.plan.advice import DEVICE_FRACTION, plan, with_keys
@@ -132,12 +132,12 @@ def simulate() -> dict[str, Any]:
         sampled = sum(p.seconds for p in here.step.phases if p.name in ("prefill", "decode", "verify"))
         return sampled, here.step.seconds - sampled, here.fits
 
-    sampled, trained, _ = halves(8)
+    sampled, trained, _ = halves(devices)
     rows = []
-    for samplers in range(1, 8):
-        sampling, training, fits = halves(samplers, alone)[0], *halves(8 - samplers)[1:]
+    for samplers in range(devices // 8, devices, devices // 8):
+        sampling, training, fits = halves(samplers, alone)[0], *halves(devices - samplers)[1:]
         row: dict[str, Any] = {
-            "samplers": samplers, "trainers": 8 - samplers, "sampling_s": sampling, "training_s": training, "trainers_have_memory": fits
+            "samplers": samplers, "trainers": devices - samplers, "sampling_s": sampling, "training_s": training, "trainers_have_memory": fits
         }  # fmt: skip
         for ahead in (1, 2):
             row[f"step_s, ahead={ahead}"] = played(
@@ -146,7 +146,7 @@ def simulate() -> dict[str, Any]:
         rows.append(row)
     return {
         "predicted": True,
-        "hardware": "8 x H200, not measured",
+        "hardware": f"{devices} x H200, not measured",
         "keys": keys,
         "cycle_steps": cycle,
         "spread": SPREAD,
@@ -162,11 +162,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--devices", type=int, default=8, metavar="N", help="of --simulate; a multiple of 8")
     for name, default in (("steps", 12), ("rounds", 2), ("problems", 16), ("samples", 8), ("response", 48), ("seed", 0)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
-    result = simulate() if args.simulate else measure(args)
+    result = simulate(args.devices) if args.simulate else measure(args)
     text = json.dumps(result, indent=1)
     if args.out:
         args.out.write_text(text + "\n")

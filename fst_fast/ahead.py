@@ -14,8 +14,9 @@ samplers', so the importance ratio corrects for staleness (slow/update.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from fst_fast import distributed
 from fst_fast.config import Config
@@ -44,6 +45,13 @@ def segment_end(config: Config, stage: Stage, step: int) -> int:
 def last_sampled(step: int, ahead: int, end: int) -> int:
     """The last batch that is sampled from the weights after `step` steps, in a segment that ends before `end`."""
     return min(step + ahead, end - 1)
+
+
+def problems_of(config: Config, stage: Stage, step: int) -> tuple[list[Problem], Iterator[Problem]]:
+    """The problems of a step, and those that dynamic sampling may add, in their order."""
+    local = stage.local_step(step)
+    problems = minibatch(stage.train, local, config.slow.problems_per_step, config.seed)
+    return problems, spare_problems(stage.train, local, problems, config.seed)
 
 
 def run_ahead(run: Run, stage: Stage, meets: Callable[[int], bool]) -> None:
@@ -88,19 +96,17 @@ class _Sampling:
     reusable: ReusePool
 
     def __call__(self, step: int, version: int) -> Batch:
-        config, stage = self.run.config, self.stage
-        local = stage.local_step(step)
-        problems = minibatch(stage.train, local, config.slow.problems_per_step, config.seed)
+        problems, spare = problems_of(self.run.config, self.stage, step)
         return sample_batch(
             problems,
             self.run.state.population,
-            config=config,
+            config=self.run.config,
             step=step,
             policy_version=version,
             sampler=self.run.sampler,
             models=self.models,
             reusable=self.reusable,
-            spare=spare_problems(stage.train, local, problems, config.seed),
+            spare=spare,
         )
 
 
@@ -129,19 +135,19 @@ def _train(run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], 
     """Train batch after batch, until all processes meet."""
     config, state = run.config, run.state
     assert run.policy is not None
-    problems = {p.id: p for p in stage.train}
     arrived = state.step + len(state.ahead) - 1  # the last batch that has
     pause = False
     while not pause:
         started = time.perf_counter()
         if not state.ahead:
             run.recorder.begin("rollouts", state.step)
-            _receive(run, link, problems)
+            _receive(run, link, stage)
             arrived += 1
         batch = state.ahead.pop(0)
         assert batch.step == state.step
+        problems, spare = problems_of(config, stage, state.step)
         report = train_groups(
-            share_of(batch, problems, config),
+            share_of(batch, [*problems, *islice(spare, batch.refill_groups)], config),
             state.population,
             config=config,
             step=state.step,
@@ -168,11 +174,11 @@ def _train(run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], 
             served=run.models.served(),
         )
     while arrived < last_sampled(state.step - 1, config.rollout.ahead, end):
-        _receive(run, link, problems)
+        _receive(run, link, stage)
         arrived += 1
 
 
-def _receive(run: Run, link: Link, problems: dict[str, Problem]) -> None:
+def _receive(run: Run, link: Link, stage: Stage) -> None:
     """Wait for the next batch, on all trainers. Raises what ended the sampling."""
     state, config = run.state, run.config
     said = distributed.broadcast(link.take() if distributed.rank() == 0 else None)
@@ -181,6 +187,6 @@ def _receive(run: Run, link: Link, problems: dict[str, Problem]) -> None:
     batch, stop = said
     if stop:
         signals.request_stop()
-    for key in batch.problem_ids[: config.slow.problems_per_step]:
-        state.reusable.claim(plan_group(problems[key], state.population, config.slow.group_size))
+    for problem in problems_of(config, stage, batch.step)[0]:
+        state.reusable.claim(plan_group(problem, state.population, config.slow.group_size))
     state.ahead.append(batch)

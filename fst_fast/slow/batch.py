@@ -21,11 +21,10 @@ from fst_fast.slow.slow_phase import StepGroups, sample_groups
 
 @dataclass(frozen=True)
 class Batch:
-    """problem_ids: in the order in which they were drawn, the step's own first. rollouts: of all of them, in this order; each says which version of the
-    weights sampled it. tokens: computed, and without sharing. unverified: see Sampler.unverified. seconds: by kind, of the first sampler."""
+    """rollouts: by problem, the step's own first, then those of `refill_groups` of dynamic sampling; each says which version of the weights sampled it.
+    tokens: computed, and without sharing. unverified: see Sampler.unverified. seconds: by kind, of the first sampler."""
 
     step: int
-    problem_ids: list[str]
     rollouts: list[ScoredRollout]
     reused: int
     refill_rounds: int
@@ -62,7 +61,6 @@ def sample_batch(
     everywhere = distributed.concat_shards(distributed.all_gather(found.rollouts))
     return Batch(
         step=step,
-        problem_ids=list(at),
         rollouts=sorted(everywhere, key=lambda s: at[s.rollout.problem_id]),
         reused=found.reused,
         refill_rounds=found.refill_rounds,
@@ -72,9 +70,10 @@ def sample_batch(
     )
 
 
-def share_of(batch: Batch, problems: Mapping[str, Problem], config: Config) -> StepGroups:
-    """This trainer's share of the batch, grouped. problems: by id. All trainers call it. Raises UserError where slow.reward_shaping fails."""
-    by_problem: dict[str, list[ScoredRollout]] = {key: [] for key in batch.problem_ids}
+def share_of(batch: Batch, problems: Sequence[Problem], config: Config) -> StepGroups:
+    """This trainer's share of the batch, grouped. problems: all of the batch's, in its order. All trainers call it. Raises UserError where
+    slow.reward_shaping fails."""
+    by_problem: dict[str, list[ScoredRollout]] = {problem.id: [] for problem in problems}
     for scored in batch.rollouts:
         by_problem[scored.rollout.problem_id].append(scored)
     lengths = [sum(len(s.rollout.response_ids) for s in of_one) for of_one in by_problem.values()]
@@ -82,5 +81,5 @@ def share_of(batch: Batch, problems: Mapping[str, Problem], config: Config) -> S
     found = StepGroups(
         reused=batch.reused, refill_rounds=batch.refill_rounds, refill_groups=batch.refill_groups
     )
-    found.add(config, [problems[key] for key in batch.problem_ids], [s for of_one in mine for s in of_one])
+    found.add(config, problems, [s for of_one in mine for s in of_one])
     return found
