@@ -125,6 +125,11 @@ class RolloutConfig(Section):
     leaves out thoughts with some models; a turn whose past was rewritten is then a training sequence of its own."""
     tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
     """Syntax in which the policy calls tools; `auto` is that of the chat template."""
+    ahead: int = Field(0, ge=0)
+    """Steps that sampling is ahead of training: while a step is trained, the batches of the next N are sampled from older weights, at most N steps old. 0: one
+    after the other. Needs sampler_ranks, or backend=vllm."""
+    sampler_ranks: int = Field(0, ge=0)
+    """With ahead: processes of the run, the last ones, that sample while the others train. In fast phases and evaluations all of them sample."""
     backend: Literal["native", "openai", "vllm"] = "native"
     """`native`: the engine of this package, in the training processes. `vllm`: vLLM servers, which are sent the trained weights after every step, sample
     everything. `openai`: a server with weights of its own samples for the fast phase and for the base model in evaluations; the trained weights

@@ -71,6 +71,18 @@ def _load(config: Config, path: str | Path | None = None) -> Any:
     return model
 
 
+def sampling_copy(config: Config, base: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A model for those who sample ahead of the training, and the names of its weights that training changes. base: the frozen model of `load`, over whose
+    tensors adapters are put (policy.lora)."""
+    if config.policy.lora is None:
+        model = load(config)
+        return model, [name for name, _ in model.named_parameters()]
+    model = lora.with_adapters(base, config)
+    head.install(model)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return model.eval().requires_grad_(False), names
+
+
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed settings derived from the config. Batch sizes are nominal, since we count micro-batches ourselves."""
     policy = config.policy

@@ -162,6 +162,12 @@ class Hosts:
         self.generation, self.mismatch = distributed.broadcast((self.generation, self.mismatch))
         self._held = weights.name
 
+    def agree(self) -> None:
+        """Bring what all processes must know alike up to date, after rank 0 has used the servers alone. All processes call it."""
+        self._held, self.generation, self.mismatch = distributed.broadcast(
+            (self._held, self.generation, self.mismatch)
+        )
+
     def recover(self, weights: Weights, seen: int, why: str) -> None:
         """Bring the servers back, unless another process has since `seen`, the generation that was found gone. Raises UserError."""
         with self._locked() as shared:
