@@ -85,7 +85,7 @@ class _Layer:
 def _scaled(parts: Sequence[Tensor], columns: Tensor) -> Tensor:
     """The rows [*, H] of all parts times columns [H], in one pass over memory."""
     out = columns.new_empty(sum(map(len, parts)), len(columns))
-    for part, place in zip(parts, out.split([len(part) for part in parts]), strict=True):
+    for part, place in zip(parts, torch.split(out, [len(part) for part in parts]), strict=True):
         torch.mul(part, columns, out=place)
     return out
 

@@ -31,29 +31,31 @@ def install(model: Any) -> None:
     ):
         return
     for module in model.modules():
-        name = type(module).__name__
+        kind: Any = type(module)
+        name = kind.__name__
         if name.endswith("RMSNorm"):
             _derive(module, _norm)
         elif name.endswith("MLP"):
             _derive(module, _mlp)
         elif name.endswith("Attention"):
-            _derive(module, _attention(type(module)))
+            _derive(module, _attention(kind))
 
 
 def _derive(module: nn.Module, forward: Any) -> None:
     """Make the module one of a class derived from its own, of the same name, with another forward."""
-    module.__class__ = _derived(type(module), forward)
+    kind: Any = type(module)
+    module.__class__ = _derived(kind, forward)
 
 
 @functools.cache
-def _derived(kind: type[nn.Module], forward: Any) -> type[nn.Module]:
+def _derived(kind: Any, forward: Any) -> Any:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 @functools.cache
-def _attention(kind: type[nn.Module]) -> Any:
+def _attention(kind: Any) -> Any:
     """The forward of an attention class, with `_rotate` under the name by which it calls the rotary embedding."""
-    code: Any = kind.forward
+    code = kind.forward
     names = {**code.__globals__, "apply_rotary_pos_emb": _rotate}
     return types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
 

@@ -221,7 +221,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, backward=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, backward=True), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
@@ -237,17 +238,17 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, x [..., H], weight [H] contiguous. Differentiable by both."""
-    out: Tensor = _Norm.apply(x, weight, eps)
+    out: Tensor = _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape. Differentiable by both."""
-    out: Tensor = _SwiGLU.apply(gate, up)
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin, the rotary embedding: x [N, heads, D], cos and sin [N, D] contiguous. Differentiable by x."""
-    out: Tensor = _Rotate.apply(x, cos, sin)
+    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return out
