@@ -6,7 +6,6 @@ build the same run; only rank 0 has a run folder, a metrics writer and a console
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,23 +19,22 @@ from torch import nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
-from fst_fast.contracts import Context, Message, Problem
+from fst_fast.contracts import Context, Problem
 from fst_fast.data.fingerprint import Fingerprint, fingerprint
 from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
 from fst_fast.data.stream import minibatch
 from fst_fast.errors import UserError
 from fst_fast.fast.population import FastState
-from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
-from fst_fast.fast.reflectors import make_reflector
-from fst_fast.fast.reflectors.self_ import SMALL_PARAMETERS
+from fst_fast.fast.reflection import Reflector
+from fst_fast.fast.shared_reflector import shared_reflector
 from fst_fast.policy import lora, optimiser, trained
 from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
-from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.rollout.episodes import check_turns
 from fst_fast.rollout.models import SamplingModels
-from fst_fast.rollout.prompt import Chat, read_template, response_text
+from fst_fast.rollout.prompt import read_template
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.rollout.template import missing_messages, turn_end
 from fst_fast.run import checkpoint
@@ -437,56 +435,3 @@ def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], Non
         note(
             f"warning: the chat template leaves message {i} (role {role}) of problem {problem.id} out of the prompt"
         )
-
-
-def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
-    """The configured reflector; rank 0 asks it and broadcasts its replies."""
-
-    def generate(
-        conversations: Sequence[Sequence[Message]],
-        seeds: Sequence[int],
-        *,
-        system: str = "",
-        stop: Sequence[str] | None = None,
-        temperature: float = 1.0,
-    ) -> list[Reply]:
-        requests = [
-            Request(
-                problem_id="reflection",
-                context_id="",
-                sample=i,
-                prompt_ids=chat.prompt(Context.of(system), Problem("", messages, None)),
-                seed=seed,
-            )
-            for i, (messages, seed) in enumerate(zip(conversations, seeds, strict=True))
-        ]
-        positions = getattr(base.model.config, "max_position_embeddings", None)
-        room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
-        tokens = max(1, int(min(config.fast.reflection_tokens, room)))
-        rollouts = base.generate(
-            requests, max_response_tokens=tokens, temperature=temperature, policy_version=0, stop=stop
-        )
-        return [
-            Reply(
-                response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
-                r.finish,
-                prompt_tokens=len(q.prompt_ids),
-                completion_tokens=len(r.response_ids),
-            )
-            for q, r in zip(requests, rollouts, strict=True)
-        ]
-
-    style = config.fast.reflection_style
-    if style == "auto":
-        few = sum(p.numel() for p in base.model.parameters()) < SMALL_PARAMETERS
-        style = "short" if few else "full"
-    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate, style=style)
-
-    def quiet(_: str) -> None:
-        """The fast phase logs what is wrong with the replies, on every process alike."""
-
-    def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
-        reach("reflection")
-        return distributed.broadcast(ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None)
-
-    return reflect
