@@ -162,6 +162,7 @@ print(ask(messages)["message"]["content"])
         "the policy's own",
         "n=2",
         "not a list of functions",
+        "neither the address",
     ]
     assert [part in text for part, text in zip(due, refused, strict=True)] == [True] * 7
 
