@@ -24,6 +24,7 @@ from fst_fast.contracts import CELLS, Judged, Rollout
 from fst_fast.data.stages import Stage, stage_at
 from fst_fast.data.stream import lookahead, minibatch, spare_problems
 from fst_fast.evaluate import evaluate
+from fst_fast.fast.budget import budget_over
 from fst_fast.fast.fast_phase import fast_phase
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.run import signals
@@ -59,17 +60,20 @@ def train(
         ) as run,
     ):
         config, state, send = run.config, run.state, run.recorder.callbacks.send
+        if signals.remove_stop_file(run_dir):
+            run.recorder.note(f"{run_dir / signals.STOP_FILE} was there from an earlier stop; it is removed")
         send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)
-        while state.step < config.slow.steps and not signals.stop_requested():
+        while state.step < config.slow.steps and not signals.stop_requested(run_dir):
             stage, before = enter_stage(run), state.step
             run.models.forget_prefixes()
             distilling = stage.distils(state.step)
             if config.method != "rl" and not distilling and begins_cycle(config, stage, state.step):
                 run_fast_phase(run, stage)
             if config.method == "gepa":
-                state.step = min(state.step + config.fast.cycle_steps, stage.end)
+                spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
+                state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)
             elif config.rollout.ahead:
                 run_ahead(run, stage, functools.partial(meets_after, config))
             else:
@@ -82,6 +86,7 @@ def train(
             if not done and due(before, state.step, config.checkpoint.every):
                 run.save_checkpoint()
         run.save_checkpoint()  # before the last evaluation, which a resumed run repeats to the same figures
+        signals.remove_stop_file(run_dir)
         summary = finish(run) if state.step >= config.slow.steps else None
         if summary is None:
             run.recorder.note(how_to_continue(run))

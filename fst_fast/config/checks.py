@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fst_fast.config.schema import Config, PolicyConfig, SlowConfig
+    from fst_fast.config.schema import Config, FastConfig, PolicyConfig, SlowConfig
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "dapo": {"clip_high": 0.28, "aggregation": "token"},
@@ -87,6 +87,22 @@ def slow(slow: SlowConfig) -> None:
         )
     if slow.reward_clip is not None and not slow.reward_clip[0] < slow.reward_clip[1]:
         raise ValueError(f"slow.reward_clip={list(slow.reward_clip)}: the first must be below the second")
+
+
+def prices(fast: FastConfig) -> None:
+    """Raises ValueError where a budget of money has no prices to count with."""
+    priced = any(
+        fast.reflector_args.get(f"usd_per_million_{kind}_tokens") for kind in ("prompt", "completion")
+    )
+    if fast.budget.usd is None or ".py:" in fast.reflector or (fast.reflector == "openai" and priced):
+        return
+    if fast.reflector == "openai":
+        raise ValueError(
+            "fast.budget.usd needs prices: fast.reflector_args.usd_per_million_prompt_tokens or usd_per_million_completion_tokens"
+        )
+    raise ValueError(
+        f"fast.budget.usd has no effect with fast.reflector={fast.reflector}, which costs nothing"
+    )
 
 
 def recipe(config: Config) -> None:

@@ -25,27 +25,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fst_fast.components import components_of, compose, names_one
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import Size, affordable, screening
-from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
+from fst_fast.contracts import Context, Problem, ScoredRollout
 from fst_fast.fast import pareto
+from fst_fast.fast.budget import budget_over
+from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.merge import merge
-from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
-from fst_fast.fast.reflection import (
-    Failure,
-    Lesson,
-    ReflectionPrompt,
-    Reflector,
-    Refusal,
-    Reply,
-    ask,
-    cut,
-    extract,
-)
+from fst_fast.fast.population import FastState, Lineage, ShownFailure, Spent
+from fst_fast.fast.reflection import Lesson, ReflectionPrompt, Reflector, Refusal, Reply, ask, extract
+from fst_fast.fast.request import cut
 from fst_fast.fast.scoring import ScoreFn
+from fst_fast.fast.selector import revised
 from fst_fast.run.callbacks import Admission, Proposal
 
 Log = Callable[[str], None]
@@ -55,8 +48,8 @@ KEPT_FEEDBACK_CHARS = 500
 KEPT_REFLECTION_CHARS = 4000
 """How much of a reflector's reply the lineage stores."""
 
-SHOWN_SUCCESSES, SHOWN_LESSONS, SHOWN_OTHERS = 8, 2, 3
-"""How many full rewards, admitted edits and other contexts a reflection prompt brings along."""
+SHOWN_LESSONS, SHOWN_OTHERS = 2, 3
+"""How many admitted edits and other contexts a reflection prompt brings along."""
 
 _STREAM = 0xFA57
 """Separates the fast phase's random stream from others with the same seed."""
@@ -91,15 +84,20 @@ def evolve(
     fits: Callable[[Context], bool] = lambda context: True,
     spells_special: Callable[[str], bool] = lambda text: False,
     emit: Callable[..., None] = lambda kind, **fields: None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> FastResult:
     """Evolve the population for one cycle.
 
     anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
     for every problem in the prompt; if not, it is refused as too long. spells_special: as
-    in `reflection.extract`. emit: receives the Proposal and Admission events.
+    in `reflection.extract`. emit: receives the Proposal and Admission events. clock: seconds since this phase began, the same on every process.
 
     Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
-    than config.rollout_budget rollouts. If the reflector fails, the generation yields no children and the phase continues."""
+    than config.rollout_budget rollouts. A budget of config.budget that is used up ends the evolution, before a generation at the latest. If
+    the reflector fails, the generation yields no children and the phase continues."""
+    if ended := budget_over(config, state.spent, state.idle):
+        log(f"fast phase of cycle {cycle} skipped: {ended}")
+        return _carried_unscored(state, config, cycle)
     if config.adaptive and state.rest:
         log(
             f"fast phase of cycle {cycle} skipped (fast.adaptive): no child admitted in the last {state.idle} fast phases that ran"
@@ -120,7 +118,7 @@ def evolve(
             f"fast phase of cycle {cycle}: fast.rollout_budget={config.rollout_budget} pays for {size.problems} of {len(problems)} anchor "
             f"problems with {size.samples} of {config.samples} samples per context"
         )
-    evaluations = _Evaluations(
+    evaluations = Evaluations(
         problems[: size.problems], size.samples, state.scores.at_version(policy_version), score
     )
     evaluations.judge(members)
@@ -132,7 +130,16 @@ def evolve(
     born: list[str] = []
     refused: Counter[str] = Counter()
     asked = generations = read = written = 0
+    usd = 0.0
+
+    def spent() -> Spent:
+        tokens = read + written + sum(len(s.rollout.response_ids) for s in evaluations.sampled)
+        return state.spent.plus(tokens, clock(), usd)
+
     for generation in range(config.first_generations if cycle == 0 else config.generations):
+        if ended := budget_over(config, spent(), 0):
+            log(f"fast phase of cycle {cycle} ends before generation {generation}: {ended}")
+            break
         screen = screening(config)
         width = min(config.children, (config.rollout_budget - evaluations.spent - screen) // size.rollouts)
         rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
@@ -151,7 +158,11 @@ def evolve(
         if merged:
             parents, shown = parents[:-1], shown[:-1]
         turn = (cycle + generation) * wanted
-        revised = [_revised(config, parent, turn + i) for i, parent in enumerate(parents)]
+        revising = (
+            revised(config.component_selector, parents, turn, evaluations, lineage)
+            if config.components
+            else [[""] for _ in parents]
+        )
         ranked = sorted(archive, key=lambda c: -(evaluations.mean(c.id)[0] or 0.0))
         lessons = _lessons(lineage)
         prompts = [
@@ -164,7 +175,7 @@ def evolve(
                 component=component,
                 whole=parent.text if component else "",
             )
-            for parent, failures, names in zip(parents, shown, revised, strict=True)
+            for parent, failures, names in zip(parents, shown, revising, strict=True)
             for component in names
         ]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
@@ -173,6 +184,7 @@ def evolve(
         asked += len(replies)
         read += sum(reply.prompt_tokens for reply in replies)
         written += sum(reply.completion_tokens for reply in replies)
+        usd += sum(reply.cost_usd for reply in replies)
 
         children: list[tuple[Context, Context]] = []  # (child, its parent)
         if merged:
@@ -183,7 +195,7 @@ def evolve(
             emit(Proposal, cycle=cycle, parent=parent, context=child, refused="")
             children.append((lineage[child.id].context, parent))
         answers = iter(replies)
-        for parent, failures, names in zip(parents, shown, revised, strict=True):
+        for parent, failures, names in zip(parents, shown, revising, strict=True):
             replies_here = [next(answers) for _ in names]
             text, reason = _child_text(
                 parent,
@@ -246,6 +258,7 @@ def evolve(
         "fast_rollouts": evaluations.spent,
         "reflection_prompt_tokens": read,
         "reflection_completion_tokens": written,
+        "reflection_usd": usd,
         "unjudged": evaluations.unjudged,
         "best_mean": lineage[kept[0]].mean,
         "seed_mean": None if seed_row is None else lineage[state.seed_id].mean,
@@ -257,92 +270,13 @@ def evolve(
     idle = 0 if len(archive) > len(members) else state.idle + 1
     found = any(context_id != state.seed_id for context_id in kept)
     rest = min(idle, MAX_REST) if config.adaptive and found else 0
-    after = FastState(
-        state.seed_id, kept, lineage, evaluations.scores.restricted_to(kept), cycle + 1, idle, rest
-    )
+    scores = evaluations.scores.restricted_to(kept)
+    after = FastState(state.seed_id, kept, lineage, scores, cycle + 1, idle, rest, spent())
     return FastResult(after, population, evaluations.sampled, record)
 
 
-class _Evaluations:
-    """What this phase has sampled: rewards by (problem, sample) for the paired test, counts and sums for the front."""
-
-    def __init__(self, problems: list[Problem], samples: int, scores: Scores, score: ScoreFn) -> None:
-        self.problem = {problem.id: problem for problem in problems}
-        self.samples = samples
-        self.scores = scores
-        self.score = score
-        self.rewards: dict[str, NDArray[np.float64]] = {}  # context id -> [N, S], NaN where unjudged
-        # context id -> the first failed sample of each failed problem
-        self.failures: dict[str, list[ScoredRollout]] = {}
-        self.successes: list[ScoredRollout] = []  # the first with the full reward, of whatever context
-        self.sampled: list[ScoredRollout] = []
-        self.unjudged = 0
-        self._asked: set[tuple[str, str, int]] = set()  # (context, problem, sample)
-        self._failed: set[tuple[str, str]] = set()
-
-    @property
-    def spent(self) -> int:
-        return len(self.sampled)
-
-    def judge(self, contexts: Sequence[Context], *, screen: int | None = None) -> None:
-        """Score these contexts on every problem and sample that they have not been scored on, in one batch. screen: on the first problems
-        only, one sample each."""
-        items = [
-            RolloutRequest(c, p, k)
-            for c in contexts
-            for p in list(self.problem.values())[:screen]
-            for k in range(self.samples if screen is None else 1)
-            if (c.id, p.id, k) not in self._asked
-        ]
-        self._asked |= {(c.id, p.id, k) for c, p, k in items}
-        if not items:
-            return
-        answers = self.score(items)
-        assert len(answers) == len(items), f"score returned {len(answers)} rollouts for {len(items)}"
-        self.sampled += answers
-        column = {problem_id: j for j, problem_id in enumerate(self.problem)}
-        for context in contexts:
-            self.rewards.setdefault(context.id, np.full((len(column), self.samples), np.nan))
-            self.failures.setdefault(context.id, [])
-        for (context, problem, sample), answer in zip(items, answers, strict=True):
-            rollout, reward = answer.rollout, answer.verdict.reward
-            assert (rollout.context_id, rollout.problem_id, rollout.sample) == (
-                context.id,
-                problem.id,
-                sample,
-            )
-            assert rollout.policy_version == self.scores.policy_version, "a rollout of another policy"
-            if reward is None:
-                self.unjudged += 1
-                continue
-            self.rewards[context.id][column[problem.id], sample] = reward
-            self.scores.add(context.id, problem.id, reward)
-            if reward >= FULL_REWARD:
-                self.successes = [*self.successes, answer][:SHOWN_SUCCESSES]
-            elif (context.id, problem.id) not in self._failed:
-                self._failed.add((context.id, problem.id))
-                self.failures[context.id].append(answer)
-
-    def matrix(self, context_ids: Sequence[str]) -> pareto.Matrix:
-        return self.scores.matrix(context_ids, list(self.problem))
-
-    def mean(self, context_id: str) -> tuple[float | None, int]:
-        """(mean over this phase's problems of the mean reward, number of judged rollouts)."""
-        n = self.scores.count(context_id, list(self.problem))
-        return (float(pareto.row_means(self.matrix([context_id]))[0]) if n else None), n
-
-    def failure(self, sampled: ScoredRollout) -> Failure:
-        """A rollout of this phase as a reflection shows it."""
-        assert sampled.verdict.reward is not None
-        text = "\n\n".join(
-            m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}"
-            for m in self.problem[sampled.rollout.problem_id].messages
-        )
-        return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
-
-
 def _choose_parents(
-    evaluations: _Evaluations, archive: list[Context], width: int, rng: np.random.Generator
+    evaluations: Evaluations, archive: list[Context], width: int, rng: np.random.Generator
 ) -> list[Context]:
     """Draw `width` parents, with replacement, among contexts with failures, weighted by problems won; siblings are adjacent."""
     if width <= 0:
@@ -356,7 +290,7 @@ def _choose_parents(
 
 
 def _choose_failures(
-    evaluations: _Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
+    evaluations: Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
 ) -> list[list[ScoredRollout]]:
     """For each child the next `shown` failures of its parent, in random order. Siblings see different ones until all
     are used, then the order repeats."""
@@ -373,14 +307,6 @@ def _choose_failures(
         chosen.append([queue[(start + i) % len(queue)] for i in range(take)])
         used[parent.id] += take
     return chosen
-
-
-def _revised(config: FastConfig, parent: Context, turn: int) -> list[str]:
-    """The components of a parent that its child revises; [""] for the context as a whole."""
-    if not config.components:
-        return [""]
-    names = list(components_of(parent.text))
-    return names if config.component_selector == "all" else [names[turn % len(names)]]
 
 
 def _part(context: Context, component: str) -> str:
@@ -454,6 +380,7 @@ def _empty_record(cycle: int, population: list[dict[str, Any]]) -> dict[str, Any
     return {
         **{"cycle": cycle, "population": population, "proposed": 0, "admitted": 0, "refused": {}},
         **dict.fromkeys(zero, 0),
+        "reflection_usd": 0.0,
         **{
             "best_mean": None,
             "seed_mean": None,

@@ -9,8 +9,10 @@ of it all in evolution.py.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 
+from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.data.stream import anchor_set
@@ -61,6 +63,12 @@ def fast_phase(
         with recorder.stopwatch.part("reflect_s"):
             return reflect(prompts, seeds=seeds)
 
+    began = time.monotonic()
+
+    def clock() -> float:
+        limited = config.fast.budget.seconds is not None
+        return distributed.broadcast(time.monotonic() - began) if limited else 0.0
+
     with recorder.stopwatch.phase("fast_s"):
         result = evolve(
             state,
@@ -76,6 +84,7 @@ def fast_phase(
             spells_special=lambda text: spells_special(text, lookahead[0], sampler),
             fits=lambda context: leaves_room(context, seed_context, [*lookahead, *validation], sampler),
             emit=emit,
+            clock=clock,
         )
         reach("fast.end")
     return result

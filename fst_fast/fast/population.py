@@ -8,7 +8,7 @@ a resumed run repeats it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,19 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What the fast phases have used so far. tokens: sampled in rollouts, read and written by the reflector. seconds: 0 unless
+    fast.budget.seconds limits them. usd: as the reflector's replies say."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    usd: float = 0.0
+
+    def plus(self, tokens: int, seconds: float, usd: float) -> Spent:
+        return Spent(self.tokens + tokens, self.seconds + seconds, self.usd + usd)
+
+
+@dataclass(frozen=True)
 class FastState:
     """The input and output state of a fast phase.
 
@@ -119,6 +132,7 @@ class FastState:
     cycle: int = 0
     idle: int = 0  # fast phases in a row that admitted no child
     rest: int = 0  # further cycles to skip (fast.adaptive)
+    spent: Spent = Spent()
 
     @classmethod
     def initial(cls, seed_context: str) -> FastState:
@@ -148,6 +162,7 @@ class FastState:
             "cycle": self.cycle,
             "idle": self.idle,
             "rest": self.rest,
+            "spent": asdict(self.spent),
             "seed": self.seed_id,
             "population": list(self.population),
             "contexts": {context_id: lineage.to_json() for context_id, lineage in self.contexts.items()},
@@ -173,4 +188,5 @@ class FastState:
             cycle=data["cycle"],
             idle=data.get("idle", 0),
             rest=data.get("rest", 0),
+            spent=Spent(**data.get("spent", {})),
         )
