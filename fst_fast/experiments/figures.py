@@ -172,6 +172,28 @@ def continual(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) 
 
 
 @mpl.rc_context(STYLE)
+def rivals(curves: Curves) -> Figure:
+    """Rows: families; columns: rollouts, tokens. A line for each method."""
+    axes = ("rollouts", "tokens")
+    figure = blank(3.4 * len(axes) + 0.6, 2.3 * len(curves) + 1.2)
+    panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
+    names = list(next(iter(curves.values())))
+    colours = dict(zip(names, mpl.colormaps["tab10"].colors, strict=False))
+    for row, (family, methods) in zip(panels, curves.items(), strict=True):
+        for ax, axis in zip(row, axes, strict=True):
+            for method, each in methods.items():
+                _mean_curve(ax, each, axis, colours[method])
+            format_x(ax, axis, (5, 4))
+            ax.set_ylim(0, 1.02)
+        row[0].set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
+    for ax, axis in zip(panels[-1], axes, strict=True):
+        ax.set_xlabel(AXES[axis])
+    handles = [Line2D([], [], color=colours[name], label=name, lw=2) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return figure
+
+
+@mpl.rc_context(STYLE)
 def ablation(curves: dict[str, list[Curve]], level: float) -> Figure:
     """What each variant takes to the level, in steps and in rollouts: dots are seeds, hollow at the right edge where it was not reached."""
     figure = blank(8.6, 0.33 * len(curves) + 1.2)

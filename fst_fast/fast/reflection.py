@@ -52,12 +52,21 @@ class Lesson:
 
 
 @dataclass(frozen=True)
+class Partner:
+    """A context to recombine with, and problems that it solves better."""
+
+    text: str
+    problems: Sequence[str]
+
+
+@dataclass(frozen=True)
 class ReflectionPrompt:
     """What a reflector sees: a context and some of its failures.
 
     For reflectors that need more help: successes, responses with the full reward, under any context; others, the other current texts, best
     first; lessons, the latest admitted edits. `render` leaves these out. Of a context of components: `context` is the component to be revised,
-    `component` its name, `whole` all of them."""
+    `component` its name, `whole` all of them. With `partners` a recombination is asked for: a context that takes from them what serves their
+    problems; `solved` are problems that the context itself solves better."""
 
     context: str
     failures: Sequence[Failure]
@@ -66,6 +75,8 @@ class ReflectionPrompt:
     lessons: Sequence[Lesson] = ()
     component: str = ""
     whole: str = ""
+    partners: Sequence[Partner] = ()
+    solved: Sequence[str] = ()
 
     def render(self) -> str:
         """The request as text, for a reflector that is a language model."""
@@ -84,6 +95,7 @@ class ReflectionPrompt:
         )
         return (
             f"A language model solves problems of one kind. {read}{instruction}"
+            f"{self._recombination()}"
             "With this instruction it did not get the full reward (1.0) on the following problems. For each you see the problem, "
             "the model's response, the reward, and what the checker said.\n\n"
             f"{shown}\n\n"
@@ -94,6 +106,24 @@ class ReflectionPrompt:
             "End with the complete revised instruction, and nothing else, between two lines of three backticks:\n"
             f"```\n{PLACEHOLDER}\n```\n"
             "If the instruction itself holds such lines, put it between two lines of four backticks."
+        )
+
+    def _recombination(self) -> str:
+        """What the request says of the partners; "" without any."""
+
+        def best(problems: Sequence[str]) -> str:
+            shown = "\n".join(f"- {cut(problem, SHOWN_CHARS)}" for problem in problems)
+            return f"It does best on these problems:\n{shown}\n\n" if problems else ""
+
+        if not self.partners:
+            return ""
+        others = "".join(
+            f"<instruction>\n{partner.text}\n</instruction>\n\n{best(partner.problems)}"
+            for partner in self.partners
+        )
+        return (
+            f"{best(self.solved)}Other instructions for the same model:\n\n{others}"
+            "Take over from them what makes them better on their problems.\n\n"
         )
 
 

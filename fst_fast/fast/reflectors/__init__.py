@@ -1,4 +1,5 @@
-"""Who reflects: `mini` (rules, mini world only), `self` (the frozen base model), `openai` (an endpoint), or a user's Python function.
+"""Who reflects: `mini` (rules, mini world only), `self` (the frozen base model), `openai` (an endpoint), `given` (a person, beforehand), or a
+user's Python function.
 
 A new kind is one file here and one line in `make_reflector`. What is wrong with the arguments is said at start-up; what goes wrong in
 a call becomes a reply with an error (see reflection.ask), since a reflector that is down must not stop the slow phase.
@@ -23,9 +24,13 @@ def make_reflector(
         from fst_fast.fast.reflectors.openai import OpenAIReflector  # the package `openai` is an extra
 
         return OpenAIReflector.from_args(args)
+    if name == "given":
+        from fst_fast.fast.reflectors.given import GivenContexts
+
+        return GivenContexts.from_args(args)
     if args:
         raise UserError(
-            f"fast.reflector_args has {', '.join(sorted(args))}, but fast.reflector={name} takes no arguments; only openai does"
+            f"fast.reflector_args has {', '.join(sorted(args))}, but fast.reflector={name} takes no arguments; only openai and given do"
         )
     if name == "mini":
         from fst_fast.fast.reflectors.mini import reflect as rules
@@ -42,4 +47,6 @@ def make_reflector(
         from fst_fast.fast.reflectors.python import FunctionReflector, load_function, unseeded
 
         return FunctionReflector(name, unseeded(load_function(name)))
-    raise UserError(f"fast.reflector={name} is unknown; allowed: mini, self, openai, or file.py:function")
+    raise UserError(
+        f"fast.reflector={name} is unknown; allowed: mini, self, openai, given, or file.py:function"
+    )
