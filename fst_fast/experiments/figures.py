@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -178,7 +179,7 @@ def rivals(curves: Curves) -> Figure:
     figure = blank(3.4 * len(axes) + 0.6, 2.3 * len(curves) + 1.2)
     panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
     names = list(next(iter(curves.values())))
-    colours = dict(zip(names, mpl.colormaps["tab10"].colors, strict=False))
+    colours = {name: to_hex(mpl.colormaps["tab10"](i)) for i, name in enumerate(names)}
     for row, (family, methods) in zip(panels, curves.items(), strict=True):
         for ax, axis in zip(row, axes, strict=True):
             for method, each in methods.items():
