@@ -10,6 +10,7 @@ loop and takes the same decisions; rank 0 alone writes. startup.py builds or res
 
 from __future__ import annotations
 
+import functools
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from fst_fast import distributed
+from fst_fast.ahead import run_ahead
 from fst_fast.config import Config
 from fst_fast.contracts import CELLS, Judged, Problem, Rollout
 from fst_fast.data.stages import Stage, stage_at
 from fst_fast.data.stream import lookahead, minibatch, spare_problems
 from fst_fast.evaluate import evaluate
+from fst_fast.fast.budget import budget_over
 from fst_fast.fast.fast_phase import fast_phase, rate_and_propose
 from fst_fast.fast.outcome import FastResult
 from fst_fast.rollout.reuse import ReusePool
@@ -58,17 +61,22 @@ def train(
         ) as run,
     ):
         config, state, send = run.config, run.state, run.recorder.callbacks.send
+        if signals.remove_stop_file(run_dir):
+            run.recorder.note(f"{run_dir / signals.STOP_FILE} was there from an earlier stop; it is removed")
         send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)
-        while state.step < config.slow.steps and not signals.stop_requested():
+        while state.step < config.slow.steps and not signals.stop_requested(run_dir):
             stage, before = enter_stage(run), state.step
             run.models.forget_prefixes()
             distilling = stage.distils(state.step)
             if not distilling and evolves_before(config, stage, state.step):
                 run_fast_phase(run, stage)
             if config.method == "gepa":
-                state.step = min(state.step + config.fast.cycle_steps, stage.end)
+                spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
+                state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)
+            elif config.rollout.ahead:
+                run_ahead(run, stage, functools.partial(meets_after, config))
             else:
                 run_slow_step(run, stage, distilling)
             if config.fast.phases == "first_and_last" and config.method == "fst" and state.step == stage.end:
@@ -81,6 +89,7 @@ def train(
             if not done and due(before, state.step, config.checkpoint.every):
                 run.save_checkpoint()
         run.save_checkpoint()  # before the last evaluation, which a resumed run repeats to the same figures
+        signals.remove_stop_file(run_dir)
         summary = finish(run) if state.step >= config.slow.steps else None
         if summary is None:
             run.recorder.note(how_to_continue(run))
@@ -99,6 +108,11 @@ def evolves_before(config: Config, stage: Stage, step: int) -> bool:
 def due(before: int, step: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is due after the steps from `before` to `step`."""
     return bool(every) and step // every > before // every
+
+
+def meets_after(config: Config, step: int) -> bool:
+    """Whether an evaluation or a checkpoint is due after this step."""
+    return any(due(step - 1, step, every) for every in (config.eval.every, config.checkpoint.every))
 
 
 def enter_stage(run: Run) -> Stage:

@@ -91,6 +91,7 @@ def slow(slow: SlowConfig) -> None:
 
 def fast(fast: FastConfig) -> None:
     """Raises ValueError."""
+    prices(fast)
     if fast.merge and not fast.components:
         raise ValueError("fast.merge=true takes components from two contexts; it needs fast.components")
     if fast.rungs > 1 and fast.proposals is not None:
@@ -115,6 +116,22 @@ def fast(fast: FastConfig) -> None:
         raise ValueError(
             f"fast.{given[0]}={getattr(fast, given[0])!r} has no effect with fast.evolver={fast.evolver}; it belongs to waves"
         )
+
+
+def prices(fast: FastConfig) -> None:
+    """Raises ValueError where a budget of money has no prices to count with."""
+    priced = any(
+        fast.reflector_args.get(f"usd_per_million_{kind}_tokens") for kind in ("prompt", "completion")
+    )
+    if fast.budget.usd is None or ".py:" in fast.reflector or (fast.reflector == "openai" and priced):
+        return
+    if fast.reflector == "openai":
+        raise ValueError(
+            "fast.budget.usd needs prices: fast.reflector_args.usd_per_million_prompt_tokens or usd_per_million_completion_tokens"
+        )
+    raise ValueError(
+        f"fast.budget.usd has no effect with fast.reflector={fast.reflector}, which costs nothing"
+    )
 
 
 def recipe(config: Config) -> None:
@@ -164,6 +181,49 @@ def steps(config: Config) -> None:
         )
 
 
+def ahead(config: Config) -> None:
+    """Raises ValueError where rollout.ahead and rollout.sampler_ranks do not go with the rest."""
+    rollout, served = config.rollout, config.rollout.backend == "vllm"
+    if not rollout.ahead:
+        if rollout.sampler_ranks:
+            raise ValueError(
+                f"rollout.sampler_ranks={rollout.sampler_ranks} has no effect with rollout.ahead=0, where all processes sample and then train"
+            )
+        return
+    if config.method == "gepa":
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} has no effect with method=gepa, which trains nothing"
+        )
+    if served and rollout.sampler_ranks:
+        raise ValueError(
+            f"rollout.sampler_ranks={rollout.sampler_ranks} does not go with rollout.backend=vllm, whose servers sample"
+        )
+    if not served and not rollout.sampler_ranks:
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} needs processes that sample while others train: rollout.sampler_ranks of at least 1, or "
+            "rollout.backend=vllm"
+        )
+    if config.method == "fst" and rollout.ahead >= config.fast.cycle_steps:
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} reaches beyond a cycle of fast.cycle_steps={config.fast.cycle_steps} steps; at most "
+            f"{config.fast.cycle_steps - 1}"
+        )
+    if config.method == "fst" and config.fast.evolver == "e_spl":
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} does not go with fast.evolver=e_spl, which evolves after every step"
+        )
+    if config.slow.distill_steps:
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} does not go with slow.distill_steps={config.slow.distill_steps}, whose rollouts must be those of "
+            "the newest weights"
+        )
+    if config.slow.objective == "reinforce" and config.slow.mismatch == "none":
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} trains on rollouts of older weights, for which slow.objective=reinforce does not correct; "
+            "slow.mismatch=tis or mis does"
+        )
+
+
 def together(config: Config) -> None:
     """Raises ValueError where values of different sections exclude each other."""
     g, k = config.slow.group_size, config.fast.population
@@ -200,6 +260,7 @@ def together(config: Config) -> None:
         )
     if config.rollout.backend == "native" and config.rollout.backend_args:
         raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
+    ahead(config)
     save, keep = config.checkpoint.every, config.checkpoint.keep_every
     if keep and (not save or keep % save):
         raise ValueError(

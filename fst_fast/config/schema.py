@@ -125,6 +125,11 @@ class RolloutConfig(Section):
     leaves out thoughts with some models; a turn whose past was rewritten is then a training sequence of its own."""
     tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
     """Syntax in which the policy calls tools; `auto` is that of the chat template."""
+    ahead: int = Field(0, ge=0)
+    """Steps that sampling is ahead of training: while a step is trained, the batches of the next N are sampled from older weights, at most N steps old. 0: one
+    after the other. Needs sampler_ranks, or backend=vllm."""
+    sampler_ranks: int = Field(0, ge=0)
+    """With ahead: processes of the run, the last ones, that sample while the others train. In fast phases and evaluations all of them sample."""
     backend: Literal["native", "openai", "vllm"] = "native"
     """`native`: the engine of this package, in the training processes. `vllm`: vLLM servers, which are sent the trained weights after every step, sample
     everything. `openai`: a server with weights of its own samples for the fast phase and for the base model in evaluations; the trained weights
@@ -256,6 +261,20 @@ class SlowConfig(Section):
         return self
 
 
+class FastBudget(Section):
+    """What the evolution of the contexts may use over the whole run. A budget that is used up ends it, before the next wave at the latest: the
+    contexts stay as they are, the slow phase goes on; with method=gepa the run ends. null: no limit."""
+
+    tokens: int | None = Field(None, ge=1)
+    """Tokens that the policy samples in fast phases and that the reflector reads and writes, as it reports them."""
+    seconds: float | None = Field(None, gt=0)
+    """Time in fast phases. A run that is ended by it does not repeat itself."""
+    usd: float | None = Field(None, gt=0)
+    """Cost of the reflections: with reflector=openai by the prices in reflector_args, with a function of yours what its replies say."""
+    idle_cycles: int | None = Field(None, ge=1)
+    """Fast phases in a row that admit no child; a new stage counts anew."""
+
+
 class FastConfig(Section):
     """The fast phase: evolution of the contexts by reflection."""
 
@@ -314,16 +333,23 @@ class FastConfig(Section):
     )
     """Contexts of named parts, by name the texts that the evolution starts from, instead of seed_context: `system`, `protocol`, `examples`,
     `skill:NAME` and `tool:NAME`, the description of a tool. max_context_tokens holds for each of them."""
-    component_selector: Literal["round_robin", "all"] = "round_robin"
-    """With components: which of them a child revises. `round_robin`: the next one in turn; `all`: each of them, one reflection for each."""
+    component_selector: Literal["round_robin", "worst_first", "all"] = "round_robin"
+    """With components: which of them a child revises. `round_robin`: the next one in turn; `worst_first`: the one with the lowest reward, of a tool
+    that of the episodes that called it, among those whose text was revised in vain the fewest times; `all`: each of them, one reflection for each."""
     merge: bool = False
     """With components: one child of a wave takes its components from two contexts that win different problems, without a reflection."""
+    budget: FastBudget = FastBudget()
     reflector: str = "mini"
-    """`mini` (rules, mini world only), `self` (the frozen base model), `openai` (any compatible endpoint), `given` (contexts written by hand,
-    one after the other), or `file.py:function`."""
+    """`mini` (rules, mini world only), `self` (the frozen base model), `openai` (any compatible endpoint), `given` (contexts
+    written by hand, one after the other), or `file.py:NAME`, a function or class."""
     reflector_args: dict[str, Any] = Field(default_factory=dict)
-    """For reflector=openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature. The API key comes from OPENAI_API_KEY
-    only. For reflector=given: contexts, the texts."""
+    """For reflector=openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature, prices. The API key comes from OPENAI_API_KEY
+    only. For reflector=given: contexts, the texts. For a class of yours its keyword arguments."""
+    reflection_templates: dict[Annotated[str, Field(pattern=f"^(?:context|tool|skill|{NAME})$")], str] = (
+        Field(default_factory=dict)
+    )
+    """Files with requests of your own to the reflector, by the component that they are for: its name, `tool` or `skill` for all of a kind, `context`
+    for all others and for contexts of one text. With the placeholders {context} and {failures}, and if wanted {component} and {whole}."""
     reflection_tokens: int = Field(1024, ge=1)
     """For reflector=self: longest reply, in tokens; a reply that is cut there is refused."""
     reflection_style: Literal["auto", "full", "short"] = "auto"

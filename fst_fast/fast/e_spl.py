@@ -23,6 +23,7 @@ import numpy as np
 from fst_fast.config import FastConfig
 from fst_fast.contracts import Context, Problem, ScoredRollout
 from fst_fast.fast import pareto
+from fst_fast.fast.budget import budget_over
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.outcome import FastResult, Log, Rules, Tally, child_lineage, conclude
 from fst_fast.fast.population import FastState
@@ -74,7 +75,8 @@ def evolve(
         failed = evaluations.failures[best.id]
         shown = [failed[i] for i in rng.permutation(len(failed))[: config.failures_shown]]
         others = _better_somewhere(evaluations, best, played)
-        if rng.random() < config.crossover and others:
+        over = budget_over(config, state.spent, 0)
+        if rng.random() < config.crossover and others and not over:
             own, partners = _wins(evaluations, best, played), [o for o, _ in others]
             prompts.append(
                 ReflectionPrompt(
@@ -85,7 +87,7 @@ def evolve(
                 )
             )
             ratings_of_children.append(crossed([ratings[c.id] for c in (best, *partners)]))
-        if shown:
+        if shown and not over:
             prompts.append(ReflectionPrompt(best.text, [evaluations.failure(r) for r in shown]))
             ratings_of_children.append(mutated(ratings[best.id]))
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
@@ -123,6 +125,7 @@ def evolve(
         admitted=len(tally.born),
         seed_stays=True,
         cycle=cycle,
+        spent=tally.spent(state.spent, evaluations, lambda: 0.0),
         ratings={context_id: ratings[context_id] for context_id in pool},
     )
 

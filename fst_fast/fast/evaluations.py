@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
+from fst_fast.contracts import FULL_REWARD, Context, Message, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
 from fst_fast.fast.population import Scores
 from fst_fast.fast.reflection import Failure
@@ -112,13 +112,24 @@ class Evaluations:
 
     def question(self, problem_id: str) -> str:
         """A problem's messages as a reflection shows them."""
-        return "\n\n".join(
-            m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}"
-            for m in self.problem[problem_id].messages
-        )
+        return _as_text(self.problem[problem_id].messages)
 
     def failure(self, sampled: ScoredRollout) -> Failure:
         """A rollout of this phase as a reflection shows it."""
-        assert sampled.verdict.reward is not None
-        asked = self.question(sampled.rollout.problem_id)
-        return Failure(asked, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
+        verdict = sampled.verdict
+        assert verdict.reward is not None
+        asked = _as_text(sampled.opening) if sampled.opening else self.question(sampled.rollout.problem_id)
+        return Failure(asked, sampled.response, verdict.feedback, verdict.reward, sampled.said)
+
+    def calls(self, context_id: str, tool: str) -> float | None:
+        """The mean reward of the judged rollouts of a context that called a tool; 0 where none did, None where it is not known."""
+        judged = [s.verdict for s in self.sampled if s.rollout.context_id == context_id]
+        known = [v for v in judged if v.reward is not None and f"calls/{tool}" in v.metrics]
+        rewards = [v.reward for v in known if v.reward is not None and v.metrics[f"calls/{tool}"]]
+        return float(np.mean(rewards)) if rewards else 0.0 if known else None
+
+
+def _as_text(messages: Sequence[Message]) -> str:
+    return "\n\n".join(
+        m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}" for m in messages
+    )

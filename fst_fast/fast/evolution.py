@@ -33,12 +33,14 @@ from fst_fast.config import FastConfig
 from fst_fast.config.derived import Size, affordable, screening, wave_width
 from fst_fast.contracts import Context, Problem, ScoredRollout
 from fst_fast.fast import pareto, racing
+from fst_fast.fast.budget import budget_over
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.merge import merge
 from fst_fast.fast.outcome import FastResult, Log, Rules, Tally, carried_unscored, child_lineage, conclude
 from fst_fast.fast.population import FastState, Lineage
 from fst_fast.fast.reflection import Lesson, Partner, ReflectionPrompt, Reflector, Refusal, Reply, ask
 from fst_fast.fast.scoring import ScoreFn
+from fst_fast.fast.selector import revised
 from fst_fast.run.callbacks import Admission, Proposal
 
 SHOWN_LESSONS, SHOWN_OTHERS = 2, 3
@@ -65,15 +67,20 @@ def evolve(
     fits: Callable[[Context], bool] = lambda context: True,
     spells_special: Callable[[str], bool] = lambda text: False,
     emit: Callable[..., None] = lambda kind, **fields: None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> FastResult:
     """Evolve the population for one cycle.
 
     anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
     for every problem in the prompt; if not, it is refused as too long. spells_special: as
-    in `reflection.extract`. emit: receives the Proposal and Admission events.
+    in `reflection.extract`. emit: receives the Proposal and Admission events. clock: seconds since this phase began, the same on every process.
 
     Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
-    than config.rollout_budget rollouts. If the reflector fails, the generation yields no children and the phase continues."""
+    than config.rollout_budget rollouts. A budget of config.budget that is used up ends the evolution, before a generation at the latest. If
+    the reflector fails, the generation yields no children and the phase continues."""
+    if ended := budget_over(config, state.spent, state.idle):
+        log(f"fast phase of cycle {cycle} skipped: {ended}")
+        return carried_unscored(state, config, cycle)
     if config.adaptive and state.rest:
         log(
             f"fast phase of cycle {cycle} skipped (fast.adaptive): no child admitted in the last {state.idle} fast phases that ran"
@@ -113,6 +120,9 @@ def evolve(
         deeper = searching and len(archive) == len(members)  # nothing admitted yet
         if generation >= planned and not deeper:
             break
+        if ended := budget_over(config, tally.spent(state.spent, evaluations, clock), 0):
+            log(f"fast phase of cycle {cycle} ends before generation {generation}: {ended}")
+            break
         budget = (config.search_budget if deeper else None) or config.rollout_budget
         width = wave_width(config, size, budget - evaluations.spent)
         rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
@@ -132,7 +142,11 @@ def evolve(
         if merged:
             parents, shown = parents[:-1], shown[:-1]
         turn = (cycle + generation) * wanted
-        revised = [_revised(config, parent, turn + i) for i, parent in enumerate(parents)]
+        revising = (
+            revised(config.component_selector, parents, turn, evaluations, lineage)
+            if config.components
+            else [[""] for _ in parents]
+        )
         ranked = sorted(archive, key=lambda c: -(evaluations.mean(c.id)[0] or 0.0))
         lessons = _lessons(lineage)
         partners = [_partners(config, evaluations, archive, parent, rng) for parent in parents]
@@ -147,7 +161,7 @@ def evolve(
                 whole=parent.text if component else "",
                 partners=[Partner(_part(p, component), solved) for p, solved in beside],
             )
-            for parent, failures, names, beside in zip(parents, shown, revised, partners, strict=True)
+            for parent, failures, names, beside in zip(parents, shown, revising, partners, strict=True)
             for component in names
         ]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
@@ -164,7 +178,7 @@ def evolve(
             emit(Proposal, cycle=cycle, parent=parent, context=child, refused="")
             children.append((lineage[child.id].context, parent))
         answers = iter(replies)
-        for parent, failures, names in zip(parents, shown, revised, strict=True):
+        for parent, failures, names in zip(parents, shown, revising, strict=True):
             replies_here = [next(answers) for _ in names]
             text, reason = _child_text(parent, names, replies_here, rules.extract, tried)
             if text:
@@ -217,6 +231,7 @@ def evolve(
         admitted=admitted_now,
         seed_stays=seed_row is not None,
         cycle=cycle,
+        spent=tally.spent(state.spent, evaluations, clock),
         idle=idle,
         rest=min(idle, MAX_REST) if config.adaptive and found else 0,
     )
@@ -298,14 +313,6 @@ def _choose_failures(
         chosen.append([queue[(start + i) % len(queue)] for i in range(take)])
         used[parent.id] += take
     return chosen
-
-
-def _revised(config: FastConfig, parent: Context, turn: int) -> list[str]:
-    """The components of a parent that its child revises; [""] for the context as a whole."""
-    if not config.components:
-        return [""]
-    names = list(components_of(parent.text))
-    return names if config.component_selector == "all" else [names[turn % len(names)]]
 
 
 def _part(context: Context, component: str) -> str:

@@ -10,6 +10,7 @@ of it all in evolution.py.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 
 from fst_fast import distributed
@@ -60,6 +61,12 @@ def fast_phase(
             temperature=config.rollout.temperature,
         )
 
+    began = time.monotonic()
+
+    def clock() -> float:
+        limited = config.fast.budget.seconds is not None
+        return distributed.broadcast(time.monotonic() - began) if limited else 0.0
+
     with recorder.stopwatch.phase("fast_s"):
         evolve = plain_gepa.evolve if config.fast.evolver == "gepa" else evolution.evolve
         result = evolve(
@@ -76,6 +83,7 @@ def fast_phase(
             spells_special=lambda text: spells_special(text, lookahead[0], sampler),
             fits=lambda context: leaves_room(context, seed_context, [*lookahead, *validation], sampler),
             emit=emit,
+            clock=clock,
         )
         reach("fast.end")
     return result

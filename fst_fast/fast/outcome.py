@@ -11,8 +11,9 @@ from typing import Any
 from fst_fast.config import FastConfig
 from fst_fast.contracts import Context, ScoredRollout
 from fst_fast.fast.evaluations import Evaluations
-from fst_fast.fast.population import FastState, Lineage, ShownFailure
-from fst_fast.fast.reflection import Refusal, Reply, cut, extract
+from fst_fast.fast.population import FastState, Lineage, ShownFailure, Spent
+from fst_fast.fast.reflection import Refusal, Reply, extract
+from fst_fast.fast.request import cut
 
 Log = Callable[[str], None]
 
@@ -64,6 +65,7 @@ class Tally:
     asked: int = 0
     read: int = 0
     written: int = 0
+    usd: float = 0.0
     waves: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     born: list[str] = field(default_factory=list)
@@ -72,6 +74,12 @@ class Tally:
         self.asked += len(replies)
         self.read += sum(reply.prompt_tokens for reply in replies)
         self.written += sum(reply.completion_tokens for reply in replies)
+        self.usd += sum(reply.cost_usd for reply in replies)
+
+    def spent(self, before: Spent, evaluations: Evaluations, clock: Callable[[], float]) -> Spent:
+        """What the fast phases have used, with this one so far. clock: seconds since it began."""
+        sampled = sum(len(s.rollout.response_ids) for s in evaluations.sampled)
+        return before.plus(self.read + self.written + sampled, clock(), self.usd)
 
     def record(self, lineage: dict[str, Lineage]) -> dict[str, Any]:
         """Its part of the cycle's record."""
@@ -80,6 +88,7 @@ class Tally:
             "refused": dict(sorted(self.refused.items())),
             "reflection_prompt_tokens": self.read,
             "reflection_completion_tokens": self.written,
+            "reflection_usd": self.usd,
             "waves": self.waves,
             "contexts": [line_record(lineage[context_id], birth=True) for context_id in self.born],
         }
@@ -153,6 +162,7 @@ def empty_record(cycle: int, population: list[dict[str, Any]]) -> dict[str, Any]
     return {
         **{"cycle": cycle, "population": population, "proposed": 0, "admitted": 0, "refused": {}},
         **dict.fromkeys(zero, 0),
+        "reflection_usd": 0.0,
         **{
             "best_mean": None,
             "seed_mean": None,

@@ -18,6 +18,7 @@ import numpy as np
 from fst_fast.config import FastConfig
 from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
 from fst_fast.fast import pareto
+from fst_fast.fast.budget import budget_over
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.outcome import FastResult, Log, Rules, Tally, carried_unscored, child_lineage, conclude
 from fst_fast.fast.population import FastState
@@ -44,8 +45,12 @@ def evolve(
     fits: Callable[[Context], bool] = lambda context: True,
     spells_special: Callable[[str], bool] = lambda text: False,
     emit: Callable[..., None] = lambda kind, **fields: None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> FastResult:
     """One fast phase, with the arguments and the result of `evolution.evolve`. The minibatch has fast.failures_shown problems."""
+    if ended := budget_over(config, state.spent, state.idle):
+        log(f"fast phase of cycle {cycle} skipped: {ended}")
+        return carried_unscored(state, config, cycle)
     problems = list({problem.id: problem for problem in anchor}.values())
     members = state.members()
     size = len(problems) * config.samples
@@ -62,6 +67,9 @@ def evolve(
     rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle]))
     batches, tally, extra = _Minibatches(problems, config.failures_shown, rng), Tally(), _Extra(evaluations)
     while evaluations.spent + 2 * batches.size + size <= config.rollout_budget:
+        if ended := budget_over(config, tally.spent(state.spent, evaluations, clock), 0):
+            log(f"fast phase of cycle {cycle} ends before proposal {tally.waves}: {ended}")
+            break
         weights = pareto.parent_weights(evaluations.matrix([c.id for c in pool]))
         parent = pool[int(rng.choice(len(pool), p=weights))]
         batch = batches.draw()
@@ -117,6 +125,8 @@ def evolve(
         admitted=len(pool) - len(members),
         seed_stays=state.seed_id in ids,
         cycle=cycle,
+        spent=tally.spent(state.spent, evaluations, clock),
+        idle=0 if len(pool) > len(members) else state.idle + 1,
     )
 
 

@@ -8,7 +8,7 @@ a resumed run repeats it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,19 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What the fast phases have used so far. tokens: sampled in rollouts, read and written by the reflector. seconds: 0 unless
+    fast.budget.seconds limits them. usd: as the reflector's replies say."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    usd: float = 0.0
+
+    def plus(self, tokens: int, seconds: float, usd: float) -> Spent:
+        return Spent(self.tokens + tokens, self.seconds + seconds, self.usd + usd)
+
+
+@dataclass(frozen=True)
 class FastState:
     """The input and output state of a fast phase.
 
@@ -120,6 +133,7 @@ class FastState:
     cycle: int = 0
     idle: int = 0  # fast phases in a row that admitted no child
     rest: int = 0  # further cycles to skip (fast.adaptive)
+    spent: Spent = Spent()
     ratings: Mapping[str, Rating] = field(
         default_factory=dict
     )  # of the pool of fast.evolver=e_spl, oldest first
@@ -158,6 +172,7 @@ class FastState:
             "cycle": self.cycle,
             "idle": self.idle,
             "rest": self.rest,
+            "spent": asdict(self.spent),
             "seed": self.seed_id,
             "ratings": {context_id: list(rating) for context_id, rating in self.ratings.items()},
             "population": list(self.population),
@@ -184,5 +199,6 @@ class FastState:
             cycle=data["cycle"],
             idle=data.get("idle", 0),
             rest=data.get("rest", 0),
+            spent=Spent(**data.get("spent", {})),
             ratings={c: Rating(*map(float, rating)) for c, rating in data.get("ratings", {}).items()},
         )

@@ -89,6 +89,8 @@ class Step(CounterFields):
     the three fractions of clipped, and the two of slow.mismatch also where the objective has none. distilled: a step of distillation, whose kl is
     the one to the teacher. turns, observed_tokens (means of an episode) and
     finishes (episodes by how they ended): with an environment only.
+    With rollout.ahead: rollout_staleness, optimiser steps between the weights that sampled a rollout and those that the step starts from, mean over the rollouts,
+    reused ones included; null without any.
     With rollout.backend=vllm: probe_mismatch, mean difference of log-probs between server and trainer after the last transfer of weights, nats per
     token; server_restarts since the run was started. Fields with a default came later than version 1 and are always written."""
 
@@ -114,6 +116,7 @@ class Step(CounterFields):
     mismatch_kl: float | None
     mismatch_weight: Annotated[float, Field(ge=0)] | None = None
     mismatch_cut: Share | None = None
+    rollout_staleness: Annotated[float, Field(ge=0)] | None = None
     distilled: Literal[True] | None = None
     probe_mismatch: Annotated[float, Field(ge=0)] | None = None
     server_restarts: Count | None = None
@@ -157,7 +160,8 @@ class Born(Scored):
 
 
 class Cycle(Record):
-    """After a fast phase. best_mean, seed_mean: null where nothing was judged, or the seed is no longer in the population."""
+    """After a fast phase. best_mean, seed_mean: null where nothing was judged, or the seed is no longer in the population. reflection_usd: what
+    the reflector's replies cost, as its prices say."""
 
     kind: Literal["cycle"]
     cycle: Count
@@ -169,6 +173,7 @@ class Cycle(Record):
     fast_rollouts: Count
     reflection_prompt_tokens: Count
     reflection_completion_tokens: Count
+    reflection_usd: Annotated[float, Field(ge=0)] = 0.0
     unjudged: Count
     best_mean: Share | None
     seed_mean: Share | None

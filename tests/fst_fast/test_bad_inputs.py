@@ -337,7 +337,7 @@ SLOW: list[tuple[list[str], str]] = [  # each starts a verifying child, some loa
     (["eval", "{here}/run-weights", "--problems", "1"], "cannot be loaded"),
     ([*TRAIN, "--fast.reflector=oracle"], "fast.reflector=oracle is unknown; allowed: mini, self, openai, given, or file.py:function"),
     ([*TRAIN, "--fast.reflector={here}/grader.py:sage"], "has no function 'sage'; it offers"),
-    ([*TRAIN, "--fast.reflector_args.model=m"], "but fast.reflector=mini takes no arguments; only openai and given do"),
+    ([*TRAIN, "--fast.reflector_args.model=m"], "but fast.reflector=mini takes no arguments; openai, given and classes do"),
     (reflected(), "fast.reflector_args.model is missing"),
     (reflected(model="m", speed=1), "fast.reflector_args has no speed; allowed: model, base_url"),
     (reflected(model="m", timeout_s=0), "fast.reflector_args.timeout_s=0: Input should be greater than 0"),

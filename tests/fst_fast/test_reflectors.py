@@ -108,7 +108,7 @@ def test_a_right_answer_arrives_with_its_token_counts_and_the_request_says_what_
             usd_per_million_completion_tokens=4.0,
         )
         (reply,) = reflect([PROMPT], seeds=[5])
-    assert reply == Reply("```\ntrace back\n```", "stop", None, 11, 7)
+    assert reply == Reply("```\ntrace back\n```", "stop", None, 11, 7, pytest.approx(5e-5))
     (request,) = server.requests
     assert (request["model"], request["max_tokens"], request["temperature"], request["seed"]) == (
         "m",

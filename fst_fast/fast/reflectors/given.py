@@ -13,7 +13,7 @@ class GivenContexts:
     """Answers the n-th prompt of a batch with the n-th text, again from the first after the last. Whatever the prompts say is ignored."""
 
     def __init__(self, contexts: Sequence[str]) -> None:
-        self._replies = [Reply(_fenced(text), "stop") for text in contexts]
+        self._replies = [Reply.proposal(text) for text in contexts]
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> GivenContexts:
@@ -31,11 +31,3 @@ class GivenContexts:
 
     def __call__(self, prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
         return [self._replies[i % len(self._replies)] for i in range(len(prompts))]
-
-
-def _fenced(text: str) -> str:
-    """The text between fences longer than any in it."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}\n{text}\n{fence}"

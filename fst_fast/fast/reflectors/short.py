@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fst_fast.contracts import Message
-from fst_fast.fast.reflection import ReflectionPrompt, cut
+from fst_fast.fast.reflection import ReflectionPrompt
+from fst_fast.fast.request import cut
 
 FENCE = "```"
 SYSTEM = "You write instructions."
