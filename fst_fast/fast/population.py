@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.contracts import Context
+from fst_fast.fast.ratings import Rating
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ class FastState:
     idle: int = 0  # fast phases in a row that admitted no child
     rest: int = 0  # further cycles to skip (fast.adaptive)
     spent: Spent = Spent()
+    ratings: Mapping[str, Rating] = field(
+        default_factory=dict
+    )  # of the pool of fast.evolver=e_spl, oldest first
 
     @classmethod
     def initial(cls, seed_context: str) -> FastState:
@@ -142,7 +146,9 @@ class FastState:
 
     def reset_population(self) -> FastState:
         """Reset the population to the seed alone; the lineage of all contexts and the cycle count stay."""
-        return replace(self, population=(self.seed_id,), scores=Scores(policy_version=-1), idle=0, rest=0)
+        return replace(
+            self, population=(self.seed_id,), scores=Scores(policy_version=-1), idle=0, rest=0, ratings={}
+        )
 
     def members(self) -> list[Context]:
         """The distinct contexts of the population, in order."""
@@ -156,6 +162,10 @@ class FastState:
             ids = (*distinct, *[ids[0]] * (k - len(distinct)))
         return [self.contexts[context_id].context for context_id in ids]
 
+    def evaluated(self, population: Sequence[Context]) -> list[Context]:
+        """The contexts that evaluations use: `population`, of ratings only their champion."""
+        return [self.contexts[self.population[0]].context] if self.ratings else list(population)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the contents of contexts.json; `from_json` restores an equal state."""
         return {
@@ -164,6 +174,7 @@ class FastState:
             "rest": self.rest,
             "spent": asdict(self.spent),
             "seed": self.seed_id,
+            "ratings": {context_id: list(rating) for context_id, rating in self.ratings.items()},
             "population": list(self.population),
             "contexts": {context_id: lineage.to_json() for context_id, lineage in self.contexts.items()},
             "scores": {
@@ -189,4 +200,5 @@ class FastState:
             idle=data.get("idle", 0),
             rest=data.get("rest", 0),
             spent=Spent(**data.get("spent", {})),
+            ratings={c: Rating(*map(float, rating)) for c, rating in data.get("ratings", {}).items()},
         )

@@ -55,12 +55,21 @@ class Lesson:
 
 
 @dataclass(frozen=True)
+class Partner:
+    """A context to recombine with, and problems that it solves better."""
+
+    text: str
+    problems: Sequence[str]
+
+
+@dataclass(frozen=True)
 class ReflectionPrompt:
     """What a reflector sees: a context and some of its failures.
 
     For reflectors that need more help: successes, responses with the full reward, under any context; others, the other current texts, best
     first; lessons, the latest admitted edits. `render` leaves these out. Of a context of components: `context` is the component to be revised,
-    `component` its name, `whole` all of them. template: of fast.reflection_templates, instead of the request that `render` writes; "" for none."""
+    `component` its name, `whole` all of them. template: of fast.reflection_templates, instead of the request that `render` writes; "" for none. With `partners` a
+    recombination is asked for: a context that takes from them what serves their problems; `solved` are problems that the context itself solves better."""
 
     context: str
     failures: Sequence[Failure]
@@ -70,6 +79,8 @@ class ReflectionPrompt:
     component: str = ""
     whole: str = ""
     template: str = ""
+    partners: Sequence[Partner] = ()
+    solved: Sequence[str] = ()
 
     def render(self) -> str:
         """The request as text, for a reflector that is a language model."""

@@ -6,7 +6,7 @@ What the text is and what makes a good one differs by component (KINDS). fast.re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,7 @@ def render(prompt: ReflectionPrompt) -> str:
         else "the model's response"
     )
     return (
-        f"A language model solves problems of one kind. {read}<instruction>\n{prompt.context}\n</instruction>\n\n"
+        f"A language model solves problems of one kind. {read}<instruction>\n{prompt.context}\n</instruction>\n\n{_recombination(prompt)}"
         "With this instruction it did not get the full reward (1.0) on the following problems. For each you see the problem, "
         f"{response}, the reward, and what the checker said.\n\n"
         f"{shown}\n\n"
@@ -89,6 +89,24 @@ def render(prompt: ReflectionPrompt) -> str:
         "End with the complete revised instruction, and nothing else, between two lines of three backticks:\n"
         f"```\n{PLACEHOLDER}\n```\n"
         "If the instruction itself holds such lines, put it between two lines of four backticks."
+    )
+
+
+def _recombination(prompt: ReflectionPrompt) -> str:
+    """What the request says of the partners; "" without any."""
+
+    def best(problems: Sequence[str]) -> str:
+        shown = "\n".join(f"- {cut(problem, SHOWN_CHARS)}" for problem in problems)
+        return f"It does best on these problems:\n{shown}\n\n" if problems else ""
+
+    if not prompt.partners:
+        return ""
+    others = "".join(
+        f"<instruction>\n{p.text}\n</instruction>\n\n{best(p.problems)}" for p in prompt.partners
+    )
+    return (
+        f"{best(prompt.solved)}Other instructions for the same model:\n\n{others}"
+        "Take over from them what makes them better on their problems.\n\n"
     )
 
 

@@ -1,4 +1,5 @@
-"""Who reflects: `mini` (rules, mini world only), `self` (the frozen base model), `openai` (an endpoint), or a user's Python function or class.
+"""Who reflects: `mini` (rules, mini world only), `self` (the frozen base model), `openai` (an endpoint), `given` (a person, beforehand), or a
+user's Python function or class.
 
 A new kind is one file here and one line in REFLECTORS. What is wrong with the arguments is said at start-up; what goes wrong in
 a call becomes a reply with an error (see reflection.ask), since a reflector that is down must not stop the slow phase.
@@ -59,4 +60,10 @@ def _openai(args: Mapping[str, Any], generate: Generate | None, style: Style) ->
     return OpenAIReflector.from_args(args)
 
 
-REFLECTORS: dict[str, Make] = {"mini": _mini, "self": _self, "openai": _openai}
+def _given(args: Mapping[str, Any], generate: Generate | None, style: Style) -> Reflector:
+    from fst_fast.fast.reflectors.given import GivenContexts
+
+    return GivenContexts.from_args(args)
+
+
+REFLECTORS: dict[str, Make] = {"mini": _mini, "self": _self, "openai": _openai, "given": _given}

@@ -71,7 +71,7 @@ def no_args(name: str, args: Mapping[str, Any]) -> None:
     """Raise UserError where arguments are given to a reflector that takes none."""
     if args:
         raise UserError(
-            f"fast.reflector_args has {', '.join(sorted(args))}, but fast.reflector={name} takes no arguments; openai and classes do"
+            f"fast.reflector_args has {', '.join(sorted(args))}, but fast.reflector={name} takes no arguments; openai, given and classes do"
         )
 
 

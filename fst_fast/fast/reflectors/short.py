@@ -70,8 +70,9 @@ def whole(continuation: str, *, ended: bool) -> str:
 def conversation(prompt: ReflectionPrompt, seed: int) -> list[Message]:
     """The request for one edit, up to the beginning of its reply. The kind of the edit follows from the seed."""
     rng = np.random.default_rng(seed)
-    if prompt.others and rng.random() < COMBINE:
-        other = prompt.others[int(rng.integers(len(prompt.others)))]
+    if prompt.partners or (prompt.others and rng.random() < COMBINE):
+        others = [partner.text for partner in prompt.partners] or prompt.others
+        other = others[int(rng.integers(len(others)))]
         solved = [(_pair(*pair), both) for pair, both in COMBINED]
         return _asked(solved, _pair(prompt.context, other))
     solved = [(_case(*case), after) for case, after in EXAMPLES]
