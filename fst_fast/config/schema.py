@@ -462,7 +462,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     task: str = "star_graph"
-    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, or rows with task_args.verify = a built-in grader or
+    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, `openenv:URL`, `program`, or rows with task_args.verify = a built-in grader or
     `grader.py:function`: `hf:NAME` (a data set of the Hugging Face Hub), `data.jsonl`, `.csv`, `.tsv`, `.parquet`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
