@@ -73,12 +73,14 @@ class PolicyConfig(Section):
     """Keep the optimiser's state in CPU memory; needs zero_stage >= 1."""
     offload_parameters: bool = False
     """Keep the partitioned weights in CPU memory and fetch them layer by layer; needs zero_stage = 3."""
-    optimizer: Literal["torch_adamw", "auto", "fused_adam", "cpu_adam"] = "torch_adamw"
-    """Which implementation of AdamW: torch's; DeepSpeed's FusedAdam, which needs a GPU; DeepSpeedCPUAdam, which needs offload_optimizer and a C++
-    compiler at its first use; `auto`: DeepSpeedCPUAdam with offload_optimizer, else FusedAdam on a GPU, else torch's. They differ by rounding."""
+    optimizer: Literal["auto", "torch_adamw", "fused_adam", "cpu_adam"] = "auto"
+    """Which implementation of AdamW: torch's; DeepSpeed's FusedAdam, which needs a GPU and nvcc; DeepSpeedCPUAdam, which needs offload_optimizer and
+    a C++ compiler at its first use; `auto`: on a GPU DeepSpeedCPUAdam with offload_optimizer, else torch's in one kernel; without a GPU torch's.
+    They differ by rounding."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further keys of the DeepSpeed configuration, such as {zero_optimization: {overlap_comm: true}}. Those that follow from other keys are
-    refused by name."""
+    refused by name. Gradients of several micro-batches are added up in float32; under ZeRO {data_types: {grad_accum_dtype: bf16}} halves their
+    memory in a bfloat16 model."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory."""
     liger: bool = False
