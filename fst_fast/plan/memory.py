@@ -57,6 +57,17 @@ class Setting:
         return self.config.policy.zero_stage
 
     @property
+    def summed(self) -> int:
+        """Bytes of an element of the gradient that DeepSpeed adds up over micro-batches."""
+        asked = self.config.policy.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
+        return 4 if self.stage and asked in ("fp32", "float32") else self.element
+
+    @property
+    def whole_sums(self) -> bool:
+        """Whether DeepSpeed's BF16_Optimizer runs: ZeRO-1 whose float32 gradients are not partitioned, and always there."""
+        return self.stage == 1 and self.summed > self.element and not self.config.policy.offload_optimizer
+
+    @property
     def trained(self) -> int:
         """Parameters that are trained."""
         lora = self.config.policy.lora
@@ -102,8 +113,10 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     share = trained // n if s.stage else trained
     master = 4 * share if s.stage in (1, 2) or e < 4 else 0
     if s.stage == 3:  # both are allocated at the start and stay
-        device["gradients"] = e * share
+        device["gradients"] = s.summed * share
         device["buckets"] = e * (BUCKET if s.gpu else min(BUCKET, trained))
+    if s.whole_sums:
+        device["gradients"] = 4 * trained
     (host if policy.offload_optimizer else device)["optimiser"] = 8 * share + master
     return device, host
 
@@ -111,8 +124,13 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
 def gradients(s: Setting, micro_batches: int) -> int:
     """Bytes of the gradients once all are there."""
     whole = s.element * s.trained
+    if s.whole_sums:  # each gradient is freed once it is added
+        return 4 * s.trained
     if s.stage < 2:
-        return whole
+        aside = 4 * s.trained if not s.stage and s.element == 2 and micro_batches > 2 else 0
+        return (4 * s.trained if s.summed > s.element else whole) + aside
+    if s.summed > s.element:
+        return 4 * s.trained // s.processes
     accumulated = 2 if s.stage == 2 and micro_batches > 1 else 1
     return accumulated * whole // s.processes
 
@@ -255,8 +273,10 @@ def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
     share = s.trained // s.processes if s.stage else s.trained
     largest = s.shape.embedding if s.config.policy.lora is None else s.shape.hidden * 64
     temporary = 4 * share if s.gpu else 8 * (share if s.stage else min(largest, share))
-    if s.config.policy.optimizer == "fused_adam":
+    if s.config.policy.optimizer == "fused_adam" or (s.gpu and s.config.policy.optimizer == "auto"):
         temporary = 0
+    if s.whole_sums:
+        return {"temporaries": temporary}
     if not s.stage and s.element == 4:
         return {"gradients": own, "temporaries": temporary}
     if s.stage == 3:

@@ -52,6 +52,11 @@ def unsupported_reason(model: Any) -> str | None:
     weight = model.get_output_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"the CPU forward is for float32 on the CPU, the weights are {weight.dtype} on {weight.device.type}"
+    return unusual(model)
+
+
+def unusual(model: Any) -> str | None:
+    """What this model has that a fused forward does not know, or None."""
     if type(model).__name__ not in ARCHITECTURES:
         return f"{type(model).__name__} is none of {', '.join(ARCHITECTURES)}"
     if (window := sliding_window(model.config)) is not None:

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
+from fst_fast.policy import gpu_forward
 from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
+from fst_fast.policy.gpu_forward import GpuForward
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
@@ -186,9 +188,7 @@ class RolloutEngine:
             self.forget()
             self._weights = weights
         if self._forward is None:
-            self._forward = (
-                transformers_forward(self.model) if unsupported_reason(self.model) else CpuForward(self.model)
-            )
+            self._forward = _forward(self.model)
         head = self.model.get_output_embeddings().weight
         each = self.token_bytes()
         decoder = ForestDecoder(
@@ -307,6 +307,13 @@ class RolloutEngine:
                     f"{longest}: keys and values of {len(longest.prompt_ids)} prompt and {max_response_tokens} response tokens take "
                     f"{needed * each} bytes ({each} per token); rollout.kv_memory_bytes allows {room}"
                 )
+
+
+def _forward(model: Any) -> Forward:
+    """The fastest forward that the model has."""
+    if unsupported_reason(model) is None:
+        return CpuForward(model)
+    return transformers_forward(model) if gpu_forward.unsupported_reason(model) else GpuForward(model)
 
 
 def fingerprint(model: Any) -> list[float]:
