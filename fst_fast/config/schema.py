@@ -110,8 +110,9 @@ class RolloutConfig(Section):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """Memory for the keys and values of one process, prompts and responses; fewer sequences run at a time if they do not fit. null: nine
     tenths of the free memory of the GPU or, without one, half of the machine's, shared by its processes."""
-    cuda_graphs: bool = False
-    """On a GPU: record decode steps as CUDA graphs. Off by default because the gain has not been measured; without a GPU it does nothing."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """On a GPU: record decode steps as CUDA graphs. `auto`: for models that have the fused forward (Llama, Qwen2, Qwen3). Without a GPU it does
+    nothing."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token. The tokens that complete one belong to the response."""
     max_turns: int = Field(8, ge=1)
@@ -367,8 +368,8 @@ class EvalConfig(Section):
 class VerifyConfig(Section):
     """Child processes that judge responses."""
 
-    workers: int = Field(1, ge=1)
-    """Verifying child processes of each process."""
+    workers: int | None = Field(None, ge=1)
+    """Verifying child processes of each process; null: its share of the machine's cores, one of which stays free, and at most 16."""
     timeout_s: float = Field(10.0, gt=0)
     """Wall-clock limit of one verification; after it the reward is null."""
     memory_mib: int = Field(2048, ge=64)

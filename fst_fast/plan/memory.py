@@ -84,8 +84,23 @@ class Setting:
     @property
     def fused(self) -> bool:
         """Whether the CPU's own forward samples and scores."""
+        return not self.gpu and self.element == 4 and self._known
+
+    @property
+    def lean(self) -> bool:
+        """Whether a fused forward samples: the CPU's, or the GPU's."""
+        return self.fused or (self.gpu and self._known and self.config.policy.lora is None)
+
+    @property
+    def _known(self) -> bool:
         known = self.shape.model_type in ("llama", "qwen2", "qwen3")
-        return not self.gpu and self.element == 4 and known and self.config.policy.packing == "forest"
+        return known and self.config.policy.packing == "forest"
+
+    @property
+    def graphs(self) -> bool:
+        """Whether decode steps are CUDA graphs."""
+        wanted = self.config.rollout.cuda_graphs
+        return self.gpu and (self.lean if wanted == "auto" else wanted)
 
     @property
     def layer_copies(self) -> int:

@@ -5,7 +5,7 @@ product, gate and up are one, and what lies between the products is one kernel e
 residual is added by the product itself.
 
 The fused products share the memory of the model's weights wherever these lie side by side, or can be laid so. Weights inside a larger tensor (ZeRO's)
-that have something else between them, and merged LoRA adapters, are copied, and the copies are rebuilt when the weights change.
+that have something else between them are copied, and the copies are rebuilt when the weights change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fst_fast.policy.cpu_forward import TokenPlan, unusual
-from fst_fast.policy.lora import bias_of, merged_weight
+from fst_fast.policy.lora import has_adapters
 from fst_kernels.backends import choose_backend
 
 
@@ -31,6 +31,8 @@ def unsupported_reason(model: Any) -> str | None:
     backend = choose_backend("cascade_decode_attention", None, weight.device, weight.dtype)
     if backend != "triton":
         return f"its kernels are Triton's, and this GPU runs {backend}"
+    if has_adapters(model):
+        return "it has adapters, and weights that they are merged into would be a second model"
     return unusual(model)
 
 
@@ -66,7 +68,7 @@ class GpuForward:
     def _fuse(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [bias for bias in map(bias_of, projections) if bias is not None]
+        biases = [p.bias for p in projections if p.bias is not None]
         norms = None
         if hasattr(attention, "q_norm"):
             each = (
@@ -76,13 +78,13 @@ class GpuForward:
             norms = torch.cat(each)
         return _Layer(
             norm=layer.input_layernorm.weight,
-            qkv=joined([merged_weight(p) for p in projections]),
+            qkv=joined([p.weight for p in projections]),
             qkv_bias=torch.cat(biases) if biases else None,
             norms=norms,
-            out=merged_weight(attention.o_proj),
+            out=attention.o_proj.weight,
             norm2=layer.post_attention_layernorm.weight,
-            gate_up=joined([merged_weight(mlp.gate_proj), merged_weight(mlp.up_proj)]),
-            down=merged_weight(mlp.down_proj),
+            gate_up=joined([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            down=mlp.down_proj.weight,
         )
 
     def __call__(self, ids: Tensor, positions: Tensor, plan: TokenPlan, rows: Tensor | None = None) -> Tensor:
@@ -115,7 +117,7 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
     begins = [sum(rows[:i]) * width for i in range(len(rows))]
     side_by_side = all(
         w.is_contiguous()
-        and w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and w.untyped_storage()._cdata == first.untyped_storage()._cdata
         and w.storage_offset() == first.storage_offset() + begin
         for w, begin in zip(weights, begins, strict=True)
     )
@@ -126,4 +128,3 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
         for weight, part in zip(weights, whole.split(rows), strict=True):
             weight.data = part
     return whole
-

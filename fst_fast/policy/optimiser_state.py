@@ -61,7 +61,10 @@ def fragments(engine: Any) -> list[Fragment]:
         return [f for name, p in named if (f := _zero3_fragment(optimizer, name, p)).numel > 0]
     if stage:
         # The second is BF16_Optimizer's name, which DeepSpeed takes for stage 1 with float32 gradients of bfloat16 weights.
-        flat = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+        flat = (
+            getattr(optimizer, "single_partition_of_fp32_groups", None)
+            or optimizer.fp32_groups_flat_partition
+        )
         return [
             Fragment(name, at.lp_fragment_address.start, at.lp_fragment_address.numel,
                      flat[at.param_group_index], at.hp_fragment_address.start)

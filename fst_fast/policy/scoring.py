@@ -7,7 +7,7 @@ both cut leaves into micro-batches here, so they cut a forest in the same way. C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -102,7 +102,7 @@ def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOu
     if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
         rows = hidden_rows(model, micro)
         lm_head = model.get_output_embeddings()  # type: ignore[operator]
-        job.at = head.Labels(torch.arange(len(rows), device=rows.device), micro.at.row_of, micro.at.labels)
+        job.at = replace(micro.at, unique=torch.arange(len(rows), device=rows.device))
         job(rows, lm_head.weight, lm_head.bias)
     else:
         with head.running(model, job):

@@ -86,7 +86,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": optimiser.parameters(config)},
         "gradient_clipping": config.slow.max_grad_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if config.model.dtype == "bfloat16" and policy.zero_stage else {}),
+        **(
+            {"data_types": {"grad_accum_dtype": "fp32"}}
+            if config.model.dtype == "bfloat16" and policy.zero_stage
+            else {}
+        ),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -177,7 +181,7 @@ class TrainedPolicy:
             self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
             reach("backward")
         self.engine.eval()
-        losses = [float(loss) for loss in computed]
+        losses = torch.stack(computed).tolist() if computed else []
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
         bad_loss = int(not all(map(math.isfinite, losses)))

@@ -32,7 +32,7 @@ from fst_fast.rollout.logits import float32_logits
 from fst_fast.rollout.padded import decode_padded
 from fst_fast.rollout.prefixes import PrefixCache
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS
-from fst_fast.rollout.responses import Responses, Sampling
+from fst_fast.rollout.responses import Ints, Responses, Sampling
 from fst_fast.rollout.stops import StopTexts
 
 DEVICE_FRACTION = 0.9
@@ -126,8 +126,9 @@ class RolloutEngine:
         policy_version: int,
         stop: Sequence[str] | None = None,
         keep_responses: bool = False,
+        watch: Callable[[Ints, Responses], None] | None = None,
     ) -> list[Rollout]:
-        """Rollouts in request order. stop: texts that end a response here, instead of the engine's own. keep_responses: a later prompt may go on
+        """Rollouts in request order. watch: see Responses; where memory runs out a response can end twice. stop: texts that end a response here, instead of the engine's own. keep_responses: a later prompt may go on
         from them, so hold their keys and values, too. Raises UserError before it starts where a prompt is empty, too long for the model or for kv_bytes,
         or where two requests are one and the same; UserError where memory runs out twice, the second time with half the sequences; and
         FloatingPointError naming request and token where the model gives NaN or Inf."""
@@ -149,6 +150,7 @@ class RolloutEngine:
                 sampling=Sampling(temperature, top_p, top_k),
                 name=lambda i: str(requests[i]),
                 stop=ends,
+                watch=watch,
             )
             with _evaluating(self.model), float32_logits(self.model), torch.inference_mode():
                 if self.packing == "forest":

@@ -76,9 +76,7 @@ def test_inside_rollouts_are_those_of_the_padded_path(kind, monkeypatch):
     for module in (cascade, prefill, kv_pool):
         monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")  # as on a GPU
     for module in (cascade, prefill):
-        monkeypatch.setattr(
-            module, "cascade_decode_attention", partial(cascade_decode_attention)
-        )
+        monkeypatch.setattr(module, "cascade_decode_attention", partial(cascade_decode_attention))
     monkeypatch.setattr("fst_fast.rollout.engine.unsupported_reason", lambda _: "as on a GPU")
     monkeypatch.setattr(gpu_forward, "unsupported_reason", lambda _: None)
     monkeypatch.setattr(prefill, "tree_attention", partial(tree_attention, backend="triton"))
