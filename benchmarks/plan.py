@@ -229,7 +229,11 @@ def eight() -> list[tuple[str, Any, float]]:
                 head = HEAD_BYTES_PER_ROW * here.step.response_tokens / 8 / h200.bandwidth
             here = here.changed(change)
             out.append((what, here, here.step.seconds + (0.0 if len(out) > 1 else head)))
-    for what, change in (fused, ("policy.liger=true", {"policy.liger": True}), ("policy.zero_stage=1", {"policy.zero_stage": 1})):
+    for what, change in (
+        fused,
+        ("policy.liger=true", {"policy.liger": True}),
+        ("policy.zero_stage=1", {"policy.zero_stage": 1}),
+    ):
         here = here.changed(change)
         out.append((what, here, here.step.seconds))
     return out

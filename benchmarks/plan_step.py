@@ -83,8 +83,8 @@ class MeasuredStep:
 
     def __init__(self, config: Config, load: Load) -> None:
         from fst_fast import distributed
-        from fst_fast.policy.scoring import Batching
         from fst_fast.policy import gpu_forward, trained
+        from fst_fast.policy.scoring import Batching
         from fst_fast.rollout.engine import RolloutEngine
         from fst_fast.rollout.graphs import StepGraph
 

@@ -160,7 +160,8 @@ def layer_row_cases() -> Iterator[Case]:
                 | ({"norms": norms} if norms else {})
                 | dict.fromkeys(("heads", "stride", "stride_turn"), "i32")
                 | {"eps": "fp32"},
-                ({} if norms else {"norms": None}) | {"HALF": dim // 2, "BLOCK": half, "HEADS": gpu.TURNED_HEADS},
+                ({} if norms else {"norms": None})
+                | {"HALF": dim // 2, "BLOCK": half, "HEADS": gpu.TURNED_HEADS},
                 unaligned=("heads",),
             )
         yield Case(

@@ -18,7 +18,7 @@ import numpy as np
 from fst_fast.plan.machines import Machine
 from fst_fast.plan.memory import PREFILL, Setting, kv_pool
 from fst_fast.plan.workload import Ints, MicroBatch, Work
-from fst_fast.run.environment import MOST_SPARE_CORES, spare_cores
+from fst_fast.run.cores import MOST_SPARE_CORES, spare_cores
 
 SAMPLER_LAUNCHES = 100  # of a decode step: random numbers in plain PyTorch, what is drawn, slots and lengths
 

@@ -34,8 +34,8 @@ from fst_fast.rollout.template import Findings, check_vocabulary, configured_cha
 from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.rollout.vllm_args import vllm_args
 from fst_fast.rollout.vllm_hosts import Hosts, Weights
+from fst_fast.run.cores import spare_cores
 from fst_fast.run.counters import Stopwatch
-from fst_fast.run.environment import spare_cores
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
 from fst_fast.tasks.registry import task_spec

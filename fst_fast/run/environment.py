@@ -12,8 +12,9 @@ import os
 import sys
 from datetime import datetime
 
+from fst_fast.run.cores import usable_cores
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-MOST_SPARE_CORES = 16
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc accepts
 
 
@@ -56,14 +57,3 @@ def wall_clock() -> datetime:
     """The date and time, for people and prompts: names of folders, dates that a chat template shows. It may jump; durations come
     from time.monotonic."""
     return datetime.now()
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may use; a container or taskset can restrict it below the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def spare_cores() -> int:
-    """Cores for the helpers of this process: its share of the usable ones, one of which stays free; at least 1 and at most MOST_SPARE_CORES."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")
-    return min(MOST_SPARE_CORES, max(1, usable_cores() // processes - 1))

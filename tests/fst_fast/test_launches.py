@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,7 +81,11 @@ class Step:
     attend = DecodePlan.attend
 
     def __init__(self, work: CascadePlan) -> None:
-        self.pool, self.rows, self.backend = KVPool(), torch.zeros(SLOTS, dtype=torch.int64, device=CUDA), "triton"
+        self.pool, self.rows, self.backend = (
+            KVPool(),
+            torch.zeros(SLOTS, dtype=torch.int64, device=CUDA),
+            "triton",
+        )
         self.pool.slots, self.work = 2000, device_work(work)
 
     def tokens(self, *given: Any) -> Tensor:
@@ -137,7 +139,9 @@ def test_an_operation_that_is_not_fused_and_a_wait_are_counted(monkeypatch: pyte
         tokens = plan.tokens
         plan.tokens = lambda layer, q, *rest: tokens(layer, q * int(q[0, 0, 0] > 0), *rest)  # type: ignore[method-assign]
 
-    with pytest.raises(Exception, match=r"item|data-dependent|_local_scalar_dense"):  # a stand-in has no number to give
+    with pytest.raises(
+        Exception, match=r"item|data-dependent|_local_scalar_dense"
+    ):  # a stand-in has no number to give
         step_launches("qwen3", GpuForward, 1, asks)
     monkeypatch.setattr(gpu, "gate", unfused)
     assert per_layer("qwen3", GpuForward) == GOAL + 1
@@ -156,7 +160,7 @@ class Through:
 
 
 @pytest.fixture
-def plain_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss as a function, whose operations the counter sees, and the host's knowledge of rows made outside the fake tensors."""
     op = importlib.import_module("fst_kernels.linear_policy_loss.op").linear_policy_loss_op
     api = importlib.import_module("fst_kernels.linear_policy_loss.api")
@@ -173,7 +177,6 @@ def plain_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(api, "linear_policy_loss_op", plain)
     monkeypatch.setattr(KnownRows, "of", staticmethod(outside))
-    yield
 
 
 def micro_batch(rows_device: torch.device | str, kl: str | None) -> Launches:

@@ -20,7 +20,10 @@ from fst_fast.verify.pool import Judging
 @pytest.fixture(scope="module")
 def opened() -> Iterator[tuple[Sampler, RolloutEngine, list[RolloutRequest]]]:
     config = Config.model_validate(
-        {"task_args": {"form": "mini", "arms": 5, "path": 4, "ids": 40}, "rollout": {"max_response_tokens": 24}}
+        {
+            "task_args": {"form": "mini", "arms": 5, "path": 4, "ids": 40},
+            "rollout": {"max_response_tokens": 24},
+        }
     )
     task: Any = load_task(config.task, config.task_args)
     problems = task.problems("train")[:4]
@@ -60,7 +63,9 @@ def test_verification_begins_before_sampling_ends_and_verdicts_are_the_same(
     after = sample(sampler, engine, requests)
     assert added[len(requests) :] == [False] * len(requests)
     assert [(s.response, s.verdict) for s in after] == [(s.response, s.verdict) for s in overlapped]
-    assert [s.rollout.response_ids.tolist() for s in after] == [s.rollout.response_ids.tolist() for s in overlapped]
+    assert [s.rollout.response_ids.tolist() for s in after] == [
+        s.rollout.response_ids.tolist() for s in overlapped
+    ]
 
 
 def test_a_response_that_ends_otherwise_the_second_time_is_judged_anew(
@@ -73,7 +78,9 @@ def test_a_response_that_ends_otherwise_the_second_time_is_judged_anew(
     def twice(*given: Any, watch: Any, **named: Any) -> Any:
         hot = generate(*given, watch=watch, **{**named, "temperature": 5.0})
         rollouts = generate(*given, watch=None, **named)
-        assert any(a.response_ids.tolist() != b.response_ids.tolist() for a, b in zip(hot, rollouts, strict=True))
+        assert any(
+            a.response_ids.tolist() != b.response_ids.tolist() for a, b in zip(hot, rollouts, strict=True)
+        )
         return rollouts
 
     plain = sample(sampler, engine, requests)

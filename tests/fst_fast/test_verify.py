@@ -182,9 +182,14 @@ def test_responses_are_judged_while_others_are_added_and_verdicts_keep_their_ord
         assert judging.left == 1
         rewards = [verdict.reward for verdict in judging.verdicts()]
     assert rewards == [1.0, None, 0.0, 1.0]
-    with pytest.raises(RuntimeError, match="sampling failed"), shared.judging() as judging:
-        judging.add(problem, "7")
-        raise RuntimeError("sampling failed")
+
+    def fails() -> None:
+        with shared.judging() as judging:
+            judging.add(problem, "7")
+            raise RuntimeError("sampling failed")
+
+    with pytest.raises(RuntimeError, match="sampling failed"):
+        fails()
     assert ask(shared, "8", "7")[1].reward == 1.0, "no answer of before is taken for one of now"
 
 

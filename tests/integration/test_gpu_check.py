@@ -126,7 +126,10 @@ def test_what_was_cut_off_is_continued_and_what_passed_is_not_run_again(tmp_path
     assert first.returncode == 0
     rest = check("tests", "sampling", "decode_step", PYTHON=python, OUT=str(out))
     said = {line.split()[0]: line for line in (out / "summary.txt").read_text().splitlines()[1:]}
-    assert [name for name, line in said.items() if line.endswith("before, with this code")] == ["tests", "sampling"]
+    assert [name for name, line in said.items() if line.endswith("before, with this code")] == [
+        "tests",
+        "sampling",
+    ]
     assert said["decode_step"].split()[1] == "passed"
     assert rest.stdout.count("== ") == 1
     again = check("--again", "tests", "sampling", PYTHON=python, OUT=str(out))

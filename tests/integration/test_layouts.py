@@ -33,7 +33,12 @@ class Layout(NamedTuple):
 
 PLAIN = [Layout(n, stage) for n in (1, 2) for stage in range(4)]
 OFFLOADED = [Layout(2, 1, True), Layout(1, 2, True), Layout(2, 3, True)]
-BF16 = [Layout(1, 0, False, "bfloat16"), Layout(2, 2, False, "bfloat16"), Layout(2, 3, False, "bfloat16"), Layout(2, 1, False, "bfloat16")]
+BF16 = [
+    Layout(1, 0, False, "bfloat16"),
+    Layout(2, 2, False, "bfloat16"),
+    Layout(2, 3, False, "bfloat16"),
+    Layout(2, 1, False, "bfloat16"),
+]
 ALL = [*PLAIN, *OFFLOADED]
 SAMPLE = [  # from, into
     (PLAIN[0], Layout(2, 3)), (Layout(2, 1), PLAIN[0]), (Layout(2, 3), Layout(2, 3)), (Layout(2, 3), Layout(1, 2, True)),
