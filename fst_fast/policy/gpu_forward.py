@@ -33,7 +33,7 @@ def unsupported_reason(model: Any) -> str | None:
         return f"its kernels are Triton's, and this GPU runs {backend}"
     if has_adapters(model):
         return "it has adapters, and weights that they are merged into would be a second model"
-    return unusual(model)
+    return unusual(model, liger=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GpuForward:
         self.head = model.get_output_embeddings()
         self.rotary, self.final_norm = model.model.rotary_emb, model.model.norm.weight
         self.scale = float(model.model.layers[0].self_attn.scaling)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # the weights may move, and are trained later
             self.layers = [self._fuse(layer) for layer in model.model.layers]
 
     def _fuse(self, layer: Any) -> _Layer:

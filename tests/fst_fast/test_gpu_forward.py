@@ -114,5 +114,19 @@ def test_weights_with_memory_of_their_own_move_side_by_side_and_parts_of_another
     assert copied.data_ptr() != flat.data_ptr()
 
 
+def test_weights_that_moved_while_sampling_can_be_trained():
+    model, b = make_model(), batch()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.inference_mode():
+        GpuForward(model)
+    attention = model.model.layers[0].self_attn
+    assert (
+        attention.k_proj.weight.untyped_storage()._cdata == attention.q_proj.weight.untyped_storage()._cdata
+    )
+    model.requires_grad_()(**model_inputs(b)).logits.sum().backward()
+    assert attention.k_proj.weight.grad.norm() > 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_on_a_cpu_the_reason_is_named():
     assert unsupported_reason(make_model()) == "the GPU forward is for a GPU, the weights are on cpu"

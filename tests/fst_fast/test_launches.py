@@ -6,6 +6,7 @@ import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -218,9 +219,21 @@ def test_rows_that_only_the_device_knows_would_be_waited_for() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 16])
-def test_tree_attention_waits_for_nothing_forward_or_backward(window: int | None) -> None:
+def test_tree_attention_waits_for_nothing_forward_or_backward(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_host = TreeMask.shared_prefixes([(100, [60, 70, 20]), (30, [9])])
     n = on_host.subtree_end.shape[1]
+
+    def on_the_host(function: Any, _: TreeMask, *sizes: int) -> int:
+        with unset_fake_temporarily():
+            found: int = function(on_host, *sizes)
+        return found
+
+    for name in ("list_width", "tile_total"):  # what the host knows of its own segments
+        known = getattr(tree_attention.blocks, name)
+        monkeypatch.setattr(tree_attention.blocks, name, partial(on_the_host, known))
+    monkeypatch.setattr(TreeMask, "binding", lambda _, w: w)
     with on_a_gpu((8, 0)) as counter:
         mask = copy.copy(on_host)
         for name in ("subtree_end", "depth"):
