@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip --disable-pip-version-check -qq install --constraint constraints.txt
 
-.PHONY: train laptop test runs emulated aot chaos parity soak paper fuzz vllm docs install wheel lint format types clean
+.PHONY: train laptop test runs emulated aot chaos parity soak paper fuzz trl vllm docs install wheel lint format types clean
 
 train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
@@ -66,6 +66,10 @@ paper: $(STAMP)
 # Random configurations, command lines and whatever else tests/fuzz draws: 20,000 of each, of which `make test` runs 200.
 fuzz: $(STAMP)
 	@FST_FUZZ_EXAMPLES=20000 $(PY) -m pytest -n $(WORKERS) tests/fuzz $(PYTEST_ARGS)
+
+# TRL's own GRPO tests with our trainer in place of TRL's; TRL=folder, a checkout of it.
+trl: $(STAMP)
+	@$(PY) scripts/trl_tests.py $(TRL)
 
 # The tests of rollout.backend=vllm against a real vLLM (its CPU build, in an environment of its own), of which `make test` asks a fake one.
 vllm: $(STAMP)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 
 NAME = r"(?:system|protocol|examples|skill:[\w.-]+|tool:[\w.-]+)"
+NAMES = "system, protocol, examples, skill:NAME, tool:NAME"
 _HEAD = re.compile(rf"^<<({NAME})>>$", re.MULTILINE)
 
 

@@ -1,6 +1,10 @@
 """Collectives over the processes of a run. A single process needs no launcher; several are started by `deepspeed` or `torchrun`.
 
 Only small objects (rollouts, verdicts, texts) are exchanged here, pickled. Model tensors are communicated by DeepSpeed.
+
+With rollout.sampler_ranks the last processes of a run only sample. Then the default group of torch, which DeepSpeed takes for the world, is the process's own
+part (trainers or samplers), and a gloo group beside it joins all of them. Which processes a call here means is said by its scope: all of the run, or inside
+`part()` those of the same part, or inside `alone()` this one (a thread that samples while its process trains).
 """
 
 from __future__ import annotations
@@ -8,11 +12,16 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from fst_fast.errors import UserError
@@ -20,12 +29,69 @@ from fst_fast.errors import UserError
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Split:
+    """The processes of a run in two parts, the samplers last. whole: gloo group of all of them. link: gloo group of the first trainer (rank 0 in it) and the
+    samplers; None on other trainers."""
+
+    samplers: int
+    whole: Any
+    link: Any
+
+    @property
+    def samples(self) -> bool:
+        """Whether this process is a sampler."""
+        return bool(self.whole.rank() >= self.whole.size() - self.samplers)
+
+
+_split: Split | None = None
+_scope: ContextVar[Literal["run", "part", "alone"]] = ContextVar("scope", default="run")
+
+
+def split() -> Split | None:
+    """The parts of the run; None where every process does everything."""
+    return _split
+
+
+@contextmanager
+def part() -> Iterator[None]:
+    """Inside, the functions of this module are about the processes of this part only. Without parts nothing changes."""
+    token = _scope.set("part")
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, the functions of this module are about this process only. Holds for the thread that enters it."""
+    token = _scope.set("alone")
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def _joined() -> Any:
+    """The gloo group of the whole run where that is not torch's default group and is meant here."""
+    return _split.whole if _split is not None and _scope.get() == "run" else None
+
+
 def rank() -> int:
     """This process's rank: from torch.distributed once it is initialised, before that from the launcher's environment."""
+    if _scope.get() == "alone":
+        return 0
+    if (group := _joined()) is not None:
+        return int(group.rank())
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    if _scope.get() == "alone":
+        return 1
+    if (group := _joined()) is not None:
+        return int(group.size())
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -36,12 +102,21 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init(timeout_s: float = 1800.0) -> None:
+def init(timeout_s: float = 1800.0, *, samplers: int = 0) -> None:
     """Initialise torch.distributed: nccl with GPUs, gloo without; a single process becomes a world of one.
 
-    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer` recognises. Raises UserError
-    where the packages for training are not installed."""
+    timeout_s: how long a collective waits for the other processes before it raises an error that `is_lost_peer` recognises. samplers: how many processes, the
+    last ones, only sample. Raises UserError where the packages for training are not installed, and where nobody is left to train."""
+    if world_size() <= samplers:
+        raise UserError(
+            f"rollout.sampler_ranks={samplers} leaves no process to train: the run has {world_size()}; start it with deepspeed or torchrun on "
+            f"{samplers + 1} or more"
+        )
     if dist.is_initialized():
+        if samplers != (0 if _split is None else _split.samplers):
+            raise UserError(
+                f"rollout.sampler_ranks={samplers}, but the processes of this program are already divided otherwise; start it anew"
+            )
         return
     missing = [name for name in ("deepspeed", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -55,6 +130,8 @@ def init(timeout_s: float = 1800.0) -> None:
     if "RANK" not in os.environ:  # no launcher: no port is opened, and no child process inherits a rank
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    elif samplers:
+        _init_parts(backend, samplers, datetime.timedelta(seconds=timeout_s))
     import deepspeed  # imported late: it is slow to load and probes the machine
     import deepspeed.ops
 
@@ -64,6 +141,29 @@ def init(timeout_s: float = 1800.0) -> None:
     deepspeed.init_distributed(
         dist_backend=backend, verbose=False, timeout=datetime.timedelta(seconds=timeout_s)
     )
+
+
+def _init_parts(backend: str, samplers: int, timeout: datetime.timedelta) -> None:
+    """Initialise the default group for this process's part, and the groups that join the parts."""
+    global _split
+    store, me, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    trainers = world - samplers
+    samples = me >= trainers
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("samplers" if samples else "trainers", store),
+        rank=me - trainers if samples else me,
+        world_size=samplers if samples else trainers,
+        timeout=timeout,
+    )
+
+    def gloo(name: str, rank: int, size: int) -> Any:
+        return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, timeout)
+
+    whole = gloo("whole", me, world)
+    link = gloo("link", me - trainers + 1 if samples else 0, 1 + samplers) if samples or me == 0 else None
+    _split = Split(samplers, whole, link)
 
 
 def set_collective_timeout(timeout_s: float) -> None:
@@ -76,7 +176,7 @@ def set_collective_timeout(timeout_s: float) -> None:
 
 def is_lost_peer(error: BaseException | None) -> bool:
     """Whether this error means that another process has died or does not respond."""
-    if not isinstance(error, RuntimeError) or world_size() == 1:
+    if not isinstance(error, RuntimeError) or (world_size() == 1 and _split is None):
         return False
     signs = ("gloo", "NCCL", "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
@@ -86,6 +186,8 @@ def all_gather(value: T) -> list[T]:
     """Gather every process's `value`, in rank order, on every process."""
     if world_size() == 1:
         return [value]
+    if (group := _joined()) is not None:
+        return [pickle.loads(data) for data in _gather_bytes(group, pickle.dumps(value))]
     out: list[Any] = [None] * world_size()
     dist.all_gather_object(out, value)
     return out
@@ -94,11 +196,34 @@ def all_gather(value: T) -> list[T]:
 def broadcast(value: T | None) -> T:
     """Send rank 0's `value` to every process. If rank 0 passes a UserError as the value, every process raises it."""
     box: list[Any] = [value]
-    if world_size() > 1:
+    if (group := _joined()) is not None:
+        box = [pickle.loads(_gather_bytes(group, pickle.dumps(value) if group.rank() == 0 else b"")[0])]
+    elif world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], UserError):
         raise box[0]
     return box[0]  # type: ignore[no-any-return]
+
+
+def _gather_bytes(group: Any, data: bytes) -> list[bytes]:
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    group.allgather([sizes], [torch.tensor([len(data)])]).wait()
+    lengths = [int(size) for size in sizes]
+    parts = [torch.zeros(max(lengths), dtype=torch.uint8) for _ in lengths]
+    mine = torch.zeros(max(lengths), dtype=torch.uint8)
+    mine[: len(data)] = as_tensor(data)
+    group.allgather([parts], [mine]).wait()
+    return [as_bytes(part[:length]) for part, length in zip(parts, lengths, strict=True)]
+
+
+def as_tensor(data: bytes) -> Tensor:
+    """uint8 [len(data)]; a copy."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """Undo `as_tensor`."""
+    return tensor.numpy().tobytes()
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
@@ -143,7 +268,9 @@ def agree(action: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    if world_size() > 1:
+    if (group := _joined()) is not None:
+        group.barrier().wait()
+    elif world_size() > 1:
         dist.barrier()
 
 
@@ -152,14 +279,16 @@ def shut_down() -> None:
 
     Without it the threads of torch.distributed are cut off at exit and a process that has finished its work may exit
     with an error. A single process keeps its group, so that it can run again."""
+    global _split
     if world_size() == 1:
         return
     try:
-        dist.barrier()
+        barrier()
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         return  # the other processes have exited; this one's work is done
+    _split = None
     dist.destroy_process_group()
 
 

@@ -6,7 +6,6 @@ build the same run; only rank 0 has a run folder, a metrics writer and a console
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,23 +19,23 @@ from torch import nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
-from fst_fast.contracts import Context, Message, Problem
+from fst_fast.contracts import Context, Problem
 from fst_fast.data.fingerprint import Fingerprint, fingerprint
 from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
 from fst_fast.data.stream import minibatch
 from fst_fast.errors import UserError
 from fst_fast.fast.population import FastState
-from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
-from fst_fast.fast.reflectors import make_reflector
-from fst_fast.fast.reflectors.self_ import SMALL_PARAMETERS
+from fst_fast.fast.reflection import Reflector
+from fst_fast.fast.shared_reflector import shared_reflector
 from fst_fast.policy import lora, optimiser, trained
 from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import TrainedPolicy
-from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.engine import RolloutEngine
 from fst_fast.rollout.episodes import check_turns
+from fst_fast.rollout.link import Link, Order, RankLink, ThreadLink
 from fst_fast.rollout.models import SamplingModels
-from fst_fast.rollout.prompt import Chat, read_template, response_text
+from fst_fast.rollout.prompt import read_template
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.rollout.template import missing_messages, turn_end
 from fst_fast.run import checkpoint
@@ -78,6 +77,8 @@ class Run:
     reflect: Reflector
     recorder: Recorder
     teacher: nn.Module | None = None  # frozen weights, while contexts are distilled
+    link: Link | None = None  # rollout.ahead: between those who sample and those who train
+    sampling_models: SamplingModels | None = None  # of a thread that samples while this process trains
     refreshed: nn.Module | None = (
         None  # what the KL penalty compares with, once it is not the base model (slow.reference.every)
     )
@@ -87,7 +88,7 @@ class Run:
     @property
     def policy_version(self) -> int:
         """Optimiser steps behind the weights that sample."""
-        return 0 if self.policy is None else self.state.step
+        return 0 if self.config.method == "gepa" else self.state.step
 
     def save_checkpoint(self) -> None:
         """Write the whole run; on disk it is there whole or not at all. All processes call it."""
@@ -97,7 +98,8 @@ class Run:
         failure = f"the checkpoint of step {step} cannot be written to {tmp}"
         with disk_errors(failure):
             if self.policy is not None:
-                self.policy.save(tmp)
+                with distributed.part():
+                    self.policy.save(tmp)
         reach("save.engine")
         distributed.barrier()
 
@@ -188,7 +190,7 @@ def build_run(
     seed_globals(config.seed, "opening", distributed.rank())
     if config.slow.reward_shaping is not None:
         load_shaping(config.slow.reward_shaping)
-    distributed.init(config.run.timeout_s)
+    distributed.init(config.run.timeout_s, samplers=config.rollout.sampler_ranks)
     is_main = distributed.rank() == 0
     watchers = Callbacks(callbacks, run_dir, is_main=is_main)
     console = Console(total_steps=config.slow.steps, enabled=is_main)
@@ -256,8 +258,14 @@ def build_run(
         if sampler.hosts:
             sampler.hosts.enter(run_dir)
         liveness = Liveness(run_dir, distributed.rank())
-        policy = None if config.method == "gepa" else TrainedPolicy(config, reference)
-        module = reference if policy is None else policy.rollout_model
+        link = _open_link(config, reference) if config.rollout.ahead else None
+        policy, module, moves = None, reference, config.method != "gepa"
+        if link is not None and link.samples:
+            module = link.copy
+        elif moves:
+            with distributed.part():
+                policy = TrainedPolicy(config, reference)
+            module = policy.rollout_model
         engine = sampler.engine(module, console.note)
         run = Run(
             config=config,
@@ -267,9 +275,9 @@ def build_run(
             seed_context=seed_context,
             sampler=sampler,
             models=SamplingModels(
-                trained=sampler.vllm(module, base=policy is None) or engine,
+                trained=sampler.vllm(module, base=not moves) or engine,
                 base=sampler.vllm(reference, base=True) or server or base,
-                fast=sampler.vllm(module, base=policy is None) or server or engine,
+                fast=sampler.vllm(module, base=not moves) or server or engine,
                 trained_module=module,
                 base_module=reference,
             ),
@@ -289,6 +297,11 @@ def build_run(
             ),
             folder=folder,
         )
+        run.link = link
+        if isinstance(link, ThreadLink) and link.copy is not None:
+            served = sampler.vllm(link.copy, base=False)
+            assert served is not None
+            run.sampling_models = SamplingModels(served, served, served, link.copy, reference)
         run.state.date, run.state.base_weights = began, base_weights
         _start_or_resume(run, found, data, allow_data_change)
         sampler.lengths = run.state.lengths
@@ -299,6 +312,16 @@ def build_run(
             folder.close()  # a program that catches the refusal may try again
         raise
     return run
+
+
+def _open_link(config: Config, reference: nn.Module) -> Link:
+    """Between those who sample ahead and those who train; with a copy of the model where one is sampled from. All processes call it."""
+    split = distributed.split()
+    holds = split.samples if split else distributed.rank() == 0
+    copy, names = trained.sampling_copy(config, reference) if holds else (None, [])
+    if split is None:
+        return ThreadLink(names, copy)
+    return RankLink(split, distributed.all_gather(names)[-1], copy)
 
 
 def _compare_template(file: str, tokenizer: Any, console: Console) -> None:
@@ -332,6 +355,16 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
         # Report changed keys where known; the hash alone only if the run was killed after the change was saved.
         changes += [d for d in changed_keys(before, now) if not (changes and d.startswith("config_hash "))]
         _load_weights(run, found)
+    if run.link is not None:
+        if run.policy is not None:
+            run.link.send(run.policy.rollout_model, Order(state.step, pause=True))
+        if run.link.copy is not None:
+            run.link.receive()
+    elif state.ahead:
+        recorder.note(
+            f"rollout.ahead is 0 now: what was sampled for {len(state.ahead)} steps is sampled anew"
+        )
+        state.ahead = []
     state.data = data
     if run.folder:
         recorder.metrics = MetricsWriter(
@@ -384,13 +417,15 @@ def _check_data(run: Run, now: Fingerprint, allowed: bool) -> list[str]:
 def _load_weights(run: Run, found: Path) -> None:
     if run.policy is not None:
         try:
-            run.policy.load(found)
+            with distributed.part():
+                run.policy.load(found)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             # Only where a manifest from elsewhere vouches for damaged files.
             raise UserError(
                 f"--resume: {found} does not hold the optimiser's state: {type(error).__name__}: {error}"
             ) from error
-        run.policy.hand_over()
+        with distributed.part():
+            run.policy.hand_over()
     if (found / TEACHER).is_dir():
         run.teacher = trained.load(run.config, found / TEACHER)
     if run.config.slow.reference.every and (found / REFERENCE).is_dir():
@@ -438,56 +473,3 @@ def check_messages(sampler: Sampler, problem: Problem, note: Callable[[str], Non
         note(
             f"warning: the chat template leaves message {i} (role {role}) of problem {problem.id} out of the prompt"
         )
-
-
-def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
-    """The configured reflector; rank 0 asks it and broadcasts its replies."""
-
-    def generate(
-        conversations: Sequence[Sequence[Message]],
-        seeds: Sequence[int],
-        *,
-        system: str = "",
-        stop: Sequence[str] | None = None,
-        temperature: float = 1.0,
-    ) -> list[Reply]:
-        requests = [
-            Request(
-                problem_id="reflection",
-                context_id="",
-                sample=i,
-                prompt_ids=chat.prompt(Context.of(system), Problem("", messages, None)),
-                seed=seed,
-            )
-            for i, (messages, seed) in enumerate(zip(conversations, seeds, strict=True))
-        ]
-        positions = getattr(base.model.config, "max_position_embeddings", None)
-        room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
-        tokens = max(1, int(min(config.fast.reflection_tokens, room)))
-        rollouts = base.generate(
-            requests, max_response_tokens=tokens, temperature=temperature, policy_version=0, stop=stop
-        )
-        return [
-            Reply(
-                response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
-                r.finish,
-                prompt_tokens=len(q.prompt_ids),
-                completion_tokens=len(r.response_ids),
-            )
-            for q, r in zip(requests, rollouts, strict=True)
-        ]
-
-    style = config.fast.reflection_style
-    if style == "auto":
-        few = sum(p.numel() for p in base.model.parameters()) < SMALL_PARAMETERS
-        style = "short" if few else "full"
-    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate, style=style)
-
-    def quiet(_: str) -> None:
-        """The fast phase logs what is wrong with the replies, on every process alike."""
-
-    def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
-        reach("reflection")
-        return distributed.broadcast(ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None)
-
-    return reflect

@@ -22,6 +22,7 @@ from fst_fast.fast.population import FastState, Scores
 from fst_fast.rollout.lengths import ResponseLengths
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.run.counters import Counters
+from fst_fast.slow.batch import Batch
 
 FORMAT = 2
 
@@ -36,6 +37,7 @@ class State:
     cycle: int = 0
     counters: Counters = field(default_factory=Counters)
     reusable: ReusePool = field(default_factory=ReusePool)
+    ahead: list[Batch] = field(default_factory=list)  # rollout.ahead: sampled and not trained yet
     base_rewards: dict[str, dict[str, float]] = field(default_factory=dict)  # see evaluate.evaluate
     date: str = ""  # when the run began (ISO 8601): a chat template's today
     base_weights: str = ""  # see policy/base_weights.py. Both are "" in a state of an earlier version
@@ -43,9 +45,10 @@ class State:
     data: Fingerprint | None = None  # of what the task gave; None in a checkpoint of an earlier version
 
     def forget_data(self) -> None:
-        """Drop what was measured on problems that are no longer the task's: rewards of the base model, rollouts to reuse, scores."""
+        """Drop what was measured on problems that are no longer the task's: rewards of the base model, rollouts to reuse or to train, scores."""
         self.base_rewards.clear()
         self.lengths.known.clear()
+        self.ahead = []
         self.reusable = ReusePool()
         self.fast = replace(self.fast, scores=Scores(policy_version=-1))
 
@@ -61,6 +64,7 @@ class State:
             "population": [asdict(c) for c in self.population],
             "fast": self.fast.to_json(),
             "reusable": [scored_to_json(s) for s in self.reusable.rollouts],
+            **({"ahead": [batch_to_json(b) for b in self.ahead]} if self.ahead else {}),
             "base_rewards": self.base_rewards,
             "lengths": self.lengths.known,
             "data": self.data,
@@ -82,6 +86,7 @@ class State:
                 cycle=tree["cycle"],
                 counters=Counters(**tree["counters"]),
                 reusable=ReusePool([scored_from_json(s) for s in tree["reusable"]]),
+                ahead=[batch_from_json(b) for b in tree.get("ahead", ())],
                 base_rewards=tree["base_rewards"],
                 lengths=ResponseLengths({str(k): float(v) for k, v in tree.get("lengths", {}).items()}),
                 date=datetime.fromisoformat(tree["date"]).isoformat() if tree.get("date") else "",
@@ -101,6 +106,17 @@ def _checked_fingerprint(tree: Any) -> Fingerprint | None:
     if not all(set(split) >= keys for stage in tree for split in stage.values()):
         raise ValueError("data is not a fingerprint")
     return list(tree)
+
+
+def batch_to_json(batch: Batch) -> dict[str, Any]:
+    """A batch as JSON; the seconds that it took are not of the resumed run."""
+    return {**vars(batch), "rollouts": [scored_to_json(s) for s in batch.rollouts], "seconds": {}}
+
+
+def batch_from_json(tree: dict[str, Any]) -> Batch:
+    """Undo `batch_to_json`."""
+    rollouts = [scored_from_json(s) for s in tree["rollouts"]]
+    return Batch(**{**tree, "rollouts": rollouts, "tokens": tuple(tree["tokens"])})
 
 
 def scored_to_json(scored: ScoredRollout) -> dict[str, Any]:

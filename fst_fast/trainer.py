@@ -10,6 +10,7 @@ loop and takes the same decisions; rank 0 alone writes. startup.py builds or res
 
 from __future__ import annotations
 
+import functools
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fst_fast import distributed
+from fst_fast.ahead import run_ahead
 from fst_fast.config import Config
 from fst_fast.contracts import CELLS, Judged, Rollout
 from fst_fast.data.stages import Stage, stage_at
@@ -68,6 +70,8 @@ def train(
                 run_fast_phase(run, stage)
             if config.method == "gepa":
                 state.step = min(state.step + config.fast.cycle_steps, stage.end)
+            elif config.rollout.ahead:
+                run_ahead(run, stage, functools.partial(meets_after, config))
             else:
                 run_slow_step(run, stage, distilling)
             done = state.step >= config.slow.steps
@@ -92,6 +96,11 @@ def begins_cycle(config: Config, stage: Stage, step: int) -> bool:
 def due(before: int, step: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is due after the steps from `before` to `step`."""
     return bool(every) and step // every > before // every
+
+
+def meets_after(config: Config, step: int) -> bool:
+    """Whether an evaluation or a checkpoint is due after this step."""
+    return any(due(step - 1, step, every) for every in (config.eval.every, config.checkpoint.every))
 
 
 def enter_stage(run: Run) -> Stage:

@@ -124,6 +124,45 @@ def steps(config: Config) -> None:
         )
 
 
+def ahead(config: Config) -> None:
+    """Raises ValueError where rollout.ahead and rollout.sampler_ranks do not go with the rest."""
+    rollout, served = config.rollout, config.rollout.backend == "vllm"
+    if not rollout.ahead:
+        if rollout.sampler_ranks:
+            raise ValueError(
+                f"rollout.sampler_ranks={rollout.sampler_ranks} has no effect with rollout.ahead=0, where all processes sample and then train"
+            )
+        return
+    if config.method == "gepa":
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} has no effect with method=gepa, which trains nothing"
+        )
+    if served and rollout.sampler_ranks:
+        raise ValueError(
+            f"rollout.sampler_ranks={rollout.sampler_ranks} does not go with rollout.backend=vllm, whose servers sample"
+        )
+    if not served and not rollout.sampler_ranks:
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} needs processes that sample while others train: rollout.sampler_ranks of at least 1, or "
+            "rollout.backend=vllm"
+        )
+    if config.method == "fst" and rollout.ahead >= config.fast.cycle_steps:
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} reaches beyond a cycle of fast.cycle_steps={config.fast.cycle_steps} steps; at most "
+            f"{config.fast.cycle_steps - 1}"
+        )
+    if config.slow.distill_steps:
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} does not go with slow.distill_steps={config.slow.distill_steps}, whose rollouts must be those of "
+            "the newest weights"
+        )
+    if config.slow.objective == "reinforce" and config.slow.mismatch == "none":
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} trains on rollouts of older weights, for which slow.objective=reinforce does not correct; "
+            "slow.mismatch=tis or mis does"
+        )
+
+
 def together(config: Config) -> None:
     """Raises ValueError where values of different sections exclude each other."""
     g, k = config.slow.group_size, config.fast.population
@@ -160,6 +199,7 @@ def together(config: Config) -> None:
         )
     if config.rollout.backend == "native" and config.rollout.backend_args:
         raise ValueError("rollout.backend_args is given, but rollout.backend=native takes none")
+    ahead(config)
     save, keep = config.checkpoint.every, config.checkpoint.keep_every
     if keep and (not save or keep % save):
         raise ValueError(

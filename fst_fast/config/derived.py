@@ -40,13 +40,15 @@ def screening(config: FastConfig) -> int:
 def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
     """Name -> number, in the order in which a run meets them. One unit: problems per step, over all processes."""
     slow, k = config.slow, config.eval.samples
+    samplers = config.rollout.sampler_ranks
     population = 1 if config.method == "rl" else config.fast.population
     numbers: dict[str, int | str] = {
         "processes": world_size,
+        **({"of these, processes that sample": samplers} if samplers else {}),
         "contexts in the population": population,
         "steps": slow.steps,
         "problems per step": slow.problems_per_step,
-        "problems per step on one process": _share(slow.problems_per_step, world_size),
+        "problems per step on one process": _share(slow.problems_per_step, max(world_size - samplers, 1)),
     }
     if config.method != "rl":
         numbers |= _fast(config)

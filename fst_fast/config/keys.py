@@ -6,7 +6,7 @@ import difflib
 import json
 import types
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
@@ -50,6 +50,32 @@ def field_at(key: str) -> FieldInfo | None:
     return field
 
 
+class Texts(NamedTuple):
+    """A key that holds texts by name, such as fast.components: what its names and its values may be, in words."""
+
+    names: str
+    values: str
+
+
+def texts_at(key: str) -> Texts | None:
+    """The texts by name at a dotted path; None where another kind of value is, or none."""
+    field = field_at(key)
+    kinds = get_args(field.annotation) if field and get_origin(field.annotation) is dict else ()
+    if not kinds or kinds[1] is not str:
+        return None
+    named = get_args(kinds[0])[1:]  # Annotated[str, Field(description=...)]
+    return Texts(named[0].description if named else "text", _NAMES[str])
+
+
+def split(key: str) -> list[str]:
+    """The parts of a dotted key. A name of a text (`texts_at`) is one part, with its dots."""
+    parts = key.split(".")
+    for i in range(1, len(parts)):
+        if texts_at(".".join(parts[:i])):
+            return [*parts[:i], ".".join(parts[i:])]
+    return parts
+
+
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field's type is, or is with null beside it."""
     for option in options(annotation):
@@ -89,7 +115,7 @@ def _words(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is tuple:
         return f"a list of {len(kinds)} {_plural(kinds[0])}"
     if origin is dict:
-        return "keys with values"
+        return "texts by name" if kinds[1] is str else "keys with values"
     words = []
     for option in sorted(options(annotation), key=lambda option: section_of(option) is not None):
         if section := section_of(option):

@@ -17,7 +17,16 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fst_fast.config.keys import allowed, element_of, field_at, options, section_of, suggestion
+from fst_fast.config.keys import (
+    allowed,
+    element_of,
+    field_at,
+    options,
+    section_of,
+    split,
+    suggestion,
+    texts_at,
+)
 from fst_fast.config.schema import Config, Section
 from fst_fast.config.yaml_text import (
     ALLOWED,
@@ -161,6 +170,8 @@ class _Where:
 
 def _value(key: str, text: str) -> Any:
     """What an override's text means, which depends on the key's type."""
+    if texts_at(".".join(split(key)[:-1])):
+        return text
     field = field_at(key)
     kinds = options(field.annotation) if field else ()
     if type(None) in kinds and text in ("", "null", "~"):
@@ -184,7 +195,7 @@ def _is_list(text: str) -> bool:
 
 def assign(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set the value at a dotted key, making the sections above it. Raises UserError where one of these is a plain value."""
-    *parents, last = key.split(".")
+    *parents, last = split(key)
     node = tree
     for i, part in enumerate(parents):
         node = node.setdefault(part, {})
@@ -282,11 +293,21 @@ def _sentence(item: ErrorDetails, where: _Where) -> str:
         if where.given(key):
             return f"unknown key --{_cut(key)}; {suggestion(key, also=COMMAND_OPTIONS)}"
         return f"{where.source}unknown key {_cut(key)}; {suggestion(key)}"
-    field = field_at(key) or field_at(key.partition("[")[0])  # an element of a list: the field speaks for it
-    assert field is not None, item
+    if field := field_at(key):
+        speaks = allowed(field)
+    elif texts := texts_at(".".join(map(str, item["loc"][:-1]))):
+        speaks = texts.values
+    elif texts := texts_at(
+        above := ".".join(map(str, item["loc"][:-2]))
+    ):  # refused is a name, before "[key]"
+        return f"{where.name(above)} has the key {_shown(item['loc'][-2])}; allowed: {texts.names}"
+    else:  # an element of a list: the field speaks for it
+        field = field_at(key.partition("[")[0])
+        assert field is not None, item
+        speaks = allowed(field)
     if item["type"] == "missing":
-        return f"{where.name(key)} is missing; allowed: {allowed(field)}"
-    return f"{where.name(key)}={_shown(item['input'])} is refused; allowed: {allowed(field)}"
+        return f"{where.name(key)} is missing; allowed: {speaks}"
+    return f"{where.name(key)}={_shown(item['input'])} is refused; allowed: {speaks}"
 
 
 def _shown(value: Any) -> str:

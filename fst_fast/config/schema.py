@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fst_fast.components import NAME, compose, names_one
+from fst_fast.components import NAME, NAMES, compose, names_one
 from fst_fast.config import checks
 
 
@@ -128,6 +128,11 @@ class RolloutConfig(Section):
     leaves out thoughts with some models; a turn whose past was rewritten is then a training sequence of its own."""
     tool_calls: Literal["auto", "hermes", "llama3", "mistral"] = "auto"
     """Syntax in which the policy calls tools; `auto` is that of the chat template."""
+    ahead: int = Field(0, ge=0)
+    """Steps that sampling is ahead of training: while a step is trained, the batches of the next N are sampled from older weights, at most N steps old. 0: one
+    after the other. Needs sampler_ranks, or backend=vllm."""
+    sampler_ranks: int = Field(0, ge=0)
+    """With ahead: processes of the run, the last ones, that sample while the others train. In fast phases and evaluations all of them sample."""
     backend: Literal["native", "openai", "vllm"] = "native"
     """`native`: the engine of this package, in the training processes. `vllm`: vLLM servers, which are sent the trained weights after every step, sample
     everything. `openai`: a server with weights of its own samples for the fast phase and for the base model in evaluations; the trained weights
@@ -291,7 +296,9 @@ class FastConfig(Section):
     """Longest context; a longer proposal is refused."""
     seed_context: str = "solve the problem ."
     """Text that the evolution starts from; with method=rl the only context."""
-    components: dict[Annotated[str, Field(pattern=f"^{NAME}$")], str] = Field(default_factory=dict)
+    components: dict[Annotated[str, Field(pattern=f"^{NAME}$", description=NAMES)], str] = Field(
+        default_factory=dict
+    )
     """Contexts of named parts, by name the texts that the evolution starts from, instead of seed_context: `system`, `protocol`, `examples`,
     `skill:NAME` and `tool:NAME`, the description of a tool. max_context_tokens holds for each of them."""
     component_selector: Literal["round_robin", "all"] = "round_robin"

@@ -162,7 +162,7 @@ def layer_activations(s: Setting) -> int:
     mlp = x.active * (4 * e * x.inner + (e * x.hidden if x.experts > 1 else 0))
     norm = x.hidden * (4 + (e if frozen else 2 * e))
     qk_norm = (x.q_width + x.kv_width) * (4 + (0 if frozen else e)) if x.qk_norm else 0
-    if s.config.policy.liger:  # each norm keeps its input, SwiGLU its two inputs and its result
+    if s.config.policy.liger or s.fused:  # each norm keeps its input, SwiGLU its two inputs and its result
         norm, qk_norm, mlp = 2 * e * x.hidden, e * (x.q_width + x.kv_width) if x.qk_norm else 0, mlp * 3 // 4
     attention = 2 * e * (x.q_width + x.kv_width) + 4 * x.heads
     lora = s.config.policy.lora
@@ -247,9 +247,9 @@ def scoring(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
             "layer copies": s.layer_copies,
             "activations": forward + e * x.hidden * sum(m.rows for m in micro),
         }
-    if s.layer_copies + forward > logits:  # the copies are gone before the head begins
+    if forward > logits:
         return {"layer copies": s.layer_copies, "activations": forward + states}
-    return {"logits": logits, "activations": states}
+    return {"layer copies": s.layer_copies, "logits": logits, "activations": states}
 
 
 def forward_backward(s: Setting, micro: list[MicroBatch]) -> dict[str, int]:
@@ -303,9 +303,8 @@ def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
 
 
 def hand_over(s: Setting) -> dict[str, int]:
-    checksum = 0 if s.gpu else 8 * s.shape.embedding  # a sum in float64 converts the tensor first
     bucket = s.element * min(GATHER_BUCKET + s.shape.embedding, s.trained) if s.stage == 3 else 0
-    return {"gathered weights": bucket, "temporaries": checksum}
+    return {"gathered weights": bucket}
 
 
 def memory(s: Setting, work: Work) -> list[Phase]:

@@ -18,7 +18,7 @@ dtypes other than float32, another device) takes the transformers forward; `unsu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,6 +92,14 @@ class _Layer:
     down: Tensor  # [I, H], transposed
 
 
+def _scaled(parts: Sequence[Tensor], columns: Tensor) -> Tensor:
+    """The rows [*, H] of all parts times columns [H], in one pass over memory."""
+    out = columns.new_empty(sum(map(len, parts)), len(columns))
+    for part, place in zip(parts, torch.split(out, [len(part) for part in parts]), strict=True):
+        torch.mul(part, columns, out=place)
+    return out
+
+
 class CpuForward:
     """The forward of `model` with its current weights. Raises ValueError with `unsupported_reason(model)`, if there is one."""
 
@@ -131,12 +139,14 @@ class CpuForward:
             q_norm, k_norm = attention.q_norm.weight[pair], attention.k_norm.weight[pair]
             norms = torch.cat([q_norm.expand(self.heads, -1), k_norm.expand(self.kv_heads, -1)])
         return _Layer(
-            qkv=torch.cat([interleaved(q), interleaved(k), v]) * layer.input_layernorm.weight,
+            qkv=_scaled([interleaved(q), interleaved(k), v], layer.input_layernorm.weight),
             qkv_bias=bias,
             norms=norms,
             out=merged_weight(attention.o_proj).t().contiguous(),
-            gate_up=torch.cat([merged_weight(mlp.gate_proj), merged_weight(mlp.up_proj)])
-            * layer.post_attention_layernorm.weight,
+            gate_up=_scaled(
+                [merged_weight(mlp.gate_proj), merged_weight(mlp.up_proj)],
+                layer.post_attention_layernorm.weight,
+            ),
             down=merged_weight(mlp.down_proj).t().contiguous(),
         )
 

@@ -80,35 +80,47 @@ def _padded_parts(leaves: Sequence[Leaf], budget: int) -> list[list[int]]:
     return parts
 
 
-@torch.no_grad()
-def hidden_rows(model: nn.Module, micro: MicroBatch) -> Tensor:
-    """Hidden states of the labelled rows under `model`: [R, H]."""
-    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
-        ids, positions = micro.batch.input_ids[0], micro.batch.position_ids[0]
-        return CpuForward(model).hidden(ids, positions, micro.batch.plan, micro.at.unique)
-    with head.running(model, head.HiddenJob(micro.at)):
-        out: Tensor = model(**model_inputs(micro.batch)).logits
-    return out
+class Scorer:
+    """Scoring passes with one model, whose weights must not change while the scorer lives: on a CPU the first pass makes a fused copy of them."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._fused: CpuForward | None = None
 
-@torch.no_grad()
-def logprobs(model: nn.Module, micro: MicroBatch, batching: Batching) -> Tensor:
-    """Log-prob of every label under `model` at the batching's temperature: [M] fp32."""
-    return _score(model, micro, head.ScoreJob(micro.at, batching.temperature, batching.head_rows)).logprob
+    @torch.no_grad()
+    def hidden_rows(self, micro: MicroBatch) -> Tensor:
+        """Hidden states of the labelled rows: [R, H]."""
+        if (plan := self._cpu_plan(micro)) is not None:
+            self._fused = self._fused or CpuForward(self.model)
+            ids, positions = micro.batch.input_ids[0], micro.batch.position_ids[0]
+            return self._fused.hidden(ids, positions, plan, micro.at.unique)
+        with head.running(self.model, head.HiddenJob(micro.at)):
+            out: Tensor = self.model(**model_inputs(micro.batch)).logits
+        return out
 
+    @torch.no_grad()
+    def logprobs(self, micro: MicroBatch, batching: Batching) -> Tensor:
+        """Log-prob of every label at the batching's temperature: [M] fp32."""
+        return self.run(micro, head.ScoreJob(micro.at, batching.temperature, batching.head_rows)).logprob
 
-def _score(model: nn.Module, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
-    """Run the job inside the model's head module, where ZeRO-3 has gathered its weight, or after CpuForward, which needs no gathering."""
-    if isinstance(micro.batch.plan, TreePlan) and unsupported_reason(model) is None:
-        rows = hidden_rows(model, micro)
-        lm_head = model.get_output_embeddings()  # type: ignore[operator]
-        job.at = replace(micro.at, unique=torch.arange(len(rows), device=rows.device))
-        job(rows, lm_head.weight, lm_head.bias)
-    else:
-        with head.running(model, job):
-            model(**model_inputs(micro.batch))
-    assert job.out is not None
-    return job.out
+    @torch.no_grad()
+    def run(self, micro: MicroBatch, job: head.ScoreJob) -> LogprobOutput:
+        """The job inside the model's head module, where ZeRO-3 has gathered its weight, or after CpuForward, which needs no gathering."""
+        if self._cpu_plan(micro) is not None:
+            rows = self.hidden_rows(micro)
+            lm_head = self.model.get_output_embeddings()  # type: ignore[operator]
+            job.at = replace(micro.at, unique=torch.arange(len(rows), device=rows.device))
+            job(rows, lm_head.weight, lm_head.bias)
+        else:
+            with head.running(self.model, job):
+                self.model(**model_inputs(micro.batch))
+        assert job.out is not None
+        return job.out
+
+    def _cpu_plan(self, micro: MicroBatch) -> TreePlan | None:
+        """The micro-batch's plan where CpuForward can run it."""
+        plan = micro.batch.plan
+        return plan if isinstance(plan, TreePlan) and unsupported_reason(self.model) is None else None
 
 
 @torch.no_grad()
@@ -118,12 +130,13 @@ def kl_to_reference(
     """(exact KL(model || reference) over the vocabulary, summed over the response tokens of `leaves`; number of these tokens)."""
     ref_head = reference.get_output_embeddings()  # type: ignore[operator]
     total, count = 0.0, 0
+    scorer, ref_scorer = Scorer(model), Scorer(reference)
     for micro in micro_batches(leaves, batching):
         job = head.ScoreJob(
             micro.at, batching.temperature, batching.head_rows,
-            ref_hidden=hidden_rows(reference, micro), ref_weight=ref_head.weight, ref_bias=ref_head.bias,
+            ref_hidden=ref_scorer.hidden_rows(micro), ref_weight=ref_head.weight, ref_bias=ref_head.bias,
         )  # fmt: skip
-        scored = _score(model, micro, job)
+        scored = scorer.run(micro, job)
         assert scored.kl is not None
         total += float(scored.kl[micro.at.row_of].sum(dtype=torch.float64))
         count += len(micro.at.labels)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.policy import head, liger, lora, optimiser, optimiser_state
+from fst_fast.policy import cpu_layers, head, liger, lora, optimiser, optimiser_state
 from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
@@ -69,7 +69,20 @@ def _load(config: Config, path: str | Path | None = None) -> Any:
     head.install(model)
     if config.policy.liger:
         liger.install(model)
+    cpu_layers.install(model)
     return model
+
+
+def sampling_copy(config: Config, base: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A model for those who sample ahead of the training, and the names of its weights that training changes. base: the frozen model of `load`, over whose
+    tensors adapters are put (policy.lora)."""
+    if config.policy.lora is None:
+        model = load(config)
+        return model, [name for name, _ in model.named_parameters()]
+    model = lora.with_adapters(base, config)
+    head.install(model)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return model.eval().requires_grad_(False), names
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:

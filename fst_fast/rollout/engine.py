@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
@@ -105,7 +106,7 @@ class RolloutEngine:
         self._prefixes = PrefixCache()
         self._pool = KVPool()
         self._forward: Forward | None = None
-        self._weights: list[float] = []
+        self._weights: list[int] = []
 
     def forget(self) -> None:
         """Drop what earlier calls computed: the next call then does not depend on them, not even in its rounding."""
@@ -318,11 +319,18 @@ def _forward(model: Any) -> Forward:
     return transformers_forward(model) if gpu_forward.unsupported_reason(model) else GpuForward(model)
 
 
-def fingerprint(model: Any) -> list[float]:
-    """A sum for each weight: equal as long as the weights are."""
+def fingerprint(model: Any) -> list[int]:
+    """For each weight the sum of its bytes, taken eight at a time as an integer: equal as long as the weights are."""
     with torch.no_grad():
-        sums = torch.stack([p.sum(dtype=torch.float64) for p in model.parameters()])
-    return sums.tolist()
+        return torch.stack([_sum_of_bytes(p) for p in model.parameters()]).tolist()
+
+
+def _sum_of_bytes(weight: Tensor) -> Tensor:
+    raw = weight.detach().reshape(-1).view(torch.uint8)
+    if raw.storage_offset() % 8:  # inside ZeRO's flat tensor
+        raw = raw.clone()
+    whole = len(raw) // 8 * 8
+    return raw[:whole].view(torch.int64).sum() + raw[whole:].sum()
 
 
 def _half_of_free_memory() -> int:

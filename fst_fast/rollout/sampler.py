@@ -276,6 +276,10 @@ class Sampler:
         self.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
         return [ScoredRollout(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
 
+    def expected_tokens(self, problems: Sequence[Problem]) -> list[int]:
+        """Of a response to each problem, the same on all processes, which must call it: samplers may know more than trainers."""
+        return distributed.broadcast(self.lengths.expected(problems))
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, no special ones added."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -289,7 +293,7 @@ class Sampler:
 
     def spread(self, engine: Engine, requests: Sequence[RolloutRequest], **how: Any) -> list[ScoredRollout]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
-        expected = self.lengths.expected([r.problem for r in requests])
+        expected = self.expected_tokens([r.problem for r in requests])
         mine = distributed.contiguous_shard_by_cost(requests, expected)
         scored = distributed.concat_shards(distributed.all_gather(self.local(engine, mine, **how)))
         self.lengths.note(s.rollout for s in scored)

@@ -35,7 +35,7 @@ from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.forest import Leaf
-from fst_fast.policy.scoring import Batching, logprobs, micro_batches
+from fst_fast.policy.scoring import Batching, Scorer, micro_batches
 from fst_fast.rollout.managed_server import ManagedServer
 from fst_fast.rollout.vllm_args import SECTION, USER, VllmArgs
 from fst_fast.rollout.vllm_client import GoneError, RefusedError, VllmClient
@@ -161,6 +161,12 @@ class Hosts:
         distributed.on_rank_zero(act)
         self.generation, self.mismatch = distributed.broadcast((self.generation, self.mismatch))
         self._held = weights.name
+
+    def agree(self) -> None:
+        """Bring what all processes must know alike up to date, after rank 0 has used the servers alone. All processes call it."""
+        self._held, self.generation, self.mismatch = distributed.broadcast(
+            (self._held, self.generation, self.mismatch)
+        )
 
     def recover(self, weights: Weights, seen: int, why: str) -> None:
         """Bring the servers back, unless another process has since `seen`, the generation that was found gone. Raises UserError."""
@@ -296,7 +302,7 @@ class Hosts:
         """Compare the servers' log-probs of the fixed prompt with the trainer's. Raises GoneError, RefusedError, UserError."""
         ids = self.probe_ids
         (micro,) = micro_batches([Leaf(ids[:1], ids[1:])], self._batching)
-        own = logprobs(weights.module, micro, self._batching).double().cpu().numpy()
+        own = Scorer(weights.module).logprobs(micro, self._batching).double().cpu().numpy()
         bound = self.args.max_mismatch or LARGEST_MISMATCH[self.config.model.dtype]
         asked = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "seed": 0}
         body = {"token_ids": ids.tolist(), "sampling_params": asked, "model": self.model(weights)}

@@ -89,6 +89,8 @@ class Step(CounterFields):
     the three fractions of clipped, and the two of slow.mismatch also where the objective has none. distilled: a step of distillation, whose kl is
     the one to the teacher. turns, observed_tokens (means of an episode) and
     finishes (episodes by how they ended): with an environment only.
+    With rollout.ahead: rollout_staleness, optimiser steps between the weights that sampled a rollout and those that the step starts from, mean over the rollouts,
+    reused ones included; null without any.
     With rollout.backend=vllm: probe_mismatch, mean difference of log-probs between server and trainer after the last transfer of weights, nats per
     token; server_restarts since the run was started. Fields with a default came later than version 1 and are always written."""
 
@@ -114,6 +116,7 @@ class Step(CounterFields):
     mismatch_kl: float | None
     mismatch_weight: Annotated[float, Field(ge=0)] | None = None
     mismatch_cut: Share | None = None
+    rollout_staleness: Annotated[float, Field(ge=0)] | None = None
     distilled: Literal[True] | None = None
     probe_mismatch: Annotated[float, Field(ge=0)] | None = None
     server_restarts: Count | None = None

@@ -265,6 +265,7 @@ class Recorder:
             reward=x.verdict.reward,
             advantage=advantage,
             finish=r.finish,
+            policy_version=r.policy_version,
             **({"turns": [[len(turn.added), turn.length] for turn in r.turns]} if r.turns else {}),
             prompt=prompt_text(r),
             response=x.response,

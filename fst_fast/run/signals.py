@@ -25,6 +25,12 @@ def stop_requested() -> bool:
     return any(distributed.all_gather(_stop_requested))
 
 
+def request_stop() -> None:
+    """As if this process had received a stop signal: another one has."""
+    global _stop_requested
+    _stop_requested = True
+
+
 @contextmanager
 def stop_on_signals(*, announce: bool) -> Iterator[None]:
     """While open, a stop signal sets a flag instead of ending the process. Has no effect outside the main thread, where

@@ -79,8 +79,10 @@ def kl_to_base(records: Records) -> float | None:
 
 
 def fresh_mismatch(records: Records) -> float | None:
-    """mismatch_kl of the last step without reused rollouts, whose log-probs are those of earlier weights."""
+    """mismatch_kl of the last step without rollouts that were reused or sampled ahead, whose log-probs are those of earlier weights."""
     for before, now in reversed(list(zip([{}, *records], records, strict=False))[-FEW:]):
+        if now.get("rollout_staleness"):
+            continue
         if before.get("reused_rollouts", 0) == now["reused_rollouts"] and now["mismatch_kl"] is not None:
             return float(now["mismatch_kl"])
     return None

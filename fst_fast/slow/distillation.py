@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fst_fast.contracts import Context, ScoredRollout
 from fst_fast.forest import Leaf
-from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, micro_batches
+from fst_fast.policy.scoring import Batching, MicroBatch, micro_batches
 from fst_fast.slow.groups import Group
 from fst_fast.slow.update import Reference
 from fst_kernels import PolicyObjective
@@ -57,7 +57,7 @@ class Teacher(Reference):
         place = _row_by_label(micro)
         for part in micro_batches([self._leaves[i] for i in micro.leaves], self._batching):
             self.count(part)
-            hidden = hidden_rows(self.model, part)  # [r, H]
+            hidden = self.scorer.hidden_rows(part)  # [r, H]
             if out is None:
                 out = hidden.new_empty(len(micro.at.unique), hidden.shape[1])
             leaf = np.asarray(part.leaves)[part.batch.leaf.numpy()]

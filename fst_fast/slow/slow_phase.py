@@ -59,10 +59,30 @@ def slow_step(
     started = time.perf_counter()
     recorder.begin("rollouts", step)
     found = sample_groups(
-        problems, population, config=config, step=step, sampler=sampler, models=models, reusable=reusable, spare=spare
+        problems, population, config=config, step=step, policy_version=step, sampler=sampler, models=models, reusable=reusable, spare=spare
     )  # fmt: skip
-    prompt_of = sampler.prompts.of_rollouts(population, found.problems)
+    return train_groups(
+        found, population, config=config, step=step, sampler=sampler, models=models, policy=policy, reference=reference,
+        recorder=recorder, started=started,
+    )  # fmt: skip
 
+
+def train_groups(
+    found: StepGroups,
+    population: Sequence[Context],
+    *,
+    config: Config,
+    step: int,
+    sampler: Sampler,
+    models: SamplingModels,
+    policy: TrainedPolicy,
+    reference: nn.Module,
+    recorder: Recorder,
+    started: float,
+) -> StepReport:
+    """The policy-gradient update on what a step has sampled. started: when the step began, by time.perf_counter. All processes that train call it. Raises
+    UserError as `slow_step` does."""
+    prompt_of = sampler.prompts.of_rollouts(population, found.problems)
     updating = _begin_update(models, policy, recorder, step)
     kept = [g for g in found.groups if g.advantages is not None]
     kept = distributed.rebalance(kept, [cost(g, prompt_of) for g in kept])
@@ -103,6 +123,20 @@ class StepGroups:
     refill_rounds: int = 0
     refill_groups: int = 0
 
+    def add(self, config: Config, problems: Sequence[Problem], rollouts: Sequence[ScoredRollout]) -> None:
+        """Group judged rollouts of further problems. All processes call it with the same problems, each with its own rollouts. Raises UserError."""
+        slow = config.slow
+        rewards = training_rewards(slow, config.rollout.max_response_tokens, problems)
+        grouped = functools.partial(
+            make_groups, rollouts, slow.advantage_eps, by_context=slow.advantage_group == "context", scale=slow.advantage_scale,
+            rewards=rewards,
+        )  # fmt: skip
+        groups = grouped() if slow.reward_shaping is None else distributed.agree(grouped)
+        self.problems += problems
+        self.rollouts += rollouts
+        self.shaped = rewards is not None
+        self.groups += map(without_overlong, groups) if slow.mask_overlong else groups
+
 
 def sample_groups(
     problems: Sequence[Problem],
@@ -110,12 +144,13 @@ def sample_groups(
     *,
     config: Config,
     step: int,
+    policy_version: int,
     sampler: Sampler,
     models: SamplingModels,
     reusable: ReusePool,
     spare: Iterator[Problem],
 ) -> StepGroups:
-    """Sample and judge the groups of a step. Dynamic sampling (DAPO, arXiv 2503.14476) then puts groups of `spare` problems in the place of
+    """Sample and judge the groups of a step from the weights of `policy_version`. Dynamic sampling (DAPO, arXiv 2503.14476) then puts groups of `spare` problems in the place of
     those without variance, in rounds, each of as many groups as are missing. All processes call it with the same arguments."""
     slow, found = config.slow, StepGroups()
     wave = list(problems)
@@ -123,18 +158,11 @@ def sample_groups(
         requests = [plan_group(p, population, slow.group_size) for p in wave]
         # Every process claims for all problems, so that the pools stay equal; later rounds leave them to the steps they were sampled for.
         claims = [[None] * len(r) if found.problems else reusable.claim(r) for r in requests]
-        rollouts = _sample_shard(requests, claims, config=config, step=step, sampler=sampler, models=models)
-        found.problems += wave
-        found.rollouts += rollouts
-        found.reused += sum(claim is not None for of_group in claims for claim in of_group)
-        rewards = training_rewards(slow, config.rollout.max_response_tokens, wave)
-        found.shaped = rewards is not None
-        grouped = functools.partial(
-            make_groups, rollouts, slow.advantage_eps, by_context=slow.advantage_group == "context", scale=slow.advantage_scale,
-            rewards=rewards,
+        rollouts = _sample_shard(
+            requests, claims, config=config, step=step, policy_version=policy_version, sampler=sampler, models=models
         )  # fmt: skip
-        groups = grouped() if slow.reward_shaping is None else distributed.agree(grouped)
-        found.groups += map(without_overlong, groups) if slow.mask_overlong else groups
+        found.reused += sum(claim is not None for of_group in claims for claim in of_group)
+        found.add(config, wave, rollouts)
         if found.refill_rounds == slow.dynamic_sampling:
             return found
         [kept] = distributed.all_reduce_sum([sum(g.advantages is not None for g in found.groups)])
@@ -151,11 +179,12 @@ def _sample_shard(
     *,
     config: Config,
     step: int,
+    policy_version: int,
     sampler: Sampler,
     models: SamplingModels,
 ) -> list[ScoredRollout]:
     """This process's share of the groups, what nothing was claimed for sampled from the trained weights."""
-    expected = sampler.lengths.expected([requests[0].problem for requests in group_requests])
+    expected = sampler.expected_tokens([requests[0].problem for requests in group_requests])
     costs = [
         tokens * sum(claim is None for claim in claims)
         for tokens, claims in zip(expected, group_claims, strict=True)
@@ -167,7 +196,7 @@ def _sample_shard(
             models.trained,
             [request for request, claim in zip(my_requests, my_claims, strict=True) if claim is None],
             stream=(config.seed, "slow", step),
-            policy_version=step,
+            policy_version=policy_version,
             temperature=config.rollout.temperature,
         )
     )

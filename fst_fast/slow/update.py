@@ -20,7 +20,7 @@ from fst_fast import distributed
 from fst_fast.forest import Leaf
 from fst_fast.policy import head
 from fst_fast.policy.packing import model_inputs, to_device
-from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs, micro_batches
+from fst_fast.policy.scoring import Batching, MicroBatch, Scorer, micro_batches
 from fst_fast.policy.sequence_loss import SEQUENCE_SUMS, Mismatch, SequenceLossJob
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy
 from fst_fast.rollout.turns import leaves_of
@@ -45,19 +45,20 @@ class Reference:
 
     tokens, unshared: computed so far, and the same work without sharing."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scorer: Scorer | None = None) -> None:
         self.model = model
+        self.scorer = scorer or Scorer(model)
         self.tokens = self.unshared = 0
 
     def hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states of the micro-batch's labelled rows: [R, H]."""
         self.count(micro)
-        return hidden_rows(self.model, micro)
+        return self.scorer.hidden_rows(micro)
 
     def logprobs(self, micro: MicroBatch, batching: Batching) -> Tensor:
         """Log-probs of the micro-batch's labels: [M] fp32."""
         self.count(micro)
-        return logprobs(self.model, micro, batching)
+        return self.scorer.logprobs(micro, batching)
 
     def count(self, micro: MicroBatch) -> None:
         self.tokens += micro.batch.tokens
@@ -124,8 +125,10 @@ def optimise(
     filler = Leaf(np.array([batching.pad_id]), np.array([batching.pad_id]))
     for _ in range(distributed.all_reduce_max(len(micros)) - len(micros)):
         [micro] = micro_batches([filler], batching)
-        plain = None if reference is None else Reference(reference.model)
+        plain = None if reference is None else Reference(reference.model, reference.scorer)
         jobs.append(_job(micro, _filler_data(filler), plain, objective, batching, mismatch))
+    if reference is not None:
+        reference.scorer = Scorer(reference.model)  # frees the fused copy of its weights
     try:
         policy.forward_backward(jobs)
     except NonFiniteError as error:

@@ -211,7 +211,7 @@ class Episodes:
             if isinstance(said, Verdict):
                 return said
             said = self._messages(said)
-        messages: list[Message] = [{**m, "content": self._cut(m["content"])} for m in said]
+        messages: list[Message] = [{key: self._cut(text) for key, text in m.items()} for m in said]
         live.state.messages += messages
         live.said.append(digest(messages))
         return messages

@@ -1,7 +1,7 @@
 """The C++ kernels for the CPU (csrc/cpu), float32, reached through their C interface with ctypes: compiled at their first use.
 
 `attend` is what cascade_decode_attention and tree_attention are there. Beside it are the row operations of a transformer layer, one pass
-over memory each, for a forward without gradients. Tensors are what the caller says they are, nothing is checked. `why_not` tells whether
+over memory each: for a forward without gradients, and as `norm`, `swiglu` and `rotate` with their gradients. Tensors are what the caller says they are, nothing is checked. `why_not` tells whether
 there are such kernels.
 """
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fst_kernels.library import load, why_not_compiled
 
+ROWS_A_PART, MOST_PARTS = 32, 64
+"""Into how many parts the rows are cut whose sum is a gradient of `norm`."""
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -92,11 +94,37 @@ def library() -> ctypes.CDLL:
     lib.fst_norm_and_turn.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _INT, _FLOAT, _INT]
     lib.fst_gate.argtypes = [_POINTER, _POINTER, _INT, _INT, _INT]
     lib.fst_scatter.argtypes = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, *[_INT] * 4]
+    lib.fst_norm.argtypes = [*[_POINTER] * 4, _INT, _INT, _FLOAT, _INT]
+    lib.fst_norm_backward.argtypes = [*[_POINTER] * 7, *[_INT] * 4]
+    lib.fst_swiglu.argtypes = [*[_POINTER] * 3, _INT, _INT]
+    lib.fst_swiglu_backward.argtypes = [*[_POINTER] * 5, _INT, _INT]
+    lib.fst_rotate.argtypes = [
+        _POINTER,
+        _INT,
+        _INT,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+        *[_INT] * 5,
+        ctypes.c_bool,
+        _INT,
+    ]
     lib.fst_tree_attention.argtypes = [ctypes.POINTER(TreeAttention)]
     lib.fst_tree_attention.restype = lib.fst_tree_attention_size.restype = ctypes.c_int64
     assert lib.fst_tree_attention_size() == ctypes.sizeof(TreeAttention)
-    for name in ("fst_rms_norm", "fst_norm_and_turn", "fst_gate", "fst_scatter"):
-        getattr(lib, name).restype = None
+    without_result = (
+        "rms_norm",
+        "norm_and_turn",
+        "gate",
+        "scatter",
+        "norm",
+        "norm_backward",
+        "swiglu",
+        "swiglu_backward",
+        "rotate",
+    )
+    for name in without_result:
+        getattr(lib, f"fst_{name}").restype = None
     return lib
 
 
@@ -133,3 +161,94 @@ def scatter(x: Tensor, to: Tensor, at: Tensor) -> None:
         x.data_ptr(), x.stride(0), x.stride(1), to.data_ptr(), to.stride(0), to.stride(1), at.data_ptr(), rows, heads, dim,
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        rows, out, scale = x.numel() // len(weight), torch.empty_like(x), x.new_empty(x.shape[:-1])
+        library().fst_norm(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), scale.data_ptr(), rows, len(weight), eps, torch.get_num_threads()
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad, rows, width = grad.contiguous(), scale.numel(), len(weight)
+        parts = max(1, min(rows // ROWS_A_PART, MOST_PARTS))
+        grad_x, sums = torch.empty_like(x), x.new_empty(parts, width)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        library().fst_norm_backward(
+            x.data_ptr(), weight.data_ptr(), scale.data_ptr(), grad.data_ptr(), grad_x.data_ptr(),
+            None if grad_weight is None else grad_weight.data_ptr(), sums.data_ptr(), parts, rows, width, torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_x, grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        library().fst_swiglu(
+            gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel(), torch.get_num_threads()
+        )
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad, grad_gate, grad_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        library().fst_swiglu_backward(
+            gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), grad.numel(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_gate, grad_up
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, backward=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, backward=True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    rows, heads, dim = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    out = x.new_empty(rows, heads, dim)
+    library().fst_rotate(
+        x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), out.stride(0), out.stride(1), rows, heads, dim,
+        backward, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, x [..., H], weight [H] contiguous. Differentiable by both."""
+    out: Tensor = _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape. Differentiable by both."""
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin, the rotary embedding: x [N, heads, D], cos and sin [N, D] contiguous. Differentiable by x."""
+    out: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return out

@@ -116,6 +116,12 @@ def test_lists_can_be_overridden():
             "checkpoint.keep_every=30 is not a multiple of checkpoint.every=20; try 40",
         ),
         ("--policy.packing=padded", "policy.attention=tree does not go with policy.packing=padded"),
+        ("--fast.components=3", "--fast.components=3 is refused; allowed: texts by name"),
+        ("--fast.components={system: 3}", "--fast.components.system=3 is refused; allowed: text"),
+        (
+            "--fast.components.role=x",
+            '--fast.components has the key "role"; allowed: system, protocol, examples',
+        ),
         ("--fast.anchor_size=97", "fast.anchor_size=97 is larger than the lookahead of 96 problems"),
     ],
 )
@@ -127,6 +133,11 @@ def test_a_bad_override_is_refused_with_its_path_value_and_what_is_allowed(overr
         "--fast.cycle_steps=6",
     ]
     assert message in refusal(None, *arithmetic, override)
+
+
+def test_a_named_text_is_literal_and_its_name_may_hold_dots():
+    given = ["--fast.components.system=Answer: yes", "--fast.components.tool:a.b=42"]
+    assert load(None, given).fast.components == {"system": "Answer: yes", "tool:a.b": "42"}
 
 
 @pytest.mark.parametrize(

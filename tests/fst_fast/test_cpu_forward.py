@@ -13,7 +13,8 @@ from fst_fast.policy import cpu_forward, head
 from fst_fast.policy.attention import NAME
 from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.packing import forest_batch, model_inputs
-from fst_fast.policy.scoring import Batching, MicroBatch, hidden_rows, logprobs
+from fst_fast.policy.scoring import Batching, MicroBatch, Scorer
+from fst_fast.rollout.engine import fingerprint
 from tests.fst_fast.test_rollout import (
     CLASSES,
     SHAPE,
@@ -117,14 +118,36 @@ def test_the_engine_follows_weights_that_change():
     assert_same(sample(engine, requests_of()), sample(forest(model), requests_of()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3,), (4, 5), (7, 2)])
+def test_a_fingerprint_changes_with_any_bit_of_any_weight(dtype, shape):
+    module = nn.Module()
+    module.first = nn.Parameter(torch.randn(shape).to(dtype))
+    module.second = nn.Parameter(torch.zeros(()).to(dtype))
+    before = fingerprint(module)
+    assert fingerprint(module) == before
+    for weight in module.parameters():
+        raw = weight.detach().reshape(-1).view(torch.uint8)
+        for i in range(len(raw)):
+            raw[i] ^= 1
+            assert fingerprint(module) != before
+            raw[i] ^= 1
+        with torch.no_grad():
+            weight.neg_()
+        assert fingerprint(module) != before
+        with torch.no_grad():
+            weight.neg_()
+    assert fingerprint(module) == before
+
+
 def test_scoring_with_the_cpu_forward_gives_the_models_logprobs_and_hidden_states(monkeypatch):
     model, b = make_model(), batch()
     head.install(model)
     micro = MicroBatch([], b, head.Labels.of(b.rows, b.labels))
     batching = Batching("forest", tokens=999, head_rows=5, temperature=0.8, pad_id=0)
-    ours = logprobs(model, micro, batching), hidden_rows(model, micro)
+    ours = Scorer(model).logprobs(micro, batching), Scorer(model).hidden_rows(micro)
     monkeypatch.setattr("fst_fast.policy.scoring.unsupported_reason", lambda _: "no")
-    theirs = logprobs(model, micro, batching), hidden_rows(model, micro)
+    theirs = Scorer(model).logprobs(micro, batching), Scorer(model).hidden_rows(micro)
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e, atol=2e-5, rtol=1e-5)
         assert a.abs().sum() > 0

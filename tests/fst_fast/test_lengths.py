@@ -50,6 +50,9 @@ def test_long_problems_are_dealt_to_different_processes(monkeypatch: pytest.Monk
     class Sampler:
         lengths = known
 
+        def expected_tokens(self, problems: Any) -> list[int]:
+            return self.lengths.expected(problems)
+
         def local(self, _: Any, requests: Any, **__: Any) -> list[Any]:
             dealt[distributed.rank()] = sorted({r.problem.id for r in requests})
             return []
@@ -68,6 +71,7 @@ def test_long_problems_are_dealt_to_different_processes(monkeypatch: pytest.Monk
                 [[None, None]] * 8,
                 config=Config(),
                 step=0,
+                policy_version=0,
                 sampler=Sampler(),  # type: ignore[arg-type]
                 models=Models(),  # type: ignore[arg-type]
             )

@@ -390,7 +390,7 @@ def refill(rounds: int, varied: set[str], claimable: Sequence[str] = ()) -> tupl
     config = Config.model_validate({"method": "rl", "slow": slow})
     batch = problems[:2]
     found = sample_groups(
-        batch, [context], config=config, step=5, sampler=SimpleNamespace(local=local), models=SimpleNamespace(trained=None),
+        batch, [context], config=config, step=5, policy_version=5, sampler=SimpleNamespace(local=local), models=SimpleNamespace(trained=None),
         reusable=pool, spare=spare_problems(problems, 5, batch, 0),
     )  # type: ignore[arg-type] # fmt: skip
     return found, asked, pool

@@ -39,9 +39,10 @@ CONFIG: dict[str, Any] = {
 
 
 def run(
-    folder: Path, *, resume: bool = False, kill_after: int = 0, fault: str = ""
+    folder: Path, *, resume: bool = False, kill_after: int = 0, fault: str = "", ahead: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), str(folder), json.dumps(CONFIG)]
+    config = {**CONFIG, "rollout": {**CONFIG["rollout"], "ahead": ahead}}
+    script = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), str(folder), json.dumps(config)]
     path = os.pathsep.join([str(REPO), str(REPO / "kernels")])
     env = {**one_thread(), "PYTHONPATH": path, **({"FST_FAULT": fault} if fault else {})}
     return subprocess.run(
@@ -114,6 +115,23 @@ def test_a_server_and_a_run_that_are_killed_lose_nothing(whole: Path, tmp_path: 
     ):  # the fake gives the same sample to the same request every time; of the real one that is not promised
         for name in ("reward", "loss", "grad_norm"):
             assert [s[name] for s in steps] == [s[name] for s in records(whole, "step")]
+
+
+def test_ahead_each_step_trains_on_what_the_weights_before_sampled_also_after_kill_9(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = run(folder, fault="hand_over:2", ahead=1)
+    assert first.returncode == -9, first.stderr[-3000:]
+    second = run(folder, resume=True, ahead=1)
+    assert second.returncode == 0, second.stderr[-3000:]
+    steps = records(folder, "step")
+    assert [s["step"] for s in steps] == [1, 2, 3]
+    assert steps[0]["rollout_staleness"] == 0
+    assert all(
+        s["rollout_staleness"] >= 1 for s in steps[1:]
+    )  # more where rollouts of the fast phase are reused
+    assert any(s["grad_norm"] for s in steps)
+    assert all(s["probe_mismatch"] < 1e-4 for s in steps)
+    assert not servers()
 
 
 @pytest.mark.chaos

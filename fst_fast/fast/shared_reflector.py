@@ -1,0 +1,69 @@
+"""The configured reflector as all processes of a run call it: rank 0 asks it and broadcasts its replies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fst_fast import distributed
+from fst_fast.config import Config
+from fst_fast.contracts import Context, Message, Problem
+from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
+from fst_fast.fast.reflectors import make_reflector
+from fst_fast.fast.reflectors.self_ import SMALL_PARAMETERS
+from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.prompt import Chat, response_text
+from fst_fast.run.faults import reach
+
+
+def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflector:
+    """The configured reflector; rank 0 asks it and broadcasts its replies."""
+
+    def generate(
+        conversations: Sequence[Sequence[Message]],
+        seeds: Sequence[int],
+        *,
+        system: str = "",
+        stop: Sequence[str] | None = None,
+        temperature: float = 1.0,
+    ) -> list[Reply]:
+        requests = [
+            Request(
+                problem_id="reflection",
+                context_id="",
+                sample=i,
+                prompt_ids=chat.prompt(Context.of(system), Problem("", messages, None)),
+                seed=seed,
+            )
+            for i, (messages, seed) in enumerate(zip(conversations, seeds, strict=True))
+        ]
+        positions = getattr(base.model.config, "max_position_embeddings", None)
+        room = math.inf if positions is None else positions - max(len(q.prompt_ids) for q in requests)
+        tokens = max(1, int(min(config.fast.reflection_tokens, room)))
+        rollouts = base.generate(
+            requests, max_response_tokens=tokens, temperature=temperature, policy_version=0, stop=stop
+        )
+        return [
+            Reply(
+                response_text(chat.tokenizer, r.response_ids, {*base.eos_ids, base.pad_id}),
+                r.finish,
+                prompt_tokens=len(q.prompt_ids),
+                completion_tokens=len(r.response_ids),
+            )
+            for q, r in zip(requests, rollouts, strict=True)
+        ]
+
+    style = config.fast.reflection_style
+    if style == "auto":
+        few = sum(p.numel() for p in base.model.parameters()) < SMALL_PARAMETERS
+        style = "short" if few else "full"
+    asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate, style=style)
+
+    def quiet(_: str) -> None:
+        """The fast phase logs what is wrong with the replies, on every process alike."""
+
+    def reflect(prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
+        reach("reflection")
+        return distributed.broadcast(ask(asked, prompts, seeds, quiet) if distributed.rank() == 0 else None)
+
+    return reflect
