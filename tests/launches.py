@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import JITFunction
 
 ALLOCATIONS = (
@@ -54,7 +54,7 @@ class Launches(TorchDispatchMode):
         elif func is torch.ops.aten.addmm.dtype_out:
             out = kwargs["out"]
         else:
-            out = func(*args, **(kwargs or {}))
+            out = _shapes(func, args, kwargs or {})
         on_device = any(x.is_cuda for x in (*given, *tree_leaves(out)) if isinstance(x, Tensor))
         if on_device and not func.is_view and name not in ALLOCATIONS:
             self.launches[name] += 1
@@ -71,6 +71,26 @@ class Launches(TorchDispatchMode):
             places = {x.device.type for x in given} | {torch.device(kwargs.get("device") or CUDA).type}
             if blocking and "cpu" in places:
                 self.waits.append(name)
+
+
+def _shapes(func: Any, args: Any, kwargs: Any) -> Any:
+    """What func gives, by the shapes alone. Some operations look for the device itself; these are asked on "meta" instead."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        if "not linked with support for cuda" not in str(error):
+            raise
+    if func._schema.is_mutable:
+        return kwargs.get("out", args[0])
+
+    def to_meta(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return torch.device("meta") if isinstance(x, torch.device) else x
+
+    with unset_fake_temporarily():
+        out = func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+    return tree_map(lambda x: stand_in(x) if isinstance(x, Tensor) else x, out)
 
 
 @contextlib.contextmanager
@@ -102,6 +122,19 @@ def on_a_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Launches]:
     finally:
         for (owner, name, _), value in zip(patched, before, strict=True):
             setattr(owner, name, value)
+
+
+def module_on_gpu(module: nn.Module) -> nn.Module:
+    """Inside `on_a_gpu`: the module with stand-ins for its weights, in its place. Weights that are one tensor stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                made[id(p)] = made.get(id(p)) or nn.Parameter(stand_in(p), requires_grad=False)
+                part._parameters[name] = made[id(p)]
+        for name, b in part._buffers.items():
+            part._buffers[name] = None if b is None else stand_in(b)
+    return module
 
 
 def stand_in(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from fst_kernels import CascadePlan, PolicyObjective, TreeMask, gpu, linear_poli
 from fst_kernels.cascade_decode.plan import Work
 from fst_kernels.linear_logprob.rows import KnownRows
 from fst_kernels.tree_attention import triton as tree_attention
-from tests.launches import CUDA, Launches, on_a_gpu, stand_in
+from tests.launches import CUDA, Launches, module_on_gpu, on_a_gpu, stand_in
 
 SLOTS, HEADS, KV_HEADS, DIM, VOCABULARY = 6, 8, 2, 64, 512
 GOAL = 12  # launches of a layer of a decode step, outside a graph
@@ -46,7 +46,8 @@ def _as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_of(kind: str, layers: int) -> Any:
-    with CUDA:
+    """Without memory; `module_on_gpu` takes it to the device."""
+    with torch.device("meta"):
         if kind == "qwen2":
             model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_hidden_layers=layers))  # type: ignore[arg-type]
         else:
@@ -96,9 +97,10 @@ class Step:
 def step_launches(
     kind: str, forward_of: Callable[[Any], Any], layers: int, change: Callable[[Step], None] = lambda _: None
 ) -> Launches:
-    work = host_work()
+    work, model = host_work(), model_of(kind, layers)
     with on_a_gpu() as counter:
-        model, plan = model_of(kind, layers), Step(work)
+        module_on_gpu(model)
+        plan = Step(work)
         ids = torch.zeros(SLOTS, dtype=torch.int64, device=CUDA)
         change(plan)
         with float32_logits(model), torch.inference_mode():
@@ -182,8 +184,9 @@ def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def micro_batch(rows_device: torch.device | str, kl: str | None) -> Launches:
     """A forward and the head's loss over 96 labelled rows with two labels each, in chunks of 32 rows; what the host has waited for."""
+    model = model_of("qwen3", 1).train()
     with on_a_gpu((8, 0)) as counter:
-        model = model_of("qwen3", 1).train()
+        module_on_gpu(model)
         ids = torch.zeros(1, 128, dtype=torch.int64, device=CUDA)
         head.install(model)
         counter.waits.clear()
@@ -191,14 +194,19 @@ def micro_batch(rows_device: torch.device | str, kl: str | None) -> Launches:
         labels = torch.zeros(192, dtype=torch.int64, device=CUDA)
 
         def job(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            leaves = hidden[:96].requires_grad_(), weight.requires_grad_()
+            with torch.enable_grad():  # the operator's own operations are without
+                return loss_of(*leaves)
+
+        def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
             loss, _ = linear_policy_loss(
-                hidden[:96], weight, labels, numbers, objective=PolicyObjective("cispo", kl=kl, kl_coef=0.1 if kl else 0.0),  # type: ignore[arg-type]
+                hidden, weight, labels, numbers, objective=PolicyObjective("cispo", kl=kl, kl_coef=0.1 if kl else 0.0),  # type: ignore[arg-type]
                 token_weight=numbers, rows=torch.zeros(192, dtype=torch.int64, device=rows_device), old_logprob=numbers,
                 ref_logprob=numbers if kl else None, chunk_rows=32,
             )  # fmt: skip
             return loss
 
-        with head.running(model, job):
+        with head.running(model, job), torch.no_grad():  # autograd needs a real device
             model(input_ids=ids, position_ids=ids, plan=Through(), use_cache=False)
     return counter
 

@@ -45,8 +45,8 @@ PER_LABEL = ("advantages", "token_weight", "old_logprob", "rollout_weight", "ref
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
-    "Tensor? row_temperature, Tensor advantages, Tensor token_weight, Tensor? old_logprob, Tensor? rollout_weight, Tensor? ref_logprob, *, "
-    "Tensor? order, int[] bounds, float temperature, float? softcap, str kind, float ratio_cap, float clip_low, float clip_high, str? kl, float kl_coef, "
+    "Tensor? row_temperature, Tensor? order, Tensor advantages, Tensor token_weight, Tensor? old_logprob, Tensor? rollout_weight, Tensor? ref_logprob, *, "
+    "int[] bounds, float temperature, float? softcap, str kind, float ratio_cap, float clip_low, float clip_high, str? kl, float kl_coef, "
     "float entropy_coef, bool kl_unbiased, str backend, int chunk_rows, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -75,8 +75,8 @@ def linear_policy_loss_op(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
     row_temperature: Tensor | None,
-    *per_label: Tensor | None,
     order: Tensor | None,
+    *per_label: Tensor | None,
     bounds: Sequence[int],
     temperature: float,
     softcap: float | None,
