@@ -261,6 +261,7 @@ def build_run(
         link = _open_link(config, reference) if config.rollout.ahead else None
         policy, module, moves = None, reference, config.method != "gepa"
         if link is not None and link.samples:
+            assert link.copy is not None
             module = link.copy
         elif moves:
             with distributed.part():

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fst_fast.config import Config
+from fst_fast.config.derived import phases_once
 from fst_fast.plan.machines import Machine
 from fst_fast.plan.memory import Phase, Setting, memory
 from fst_fast.plan.shapes import Shape
@@ -65,10 +66,12 @@ class Plan:
     @property
     def fast_phase_s(self) -> float:
         """Sampling and verdicts of a fast phase, per slow step: as many rollouts as the budget allows, each as dear as one of a slow step."""
-        if self.config.method == "rl" or not self.rollouts:
+        fast, steps = self.config.fast, max(self.config.slow.steps, 1)
+        if self.config.method == "rl" or fast.evolver == "e_spl" or not self.rollouts:
             return 0.0
+        phases = 1 / fast.cycle_steps if fast.phases == "alternate" else phases_once(self.config) / steps
         sampled = sum(p.seconds for p in self.step.phases if p.name in ("prefill", "decode", "verify"))
-        return sampled * self.config.fast.rollout_budget / self.rollouts / self.config.fast.cycle_steps
+        return sampled * fast.rollout_budget / self.rollouts * phases
 
     def changed(self, change: Change, processes: int | None = None) -> Plan | None:
         """The plan with other keys; None where the configuration does not allow them."""
