@@ -59,8 +59,9 @@ class Setting:
     @property
     def summed(self) -> int:
         """Bytes of an element of the gradient that DeepSpeed adds up over micro-batches."""
-        asked = self.config.policy.deepspeed.get("data_types", {}).get("grad_accum_dtype", "fp32")
-        return 4 if self.stage and asked in ("fp32", "float32") else self.element
+        given = self.config.policy.deepspeed.get("data_types")
+        less = isinstance(given, dict) and given.get("grad_accum_dtype") in ("bf16", "bfloat16")
+        return 4 if self.stage and not less else self.element
 
     @property
     def whole_sums(self) -> bool:
@@ -100,7 +101,7 @@ class Setting:
     def graphs(self) -> bool:
         """Whether decode steps are CUDA graphs."""
         wanted = self.config.rollout.cuda_graphs
-        return self.gpu and (self.lean if wanted == "auto" else wanted)
+        return self.gpu and (self.lean if wanted == "auto" else wanted is True)
 
     @property
     def layer_copies(self) -> int:

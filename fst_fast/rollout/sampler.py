@@ -158,7 +158,7 @@ class Sampler:
         wanted = self.config.rollout.cuda_graphs
         if wanted == "auto":
             return self.config.policy.packing == "forest" and gpu_forward.unsupported_reason(model) is None
-        return wanted and distributed.device().type == "cuda"
+        return wanted is True and distributed.device().type == "cuda"
 
     def server(self, model: nn.Module, note: Callable[[str], None] = print) -> ServerEngine | None:
         """The server that rollout.backend=openai names, or None. model: whose vocabulary and end-of-response tokens it uses. note: told what the

@@ -237,8 +237,9 @@ def _means(
         more = job.sequence_sums if isinstance(job, SequenceLossJob) else None
         none = job.stats.sums.new_zeros(SEQUENCE_SUMS)
         of_jobs.append(torch.cat([job.stats.sums, none if more is None else more]))
-    for of_job in torch.stack(of_jobs).cpu() if of_jobs else ():  # the device is waited for once
-        sums += of_job
+    if of_jobs:
+        for of_job in torch.stack(of_jobs).cpu():  # the device is waited for once
+            sums += of_job
     everywhere = distributed.all_reduce_sum(sums.tolist())
     stats = PolicyStats(torch.tensor(everywhere[: len(SUMS)], dtype=torch.float64))
     weight, cut_labels, cut_sequences, sequences = everywhere[len(SUMS) :]
