@@ -61,6 +61,8 @@ def policy(policy: PolicyConfig) -> None:
     ):
         if not on and _holds(policy.deepspeed, path):
             raise ValueError(f"policy.deepspeed.{path} has no effect without policy.{key}=true")
+    if not stage and _holds(policy.deepspeed, "data_types"):
+        raise ValueError("policy.deepspeed.data_types needs policy.zero_stage >= 1, which is 0")
 
 
 def _holds(tree: Any, path: str) -> bool:
