@@ -1,4 +1,4 @@
-"""Write docs/reference/configuration.md from the docstrings of fst_fast/config/schema.py: `python scripts/config_reference.py`.
+"""Write docs/reference/configuration.md from the docstrings of fst_fast/config/: `python scripts/config_reference.py`.
 
 A test compares the committed page with what this script makes, so the page cannot go stale.
 """

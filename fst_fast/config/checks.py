@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fst_fast.config.schema import Config, FastConfig, PolicyConfig, SlowConfig
+    from fst_fast.config.fast_section import FastConfig
+    from fst_fast.config.schema import Config, PolicyConfig, SlowConfig
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "dapo": {"clip_high": 0.28, "aggregation": "token"},
