@@ -56,7 +56,8 @@ def problems_of(config: Config, stage: Stage, step: int) -> tuple[list[Problem],
 
 def run_ahead(run: Run, stage: Stage, meets: Callable[[int], bool]) -> None:
     """Take steps until the segment ends, `meets` says that all processes meet after a step, or a signal stops the run. All processes call it."""
-    assert run.link is not None
+    link = run.link
+    assert link is not None
     state, end = run.state, segment_end(run.config, stage, run.state.step)
     if not state.ahead:
         sample = _Sampling(run, stage, run.models, state.reusable)
@@ -68,18 +69,18 @@ def run_ahead(run: Run, stage: Stage, meets: Callable[[int], bool]) -> None:
     first, version = state.step + len(state.ahead), state.step
     split = distributed.split()
     with distributed.part():
-        if run.link.samples:
+        if link.samples:
             try:
-                state.step = _sample_ahead(run.link, sample, first, version, run.config.rollout.ahead, end)
+                state.step = _sample_ahead(link, sample, first, version, run.config.rollout.ahead, end)
             except (UserError, FloatingPointError) as error:
-                run.link.put(error)
+                link.put(error)
                 raise
             state.reusable = sample.reusable
         else:
-            with run.link.sampling(
-                lambda: _sample_ahead(run.link, sample, first, version, run.config.rollout.ahead, end)
+            with link.sampling(
+                lambda: _sample_ahead(link, sample, first, version, run.config.rollout.ahead, end)
             ):
-                _train(run, run.link, stage, end, meets)
+                _train(run, link, stage, end, meets)
     if split is not None:
         state.counters, state.ahead = distributed.broadcast((state.counters, state.ahead))
     elif run.sampler.hosts:
@@ -123,7 +124,7 @@ def _sample_ahead(link: Link, sample: _Sampling, step: int, version: int, ahead:
             if separate:
                 spent = run.recorder.stopwatch.take()
                 batch = replace(batch, seconds={kind: spent[kind] for kind in ("rollout_s", "verify_s")})
-            link.put((batch, signals.stop_requested()))
+            link.put((batch, signals.stop_requested(run.run_dir)))
             step += 1
         order = link.receive()
         version = order.step
@@ -160,7 +161,7 @@ def _train(run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], 
         )
         report.numbers["rollout_staleness"] = batch.staleness
         state.step += 1
-        pause = state.step == end or meets(state.step) or signals.stop_requested()
+        pause = state.step == end or meets(state.step) or signals.stop_requested(run.run_dir)
         link.send(run.policy.rollout_model, Order(state.step, pause))
         state.counters.add_tokens(*batch.tokens)
         for kind, seconds in batch.seconds.items():
@@ -190,3 +191,5 @@ def _receive(run: Run, link: Link, stage: Stage) -> None:
     for problem in problems_of(config, stage, batch.step)[0]:
         state.reusable.claim(plan_group(problem, state.population, config.slow.group_size))
     state.ahead.append(batch)
+    if distributed.split() is not None:  # what the samplers have learned of lengths
+        run.sampler.lengths.note(s.rollout for s in batch.rollouts)

@@ -126,11 +126,14 @@ class RolloutRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout, its verdict, and its text as the verifier read it."""
+    """A rollout, its verdict, and its text as the verifier read it. Of an episode also its messages: what it was opened with, and what was
+    said behind that, by the policy (role `assistant`) and by the environment."""
 
     rollout: Rollout
     verdict: Verdict
     response: str
+    opening: Sequence[Message] = ()
+    said: Sequence[Message] = ()
 
 
 @dataclass(frozen=True)
@@ -191,4 +194,5 @@ class Environment(Protocol):
         """What follows a response that calls no tool: a Verdict, which ends the episode, or messages (a text is a user's message)."""
 
     # Optional: `end(state, why) -> Verdict` of an episode that ends without one: why is length, max_turns or max_tokens. Without it the
-    # reward is 0. Optional: `gold(problem)`, the response or list of responses that must get reward 1.
+    # reward is 0. Optional: `close(state)`, called when an episode is over in whatever way, to give up what it holds. Optional:
+    # `gold(problem)`, the response or list of responses that must get reward 1.

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fst_fast.errors import UserError
 
@@ -146,20 +148,20 @@ def init(timeout_s: float = 1800.0, *, samplers: int = 0) -> None:
 def _init_parts(backend: str, samplers: int, timeout: datetime.timedelta) -> None:
     """Initialise the default group for this process's part, and the groups that join the parts."""
     global _split
-    store, me, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, me, world = next(iter(rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
     trainers = world - samplers
     samples = me >= trainers
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("samplers" if samples else "trainers", store),
+        store=PrefixStore("samplers" if samples else "trainers", store),
         rank=me - trainers if samples else me,
         world_size=samplers if samples else trainers,
         timeout=timeout,
     )
 
     def gloo(name: str, rank: int, size: int) -> Any:
-        return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, timeout)
+        return dist.ProcessGroupGloo(PrefixStore(name, store), rank, size, timeout)
 
     whole = gloo("whole", me, world)
     link = gloo("link", me - trainers + 1 if samples else 0, 1 + samplers) if samples or me == 0 else None
@@ -299,6 +301,19 @@ def local_shard(items: Sequence[T]) -> list[T]:
     only the prompts at shard boundaries are computed twice."""
     here, world = rank(), world_size()
     return list(items[len(items) * here // world : len(items) * (here + 1) // world])
+
+
+def contiguous_shard_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """Like `local_shard`, with shards of about equal total cost: an item goes to the process in whose share of the costs its middle lies."""
+    here, world, total = rank(), world_size(), sum(costs)
+    if world == 1 or not total:
+        return local_shard(items)
+    mine, before = [], 0
+    for item, cost in zip(items, costs, strict=True):
+        if min(world - 1, (2 * before + cost) * world // (2 * total)) == here:
+            mine.append(item)
+        before += cost
+    return mine
 
 
 def local_shard_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:

@@ -261,6 +261,7 @@ def build_run(
         link = _open_link(config, reference) if config.rollout.ahead else None
         policy, module, moves = None, reference, config.method != "gepa"
         if link is not None and link.samples:
+            assert link.copy is not None
             module = link.copy
         elif moves:
             with distributed.part():
@@ -304,6 +305,7 @@ def build_run(
             run.sampling_models = SamplingModels(served, served, served, link.copy, reference)
         run.state.date, run.state.base_weights = began, base_weights
         _start_or_resume(run, found, data, allow_data_change)
+        sampler.lengths = run.state.lengths
     except BaseException:
         sampler.close()
         console.close()

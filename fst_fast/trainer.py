@@ -20,11 +20,13 @@ from typing import Any
 from fst_fast import distributed
 from fst_fast.ahead import run_ahead
 from fst_fast.config import Config
-from fst_fast.contracts import CELLS, Judged, Rollout
+from fst_fast.contracts import CELLS, Judged, Problem, Rollout
 from fst_fast.data.stages import Stage, stage_at
 from fst_fast.data.stream import lookahead, minibatch, spare_problems
 from fst_fast.evaluate import evaluate
-from fst_fast.fast.fast_phase import fast_phase
+from fst_fast.fast.budget import budget_over
+from fst_fast.fast.fast_phase import fast_phase, rate_and_propose
+from fst_fast.fast.outcome import FastResult
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.run import signals
 from fst_fast.run.callbacks import Callback, RunEnd, RunStart
@@ -59,21 +61,26 @@ def train(
         ) as run,
     ):
         config, state, send = run.config, run.state, run.recorder.callbacks.send
+        if signals.remove_stop_file(run_dir):
+            run.recorder.note(f"{run_dir / signals.STOP_FILE} was there from an earlier stop; it is removed")
         send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)
-        while state.step < config.slow.steps and not signals.stop_requested():
+        while state.step < config.slow.steps and not signals.stop_requested(run_dir):
             stage, before = enter_stage(run), state.step
             run.models.forget_prefixes()
             distilling = stage.distils(state.step)
-            if config.method != "rl" and not distilling and begins_cycle(config, stage, state.step):
+            if not distilling and evolves_before(config, stage, state.step):
                 run_fast_phase(run, stage)
             if config.method == "gepa":
-                state.step = min(state.step + config.fast.cycle_steps, stage.end)
+                spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
+                state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)
             elif config.rollout.ahead:
                 run_ahead(run, stage, functools.partial(meets_after, config))
             else:
                 run_slow_step(run, stage, distilling)
+            if config.fast.phases == "first_and_last" and config.method == "fst" and state.step == stage.end:
+                run_fast_phase(run, stage)
             done = state.step >= config.slow.steps
             if not done and due(before, state.step, config.eval.every):
                 evaluate_now(run, stage, final=False)
@@ -82,6 +89,7 @@ def train(
             if not done and due(before, state.step, config.checkpoint.every):
                 run.save_checkpoint()
         run.save_checkpoint()  # before the last evaluation, which a resumed run repeats to the same figures
+        signals.remove_stop_file(run_dir)
         summary = finish(run) if state.step >= config.slow.steps else None
         if summary is None:
             run.recorder.note(how_to_continue(run))
@@ -89,8 +97,12 @@ def train(
         return summary
 
 
-def begins_cycle(config: Config, stage: Stage, step: int) -> bool:
-    return stage.local_step(step) % config.fast.cycle_steps == 0
+def evolves_before(config: Config, stage: Stage, step: int) -> bool:
+    """Whether a fast phase comes before this step (fast.phases, fast.evolver)."""
+    if config.method == "rl" or config.fast.evolver == "e_spl":
+        return False
+    done = stage.local_step(step)
+    return done % config.fast.cycle_steps == 0 if config.fast.phases == "alternate" else done == 0
 
 
 def due(before: int, step: int, every: int) -> bool:
@@ -138,13 +150,21 @@ def run_fast_phase(run: Run, stage: Stage) -> None:
         validation=stage.validation[: max(config.eval.problems, config.eval.final_problems)],
         recorder=run.recorder,
     )
+    take_contexts(run, result, ahead)
+
+
+def take_contexts(run: Run, result: FastResult, problems: Sequence[Problem]) -> None:
+    """Go on with the contexts of a fast phase, and record it. problems: those of its rollouts."""
+    config, state = run.config, run.state
     state.fast, state.population = result.state, list(result.population)
     reuse = config.fast.reuse_rollouts and config.method == "fst"
     state.reusable = ReusePool.of(result.sampled, state.population) if reuse else ReusePool()
     state.counters.rollouts += len(result.sampled)
     state.counters.fast_rollouts += len(result.sampled)
     state.counters.add_tokens(*run.models.new_tokens())
-    prompt = run.sampler.prompts.of_rollouts([line.context for line in state.fast.contexts.values()], ahead)
+    prompt = run.sampler.prompts.of_rollouts(
+        [line.context for line in state.fast.contexts.values()], problems
+    )
 
     def prompt_text(rollout: Rollout) -> str:
         return str(run.sampler.tokenizer.decode(prompt(rollout)))
@@ -202,6 +222,21 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
         unverified=run.sampler.unverified(),
         served=run.models.served(),
     )
+    if config.fast.evolver == "e_spl" and config.method == "fst" and not distilling:
+        rated = rate_and_propose(
+            state.fast,
+            problems,
+            report.rollouts,
+            config=config,
+            cycle=state.cycle,
+            step=state.step,
+            policy_version=state.step - 1,
+            sampler=run.sampler,
+            reflect=run.reflect,
+            validation=stage.validation[: max(config.eval.problems, config.eval.final_problems)],
+            recorder=run.recorder,
+        )
+        take_contexts(run, rated, problems)
 
 
 def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
@@ -247,7 +282,7 @@ def _evaluate(
             run.models,
             stage.validation[:problems],
             seed_context=run.seed_context,
-            population=state.population,
+            population=state.fast.evaluated(state.population),
             policy_version=run.policy_version,
             base_rewards=state.base_rewards,
             cells=cells,

@@ -70,6 +70,6 @@ def evaluate_run(
             ),
             chosen,
             seed_context=seed_context,
-            population=state.population,
+            population=state.fast.evaluated(state.population),
             policy_version=0 if config.method == "gepa" else state.step,
         )

@@ -3,22 +3,22 @@
 Importing this package loads pydantic and nothing heavier; `load` brings the YAML library with it.
 """
 
+from fst_fast.config.fast import FastConfig
 from fst_fast.config.schema import (
     CheckpointConfig,
     Config,
     EvalConfig,
-    FastConfig,
     LoraConfig,
     ModelConfig,
     PolicyConfig,
     RolloutConfig,
     RunConfig,
-    Section,
     SlowConfig,
     StageConfig,
     TrackConfig,
     VerifyConfig,
 )
+from fst_fast.config.section import Section
 
 __all__ = [
     "CheckpointConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fst_fast.config.fast import FastConfig
     from fst_fast.config.schema import Config, PolicyConfig, SlowConfig
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -60,6 +61,8 @@ def policy(policy: PolicyConfig) -> None:
     ):
         if not on and _holds(policy.deepspeed, path):
             raise ValueError(f"policy.deepspeed.{path} has no effect without policy.{key}=true")
+    if not stage and _holds(policy.deepspeed, "data_types"):
+        raise ValueError("policy.deepspeed.data_types needs policy.zero_stage >= 1, which is 0")
 
 
 def _holds(tree: Any, path: str) -> bool:
@@ -89,6 +92,51 @@ def slow(slow: SlowConfig) -> None:
         raise ValueError(f"slow.reward_clip={list(slow.reward_clip)}: the first must be below the second")
 
 
+def fast(fast: FastConfig) -> None:
+    """Raises ValueError."""
+    prices(fast)
+    if fast.merge and not fast.components:
+        raise ValueError("fast.merge=true takes components from two contexts; it needs fast.components")
+    if fast.rungs > 1 and fast.proposals is not None:
+        raise ValueError(
+            f"fast.rungs={fast.rungs} and fast.proposals={fast.proposals} both choose among the proposals of a wave; set one of the two"
+        )
+    if fast.keep_seed and fast.population == 1:
+        raise ValueError(
+            "fast.keep_seed=true leaves no place for another context with fast.population=1; at least 2"
+        )
+    if fast.search_budget is not None and fast.search_budget < fast.rollout_budget:
+        raise ValueError(
+            f"fast.search_budget={fast.search_budget} is below fast.rollout_budget={fast.rollout_budget}; at least that, or null"
+        )
+    if fast.evolver == "waves":
+        return
+    only_waves = ["rungs", "search_budget", "proposals", "parents", "keep_seed", "adaptive", "components"]
+    unused = [*only_waves, "crossover"] if fast.evolver == "gepa" else only_waves
+    empty = type(fast).model_fields
+    given = [k for k in unused if getattr(fast, k) != empty[k].get_default(call_default_factory=True)]
+    if given:
+        raise ValueError(
+            f"fast.{given[0]}={getattr(fast, given[0])!r} has no effect with fast.evolver={fast.evolver}; it belongs to waves"
+        )
+
+
+def prices(fast: FastConfig) -> None:
+    """Raises ValueError where a budget of money has no prices to count with."""
+    priced = any(
+        fast.reflector_args.get(f"usd_per_million_{kind}_tokens") for kind in ("prompt", "completion")
+    )
+    if fast.budget.usd is None or ".py:" in fast.reflector or (fast.reflector == "openai" and priced):
+        return
+    if fast.reflector == "openai":
+        raise ValueError(
+            "fast.budget.usd needs prices: fast.reflector_args.usd_per_million_prompt_tokens or usd_per_million_completion_tokens"
+        )
+    raise ValueError(
+        f"fast.budget.usd has no effect with fast.reflector={fast.reflector}, which costs nothing"
+    )
+
+
 def recipe(config: Config) -> None:
     """What depends on several sections or, as the warm-up, on slow.steps, which stages may set. Raises ValueError."""
     slow = config.slow
@@ -115,6 +163,20 @@ def steps(config: Config) -> None:
         raise ValueError(
             f"slow.distill_steps={distil} needs evolved contexts and weights that move: method=fst, not {config.method}"
         )
+    fast = config.fast
+    if config.method != "rl" and (fast.phases, fast.evolver) != ("alternate", "waves"):
+        if config.method == "gepa" and (fast.phases != "alternate" or fast.evolver == "e_spl"):
+            key = f"phases={fast.phases}" if fast.phases != "alternate" else "evolver=e_spl"
+            raise ValueError(f"fast.{key} needs slow steps: method=fst, not gepa")
+        if fast.phases != "alternate" and fast.evolver == "e_spl":
+            raise ValueError(
+                f"fast.phases={fast.phases} does not go with fast.evolver=e_spl, which follows every step"
+            )
+        if distil and (fast.phases == "first_and_last" or fast.evolver == "e_spl"):
+            raise ValueError(
+                f"slow.distill_steps={distil} ends with the contexts in the weights; it goes with fast.phases=alternate or first and "
+                "fast.evolver=waves or gepa"
+            )
     shortest = min([stage.steps for stage in config.stages] or [config.slow.steps])
     if distil and distil >= shortest:
         raise ValueError(
@@ -148,6 +210,10 @@ def ahead(config: Config) -> None:
         raise ValueError(
             f"rollout.ahead={rollout.ahead} reaches beyond a cycle of fast.cycle_steps={config.fast.cycle_steps} steps; at most "
             f"{config.fast.cycle_steps - 1}"
+        )
+    if config.method == "fst" and config.fast.evolver == "e_spl":
+        raise ValueError(
+            f"rollout.ahead={rollout.ahead} does not go with fast.evolver=e_spl, which evolves after every step"
         )
     if config.slow.distill_steps:
         raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fst_fast.config.schema import Config, FastConfig
+from fst_fast.config.fast import FastConfig
+from fst_fast.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,33 @@ def affordable(config: FastConfig, *, members: int, anchor: int) -> Size:
 
     If they do not, first the number of samples shrinks, then the anchor set (to its first problems): breadth over
     problems is worth more than repetition. 0 problems: the budget does not pay for one rollout per context, so the phase does nothing."""
-    contexts, budget = members + config.children, config.rollout_budget - screening(config)
-    if anchor == 0 or contexts > budget:
-        return Size(0, 0)
-    problems = min(anchor, budget // contexts)
-    return Size(problems, min(config.samples, budget // (contexts * problems)))
+
+    def fits(problems: int, samples: int) -> bool:
+        size = Size(problems, samples)
+        return members * size.rollouts + wave_cost(config, config.children, size) <= config.rollout_budget
+
+    problems = next((n for n in range(anchor, 0, -1) if fits(n, 1)), 0)
+    samples = next((n for n in range(config.samples, 0, -1) if fits(problems, n)), 0) if problems else 0
+    return Size(problems, samples)
+
+
+def rungs(children: int, problems: int, count: int) -> list[tuple[int, int]]:
+    """(children, problems) of each rung of a race, fast.rungs: half as many children, twice as many problems each time, at last all problems."""
+    return [(-(-children // 2**r), -(-problems // 2 ** (count - 1 - r))) for r in range(count)]
+
+
+def wave_cost(config: FastConfig, children: int, size: Size) -> int:
+    """The most rollouts of a wave of so many children, its first comparison of proposals included."""
+    total = before = 0
+    for running, problems in rungs(children, size.problems, config.rungs):
+        total += running * (problems - before) * size.samples
+        before = problems
+    return total + screening(config)
+
+
+def wave_width(config: FastConfig, size: Size, left: int) -> int:
+    """How many of fast.children `left` rollouts pay for in full."""
+    return next((n for n in range(config.children, 0, -1) if wave_cost(config, n, size) <= left), 0)
 
 
 def screening(config: FastConfig) -> int:
@@ -71,28 +94,37 @@ def derived(config: Config, world_size: int = 1) -> dict[str, int | str]:
     }
 
 
+def phases_once(config: Config) -> int:
+    """Fast phases of a run whose contexts evolve once or twice in each stage."""
+    return max(1, len(config.stages)) * (2 if config.fast.phases == "first_and_last" else 1)
+
+
 def _fast(config: Config) -> dict[str, int | str]:
     fast = config.fast
-    cycles = -(-config.slow.steps // fast.cycle_steps)
+    if fast.evolver == "e_spl":
+        return {"cycles": config.slow.steps}
+    cycles = -(-config.slow.steps // fast.cycle_steps) if fast.phases == "alternate" else phases_once(config)
     numbers: dict[str, int | str] = {
         "cycles": cycles,
         "lookahead, problems per cycle": config.slow.problems_per_step * fast.cycle_steps,
     }
-    for when, members, generations in (
+    of_waves = (
         ("first cycle", 1, fast.first_generations),
         ("later cycles", fast.population, fast.generations),
-    ):
+    )
+    for when, members, generations in of_waves if fast.evolver == "waves" else ():
         size = affordable(fast, members=members, anchor=fast.anchor_size)
         waves = 0
         if size.rollouts:  # the last wave may be narrower than fast.children
             left = fast.rollout_budget - members * size.rollouts
-            wave = fast.children * size.rollouts + screening(fast)
-            waves = min(generations, (left + (fast.children - 1) * size.rollouts) // wave)
+            while waves < generations and (width := wave_width(fast, size, left)):
+                left, waves = left - wave_cost(fast, width, size), waves + 1
         numbers[f"anchor problems x samples, {when}"] = f"{size.problems} x {size.samples}"
         numbers[f"proposal waves, {when}"] = waves
     return numbers | {
         "fast rollouts per cycle, at most": fast.rollout_budget,
-        "fast rollouts, whole run, at most": cycles * fast.rollout_budget,
+        "fast rollouts, whole run, at most": cycles * fast.rollout_budget
+        + max(0, (fast.search_budget or 0) - fast.rollout_budget),
     }
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from fst_fast.config.schema import Config, Section
+from fst_fast.config.schema import Config
+from fst_fast.config.section import Section
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}

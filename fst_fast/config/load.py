@@ -27,7 +27,8 @@ from fst_fast.config.keys import (
     suggestion,
     texts_at,
 )
-from fst_fast.config.schema import Config, Section
+from fst_fast.config.schema import Config
+from fst_fast.config.section import Section
 from fst_fast.config.yaml_text import (
     ALLOWED,
     MAX_BYTES,

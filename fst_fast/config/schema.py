@@ -9,18 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fst_fast.components import NAME, NAMES, compose, names_one
 from fst_fast.config import checks
-
-
-class Section(BaseModel):
-    """A part of the tree. Unknown keys are refused; values do not change once read."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
-    )
+from fst_fast.config.fast import FastConfig
+from fst_fast.config.section import Section
 
 
 class ModelConfig(Section):
@@ -73,12 +66,14 @@ class PolicyConfig(Section):
     """Keep the optimiser's state in CPU memory; needs zero_stage >= 1."""
     offload_parameters: bool = False
     """Keep the partitioned weights in CPU memory and fetch them layer by layer; needs zero_stage = 3."""
-    optimizer: Literal["torch_adamw", "auto", "fused_adam", "cpu_adam"] = "torch_adamw"
-    """Which implementation of AdamW: torch's; DeepSpeed's FusedAdam, which needs a GPU; DeepSpeedCPUAdam, which needs offload_optimizer and a C++
-    compiler at its first use; `auto`: DeepSpeedCPUAdam with offload_optimizer, else FusedAdam on a GPU, else torch's. They differ by rounding."""
+    optimizer: Literal["auto", "torch_adamw", "fused_adam", "cpu_adam"] = "auto"
+    """Which implementation of AdamW: torch's; DeepSpeed's FusedAdam, which needs a GPU and nvcc; DeepSpeedCPUAdam, which needs offload_optimizer and
+    a C++ compiler at its first use; `auto`: on a GPU DeepSpeedCPUAdam with offload_optimizer, else torch's in one kernel; without a GPU torch's.
+    They differ by rounding."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further keys of the DeepSpeed configuration, such as {zero_optimization: {overlap_comm: true}}. Those that follow from other keys are
-    refused by name."""
+    refused by name. Gradients of several micro-batches are added up in float32; under ZeRO {data_types: {grad_accum_dtype: bf16}} halves their
+    memory in a bfloat16 model."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory."""
     liger: bool = False
@@ -108,8 +103,9 @@ class RolloutConfig(Section):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """Memory for the keys and values of one process, prompts and responses; fewer sequences run at a time if they do not fit. null: nine
     tenths of the free memory of the GPU or, without one, half of the machine's, shared by its processes."""
-    cuda_graphs: bool = False
-    """On a GPU: record decode steps as CUDA graphs. Off by default because the gain has not been measured; without a GPU it does nothing."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """On a GPU: record decode steps as CUDA graphs. `auto`: for models that have the fused forward (Llama, Qwen2, Qwen3). Without a GPU it does
+    nothing."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token. The tokens that complete one belong to the response."""
     max_turns: int = Field(8, ge=1)
@@ -261,90 +257,6 @@ class SlowConfig(Section):
         return self
 
 
-class FastConfig(Section):
-    """The fast phase: evolution of the contexts by reflection."""
-
-    population: int = Field(4, ge=1)
-    """Contexts kept after a fast phase (K). slow.group_size must be a multiple of it."""
-    cycle_steps: int = Field(6, ge=1)
-    """Slow steps between two fast phases (T)."""
-    anchor_size: int = Field(32, ge=1)
-    """Problems on which contexts are compared, drawn from the next cycle_steps minibatches."""
-    rollout_budget: int = Field(960, ge=0)
-    """Most rollouts of one fast phase, over all processes."""
-    generations: int = Field(2, ge=1)
-    """Proposal waves of a fast phase, if the budget pays for them."""
-    first_generations: int = Field(4, ge=1)
-    """Proposal waves of the first fast phase."""
-    children: int = Field(4, ge=1)
-    """Contexts compared with their parents in one wave."""
-    proposals: int | None = Field(None, ge=1)
-    """Reflections asked for in one wave, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
-    scored with one rollout on each of fast.screen_problems anchor problems, and the best go on."""
-    screen_problems: int = Field(4, ge=1)
-    """Anchor problems of that first comparison."""
-    samples: int = Field(2, ge=1)
-    """Rollouts of a context on each anchor problem."""
-    failures_shown: int = Field(3, ge=1)
-    """Failed rollouts shown to the reflector in one reflection."""
-    admit_z: float = Field(1.0, ge=0)
-    """A child is admitted if its mean reward exceeds its parent's by more than this many standard errors of the paired difference."""
-    max_context_tokens: int = Field(64, ge=1)
-    """Longest context; a longer proposal is refused."""
-    seed_context: str = "solve the problem ."
-    """Text that the evolution starts from; with method=rl the only context."""
-    components: dict[Annotated[str, Field(pattern=f"^{NAME}$", description=NAMES)], str] = Field(
-        default_factory=dict
-    )
-    """Contexts of named parts, by name the texts that the evolution starts from, instead of seed_context: `system`, `protocol`, `examples`,
-    `skill:NAME` and `tool:NAME`, the description of a tool. max_context_tokens holds for each of them."""
-    component_selector: Literal["round_robin", "all"] = "round_robin"
-    """With components: which of them a child revises. `round_robin`: the next one in turn; `all`: each of them, one reflection for each."""
-    merge: bool = False
-    """With components: one child of a wave takes its components from two contexts that win different problems, without a reflection."""
-    reflector: str = "mini"
-    """`mini` (rules, mini world only), `self` (the frozen base model), `openai` (any compatible endpoint), or `file.py:function`."""
-    reflector_args: dict[str, Any] = Field(default_factory=dict)
-    """For reflector=openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature. The API key comes from OPENAI_API_KEY
-    only."""
-    reflection_tokens: int = Field(1024, ge=1)
-    """For reflector=self: longest reply, in tokens; a reply that is cut there is refused."""
-    reflection_style: Literal["auto", "full", "short"] = "auto"
-    """For reflector=self: `full` shows whole failures and asks for an analysis; `short` asks for one small edit, shown by examples, and
-    begins the reply, as small models need it. `auto`: short for a base model of fewer than 3e9 parameters."""
-    adaptive: bool = False
-    """Skip fast phases that are unlikely to help: after one that admits no child, the contexts are carried over unscored for one cycle, after
-    two in a row for two cycles, then for three. An admitted child or a new stage ends it. Nothing is skipped while the seed context is the
-    only one."""
-    reuse_rollouts: bool = True
-    """Use the rollouts of a cycle's fast phase in its RL groups before sampling new ones, each once; the importance ratio uses their stored
-    log-probs."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _components_are_the_seed(cls, given: Any) -> Any:
-        """Contexts are composed texts; so is the first one."""
-        parts = given.get("components") if isinstance(given, dict) else None
-        if not isinstance(parts, dict) or not parts or not all(isinstance(v, str) for v in parts.values()):
-            return given
-        if named := [name for name, text in parts.items() if names_one(text)]:
-            raise ValueError(
-                f"fast.components.{named[0]} holds a line that names a component, such as <<system>>"
-            )
-        seed = compose(parts)
-        if given.get("seed_context", seed) != seed:
-            raise ValueError(
-                "fast.components and fast.seed_context are both given; the components are the seed context"
-            )
-        return {**given, "seed_context": seed}
-
-    @model_validator(mode="after")
-    def _merges_need_components(self) -> FastConfig:
-        if self.merge and not self.components:
-            raise ValueError("fast.merge=true takes components from two contexts; it needs fast.components")
-        return self
-
-
 class EvalConfig(Section):
     """Evaluations: the four cells of seed or evolved contexts, base or trained weights."""
 
@@ -372,8 +284,8 @@ class EvalConfig(Section):
 class VerifyConfig(Section):
     """Child processes that judge responses."""
 
-    workers: int = Field(1, ge=1)
-    """Verifying child processes of each process."""
+    workers: int | None = Field(None, ge=1)
+    """Verifying child processes of each process; null: its share of the machine's cores, one of which stays free, and at most 16."""
     timeout_s: float = Field(10.0, gt=0)
     """Wall-clock limit of one verification; after it the reward is null."""
     memory_mib: int = Field(2048, ge=64)
@@ -447,7 +359,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     task: str = "star_graph"
-    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, or rows with task_args.verify = a built-in grader or
+    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, `openenv:URL`, `program`, or rows with task_args.verify = a built-in grader or
     `grader.py:function`: `hf:NAME` (a data set of the Hugging Face Hub), `data.jsonl`, `.csv`, `.tsv`, `.parquet`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""

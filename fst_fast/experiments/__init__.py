@@ -1,7 +1,7 @@
 """The paper's experiments on the mini world, with seeds and intervals: `fst experiment NAME --out DIR`, or `page.run(names, Runner(...))`.
 
     experiments.py  the experiments by name
-    comparison.py, plasticity.py, continual.py, distillation.py, ablations.py
+    comparison.py, plasticity.py, continual.py, distillation.py, ablations.py, rivals.py
                     each experiment: which runs, which numbers, which claims
     runs.py         one training run: its name, its configuration, the run that it starts from
     runner.py       trains the runs that are not finished, side by side in processes of their own

@@ -27,6 +27,12 @@ ABLATIONS: dict[str, Changes] = {
     "reverse KL": {"slow.kl": "reverse"},
     "forward KL": {"slow.kl": "forward"},
     "KL x 10": {"slow.kl_coef": 1e-2},
+    "race of 8 children": {"fast.children": 8, "fast.rungs": 3},
+    "deeper first search": {"fast.search_budget": 2880},
+    "seed keeps its share": {"fast.keep_seed": True},
+    "parents by improvement": {"fast.parents": "improvement"},
+    "crossover": {"fast.crossover": 0.25},
+    "no margin to be admitted": {"fast.admit_z": 0.0},
 }
 FAMILY = "linked_facts"
 LEVEL = 0.9

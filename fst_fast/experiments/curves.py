@@ -29,6 +29,10 @@ class Curve:
     kl: Floats  # KL(train||base) under the method's own contexts, nats per token
     seed_kl: Floats  # under the seed context; NaN where it was not measured (eval.cells)
     cells: dict[str, Cell]  # of the last evaluation
+    reflections: float = 0.0  # asked of the reflector in the whole run
+    first_search: float | None = (
+        None  # best mean reward on the anchor problems of the first fast phase that sampled; None without one
+    )
 
     def smooth(self) -> Floats:
         """Centred mean of three evaluations, of two at the ends: the error of one is as large as a step of the curve. What was not measured is
@@ -48,6 +52,12 @@ class Curve:
         """Mean reward of a cell in the last evaluation; NaN where nothing could be judged."""
         return as_float(self.cells[name].mean)
 
+    def mean_reward(self, axis: str, cost: float) -> float:
+        """Mean reward from nothing spent to `cost`, at every point that of the last evaluation before it."""
+        known = np.isfinite(self.reward)
+        at, reward = np.minimum(self.cost[axis][known], cost), self.reward[known]
+        return float((np.diff([*at, cost]) * reward).sum() / cost)
+
     def cost_to_reach(self, axis: str, level: float) -> float:
         """Cost of the first evaluation with reward >= level; inf if never.
 
@@ -66,6 +76,7 @@ def load_curve(folder: Path) -> Curve:
         for axis in AXES
     }
     final = [line.channels for line in run.evals if line.final]
+    searches = [line.best_mean for line in run.cycles if line.fast_rollouts]
     return Curve(
         method=run.start.method,
         seed=run.start.seed,
@@ -74,6 +85,8 @@ def load_curve(folder: Path) -> Curve:
         kl=np.array([line.kl_evolved for line in run.evals], dtype=float),
         seed_kl=np.array([line.kl_seed for line in run.evals], dtype=float),
         cells=final[-1] if final else {},
+        reflections=float(sum(line.proposed or 0 for line in run.cycles)),
+        first_search=searches[0] if searches else None,
     )
 
 

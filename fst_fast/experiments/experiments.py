@@ -13,6 +13,7 @@ from fst_fast.experiments.continual import continual
 from fst_fast.experiments.distillation import distill
 from fst_fast.experiments.plasticity import plasticity
 from fst_fast.experiments.result import Result
+from fst_fast.experiments.rivals import rivals
 from fst_fast.experiments.runner import Runner
 
 EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
@@ -24,4 +25,5 @@ EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "continual": continual,
     "distill": distill,
     "ablation": ablation,
+    "rivals": rivals,
 }

@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -168,6 +169,28 @@ def continual(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) 
             _band(ax, steps[inside], rewards, COLOUR[arm], marker="o", ms=3)
     labels = {**METHODS, "fst, distilled": "FST, distilled at each stage's end"}
     _legend(figure, {arm: labels[arm] for arm in curves}, 3, lw=2)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def rivals(curves: Curves) -> Figure:
+    """Rows: families; columns: rollouts, tokens. A line for each method."""
+    axes = ("rollouts", "tokens")
+    figure = blank(3.4 * len(axes) + 0.6, 2.3 * len(curves) + 1.2)
+    panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
+    names = list(next(iter(curves.values())))
+    colours = {name: to_hex(mpl.colormaps["tab10"](i)) for i, name in enumerate(names)}
+    for row, (family, methods) in zip(panels, curves.items(), strict=True):
+        for ax, axis in zip(row, axes, strict=True):
+            for method, each in methods.items():
+                _mean_curve(ax, each, axis, colours[method])
+            format_x(ax, axis, (5, 4))
+            ax.set_ylim(0, 1.02)
+        row[0].set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
+    for ax, axis in zip(panels[-1], axes, strict=True):
+        ax.set_xlabel(AXES[axis])
+    handles = [Line2D([], [], color=colours[name], label=name, lw=2) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
 
 

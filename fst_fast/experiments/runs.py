@@ -21,13 +21,15 @@ Changes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run of a suite gets. eval_problems: problems of each evaluation on the way; final_problems: of the last one."""
+    """What every run of a suite gets. eval_problems: problems of each evaluation on the way; final_problems: of the last one. rival_families:
+    on how many families the rivals run, which are the most runs of all."""
 
     steps: int
     eval_every: int
     eval_problems: int
     final_problems: int
     seeds: int
+    rival_families: int = len(FAMILIES)
 
     def changes(self) -> Changes:
         return {
@@ -42,7 +44,7 @@ class Budget:
 
 
 FULL = Budget(steps=120, eval_every=6, eval_problems=64, final_problems=256, seeds=5)
-QUICK = Budget(steps=60, eval_every=6, eval_problems=64, final_problems=128, seeds=2)
+QUICK = Budget(steps=60, eval_every=6, eval_problems=64, final_problems=128, seeds=2, rival_families=1)
 
 
 @dataclass(frozen=True)

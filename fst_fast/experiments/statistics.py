@@ -6,6 +6,7 @@ median.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,6 +93,44 @@ def median(x: Floats) -> Any:
 
 def mean(x: Floats) -> Any:
     return x.mean(axis=-1)
+
+
+def standard_deviation(values: Sequence[float]) -> float:
+    """Of the sample, n - 1 in the variance; infinite for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("inf")
+
+
+def sign_flip_test(differences: Sequence[float]) -> float:
+    """Two-sided p of paired differences under the hypothesis that their signs are chance: the share of all sign patterns whose mean is at
+    least as far from 0. Exact, so with n seeds never below 2 / 2^n. Raises ValueError with more than 20 values."""
+    x = np.asarray(differences, dtype=float)
+    if len(x) > 20:
+        raise ValueError(f"{len(x)} differences have too many sign patterns; at most 20")
+    signs = 1.0 - 2.0 * ((np.arange(2 ** len(x))[:, None] >> np.arange(len(x))) & 1)  # [2^n, n]
+    means = np.abs(signs @ x)
+    return float((means >= abs(x.sum()) - 1e-12).mean())
+
+
+def seeds_needed(spread: float, difference: float, power: float = 0.8, most: int = 1000) -> int | None:
+    """The fewest seeds with which a two-sided paired t-test at 5 % finds a mean difference with this power. spread: standard deviation of the
+    paired differences. None where more than `most` are needed or the spread is not known. The test takes the differences as normal; runs that
+    either find a context or do not are not, so these are rough."""
+    if not np.isfinite(spread):
+        return None
+    found = bisect.bisect_left(
+        range(2, most + 1), power, key=lambda n: _power(n, difference / max(spread, 1e-9))
+    )
+    return found + 2 if found < most - 1 else None
+
+
+def _power(n: int, effect: float) -> float:
+    """Of the paired t-test of n differences whose mean is `effect` standard deviations: averaged over quantiles of the sample's deviation."""
+    from scipy import stats  # slow to import
+
+    quantiles = (np.arange(2000) + 0.5) / 2000
+    deviation = np.sqrt(stats.chi2.ppf(quantiles, n - 1) / (n - 1))
+    shift, critical = effect * np.sqrt(n), stats.t.ppf(0.975, n - 1) * deviation
+    return float((stats.norm.cdf(shift - critical) + stats.norm.cdf(-shift - critical)).mean())
 
 
 def standard_error(values: Sequence[float]) -> float:

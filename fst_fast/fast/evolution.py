@@ -12,66 +12,42 @@ The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Ph
 
 Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness derives
 from (seed, cycle, generation). So processes with the same scores and replies decide alike, and a resumed run repeats
-itself. `score` and `reflect` are called once per generation with the whole batch; they are the only places where processes communicate.
+itself. `score` and `reflect` are called for a whole batch at once; they are the only places where processes communicate.
+
+GEPA's own loop, one candidate at a time, is in plain_gepa.py; evolution by the slow phase's rollouts in e_spl.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.components import components_of, compose, names_one
 from fst_fast.config import FastConfig
-from fst_fast.config.derived import Size, affordable, screening
-from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, ScoredRollout
-from fst_fast.fast import pareto
+from fst_fast.config.components import components_of, compose, names_one
+from fst_fast.config.derived import Size, affordable, screening, wave_width
+from fst_fast.contracts import Context, Problem, ScoredRollout
+from fst_fast.fast import pareto, racing
+from fst_fast.fast.budget import budget_over
+from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.merge import merge
-from fst_fast.fast.population import FastState, Lineage, Scores, ShownFailure
-from fst_fast.fast.reflection import (
-    Failure,
-    Lesson,
-    ReflectionPrompt,
-    Reflector,
-    Refusal,
-    Reply,
-    ask,
-    cut,
-    extract,
-)
+from fst_fast.fast.outcome import FastResult, Log, Rules, Tally, carried_unscored, child_lineage, conclude
+from fst_fast.fast.population import FastState, Lineage
+from fst_fast.fast.reflection import Lesson, Partner, ReflectionPrompt, Reflector, Refusal, Reply, ask
 from fst_fast.fast.scoring import ScoreFn
+from fst_fast.fast.selector import revised
 from fst_fast.run.callbacks import Admission, Proposal
 
-Log = Callable[[str], None]
-
-KEPT_FEEDBACK_CHARS = 500
-"""How much of a shown failure's feedback the lineage stores."""
-KEPT_REFLECTION_CHARS = 4000
-"""How much of a reflector's reply the lineage stores."""
-
-SHOWN_SUCCESSES, SHOWN_LESSONS, SHOWN_OTHERS = 8, 2, 3
-"""How many full rewards, admitted edits and other contexts a reflection prompt brings along."""
+SHOWN_LESSONS, SHOWN_OTHERS = 2, 3
+"""How many admitted edits and other contexts a reflection prompt brings along."""
 
 _STREAM = 0xFA57
 """Separates the fast phase's random stream from others with the same seed."""
-
-
-@dataclass(frozen=True)
-class FastResult:
-    """state: to save and continue from. population: exactly K contexts, best first, with possible repeats. sampled:
-    every rollout of the phase, for reuse. record: the "cycle" line of metrics.jsonl, without kind and step."""
-
-    state: FastState
-    population: list[Context]
-    sampled: list[ScoredRollout]
-    record: dict[str, Any]
-
 
 MAX_REST = 3  # cycles that fast.adaptive skips in a row
 
@@ -91,22 +67,29 @@ def evolve(
     fits: Callable[[Context], bool] = lambda context: True,
     spells_special: Callable[[str], bool] = lambda text: False,
     emit: Callable[..., None] = lambda kind, **fields: None,
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> FastResult:
     """Evolve the population for one cycle.
 
     anchor: the problems on which contexts are compared; duplicate ids count once. fits: whether a context leaves room
     for every problem in the prompt; if not, it is refused as too long. spells_special: as
-    in `reflection.extract`. emit: receives the Proposal and Admission events.
+    in `reflection.extract`. emit: receives the Proposal and Admission events. clock: seconds since this phase began, the same on every process.
 
     Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
-    than config.rollout_budget rollouts. If the reflector fails, the generation yields no children and the phase continues."""
+    than config.rollout_budget rollouts. A budget of config.budget that is used up ends the evolution, before a generation at the latest. If
+    the reflector fails, the generation yields no children and the phase continues."""
+    if ended := budget_over(config, state.spent, state.idle):
+        log(f"fast phase of cycle {cycle} skipped: {ended}")
+        return carried_unscored(state, config, cycle)
     if config.adaptive and state.rest:
         log(
             f"fast phase of cycle {cycle} skipped (fast.adaptive): no child admitted in the last {state.idle} fast phases that ran"
         )
-        return _carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
+        return carried_unscored(dataclasses.replace(state, rest=state.rest - 1), config, cycle)
     problems = list({problem.id: problem for problem in anchor}.values())
     members = state.members()
+    if config.keep_seed and state.seed_id not in state.population:
+        members.append(state.contexts[state.seed_id].context)
     size = affordable(config, members=len(members), anchor=len(problems))
     if size.problems == 0:
         if config.rollout_budget > 0:
@@ -114,13 +97,13 @@ def evolve(
                 f"fast phase of cycle {cycle} skipped: fast.rollout_budget={config.rollout_budget} over {len(problems)} anchor problems "
                 f"does not pay one rollout for each of {len(members)} carried contexts and {config.children} children"
             )
-        return _carried_unscored(state, config, cycle)
+        return carried_unscored(state, config, cycle)
     if size != Size(len(problems), config.samples):
         log(
             f"fast phase of cycle {cycle}: fast.rollout_budget={config.rollout_budget} pays for {size.problems} of {len(problems)} anchor "
             f"problems with {size.samples} of {config.samples} samples per context"
         )
-    evaluations = _Evaluations(
+    evaluations = Evaluations(
         problems[: size.problems], size.samples, state.scores.at_version(policy_version), score
     )
     evaluations.judge(members)
@@ -129,16 +112,24 @@ def evolve(
     lineage = dict(state.contexts)
     tried = {c.text for c in members}
     tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
-    born: list[str] = []
-    refused: Counter[str] = Counter()
-    asked = generations = read = written = 0
-    for generation in range(config.first_generations if cycle == 0 else config.generations):
-        screen = screening(config)
-        width = min(config.children, (config.rollout_budget - evaluations.spent - screen) // size.rollouts)
+    rules = Rules(count_tokens, config.max_context_tokens, fits, spells_special)
+    tally = Tally()
+    planned = config.first_generations if cycle == 0 else config.generations
+    searching = config.search_budget is not None and [c.id for c in members] == [state.seed_id]
+    for generation in itertools.count():
+        deeper = searching and len(archive) == len(members)  # nothing admitted yet
+        if generation >= planned and not deeper:
+            break
+        if ended := budget_over(config, tally.spent(state.spent, evaluations, clock), 0):
+            log(f"fast phase of cycle {cycle} ends before generation {generation}: {ended}")
+            break
+        budget = (config.search_budget if deeper else None) or config.rollout_budget
+        width = wave_width(config, size, budget - evaluations.spent)
         rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
         wanted = config.proposals or config.children
+        drawn = wanted * (width > 0) if screening(config) else min(width, wanted)
         parents = _choose_parents(
-            evaluations, archive, min(width, wanted) if not screen else wanted * (width > 0), rng
+            evaluations, archive, drawn, rng, _weights(config, evaluations, archive, lineage)
         )
         if not parents:  # the budget is used up, or no context fails anywhere
             break
@@ -151,9 +142,14 @@ def evolve(
         if merged:
             parents, shown = parents[:-1], shown[:-1]
         turn = (cycle + generation) * wanted
-        revised = [_revised(config, parent, turn + i) for i, parent in enumerate(parents)]
+        revising = (
+            revised(config.component_selector, parents, turn, evaluations, lineage)
+            if config.components
+            else [[""] for _ in parents]
+        )
         ranked = sorted(archive, key=lambda c: -(evaluations.mean(c.id)[0] or 0.0))
         lessons = _lessons(lineage)
+        partners = [_partners(config, evaluations, archive, parent, rng) for parent in parents]
         prompts = [
             ReflectionPrompt(
                 _part(parent, component),
@@ -163,18 +159,17 @@ def evolve(
                 lessons=[] if component else lessons,  # which are whole contexts
                 component=component,
                 whole=parent.text if component else "",
+                partners=[Partner(_part(p, component), solved) for p, solved in beside],
             )
-            for parent, failures, names in zip(parents, shown, revised, strict=True)
+            for parent, failures, names, beside in zip(parents, shown, revising, partners, strict=True)
             for component in names
         ]
         seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
         replies = ask(reflect, prompts, seeds, functools.partial(_log_generation, log, cycle, generation))
-        generations += 1
-        asked += len(replies)
-        read += sum(reply.prompt_tokens for reply in replies)
-        written += sum(reply.completion_tokens for reply in replies)
+        tally.waves += 1
+        tally.count(replies)
 
-        children: list[tuple[Context, Context]] = []  # (child, its parent)
+        children: list[racing.Child] = []
         if merged:
             parent, other, text = merged
             tried.add(text)
@@ -183,40 +178,29 @@ def evolve(
             emit(Proposal, cycle=cycle, parent=parent, context=child, refused="")
             children.append((lineage[child.id].context, parent))
         answers = iter(replies)
-        for parent, failures, names in zip(parents, shown, revised, strict=True):
+        for parent, failures, names in zip(parents, shown, revising, strict=True):
             replies_here = [next(answers) for _ in names]
-            text, reason = _child_text(
-                parent,
-                names,
-                replies_here,
-                functools.partial(
-                    extract,
-                    count_tokens=count_tokens,
-                    max_tokens=config.max_context_tokens,
-                    spells_special=spells_special,
-                ),
-                tried,
-            )
+            text, reason = _child_text(parent, names, replies_here, rules.extract, tried)
             if text:
                 tried.add(text)
-                reason = "" if fits(Context.of(text)) else "too_long"
+                reason = rules.refuses(text)
             if reason:
-                refused[reason] += 1
+                tally.refused[reason] += 1
                 emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
                 continue
-            line = _child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, replies_here)
+            line = child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, replies_here)
             # A context tried under an earlier policy keeps its place in the tree.
             line = lineage.setdefault(line.context.id, line)
             emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
             children.append((line.context, parent))
-        born += [child.id for child, _ in children]
+        tally.born += [child.id for child, _ in children]
         if len(children) > width:
-            evaluations.judge([child for child, _ in children], screen=config.screen_problems)
+            evaluations.judge([child for child, _ in children], problems=config.screen_problems, samples=1)
             children.sort(key=lambda pair: -(evaluations.mean(pair[0].id)[0] or 0.0))
             del children[width:]
-        evaluations.judge([child for child, _ in children])
+        finished = racing.race(evaluations, children, config.rungs)
         for child, parent in children:
-            admitted = pareto.admits(
+            admitted = (child, parent) in finished and pareto.admits(
                 evaluations.rewards[child.id], evaluations.rewards[parent.id], config.admit_z
             )
             lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=admitted)
@@ -226,129 +210,85 @@ def evolve(
             emit(
                 Admission, cycle=cycle, context=child, parent=parent, admitted=admitted, mean=means[0], parent_mean=means[1]
             )  # fmt: skip
-    assert evaluations.spent <= config.rollout_budget
+    assert evaluations.spent <= max(config.rollout_budget, config.search_budget or 0)
 
-    for context_id in evaluations.rewards:
-        mean, n = evaluations.mean(context_id)
-        line = dataclasses.replace(lineage[context_id], policy_version=policy_version, mean=mean, n=n)
-        lineage[context_id] = line
     ids = [context.id for context in archive]
     rewards = np.stack([evaluations.rewards[context_id] for context_id in ids])
     seed_row = ids.index(state.seed_id) if state.seed_id in ids else None
     rows = pareto.select(evaluations.matrix(ids), rewards, config.population, seed=seed_row)
-    population = [archive[row] for row in rows]
-    kept = tuple(context.id for context in population)
-    record = {
-        **_empty_record(cycle, [_line(lineage[context_id]) for context_id in kept]),
-        "proposed": asked,
-        "admitted": len(archive) - len(members),
-        "refused": dict(sorted(refused.items())),
-        "fast_rollouts": evaluations.spent,
-        "reflection_prompt_tokens": read,
-        "reflection_completion_tokens": written,
-        "unjudged": evaluations.unjudged,
-        "best_mean": lineage[kept[0]].mean,
-        "seed_mean": None if seed_row is None else lineage[state.seed_id].mean,
-        "waves": generations,
-        "anchor_problems": size.problems,
-        "samples": size.samples,
-        "contexts": [_line(lineage[context_id], birth=True) for context_id in born],
-    }
-    idle = 0 if len(archive) > len(members) else state.idle + 1
+    if config.keep_seed and seed_row is not None and seed_row not in rows:
+        rows[-1] = seed_row
+    kept = [ids[row] for row in rows]
+    admitted_now = len(archive) - len(members)
+    idle = 0 if admitted_now else state.idle + 1
     found = any(context_id != state.seed_id for context_id in kept)
-    rest = min(idle, MAX_REST) if config.adaptive and found else 0
-    after = FastState(
-        state.seed_id, kept, lineage, evaluations.scores.restricted_to(kept), cycle + 1, idle, rest
+    return conclude(
+        state,
+        evaluations,
+        lineage,
+        kept,
+        tally,
+        admitted=admitted_now,
+        seed_stays=seed_row is not None,
+        cycle=cycle,
+        spent=tally.spent(state.spent, evaluations, clock),
+        idle=idle,
+        rest=min(idle, MAX_REST) if config.adaptive and found else 0,
     )
-    return FastResult(after, population, evaluations.sampled, record)
 
 
-class _Evaluations:
-    """What this phase has sampled: rewards by (problem, sample) for the paired test, counts and sums for the front."""
+def _weights(
+    config: FastConfig,
+    evaluations: Evaluations,
+    archive: Sequence[Context],
+    lineage: Mapping[str, Lineage],
+) -> NDArray[np.float64]:
+    """How often each context of the archive is to be a parent, fast.parents."""
+    ids = [c.id for c in archive]
+    if config.parents == "front":
+        return pareto.parent_weights(evaluations.matrix(ids))
+    rewards = np.stack([evaluations.rewards[context_id] for context_id in ids])
+    return pareto.expected_improvement(rewards, _edit_gains(evaluations, lineage))
 
-    def __init__(self, problems: list[Problem], samples: int, scores: Scores, score: ScoreFn) -> None:
-        self.problem = {problem.id: problem for problem in problems}
-        self.samples = samples
-        self.scores = scores
-        self.score = score
-        self.rewards: dict[str, NDArray[np.float64]] = {}  # context id -> [N, S], NaN where unjudged
-        # context id -> the first failed sample of each failed problem
-        self.failures: dict[str, list[ScoredRollout]] = {}
-        self.successes: list[ScoredRollout] = []  # the first with the full reward, of whatever context
-        self.sampled: list[ScoredRollout] = []
-        self.unjudged = 0
-        self._asked: set[tuple[str, str, int]] = set()  # (context, problem, sample)
-        self._failed: set[tuple[str, str]] = set()
 
-    @property
-    def spent(self) -> int:
-        return len(self.sampled)
+def _edit_gains(evaluations: Evaluations, lineage: Mapping[str, Lineage]) -> list[float]:
+    """What the edits that are scored in this phase gained over their parents, in mean reward."""
+    means = {context_id: evaluations.mean(context_id)[0] for context_id in evaluations.rewards}
+    pairs = [(means[c], means.get(lineage[c].context.parent or "")) for c in means]
+    return [child - parent for child, parent in pairs if child is not None and parent is not None]
 
-    def judge(self, contexts: Sequence[Context], *, screen: int | None = None) -> None:
-        """Score these contexts on every problem and sample that they have not been scored on, in one batch. screen: on the first problems
-        only, one sample each."""
-        items = [
-            RolloutRequest(c, p, k)
-            for c in contexts
-            for p in list(self.problem.values())[:screen]
-            for k in range(self.samples if screen is None else 1)
-            if (c.id, p.id, k) not in self._asked
-        ]
-        self._asked |= {(c.id, p.id, k) for c, p, k in items}
-        if not items:
-            return
-        answers = self.score(items)
-        assert len(answers) == len(items), f"score returned {len(answers)} rollouts for {len(items)}"
-        self.sampled += answers
-        column = {problem_id: j for j, problem_id in enumerate(self.problem)}
-        for context in contexts:
-            self.rewards.setdefault(context.id, np.full((len(column), self.samples), np.nan))
-            self.failures.setdefault(context.id, [])
-        for (context, problem, sample), answer in zip(items, answers, strict=True):
-            rollout, reward = answer.rollout, answer.verdict.reward
-            assert (rollout.context_id, rollout.problem_id, rollout.sample) == (
-                context.id,
-                problem.id,
-                sample,
-            )
-            assert rollout.policy_version == self.scores.policy_version, "a rollout of another policy"
-            if reward is None:
-                self.unjudged += 1
-                continue
-            self.rewards[context.id][column[problem.id], sample] = reward
-            self.scores.add(context.id, problem.id, reward)
-            if reward >= FULL_REWARD:
-                self.successes = [*self.successes, answer][:SHOWN_SUCCESSES]
-            elif (context.id, problem.id) not in self._failed:
-                self._failed.add((context.id, problem.id))
-                self.failures[context.id].append(answer)
 
-    def matrix(self, context_ids: Sequence[str]) -> pareto.Matrix:
-        return self.scores.matrix(context_ids, list(self.problem))
-
-    def mean(self, context_id: str) -> tuple[float | None, int]:
-        """(mean over this phase's problems of the mean reward, number of judged rollouts)."""
-        n = self.scores.count(context_id, list(self.problem))
-        return (float(pareto.row_means(self.matrix([context_id]))[0]) if n else None), n
-
-    def failure(self, sampled: ScoredRollout) -> Failure:
-        """A rollout of this phase as a reflection shows it."""
-        assert sampled.verdict.reward is not None
-        text = "\n\n".join(
-            m["content"] if m["role"] == "user" else f"{m['role']}: {m['content']}"
-            for m in self.problem[sampled.rollout.problem_id].messages
-        )
-        return Failure(text, sampled.response, sampled.verdict.feedback, sampled.verdict.reward)
+def _partners(
+    config: FastConfig,
+    evaluations: Evaluations,
+    archive: Sequence[Context],
+    parent: Context,
+    rng: np.random.Generator,
+) -> list[tuple[Context, list[str]]]:
+    """With probability fast.crossover, the context that wins the most problems that the parent does not win, and those problems."""
+    if not config.crossover or rng.random() >= config.crossover:
+        return []
+    front = pareto.wins(evaluations.matrix([c.id for c in archive]))
+    gains = front & ~front[[c.id for c in archive].index(parent.id)]
+    best = int(gains.sum(axis=1).argmax())
+    if not gains[best].any():
+        return []
+    asked = [problem for problem, gain in zip(evaluations.problem, gains[best], strict=True) if gain]
+    return [(archive[best], [evaluations.question(problem) for problem in asked[: config.failures_shown]])]
 
 
 def _choose_parents(
-    evaluations: _Evaluations, archive: list[Context], width: int, rng: np.random.Generator
+    evaluations: Evaluations,
+    archive: list[Context],
+    width: int,
+    rng: np.random.Generator,
+    weights: NDArray[np.float64],
 ) -> list[Context]:
-    """Draw `width` parents, with replacement, among contexts with failures, weighted by problems won; siblings are adjacent."""
+    """Draw `width` parents, with replacement and by weight, among contexts with failures; siblings are adjacent."""
     if width <= 0:
         return []
     failing = np.array([bool(evaluations.failures[c.id]) for c in archive])
-    weights = np.where(failing, pareto.parent_weights(evaluations.matrix([c.id for c in archive])), 0.0)
+    weights = np.where(failing, weights, 0.0)
     if weights.sum() == 0:  # every possible parent is perfect, so there is nothing to learn from
         return []
     drawn = rng.choice(len(archive), size=width, p=weights / weights.sum())
@@ -356,7 +296,7 @@ def _choose_parents(
 
 
 def _choose_failures(
-    evaluations: _Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
+    evaluations: Evaluations, parents: list[Context], shown: int, rng: np.random.Generator
 ) -> list[list[ScoredRollout]]:
     """For each child the next `shown` failures of its parent, in random order. Siblings see different ones until all
     are used, then the order repeats."""
@@ -373,14 +313,6 @@ def _choose_failures(
         chosen.append([queue[(start + i) % len(queue)] for i in range(take)])
         used[parent.id] += take
     return chosen
-
-
-def _revised(config: FastConfig, parent: Context, turn: int) -> list[str]:
-    """The components of a parent that its child revises; [""] for the context as a whole."""
-    if not config.components:
-        return [""]
-    names = list(components_of(parent.text))
-    return names if config.component_selector == "all" else [names[turn % len(names)]]
 
 
 def _part(context: Context, component: str) -> str:
@@ -424,62 +356,6 @@ def _lessons(lineage: Mapping[str, Lineage]) -> list[Lesson]:
         Lesson(before.context.text, [shown.feedback for shown in line.failures], line.context.text)
         for before, line in edits[-SHOWN_LESSONS:]
     ]
-
-
-def _child_lineage(child: Context, failures: Sequence[ScoredRollout], replies: Sequence[Reply]) -> Lineage:
-    shown = (
-        ShownFailure(s.rollout.problem_id, cut(s.verdict.feedback, KEPT_FEEDBACK_CHARS)) for s in failures
-    )
-    said = "\n\n".join(reply.text or "" for reply in replies)
-    text = said.encode(errors="replace").decode()  # valid UTF-8
-    return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
-
-
-def _carried_unscored(state: FastState, config: FastConfig, cycle: int) -> FastResult:
-    population = state.population_of(config.population)
-    ids = tuple(context.id for context in population)
-    lines = [{**_line(state.contexts[context_id]), "mean": None, "n": 0} for context_id in ids]
-    after = dataclasses.replace(state, population=ids, cycle=cycle + 1)
-    return FastResult(after, population, [], _empty_record(cycle, lines))
-
-
-def _empty_record(cycle: int, population: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a cycle that samples nothing.
-
-    proposed: reflections requested, each of which is refused, scored and rejected, or admitted. best_mean: of the kept
-    contexts on this cycle's anchor problems, biased upwards because the same samples chose them. seed_mean: None once
-    the seed is dropped. waves: generations run. contexts: every child scored in this cycle. reflection_*_tokens: read
-    and written by the reflector, if it reports them."""
-    zero = ("fast_rollouts", "reflection_prompt_tokens", "reflection_completion_tokens", "unjudged")
-    return {
-        **{"cycle": cycle, "population": population, "proposed": 0, "admitted": 0, "refused": {}},
-        **dict.fromkeys(zero, 0),
-        **{
-            "best_mean": None,
-            "seed_mean": None,
-            "waves": 0,
-            "anchor_problems": 0,
-            "samples": 0,
-            "contexts": [],
-        },
-    }
-
-
-def _line(lineage: Lineage, *, birth: bool = False) -> dict[str, Any]:
-    context = lineage.context
-    line: dict[str, Any] = {
-        "id": context.id,
-        "text": context.text,
-        "parent": context.parent,
-        "born": context.born,
-        "mean": lineage.mean,
-        "n": lineage.n,
-    }
-    if birth:
-        line["admitted"] = lineage.admitted
-        line["failures"] = [dataclasses.asdict(shown) for shown in lineage.failures]
-        line["reflection"] = lineage.reflection
-    return line
 
 
 def _log_generation(log: Log, cycle: int, generation: int, text: str) -> None:

@@ -11,15 +11,20 @@ context that is not dominated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
 from fst_fast.contracts import REWARD_ROUNDING
 
 Matrix = NDArray[np.float64]
+UNKNOWN_GAIN = 0.1
+"""The deviation of what an edit gains in mean reward, before two have been scored."""
 Mask = NDArray[np.bool_]
 
-_TIE = REWARD_ROUNDING
+TIE = REWARD_ROUNDING
 """Scores, in [0, 1], closer than this are equal: sums of the same rewards in another order differ in the last bits."""
 
 CLEARLY_WORSE_Z = 2.0
@@ -36,9 +41,9 @@ def wins(scores: Matrix) -> Mask:
     worst = np.where(known, scores, np.inf).min(axis=0, initial=np.inf)  # [N]
     distinguishes = np.zeros(scores.shape[1], dtype=np.bool_)
     finite = known.any(axis=0)
-    distinguishes[finite] = best[finite] - worst[finite] > _TIE
+    distinguishes[finite] = best[finite] - worst[finite] > TIE
     front: Mask = (
-        known & distinguishes & (np.where(known, scores, -np.inf) >= np.where(finite, best, np.inf) - _TIE)
+        known & distinguishes & (np.where(known, scores, -np.inf) >= np.where(finite, best, np.inf) - TIE)
     )
     return front
 
@@ -78,6 +83,26 @@ def parent_weights(scores: Matrix) -> NDArray[np.float64]:
     return share
 
 
+def expected_improvement(rewards: Matrix, gains: Sequence[float]) -> NDArray[np.float64]:
+    """[C, N, S] -> [C], summing to 1: proportional to how much a child of each context is expected to exceed the best mean.
+
+    gains: what earlier edits gained over their parents. A child's mean is taken as normal, around its parent's, with the variance of the
+    parent's estimate (over problems) plus that of the gains. Uniform where no child is expected to improve."""
+    known = ~np.isnan(rewards)
+    count = known.sum(axis=2)
+    total = np.where(known, rewards, 0.0).sum(axis=2)
+    values = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)  # [C, N]
+    means, n = row_means(values), (count > 0).sum(axis=1)
+    squares = np.nansum((values - means[:, None]) ** 2, axis=1) / np.maximum(n - 1, 1) / np.maximum(n, 1)
+    spread = float(np.mean(np.square(gains))) if len(gains) > 1 else UNKNOWN_GAIN**2
+    deviation = np.sqrt(squares + max(spread, TIE))
+    below = np.nan_to_num(means) - np.nanmax(means, initial=0.0)
+    z = below / deviation
+    gain = below * ndtr(z) + deviation * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    share: NDArray[np.float64] = gain / gain.sum() if gain.sum() > 0 else np.full(len(gain), 1 / len(gain))
+    return share
+
+
 def lower_bound(child: Matrix, parent: Matrix, z: float) -> NDArray[np.float64]:
     """[..., N, S] rewards of child and parent on the same (problem, sample) pairs -> [...]: mean paired difference
     minus z standard errors, over problems.
@@ -102,7 +127,7 @@ def admits(child: Matrix, parent: Matrix, z: float) -> bool:
     """Whether a child, [N, S], is better than its parent by more than z standard errors. z = 0 is GEPA's strict improvement.
 
     One success versus none among n problems is exactly one standard error, so it is not enough at z = 1."""
-    return bool(lower_bound(child, parent, z) > _TIE)
+    return bool(lower_bound(child, parent, z) > TIE)
 
 
 def select(scores: Matrix, rewards: Matrix, k: int, *, seed: int | None) -> list[int]:
@@ -123,7 +148,7 @@ def select(scores: Matrix, rewards: Matrix, k: int, *, seed: int | None) -> list
     front = wins(scores)
     order = _by_mean(scores)
     kept = [order[0]]
-    clearly_worse: Mask = np.asarray(lower_bound(rewards[order[0]], rewards, CLEARLY_WORSE_Z) > _TIE)
+    clearly_worse: Mask = np.asarray(lower_bound(rewards[order[0]], rewards, CLEARLY_WORSE_Z) > TIE)
     if seed is not None and seed not in kept and k > 1 and not clearly_worse[seed]:
         others = np.delete(front, seed, axis=0)
         if (front[seed] & ~others.any(axis=0)).any():

@@ -8,13 +8,14 @@ a resumed run repeats it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.contracts import Context
+from fst_fast.fast.ratings import Rating
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,19 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What the fast phases have used so far. tokens: sampled in rollouts, read and written by the reflector. seconds: 0 unless
+    fast.budget.seconds limits them. usd: as the reflector's replies say."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    usd: float = 0.0
+
+    def plus(self, tokens: int, seconds: float, usd: float) -> Spent:
+        return Spent(self.tokens + tokens, self.seconds + seconds, self.usd + usd)
+
+
+@dataclass(frozen=True)
 class FastState:
     """The input and output state of a fast phase.
 
@@ -119,6 +133,10 @@ class FastState:
     cycle: int = 0
     idle: int = 0  # fast phases in a row that admitted no child
     rest: int = 0  # further cycles to skip (fast.adaptive)
+    spent: Spent = Spent()
+    ratings: Mapping[str, Rating] = field(
+        default_factory=dict
+    )  # of the pool of fast.evolver=e_spl, oldest first
 
     @classmethod
     def initial(cls, seed_context: str) -> FastState:
@@ -128,7 +146,9 @@ class FastState:
 
     def reset_population(self) -> FastState:
         """Reset the population to the seed alone; the lineage of all contexts and the cycle count stay."""
-        return replace(self, population=(self.seed_id,), scores=Scores(policy_version=-1), idle=0, rest=0)
+        return replace(
+            self, population=(self.seed_id,), scores=Scores(policy_version=-1), idle=0, rest=0, ratings={}
+        )
 
     def members(self) -> list[Context]:
         """The distinct contexts of the population, in order."""
@@ -142,13 +162,19 @@ class FastState:
             ids = (*distinct, *[ids[0]] * (k - len(distinct)))
         return [self.contexts[context_id].context for context_id in ids]
 
+    def evaluated(self, population: Sequence[Context]) -> list[Context]:
+        """The contexts that evaluations use: `population`, of ratings only their champion."""
+        return [self.contexts[self.population[0]].context] if self.ratings else list(population)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the contents of contexts.json; `from_json` restores an equal state."""
         return {
             "cycle": self.cycle,
             "idle": self.idle,
             "rest": self.rest,
+            "spent": asdict(self.spent),
             "seed": self.seed_id,
+            "ratings": {context_id: list(rating) for context_id, rating in self.ratings.items()},
             "population": list(self.population),
             "contexts": {context_id: lineage.to_json() for context_id, lineage in self.contexts.items()},
             "scores": {
@@ -173,4 +199,6 @@ class FastState:
             cycle=data["cycle"],
             idle=data.get("idle", 0),
             rest=data.get("rest", 0),
+            spent=Spent(**data.get("spent", {})),
+            ratings={c: Rating(*map(float, rating)) for c, rating in data.get("ratings", {}).items()},
         )

@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from fst_fast.contracts import Message
 from fst_fast.fast.fences import block_text, last_block, without_thought
-
-SHOWN_CHARS = 4000
-"""A problem, a response or a feedback longer than this is shown with its middle left out."""
+from fst_fast.fast.request import render
 
 WHOLE = frozenset({"stop", "eos"})
 """Finish reasons of a reply that its model ended, in lower case."""
+PROPOSED = "proposed"
+"""Finish reason of a reply that is the new text itself."""
 CUT_BY_LENGTH = frozenset({"length", "max_tokens", "max_length", "max_new_tokens", "max_output_tokens"})
 
 # fmt: off
@@ -25,7 +26,6 @@ RefusalReason = Literal[
     "error", "length", "cut_off", "unfenced", "ambiguous", "empty", "placeholder", "not_text", "special_token", "duplicate", "too_long"
 ]
 # fmt: on
-PLACEHOLDER = "(the revised instruction)"
 _PLACEHOLDERS = frozenset(
     {"the revised instruction", "the complete revised instruction", "revised instruction"}
 )
@@ -40,6 +40,9 @@ class Failure:
     response: str
     feedback: str
     reward: float
+    turns: Sequence[
+        Message
+    ] = ()  # of an episode: what the policy (role `assistant`) and the environment said in turn
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,21 @@ class Lesson:
 
 
 @dataclass(frozen=True)
+class Partner:
+    """A context to recombine with, and problems that it solves better."""
+
+    text: str
+    problems: Sequence[str]
+
+
+@dataclass(frozen=True)
 class ReflectionPrompt:
     """What a reflector sees: a context and some of its failures.
 
     For reflectors that need more help: successes, responses with the full reward, under any context; others, the other current texts, best
     first; lessons, the latest admitted edits. `render` leaves these out. Of a context of components: `context` is the component to be revised,
-    `component` its name, `whole` all of them."""
+    `component` its name, `whole` all of them. template: of fast.reflection_templates, instead of the request that `render` writes; "" for none. With `partners` a
+    recombination is asked for: a context that takes from them what serves their problems; `solved` are problems that the context itself solves better."""
 
     context: str
     failures: Sequence[Failure]
@@ -66,46 +78,30 @@ class ReflectionPrompt:
     lessons: Sequence[Lesson] = ()
     component: str = ""
     whole: str = ""
+    template: str = ""
+    partners: Sequence[Partner] = ()
+    solved: Sequence[str] = ()
 
     def render(self) -> str:
         """The request as text, for a reflector that is a language model."""
-        shown = "\n\n".join(_render_failure(i, failure) for i, failure in enumerate(self.failures, 1))
-        instruction = f"<instruction>\n{self.context}\n</instruction>\n\n"
-        what = (
-            "the description of a tool that it may call"
-            if self.component.startswith("tool:")
-            else "one part of it"
-        )
-        read = (
-            f"Before each problem it reads an instruction of several parts:\n\n{self.whole}\n\nYou revise {what}, "
-            f"{self.component}, and nothing else:\n\n"
-            if self.component
-            else "Before each problem it reads this instruction:\n\n"
-        )
-        return (
-            f"A language model solves problems of one kind. {read}{instruction}"
-            "With this instruction it did not get the full reward (1.0) on the following problems. For each you see the problem, "
-            "the model's response, the reward, and what the checker said.\n\n"
-            f"{shown}\n\n"
-            "Find out what these failures have in common: what the model did not know, did not do, or did in the wrong form. Then "
-            "write a revised instruction that prevents them. It must help with other problems of the same kind, so state general "
-            "methods, facts and output formats, and do not repeat the answers of the problems above. Keep what already works. Be "
-            "brief and concrete.\n\n"
-            "End with the complete revised instruction, and nothing else, between two lines of three backticks:\n"
-            f"```\n{PLACEHOLDER}\n```\n"
-            "If the instruction itself holds such lines, put it between two lines of four backticks."
-        )
+        return render(self)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reflector's answer. text is None where there is none; error says why, in one line, without secrets."""
+    """A reflector's answer. text is None where there is none; error says why, in one line, without secrets. cost_usd: what it cost."""
 
     text: str | None
     finish: str
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+    @classmethod
+    def proposal(cls, context: str, *, cost_usd: float = 0.0) -> Reply:
+        """The reply of a proposer that gives the new context itself, or the new text of the component, and no fenced block."""
+        return cls(context, PROPOSED, cost_usd=cost_usd)
 
     @classmethod
     def failed(cls, error: str) -> Reply:
@@ -163,7 +159,7 @@ def extract(
 ) -> str | Refusal:
     """The proposed context in a reply, or why there is none.
 
-    It is the last fenced block behind the thoughts that the reply begins with. spells_special: whether a text spells a special token of the
+    It is the last fenced block behind the thoughts that the reply begins with, or all of a proposal. spells_special: whether a text spells a special token of the
     policy's tokenizer. Refused: a reply with an error or one that is not said to be whole, no closed fence, fences that can be read in
     several ways, an empty block, the request's own placeholder, text that is not valid Unicode or spells a special token, text already
     known (white space aside), more than max_tokens tokens.
@@ -173,13 +169,16 @@ def extract(
         return Refusal("error")
     if finish in CUT_BY_LENGTH:
         return Refusal("length")
-    if finish not in WHOLE:
+    if finish == PROPOSED:
+        text = reply.text.strip()
+    elif finish not in WHOLE:
         return Refusal("cut_off")
-    answer = without_thought(reply.text)
-    block = last_block(answer)
-    if isinstance(block, str):
-        return Refusal(block)
-    text = block_text(answer, block)
+    else:
+        answer = without_thought(reply.text)
+        block = last_block(answer)
+        if isinstance(block, str):
+            return Refusal(block)
+        text = block_text(answer, block)
     if not text:
         return Refusal("empty")
     if _fold(text).strip(_AROUND).casefold() in _PLACEHOLDERS:
@@ -198,15 +197,6 @@ def extract(
     return text
 
 
-def cut(text: str, chars: int) -> str:
-    """The text with its middle left out where it is longer than `chars`."""
-    if len(text) <= chars:
-        return text
-    head = chars * 2 // 3
-    tail = chars - head
-    return f"{text[:head]}\n[... {len(text) - chars} characters left out ...]\n{text[len(text) - tail :]}"
-
-
 def first_line(text: str, chars: int = 300) -> str:
     """The first line, cut: for a log or an error."""
     line = text.strip().partition("\n")[0]
@@ -215,13 +205,3 @@ def first_line(text: str, chars: int = 300) -> str:
 
 def _fold(text: str) -> str:
     return " ".join(text.split())
-
-
-def _render_failure(number: int, failure: Failure) -> str:
-    return (
-        f"## Failure {number}\n"
-        f"<problem>\n{cut(failure.problem, SHOWN_CHARS)}\n</problem>\n"
-        f"<response>\n{cut(failure.response, SHOWN_CHARS)}\n</response>\n"
-        f"Reward: {failure.reward:g}\n"
-        f"Checker: {cut(failure.feedback, SHOWN_CHARS) or '(no comment)'}"
-    )

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from fst_fast.config import Config
+from fst_fast.config.derived import phases_once
 from fst_fast.plan.machines import Machine
 from fst_fast.plan.memory import Phase, Setting, memory
 from fst_fast.plan.shapes import Shape
-from fst_fast.plan.times import StepTime, step_time
+from fst_fast.plan.times import StepTime, step_time, verifiers
 from fst_fast.plan.workload import Assumed, Work, longest, works
 
 Change = Mapping[str, Any]  # dotted key -> value
@@ -65,10 +66,12 @@ class Plan:
     @property
     def fast_phase_s(self) -> float:
         """Sampling and verdicts of a fast phase, per slow step: as many rollouts as the budget allows, each as dear as one of a slow step."""
-        if self.config.method == "rl" or not self.rollouts:
+        fast, steps = self.config.fast, max(self.config.slow.steps, 1)
+        if self.config.method == "rl" or fast.evolver == "e_spl" or not self.rollouts:
             return 0.0
+        phases = 1 / fast.cycle_steps if fast.phases == "alternate" else phases_once(self.config) / steps
         sampled = sum(p.seconds for p in self.step.phases if p.name in ("prefill", "decode", "verify"))
-        return sampled * self.config.fast.rollout_budget / self.rollouts / self.config.fast.cycle_steps
+        return sampled * fast.rollout_budget / self.rollouts * phases
 
     def changed(self, change: Change, processes: int | None = None) -> Plan | None:
         """The plan with other keys; None where the configuration does not allow them."""
@@ -184,7 +187,7 @@ def _tunings(here: Plan) -> Iterator[Change]:
         for stage in range(4):
             if stage != config.policy.zero_stage and (stage or not config.policy.offload_optimizer):
                 yield {"policy.zero_stage": stage}
-    if gpu and not config.rollout.cuda_graphs:
+    if gpu and not here.setting.graphs:
         yield {"rollout.cuda_graphs": True}
     if gpu and not config.policy.liger and here.shape.model_type in LIGER_TYPES:
         yield {"policy.liger": True}
@@ -198,7 +201,7 @@ def _tunings(here: Plan) -> Iterator[Change]:
         yield {"slow.tokens_per_micro_batch": times * config.slow.tokens_per_micro_batch}
         if config.rollout.max_batch < max(w.sequences for w in here.shares):
             yield {"rollout.max_batch": times * config.rollout.max_batch}
-        yield {"verify.workers": times * config.verify.workers}
+        yield {"verify.workers": times * verifiers(here.setting)}
 
 
 def scales(here: Plan) -> list[tuple[int, Plan | None]]:

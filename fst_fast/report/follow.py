@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fst_fast.config.yaml_text import YamlProblem, read_yaml
 from fst_fast.contracts import CELLS
 from fst_fast.errors import UserError
-from fst_fast.report.lineage import Change, word_diff
+from fst_fast.report.lineage import Change, context_diff
 from fst_fast.report.pages import cut
 from fst_fast.run.environment import wall_clock
 from fst_fast.run.folder import CONFIG, FORMAT, LOCK, MARKER
@@ -421,7 +421,7 @@ class Follower:
         context = known[id]
         if id not in self._diffs:
             parent, text = known.get(context.get("parent") or ""), cut(str(context["text"]))
-            self._diffs[id] = word_diff(cut(str(parent["text"])), text) if parent else [("same", text)]
+            self._diffs[id] = context_diff(cut(str((parent or context)["text"])), text)
         failures = [
             {"problem_id": f["problem_id"], "feedback": cut(f["feedback"])}
             for f in context.get("failures", [])

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Literal
 
+from fst_fast.config.components import components_of, compose
 from fst_fast.report.load import FailureShown, Run
 
-Change = tuple[Literal["same", "ins", "del"], str]
+Change = tuple[Literal["same", "ins", "del", "part"], str]
+"""A piece of a text against that of the parent; `part`: the name of the component that follows."""
 
 
 @dataclass
@@ -82,7 +84,10 @@ def _tree(nodes: dict[str, Node]) -> list[Node]:
         parent = nodes.get(child.parent) if child.parent else None
         if parent is not None:
             parent.children.append(child)
-            child.changes = word_diff(parent.text, child.text)
+            child.changes = context_diff(parent.text, child.text)
+    for root in nodes.values():
+        if not root.changes and len(alone := context_diff(root.text, root.text)) > 1:
+            root.changes = alone
     ordered: list[Node] = []
     seen: set[str] = set()
     roots = [node for node in nodes.values() if node.parent is None or node.parent not in nodes]
@@ -98,6 +103,17 @@ def _tree(nodes: dict[str, Node]) -> list[Node]:
             later = sorted(node.children, key=lambda child: (child.folded, child.born))
             stack.extend((child, depth + 1) for child in reversed(later))
     return ordered
+
+
+def context_diff(old: str, new: str) -> list[Change]:
+    """`word_diff` of two contexts; of contexts of components by component, those that did not change whole."""
+    before, after = components_of(old), components_of(new)
+    if not after or compose(after) != new:
+        return word_diff(old, new)
+    changes: list[Change] = []
+    for name, text in after.items():
+        changes += [("part", name), *word_diff(before.get(name, ""), text)]
+    return changes
 
 
 def word_diff(old: str, new: str) -> list[Change]:

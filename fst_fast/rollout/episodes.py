@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids, 
 from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
-from fst_fast.verify.episodes import Move, Over, digest
+from fst_fast.verify.episodes import DROPPED, Move, Over, digest
 
 if TYPE_CHECKING:
     from fst_fast.rollout.sampler import Sampler
@@ -63,6 +63,7 @@ class _Episode:
     plain: list[list[int]] = field(default_factory=list)  # the responses without their end tokens
     verdict: Verdict | None = None
     finish: Finish = "stop"
+    given_up: bool = False  # it ended without its environment being told
 
     @property
     def read(self) -> Ints:
@@ -136,21 +137,25 @@ def play(
             e.said.append({"role": "assistant", "content": text})
             if rollout.finish == "abort":
                 e.over(Verdict(None, "the server gave the response up"), "abort")
+                e.given_up = True
         turn += 1
         reach("turn")
         _answer(sampler, [e for e in live if e.verdict is None], last=turn >= config.max_turns, limit=limit)
         sampler.stopwatch.add("rollout_s", sampled_at - started)
         sampler.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
+    sampler.pool.play([e.move(DROPPED) for e in episodes if e.given_up])
     return [_scored(sampler, e, policy_version, temperature) for e in episodes]
 
 
 def ask_openings(sampler: Sampler, problems: Sequence[Any]) -> list[Opening | str]:
     """The opening of each problem, or why there is none."""
     moves = [Move(stream_seed("opening", problem.id), problem, 0) for problem in problems]
-    return [
+    openings: list[Opening | str] = [
         said.verdict.feedback if isinstance(said, Over) else Opening(said["messages"], said["tools"])
         for said in sampler.pool.play(moves)
     ]
+    sampler.pool.play([replace(move, end=DROPPED) for move in moves])
+    return openings
 
 
 def check_turns(sampler: Sampler, context: Context, problem: Problem, note: Callable[[str], None]) -> None:
@@ -190,6 +195,7 @@ def _start(sampler: Sampler, episodes: Sequence[_Episode]) -> None:
         if not sampler.prompts.know(problem, e.opening):
             failure = "start gave other messages or tools than before for the same problem"
             e.over(sampler.pool.fail(problem.id, failure).verdict, "error")
+            e.given_up = True
             continue
         e.added = sampler.prompts.ids(e.request.context, problem)
 
@@ -209,6 +215,7 @@ def _answer(sampler: Sampler, live: Sequence[_Episode], *, last: bool, limit: in
             _read(sampler, e, said["observation"])
         except UserError as error:
             e.over(sampler.pool.fail(e.request.problem.id, str(error)).verdict, "error")
+            e.given_up = True
             continue
         e.seen.append(digest(said["observation"]))
         if e.kept + len(e.added) + sampler.config.rollout.max_response_tokens > limit:
@@ -247,7 +254,8 @@ def _scored(sampler: Sampler, e: _Episode, policy_version: int, temperature: flo
         temperature=temperature,
         turns=tuple(e.turns) or (Turn(0, e.added, 0),),
     )
-    return ScoredRollout(rollout, e.verdict, transcript(sampler.tokenizer, rollout))
+    text = transcript(sampler.tokenizer, rollout)
+    return ScoredRollout(rollout, e.verdict, text, e.opening.messages, tuple(e.said))
 
 
 def transcript(tokenizer: Any, rollout: Rollout) -> str:

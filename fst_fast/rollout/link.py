@@ -52,7 +52,7 @@ class Link(Protocol):
     def receive(self) -> Order:
         """[samplers] Wait for the next weights and load them into `copy`."""
 
-    def sampling(self, sample: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    def sampling(self, sample: Callable[[], Any]) -> contextlib.AbstractContextManager[None]:
         """[trainers] While open, `sample` goes on where no process of its own does it."""
 
 
@@ -68,7 +68,7 @@ def pack(model: nn.Module, names: Sequence[str], device: torch.device | None = N
 def unpack(buckets: Sequence[Tensor], model: nn.Module, names: Sequence[str]) -> None:
     """Copy what `pack` made of another model into the named weights of this one."""
     for packed, bucket in zip(buckets, _buckets(model, names), strict=True):
-        for weight, values in zip(bucket, packed.split([w.numel() for w in bucket]), strict=True):
+        for weight, values in zip(bucket, torch.split(packed, [w.numel() for w in bucket]), strict=True):
             weight.copy_(values.view_as(weight))
 
 
@@ -143,7 +143,7 @@ class RankLink:
         self._under_way = [pair for pair in self._under_way if not pair[0].is_completed()] + [(work, tensor)]
 
     @contextmanager
-    def sampling(self, sample: Callable[[], None]) -> Iterator[None]:
+    def sampling(self, sample: Callable[[], Any]) -> Iterator[None]:
         yield
 
 
@@ -177,7 +177,7 @@ class ThreadLink:
         return sent[0]
 
     @contextmanager
-    def sampling(self, sample: Callable[[], None]) -> Iterator[None]:
+    def sampling(self, sample: Callable[[], Any]) -> Iterator[None]:
         if self.copy is None:
             yield
             return

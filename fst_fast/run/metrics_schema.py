@@ -160,7 +160,8 @@ class Born(Scored):
 
 
 class Cycle(Record):
-    """After a fast phase. best_mean, seed_mean: null where nothing was judged, or the seed is no longer in the population."""
+    """After a fast phase. best_mean, seed_mean: null where nothing was judged, or the seed is no longer in the population. reflection_usd: what
+    the reflector's replies cost, as its prices say."""
 
     kind: Literal["cycle"]
     cycle: Count
@@ -172,6 +173,7 @@ class Cycle(Record):
     fast_rollouts: Count
     reflection_prompt_tokens: Count
     reflection_completion_tokens: Count
+    reflection_usd: Annotated[float, Field(ge=0)] = 0.0
     unjudged: Count
     best_mean: Share | None
     seed_mean: Share | None

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT stop a run in an orderly way: it finishes the step and saves. A second signal ends the process at once.
+"""SIGTERM, SIGINT and a file `stop` in the run folder stop a run in an orderly way: it finishes the step and saves. A second signal ends the
+process at once.
 
 The handler only sets a flag. The loop checks it between steps, collectively, because a signal does not reach all
 processes at the same moment. After the first signal the default action is restored, so the second one also works inside a C library.
@@ -11,18 +12,30 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from fst_fast import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_FILE = "stop"
 
 _stop_requested = False
 
 
-def stop_requested() -> bool:
-    """Whether any process of the run has received a stop signal. All processes call it."""
-    return any(distributed.all_gather(_stop_requested))
+def stop_requested(run_dir: Path) -> bool:
+    """Whether any process of the run has received a stop signal, or the run folder holds the stop file. All processes call it."""
+    filed = distributed.rank() == 0 and (run_dir / STOP_FILE).is_file()
+    return any(distributed.all_gather(_stop_requested or filed))
+
+
+def remove_stop_file(run_dir: Path) -> bool:
+    """Remove the stop file, so that a resumed run goes on; whether there was one. Every process may call it."""
+    file = run_dir / STOP_FILE
+    if distributed.rank() != 0 or not file.is_file():
+        return False
+    file.unlink(missing_ok=True)
+    return True
 
 
 def request_stop() -> None:

@@ -1,6 +1,6 @@
 """Maps a task's name to its implementation.
 
-A spec is a built-in name, `file.py:Class`, `reasoning_gym:NAME`, `verifiers:NAME`, or rows with args["verify"] as the grader: `hf:NAME`,
+A spec is a built-in name, `file.py:Class`, `reasoning_gym:NAME`, `verifiers:NAME`, `openenv:URL`, `program`, or rows with args["verify"] as the grader: `hf:NAME`,
 `data.jsonl`, `.csv`, `.tsv`, `.parquet`. A new built-in task is one file and one line in BUILT_IN; a module is imported only when its task
 is used.
 """
@@ -17,7 +17,8 @@ from typing import Any
 
 from fst_fast.config import Config
 from fst_fast.errors import UserError
-from fst_fast.tasks import gym, readers, verifiers_env
+from fst_fast.tasks import gym, openenv, readers, verifiers_env
+from fst_fast.tasks.programs import Programs
 from fst_fast.tasks.rows import RowTask, check_count
 from fst_fast.tasks.tools.builtin import named_tools
 from fst_fast.tasks.user import load_object, make_task
@@ -60,14 +61,18 @@ def load_task(spec: str, args: Mapping[str, Any], *, problems: bool = True) -> A
         if problems:
             task.read()
         return task
+    if spec.startswith(openenv.PREFIX):
+        return make_task(openenv.OpenEnv, {**args, "url": spec.removeprefix(openenv.PREFIX)}, where)
+    if spec == "program":
+        return _program(args, problems=problems)
     if ".py" in spec:
         return make_task(load_object(spec, "task"), args, where)
     near = difflib.get_close_matches(spec, BUILT_IN, n=1)
     hint = (
         f"did you mean {near[0]}?"
         if near
-        else f"allowed are {', '.join(BUILT_IN)}, file.py:Class, data.jsonl (.csv, .tsv, .parquet), "
-        f"{readers.HUB}NAME, {gym.PREFIX}NAME, or {verifiers_env.PREFIX}NAME"
+        else f"allowed are {', '.join(BUILT_IN)}, program, file.py:Class, data.jsonl (.csv, .tsv, .parquet), "
+        f"{readers.HUB}NAME, {gym.PREFIX}NAME, {verifiers_env.PREFIX}NAME, or {openenv.PREFIX}URL"
     )
     raise UserError(f"task={spec!r} is not known; {hint}")
 
@@ -82,6 +87,18 @@ def check_task_args(config: Config) -> None:
                 name: value for name, value in args.items() if name != "tools"
             }  # which may be files and code
             load_task(spec, rest, problems=False)
+
+
+def _program(args: Mapping[str, Any], *, problems: bool) -> Any:
+    """An agent program around the inner task that args["task"] and args["task_args"] name."""
+    inner, given = args.get("task"), args.get("task_args") or {}
+    if not isinstance(inner, str) or not isinstance(given, Mapping):
+        raise UserError(
+            f"task_args.task={inner!r} of task=program must name the task that has the problems and judges; its arguments are task_args.task_args"
+        )
+    task = load_task(inner, given, problems=problems)
+    rest = {name: value for name, value in args.items() if name not in ("task", "task_args")}
+    return make_task(Programs, {"task": task, **rest}, "task=program")
 
 
 def _from_rows(spec: str, args: Mapping[str, Any]) -> RowTask:

@@ -57,6 +57,10 @@ class VerifiersEpisodes:
             rollout.give_up(why)
         return self._verdict(rollout)
 
+    async def close(self, state: EpisodeState) -> None:
+        """End a rollout that still waits for the policy."""
+        state.memory.task.cancel()
+
     def _verdict(self, rollout: _Rollout) -> Verdict:
         state = rollout.task.result()
         if state.get("error") is not None:

@@ -8,6 +8,7 @@ again, and compares what the environment says with what it said before. No torch
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import inspect
 import json
@@ -31,7 +32,9 @@ OBSERVING = frozenset(
 """What the role of a message of `step` may be: any but the policy's own."""
 
 
-CALLED = ("start", "step", "end", "verify")
+CALLED = ("start", "step", "end", "close", "verify")
+DROPPED = "dropped"
+"""The `end` of a move that ends an episode unjudged: nothing more will be asked of it."""
 
 
 class EpisodeError(Exception):
@@ -43,7 +46,7 @@ class Move:
     """What is asked of an episode. responses: all of the policy's so far; seen: the digest of everything the environment has said so far.
 
     With as many responses as `seen`, the last is answered; with none of either, the episode is started. end: why the episode ends with
-    this move whatever the environment says; "" where it may go on."""
+    this move whatever the environment says, or DROPPED; "" where it may go on."""
 
     key: int
     problem: Problem
@@ -102,9 +105,12 @@ class Episodes:
                 return await self._play(item)
             problem, gold = item
             live = await self._start(Move(-1, problem, 0))
-            for response in [gold] if isinstance(gold, str) else gold:
-                said = await self._step(live, response)
-            return self._verdict(live, said, "the gold responses do not end the episode")
+            try:
+                for response in [gold] if isinstance(gold, str) else gold:
+                    said = await self._step(live, response)
+                return self._verdict(live, said, "the gold responses do not end the episode")
+            finally:
+                await self._close(live)
         except EpisodeError as error:
             return {"reward": None, "failure": str(error)}
         except MemoryError:
@@ -118,16 +124,33 @@ class Episodes:
 
     async def _play(self, move: Move) -> dict[str, Any]:
         live = self._live.pop(move.key, None)
-        if live is None or live.said != list(move.seen):
-            live = await self._again(move)
+        if live is not None and (move.end == DROPPED or live.said != list(move.seen)):
+            await self._close(live)
+            live = None
+        if move.end == DROPPED:
+            return {"reward": None, "feedback": "", "metrics": {}}
+        live = live or await self._again(move)
+        try:
+            reply = await self._answer(live, move)
+        except BaseException:
+            await self._close(live)
+            raise
+        if "reward" in reply:
+            await self._close(live)
+            return reply
+        self._live[move.key] = live
+        while len(self._live) > HELD:
+            await self._close(self._live.popitem(last=False)[1])
+        return reply
+
+    async def _answer(self, live: _Live, move: Move) -> dict[str, Any]:
+        """What the environment says to a move of its live episode."""
         if not move.seen:
-            self._hold(move.key, live)
             return live.opening
         said: Verdict | list[Message] = []
         if len(move.responses) == len(move.seen):
             said = await self._step(live, move.responses[-1])
             if not isinstance(said, Verdict) and not move.end:
-                self._hold(move.key, live)
                 return {"observation": said}
         if not isinstance(said, Verdict):
             why = move.end
@@ -140,21 +163,32 @@ class Episodes:
             return self._verdict(live, said, "end returned no Verdict") | {"ended": why}
         return self._verdict(live, said, "")
 
-    def _hold(self, key: int, live: _Live) -> None:
-        self._live[key] = live
-        while len(self._live) > HELD:
-            self._live.popitem(last=False)
+    @property
+    def live(self) -> int:
+        """Episodes that go on."""
+        return len(self._live)
+
+    async def _close(self, live: _Live) -> None:
+        """Let the environment give up what the episode holds: connections, processes."""
+        close = getattr(live.task, "close", None) if is_environment(live.task) else None
+        if close is not None:
+            with contextlib.suppress(Exception):  # the episode is judged or failed already
+                await self._call(close, live.state)
 
     async def _again(self, move: Move) -> _Live:
         """The episode as it was when the environment had said all of `seen`, played from its start."""
         live = await self._start(move)
-        for response in move.responses[: max(len(move.seen) - 1, 0)]:
-            await self._step(live, response)
-        if move.seen and live.said != list(move.seen):
-            raise EpisodeError(
-                "the environment said something else when its episode was played again after its process was lost; start and step must "
-                "depend on the problem, the seed and the responses alone"
-            )
+        try:
+            for response in move.responses[: max(len(move.seen) - 1, 0)]:
+                await self._step(live, response)
+            if move.seen and live.said != list(move.seen):
+                raise EpisodeError(
+                    "the environment said something else when its episode was played again after its process was lost; start and step must "
+                    "depend on the problem, the seed and the responses alone"
+                )
+        except BaseException:
+            await self._close(live)
+            raise
         return live
 
     async def _start(self, move: Move) -> _Live:
@@ -239,6 +273,7 @@ class Episodes:
                     raise ToolError(
                         f"there is no tool {call.name[:60]!r}; the tools are {', '.join(live.tools)}"
                     )
+                count(f"calls/{call.name}")
                 content = await tool.call(call.arguments, live.state)
             except ToolError as error:
                 count("tool_errors")
@@ -274,7 +309,10 @@ class Episodes:
             raise EpisodeError(otherwise)
         reply = self.check(said)
         if "metrics" in reply and live.tools:
-            reply["metrics"] = {"tool_calls": 0.0, "tool_errors": 0.0, **live.counts, **reply["metrics"]}
+            none = dict.fromkeys(
+                ("tool_calls", "tool_errors", *(f"calls/{name}" for name in live.tools)), 0.0
+            )
+            reply["metrics"] = {**none, **live.counts, **reply["metrics"]}
         return reply
 
     async def _call(self, function: Callable[..., Any], *args: Any) -> Any:

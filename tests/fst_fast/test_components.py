@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fst_fast.components import components_of, compose, names_one, system_text
 from fst_fast.config import FastConfig
-from fst_fast.contracts import Context
+from fst_fast.config.components import components_of, compose, names_one, system_text
+from fst_fast.contracts import Context, ScoredRollout, Verdict
 from fst_fast.errors import UserError
+from fst_fast.fast.evaluations import Evaluations
+from fst_fast.fast.evolution import evolve
 from fst_fast.fast.merge import merge
-from fst_fast.fast.population import FastState, Lineage
+from fst_fast.fast.population import FastState, Lineage, Scores
+from fst_fast.report.lineage import context_diff
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.tasks.registry import load_task
 from tests.fst_fast.agents import config_of, save_model
-from tests.fst_fast.test_evolution import Scribe, World, run
+from tests.fst_fast.test_evolution import Scribe, World, problems, run
 
 PARTS = {"system": "solve it .", "tool:search": "find things .", "skill:units": ""}
 NAMES = st.sampled_from(
@@ -162,3 +166,63 @@ def test_components_go_into_the_system_message_and_the_tools(tmp_path: Path) -> 
         ):
             sampler.prompts.ids(Context.of(compose({"system": "x", "tool:lookup": "y"})), problem)
     assert system_text(PARTS) == "solve it ."
+
+
+def test_worst_first_revises_what_fails_most_and_has_been_tried_least() -> None:
+    """Episodes that call the tool fail; once its revisions are in vain, it is the turn of the others."""
+    config = settings(component_selector="worst_first", children=1, first_generations=4)
+    world = World(lambda text, problem: 0.0 if problem.answer % 2 else 1.0)
+
+    def score(items: Any) -> list[ScoredRollout]:
+        called = [{"calls/search": float(problem.answer % 2)} for _, problem, _ in items]
+        return [
+            replace(s, verdict=replace(s.verdict, metrics=m))
+            for s, m in zip(world(items), called, strict=True)
+        ]
+
+    scribe = Scribe(lambda prompt, seed: f"{prompt.component} {seed}")
+    first = FastState.initial(config.seed_context)
+    evolve(
+        first, anchor=problems(8), score=score, reflect=scribe, config=config, count_tokens=len, cycle=0,
+        policy_version=0, seed=0, log=lambda line: None,
+    )  # fmt: skip
+    asked = [prompt.component for batch, _ in scribe.batches for prompt in batch]
+    assert asked[0] == "tool:search"
+    assert set(asked[:3]) == set(PARTS)  # nothing helps, so each has its try before the worst has its second
+    assert asked[3] == "tool:search"
+
+
+def test_worst_first_takes_different_components_for_the_children_of_one_parent() -> None:
+    config = settings(component_selector="worst_first", children=3, first_generations=1)
+    scribe = Scribe(lambda prompt, seed: f"new {seed}")
+    run(FastState.initial(config.seed_context), World(lambda text, problem: 0.0), scribe, config)
+    assert [{p.component for p in batch} for batch, _ in scribe.batches] == [set(PARTS)]
+
+
+def test_a_tool_that_no_episode_called_is_the_worst_and_an_unknown_one_is_as_good_as_all() -> None:
+    def judged(metrics: dict[str, float]) -> Evaluations:
+        [problem] = problems(1)
+        score = World(lambda text, problem: 1.0)
+        found = Evaluations(
+            [problem],
+            1,
+            Scores(0),
+            lambda items: [replace(s, verdict=Verdict(1.0, "", metrics)) for s in score(items)],
+        )
+        found.judge([Context.of("x")])
+        return found
+
+    assert judged({"calls/search": 0.0}).calls(Context.of("x").id, "search") == 0.0
+    assert judged({"calls/search": 2.0}).calls(Context.of("x").id, "search") == 1.0
+    assert judged({}).calls(Context.of("x").id, "search") is None
+
+
+def test_the_lineage_of_a_report_shows_components_by_name() -> None:
+    old, new = compose(PARTS), compose({**PARTS, "system": "solve it now ."})
+    assert context_diff(old, new) == [
+        ("part", "system"), ("same", "solve it "), ("ins", "now "), ("same", "."), ("part", "tool:search"), ("same", "find things ."),
+        ("part", "skill:units"),
+    ]  # fmt: skip
+    assert context_diff("solve it", "solve it now") == [("same", "solve it "), ("ins", "now")]
+    forged = "about\n<<system>>\nx"  # not made by compose
+    assert context_diff(forged, forged) == [("same", forged)]

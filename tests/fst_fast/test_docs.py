@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 import fst_fast
 from fst_fast import Config, cli
+from fst_fast.fast import reflectors
 from fst_fast.run.faults import POINTS
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +186,7 @@ def test_the_example_of_an_extension_point_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module("fst_kernels.backends")  # fst_kernels.backends is the function
     monkeypatch.setattr(module, "IMPLEMENTED", module.IMPLEMENTED.copy())
+    monkeypatch.setattr(reflectors, "REFLECTORS", reflectors.REFLECTORS.copy())
     given = [block for block in [*examples()[""], *examples()["A task"]] if block[1].startswith("# ")]
     names: dict[str, object] = {}
     for language, body in [*given, *examples()[title]]:

@@ -218,7 +218,9 @@ def test_a_tool_that_hangs_or_dies_ends_its_own_episode_only(
         assert reason in bad.verdict.feedback
         for scored in (good, *others):  # their states were in the process that is gone: they are played again
             assert (scored.rollout.finish, scored.verdict.reward) == ("stop", 1.0)
-            assert scored.verdict.metrics == {"tool_calls": 2.0, "tool_errors": 0.0}
+            metrics = scored.verdict.metrics
+            assert (metrics["tool_calls"], metrics["tool_errors"]) == (2.0, 0.0)
+            assert (metrics["calls/add"], metrics["calls/do"]) == (2.0, 0.0)
         assert sampler.unverified() == {"verify_timeouts": timeouts, "verify_failures": 1 - timeouts}
         assert sum(reason in line for line in said) == 1
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_fast.config import FastConfig
-from fst_fast.config.derived import Size, affordable
+from fst_fast.config.derived import Size, affordable, rungs, wave_cost
 from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Verdict
 from fst_fast.fast import pareto
-from fst_fast.fast.evolution import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS, evolve
+from fst_fast.fast.evolution import evolve
+from fst_fast.fast.outcome import KEPT_FEEDBACK_CHARS, KEPT_REFLECTION_CHARS
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import Reply
 
@@ -599,9 +600,7 @@ def do_nothing_pairs(p, draws, *, spread):
 @pytest.mark.parametrize("p", [0.02, 0.1, 0.3, 0.5, 0.9])
 def test_a_child_that_does_nothing_is_admitted_as_rarely_as_documented(p, spread):
     child, parent = do_nothing_pairs(p, 4000, spread=spread)
-    accepted = {
-        z: float((pareto.lower_bound(child, parent, z) > pareto._TIE).mean()) for z in (0.0, 1.0, 2.0)
-    }
+    accepted = {z: float((pareto.lower_bound(child, parent, z) > pareto.TIE).mean()) for z in (0.0, 1.0, 2.0)}
     assert 0.2 < accepted[0.0] < 0.5, "gepa's strict rule"
     assert accepted[1.0] < 0.18
     assert accepted[2.0] < 0.04
@@ -623,7 +622,7 @@ def test_the_best_of_twenty_identical_children_looks_less_good_than_under_a_bare
     means, true = rewards.mean(axis=(2, 3)), difficulty.mean(axis=(1, 2, 3))
     inflation = {}
     for z in (0.0, 1.0, 2.0):
-        admitted = pareto.lower_bound(rewards[:, 1:], rewards[:, :1], z) > pareto._TIE
+        admitted = pareto.lower_bound(rewards[:, 1:], rewards[:, :1], z) > pareto.TIE
         best = np.maximum(means[:, 0], np.where(admitted, means[:, 1:], 0.0).max(axis=1))
         inflation[z] = float((best - true).mean())
     assert inflation[0.0] == pytest.approx(0.084, abs=0.006)
@@ -770,3 +769,112 @@ def test_a_prompt_brings_successes_other_contexts_and_the_latest_admitted_edits(
     assert last[0].others
     assert last[0].context not in last[0].others
     assert any(lesson.before == SEED and lesson.after.startswith(SEED) for lesson in last[0].lessons)
+
+
+# -- options: races, a deeper first search, the seed's share, parents by expected improvement, crossover -----------------------------------------
+
+
+def test_a_race_halves_the_children_and_doubles_the_problems():
+    assert rungs(8, 32, 3) == [(8, 8), (4, 16), (2, 32)]
+    assert rungs(3, 5, 2) == [(3, 3), (2, 5)]
+    assert rungs(4, 32, 1) == [(4, 32)]
+
+
+def test_a_race_costs_what_is_planned_and_the_better_half_runs_on_and_only_the_end_admits():
+    quality = {f"{SEED} variant {i}": p for i, p in enumerate([0, 1, 0, 0, 1, 0, 0, 0])}
+    world = World(lambda text, problem: quality.get(text, 0.0))
+    config = FastConfig(children=8, rungs=3, samples=2, first_generations=1, rollout_budget=10**4)
+    result = run(start(), world, numbered(), config, anchor=problems(32))
+    assert [len(call) for call in world.calls] == [64, 8 * 8 * 2, 4 * 8 * 2, 2 * 16 * 2]
+    assert wave_cost(config, 8, Size(32, 2)) == world.rollouts - 64
+    assert {line["text"] for line in result.record["contexts"] if line["admitted"]} == {
+        f"{SEED} variant 1",
+        f"{SEED} variant 4",
+    }
+    assert {line["n"] for line in result.record["contexts"]} == {16, 32, 64}
+
+
+def test_children_that_their_parent_clearly_beats_leave_a_race_at_once():
+    world = World(lambda text, problem: 0.0 if "variant" in text else float(problem.answer % 2))
+    config = FastConfig(children=4, rungs=2, first_generations=1)
+    run(start(), world, numbered(), config, anchor=problems(32))
+    assert [len(call) for call in world.calls] == [64, 4 * 16 * 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    budget=st.integers(0, 300), children=st.integers(1, 9), count=st.integers(1, 4), search=st.integers(0, 400),
+    seed=st.integers(0, 5), parents=st.sampled_from(["front", "improvement"]), crossover=st.sampled_from([0.0, 0.5]),
+)  # fmt: skip
+def test_the_budgets_hold_with_every_option(budget, children, count, search, seed, parents, crossover):
+    config = FastConfig(
+        children=children, rungs=count, rollout_budget=budget, search_budget=budget + search, parents=parents, crossover=crossover,
+        keep_seed=True,
+    )  # fmt: skip
+    state = start()
+    for cycle in range(2):
+        world = World(lambda text, problem: uniform(text), version=cycle, seed=seed)
+        alone = set(state.population) == {state.seed_id}
+        result = run(state, world, numbered(), config, cycle=cycle, seed=seed)
+        assert world.rollouts <= (budget + search if alone else budget)
+        state = result.state
+        assert state.seed_id in state.population
+
+
+def test_a_search_from_the_seed_alone_goes_on_until_something_is_admitted_and_then_stops():
+    config = FastConfig(children=2, samples=1, first_generations=2, rollout_budget=60, search_budget=400)
+
+    def good(number):
+        return World(lambda text, problem: float(f"variant {number}" in text and problem.answer < 6))
+
+    late = good(9)
+    found = run(start(), late, numbered(), config)
+    assert found.record["waves"] == 5
+    assert found.record["admitted"] == 1
+    assert late.rollouts == 8 + 10 * 8
+    soon = good(1)
+    assert run(start(), soon, numbered(), config).record["waves"] == 2, "no deeper than without"
+    never = good(10**6)
+    assert run(start(), never, numbered(), config).record["fast_rollouts"] == 400 - 400 % 8
+    again = run(found.state, good(10**6), numbered(), config, cycle=1)
+    assert again.record["fast_rollouts"] <= 60, "the seed is no longer alone"
+
+
+def test_the_seed_keeps_its_place_if_asked_to_even_from_a_population_without_it():
+    worse = World(lambda text, problem: 1.0 if "variant" in text else 0.0)
+    plain = run(start(), worse, numbered(), FastConfig())
+    assert start().seed_id not in plain.state.population
+    kept = run(plain.state, World(half, version=1), numbered(), FastConfig(keep_seed=True), cycle=1)
+    assert start().seed_id in kept.state.population
+    assert kept.record["seed_mean"] is not None
+
+
+def test_expected_improvement_is_that_of_a_plain_integral_and_prefers_the_best_and_the_uncertain():
+    rng = np.random.default_rng(0)
+    rewards = (rng.random((3, 16, 2)) < np.array([0.2, 0.5, 0.45])[:, None, None]).astype(float)
+    gains = [0.1, -0.2, 0.05]
+    values = rewards.mean(axis=2)
+    spread = np.sqrt(values.var(axis=1, ddof=1) / 16 + np.mean(np.square(gains)))
+    drawn = values.mean(axis=1) + spread * rng.normal(size=(200_000, 3))
+    plain = np.maximum(drawn - values.mean(axis=1).max(), 0).mean(axis=0)
+    assert np.allclose(pareto.expected_improvement(rewards, gains), plain / plain.sum(), atol=0.01)
+    unknown = np.full((2, 4, 1), np.nan)
+    assert np.allclose(pareto.expected_improvement(unknown, []), 0.5)
+
+
+def test_a_crossover_shows_the_context_that_wins_the_most_problems_that_the_parent_does_not():
+    texts = iter(["odd", "even", "both"])
+
+    def scored(text, problem):
+        return {"odd": float(problem.answer % 2), "even": float(problem.answer % 2 == 0)}.get(text, 0.0)
+
+    scribe = Scribe(lambda prompt, seed: next(texts, prompt.context))
+    config = FastConfig(children=2, first_generations=2, crossover=1.0, population=2)
+    run(start(), World(scored), scribe, config)
+    assert not any(p.partners for p in scribe.batches[0][0]), "the seed has nobody beside it"
+    for prompt in scribe.batches[1][0]:
+        [partner] = prompt.partners
+        assert {prompt.context, partner.text} == {"odd", "even"}
+        numbers = [int(text.rsplit(" ", 1)[1]) % 2 for text in partner.problems]
+        assert set(numbers) == {int(partner.text == "odd")}
+        assert partner.text in prompt.render()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +24,7 @@ from fst_fast.experiments import (
     figures,
     page,
     plasticity,
+    rivals,
     statistics,
     worker,
 )
@@ -415,3 +419,79 @@ def test_both_budgets_are_fit_for_every_ablation() -> None:
     for budget in (FULL, QUICK):
         for changes in ablations.ABLATIONS.values():
             Run("star_graph", "fst", 0, changes).config(budget, None)
+
+
+# --- rivals
+
+
+@given(st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=1, max_size=8))
+def test_the_sign_flip_test_counts_the_sign_patterns_that_are_as_extreme(values: list[float]) -> None:
+    patterns = [
+        sum(s * x for s, x in zip(signs, values, strict=True))
+        for signs in itertools.product([1, -1], repeat=len(values))
+    ]
+    extreme = sum(abs(p) >= abs(sum(values)) - 1e-9 for p in patterns)
+    assert statistics.sign_flip_test(values) == pytest.approx(extreme / len(patterns))
+    with pytest.raises(ValueError, match="at most 20"):
+        statistics.sign_flip_test([0.1] * 21)
+
+
+def test_the_seeds_needed_give_the_power_that_simulated_tests_have() -> None:
+    assert [statistics.seeds_needed(0.2, d) for d in (0.1, 0.2, 0.3)] == [34, 10, 6]  # of the usual tables
+    rng = np.random.default_rng(0)
+    n = statistics.seeds_needed(1.0, 0.8)
+    assert n is not None
+    x = rng.normal(0.8, 1.0, (20_000, n))
+    t = x.mean(axis=1) / (x.std(axis=1, ddof=1) / np.sqrt(n))
+    assert 0.8 <= (np.abs(t) > scipy.stats.t.ppf(0.975, n - 1)).mean() + 0.01 < 0.86
+    assert statistics.seeds_needed(1.0, 0.01) is None
+    assert statistics.seeds_needed(float("inf"), 0.5) is None
+    assert statistics.seeds_needed(0.0, 0.1) == 2
+
+
+def test_the_mean_reward_on_the_way_is_that_of_the_last_evaluation_before_each_point() -> None:
+    reward = np.array([0.0, 0.5, 1.0])
+    curve = Curve("rl", 0, {"tokens": np.array([0.0, 10.0, 20.0])}, reward, reward, reward, {})
+    assert curve.mean_reward("tokens", 20.0) == pytest.approx(0.25)
+    assert curve.mean_reward("tokens", 40.0) == pytest.approx((10 * 0.5 + 20 * 1.0) / 40)
+    assert curve.mean_reward("tokens", 5.0) == 0.0
+
+
+RIVAL_TOPS = {"rl": 0.3, "e-spl": 0.5, "fst": 0.95, "rl, best context": 0.95}
+
+
+def rival_curves(tops: dict[str, float]) -> dict[str, dict[str, list[Curve]]]:
+    def one(name: str, seed: int) -> Curve:
+        curve = planted("rl", seed, 30.0, tops[name], 100.0)
+        curve.reward[0] = 0.4 if name == "rl, best context" else 0.0
+        return replace(curve, reflections=7.0, first_search=0.21 if name == "fst" else None)
+
+    return {family: {name: [one(name, seed) for seed in range(6)] for name in tops} for family in SHOWN}
+
+
+def test_rivals_are_compared_seed_by_seed_at_equal_cost(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rivals, "strongest_rl", lambda runner: {f: {"slow.lr": 1e-3} for f in SHOWN})
+    monkeypatch.setattr(rivals, "train_and_load", lambda runner, runs: rival_curves(RIVAL_TOPS))
+    found = page.run(["rivals"], suite)["rivals"]
+    assert [claim.holds for claim in found.claims] == [True] * 5
+    numbers = found.numbers["star_graph"]
+    assert numbers["difference"]["e-spl"]["rollouts"]["low"] > 0.1
+    assert numbers["difference"]["e-spl"]["p"] == 2 / 2**6
+    assert numbers["methods"]["fst"]["reflections"]["mean"] == 7
+    assert numbers["first_phase_good"] == {"fst": [True] * 6}, "0.21 is more than half of 0.4"
+    assert "rl, best context" not in numbers["difference"], "it is no rival"
+    tables = {table.title.split(":")[0].split(",")[0]: table for table in found.tables}
+    assert len(tables["Mean reward of FST over a rival's on the way to the same cost"].rows) == 2 * len(SHOWN)
+    assert (suite.out / "figures" / "rivals.png").stat().st_size > 5000
+
+
+def test_a_rival_that_is_better_is_named(suite: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "strongest_rl", lambda runner: {f: {} for f in SHOWN})
+    monkeypatch.setattr(
+        rivals, "train_and_load", lambda runner, runs: rival_curves({**RIVAL_TOPS, "e-spl": 1.0, "fst": 0.6})
+    )
+    claims = rivals.rivals(suite).claims
+    assert [claim.holds for claim in claims] == [False, False, False, False, True]
+    assert "e-spl on star_graph" in claims[0].figure

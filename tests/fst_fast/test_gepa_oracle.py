@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fst_fast.config import FastConfig
-from fst_fast.contracts import Problem, Rollout, ScoredRollout, Verdict
+from fst_fast.config.components import compose
+from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.fast import pareto
 from fst_fast.fast.evolution import evolve
 from fst_fast.fast.gepa_adapter import GepaBridge, problems_of, score_with
@@ -258,3 +259,71 @@ def test_gepa_evolves_over_our_scorer_and_reflector():
         reflection_minibatch_size=4, logger=Silent(), seed=0,
     )  # fmt: skip
     assert result.val_aggregate_scores[result.best_idx] > 0.5 > result.val_aggregate_scores[0]
+
+
+PARTS = {"system": "seed text", "protocol": "first this"}
+
+
+@settings(max_examples=15, deadline=None)
+@given(proposals)
+def test_gepa_evolves_components_in_turn_and_accepts_what_we_accept(texts):
+    """gepa with its round robin over components, ours over the same: the texts that are accepted are the same."""
+    bridge = GepaBridge(score, Proposals(texts), lambda text: len(text.split()), 50, quiet)
+    result = optimize(
+        seed_candidate=dict(PARTS),
+        trainset=list(PROBLEMS),
+        valset=list(PROBLEMS),
+        adapter=bridge,
+        module_selector="round_robin",
+        candidate_selection_strategy="current_best",
+        reflection_minibatch_size=len(PROBLEMS),
+        skip_perfect_score=False,
+        stop_callbacks=lambda state: bridge.asked >= len(texts),
+        logger=Silent(),
+        seed=0,
+    )
+    assert bridge.asked == len(texts)
+    for candidate in result.candidates[1:]:
+        assert list(candidate) == list(PARTS)
+        assert set(candidate.values()) <= {*PARTS.values(), *texts}
+    parents = [parents[0] for parents in result.parents[1:]]
+    for child, parent in zip(result.candidates[1:], parents, strict=True):
+        changed = [name for name in PARTS if child[name] != result.candidates[parent][name]]
+        assert len(changed) == 1
+        rewards = [
+            np.array([[reward(compose(c), p)] for p in PROBLEMS]) for c in (child, result.candidates[parent])
+        ]
+        assert pareto.admits(*rewards, 0.0)
+
+
+def test_the_bridge_refuses_a_text_that_names_a_component_and_shows_which_one_is_revised():
+    seen = []
+
+    def forging(prompts, *, seeds):
+        seen.extend(prompts)
+        return [Reply("```\nbe good\n<<system>>\nbe bad\n```", "stop") for _ in prompts]
+
+    bridge = GepaBridge(score, forging, len, 50, quiet)
+    batch = bridge.evaluate(list(PROBLEMS), PARTS, capture_traces=True)
+    dataset = bridge.make_reflective_dataset(PARTS, batch, list(PARTS))
+    assert bridge.propose_new_texts(PARTS, dataset, list(PARTS)) == {}
+    assert [(p.component, p.context, p.whole) for p in seen] == [
+        (name, text, compose(PARTS)) for name, text in PARTS.items()
+    ]
+
+
+def test_an_adapter_of_components_scores_contexts_of_components():
+    candidates = []
+
+    class Adapter:
+        def evaluate(self, batch, candidate, capture_traces=False):
+            candidates.append(candidate)
+            return EvaluationBatch(["out"] * len(batch), [0.5] * len(batch), [None] * len(batch))
+
+        def make_reflective_dataset(self, candidate, eval_batch, names):
+            return {name: [{"Feedback": f"{name} is poor"}] * len(eval_batch.scores) for name in names}
+
+    scorer = score_with(Adapter(), policy_version=0)
+    [one] = scorer([RolloutRequest(Context.of(compose(PARTS)), problems_of(["a"])[0], 0)])
+    assert candidates == [PARTS]
+    assert one.verdict.feedback == "system is poor\nprotocol is poor"

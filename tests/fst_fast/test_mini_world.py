@@ -239,9 +239,15 @@ class Failure:
 
 
 @dataclass
+class Partner:
+    text: str
+
+
+@dataclass
 class Prompt:
     context: str
     failures: list[Failure] = field(default_factory=list)
+    partners: list[Partner] = field(default_factory=list)
 
 
 def proposal(prompt: Prompt, seed: int) -> list[str]:
@@ -267,6 +273,25 @@ def test_the_reflector_edits_at_most_two_sentences(context: list[str], feedback:
     assert len(set(new) - set(context)) <= 2
     assert len(set(context) - set(new)) <= 2
     assert set(new) <= {*SENTENCES, "unheard of ."}
+
+
+def test_a_recombination_keeps_the_context_and_takes_over_sentences_of_the_others() -> None:
+    first, others = (
+        "be polite . box the answer .",
+        ["box the answer . read the facts first .", "do not make up a fact ."],
+    )
+    seen = {
+        tuple(proposal(Prompt(first, [Failure(FEEDBACK[0])], [Partner(text) for text in others]), seed))
+        for seed in range(40)
+    }
+    kept = ("be polite .", "box the answer .")
+    assert {found[:2] for found in seen} == {kept}
+    assert {found[2:] for found in seen} == {
+        ("read the facts first .",),
+        ("do not make up a fact .",),
+        ("read the facts first .", "do not make up a fact ."),
+    }
+    assert proposal(Prompt(first, [], [Partner("box the answer .")]), 0) == list(kept), "nothing to take over"
 
 
 def test_the_reflector_reads_the_feedback_but_does_not_know_what_helps() -> None:

@@ -7,16 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fst_fast.fast.fences import without_thought
-from fst_fast.fast.reflection import (
-    PLACEHOLDER,
-    SHOWN_CHARS,
-    Failure,
-    ReflectionPrompt,
-    Refusal,
-    Reply,
-    ask,
-    extract,
-)
+from fst_fast.fast.reflection import Failure, ReflectionPrompt, Refusal, Reply, ask, extract
+from fst_fast.fast.request import PLACEHOLDER, SHOWN_CHARS
 
 
 def read(text, *, finish="stop", known=(), limit=50, special="<|im_end|>"):

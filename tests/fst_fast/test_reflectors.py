@@ -108,7 +108,7 @@ def test_a_right_answer_arrives_with_its_token_counts_and_the_request_says_what_
             usd_per_million_completion_tokens=4.0,
         )
         (reply,) = reflect([PROMPT], seeds=[5])
-    assert reply == Reply("```\ntrace back\n```", "stop", None, 11, 7)
+    assert reply == Reply("```\ntrace back\n```", "stop", None, 11, 7, pytest.approx(5e-5))
     (request,) = server.requests
     assert (request["model"], request["max_tokens"], request["temperature"], request["seed"]) == (
         "m",
@@ -349,7 +349,10 @@ def test_one_fault_of_a_users_function_leaves_the_rest_of_the_batch(user_file):
         ("nowhere.py:f", "there is no file nowhere.py"),
         ("{file}:missing", "has no function 'missing'; it offers bad, good, odd"),
         ("{file}:word", "has no function 'word'"),
-        ("clever", "fast.reflector=clever is unknown; allowed: mini, self, openai, or file.py:function"),
+        (
+            "clever",
+            "fast.reflector=clever is unknown; allowed: mini, self, openai, given, or file.py:function",
+        ),
     ],
 )
 def test_a_reflector_that_cannot_be_is_one_sentence(user_file, spec, said):

@@ -49,7 +49,7 @@ def mini_with_a_window(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--fast.reflector=foo"], "fast.reflector=foo is unknown; allowed: mini, self, openai, or file.py:function"),
+        (["--fast.reflector=foo"], "fast.reflector=foo is unknown; allowed: mini, self, openai, given, or file.py:function"),
         (["--fast.reflector=nofile.py:f"], "nofile.py"),
         (["--fast.reflector=openai"], "model"),
         (["--track.wandb=x"], "track.wandb needs a package that is not installed"),

@@ -11,7 +11,12 @@ import pytest
 from tests.integration.crash import TINY, _fst, same, start_group, start_two, train_two, until
 from tests.integration.launch import records
 
-AHEAD = ("--rollout.ahead=1", "--rollout.sampler_ranks=1", "--fast.cycle_steps=4", "--slow.dynamic_sampling=1")
+AHEAD = (
+    "--rollout.ahead=1",
+    "--rollout.sampler_ranks=1",
+    "--fast.cycle_steps=4",
+    "--slow.dynamic_sampling=1",
+)
 
 
 @pytest.fixture(scope="module")

@@ -59,16 +59,26 @@ class _Failure(Protocol):
     def feedback(self) -> str: ...
 
 
+class _Partner(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
 class _Prompt(Protocol):
     @property
     def context(self) -> str: ...
     @property
     def failures(self) -> Sequence[_Failure]: ...
+    @property
+    def partners(self) -> Sequence[_Partner]: ...
 
 
 def reflect(prompt: _Prompt, rng: np.random.Generator) -> str:
     """Answer one reflection as a language model would: a remark, then the edited context in a fenced block."""
     sentences = split_sentences(prompt.context)
+    if prompt.partners:
+        both = _recombine(sentences, [split_sentences(partner.text) for partner in prompt.partners], rng)
+        return f"I take over what the others say.\n```\n{' '.join(both)}\n```"
     remarks: list[str] = []
     shown = [(failure.problem, failure.feedback) for failure in prompt.failures] or [("", "")]
     for _ in range(2 if rng.random() < _TWO_EDITS else 1):
@@ -81,6 +91,17 @@ def reflect(prompt: _Prompt, rng: np.random.Generator) -> str:
 def split_sentences(context: str) -> list[str]:
     """The sentences of a context, each with its closing full stop, if it has one."""
     return [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", context) if s.strip()]
+
+
+def _recombine(
+    sentences: list[str], partners: Sequence[Sequence[str]], rng: np.random.Generator
+) -> list[str]:
+    """The sentences, and of those that only partners have each with probability 1/2, at least one; no more than MAX_SENTENCES."""
+    others = list(dict.fromkeys(s for partner in partners for s in partner if s not in sentences))
+    if not others:
+        return sentences
+    taken = [s for s in others if rng.random() < 0.5] or [others[int(rng.integers(len(others)))]]
+    return [*sentences, *taken][:MAX_SENTENCES]
 
 
 def _edit(

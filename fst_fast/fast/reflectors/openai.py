@@ -63,10 +63,12 @@ class OpenAIReflector:
 
     @property
     def cost_usd(self) -> float:
+        return self._cost(self.prompt_tokens, self.completion_tokens)
+
+    def _cost(self, read: int, written: int) -> float:
         args = self.args
         return (
-            self.prompt_tokens * args.usd_per_million_prompt_tokens
-            + self.completion_tokens * args.usd_per_million_completion_tokens
+            read * args.usd_per_million_prompt_tokens + written * args.usd_per_million_completion_tokens
         ) / 1e6
 
     def __call__(self, prompts: Sequence[ReflectionPrompt], *, seeds: Sequence[int]) -> list[Reply]:
@@ -107,13 +109,14 @@ class OpenAIReflector:
         read, written = (
             _count(getattr(usage, name, None)) for name in ("prompt_tokens", "completion_tokens")
         )
+        used = read, written, self._cost(read, written)
         if not choices:
-            return Reply(None, "error", "the endpoint's answer has no choices", read, written)
+            return Reply(None, "error", "the endpoint's answer has no choices", *used)
         text = getattr(getattr(choices[0], "message", None), "content", None)
         finish = str(getattr(choices[0], "finish_reason", None))  # None: the reply is not said to be whole
         if not isinstance(text, str):
-            return Reply(None, finish, f"the endpoint's answer has no text (finish: {finish})", read, written)
-        return Reply(self._endpoint.redact(text), finish, None, read, written)
+            return Reply(None, finish, f"the endpoint's answer has no text (finish: {finish})", *used)
+        return Reply(self._endpoint.redact(text), finish, None, *used)
 
 
 def _count(value: Any) -> int:

@@ -1,20 +1,22 @@
-"""A reflector that is a Python function: the user's `file.py:function`, called with a ReflectionPrompt, or the mini world's rules.
+"""A reflector in Python: the user's `file.py:NAME`, or the mini world's rules.
 
-The function returns its reply as a language model would write it, with the new context in a fenced block. An exception
-becomes the error of that reply; the other prompts of the batch continue.
+A function is called once for each ReflectionPrompt. It returns its reply as a language model would write it, with the new context in a
+fenced block, or a Reply, such as `Reply.proposal(text)`. An exception becomes the error of that reply; the other prompts of the batch
+continue. A class is made once, with fast.reflector_args, and called like any reflector, with the whole batch and its seeds.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fst_fast.errors import UserError
-from fst_fast.fast.reflection import ReflectionPrompt, Reply, first_line
+from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, first_line
 
 Seeded = Callable[[ReflectionPrompt, int], Any]
 
@@ -31,12 +33,46 @@ class FunctionReflector:
 
     def _one(self, prompt: ReflectionPrompt, seed: int) -> Reply:
         try:
-            text = self._function(prompt, seed)
+            said = self._function(prompt, seed)
         except Exception as error:  # noqa: BLE001 - an error in the user's code costs one proposal
             return Reply.failed(f"{self.name} raised {type(error).__name__}: {first_line(str(error))}")
-        if not isinstance(text, str):
-            return Reply.failed(f"{self.name} returned {type(text).__name__}, not a string")
-        return Reply(text, "stop")
+        if isinstance(said, Reply):
+            return said
+        if not isinstance(said, str):
+            return Reply.failed(f"{self.name} returned {type(said).__name__}, not a string")
+        return Reply(said, "stop")
+
+
+def user_reflector(spec: str, args: Mapping[str, Any]) -> Reflector:
+    """The reflector that `file.py:NAME` names. Raises UserError where it cannot be made with `args`."""
+    named: Any = load_function(spec)
+    if not inspect.isclass(named):
+        no_args(spec, args)
+        return FunctionReflector(spec, unseeded(named))
+    try:
+        inspect.signature(named).bind(**args)
+    except TypeError as error:
+        raise UserError(f"fast.reflector_args={dict(args)} do not fit {spec}: {error}") from error
+    try:
+        reflector: Any = named(**args)
+    except Exception as error:
+        raise UserError(
+            f"fast.reflector={spec} cannot be made with fast.reflector_args={dict(args)}: {type(error).__name__}: "
+            f"{first_line(str(error))}"
+        ) from error
+    if not callable(reflector):
+        raise UserError(
+            f"fast.reflector={spec}: its objects cannot be called; a __call__(prompts, *, seeds) is due"
+        )
+    return reflector  # type: ignore[no-any-return]
+
+
+def no_args(name: str, args: Mapping[str, Any]) -> None:
+    """Raise UserError where arguments are given to a reflector that takes none."""
+    if args:
+        raise UserError(
+            f"fast.reflector_args has {', '.join(sorted(args))}, but fast.reflector={name} takes no arguments; openai, given and classes do"
+        )
 
 
 def seeded(rules: Callable[[ReflectionPrompt, np.random.Generator], str]) -> Seeded:

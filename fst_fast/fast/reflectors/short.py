@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fst_fast.contracts import Message
-from fst_fast.fast.reflection import ReflectionPrompt, cut
+from fst_fast.fast.reflection import ReflectionPrompt
+from fst_fast.fast.request import cut
 
 FENCE = "```"
 SYSTEM = "You write instructions."
@@ -69,8 +70,9 @@ def whole(continuation: str, *, ended: bool) -> str:
 def conversation(prompt: ReflectionPrompt, seed: int) -> list[Message]:
     """The request for one edit, up to the beginning of its reply. The kind of the edit follows from the seed."""
     rng = np.random.default_rng(seed)
-    if prompt.others and rng.random() < COMBINE:
-        other = prompt.others[int(rng.integers(len(prompt.others)))]
+    if prompt.partners or (prompt.others and rng.random() < COMBINE):
+        others = [partner.text for partner in prompt.partners] or prompt.others
+        other = others[int(rng.integers(len(others)))]
         solved = [(_pair(*pair), both) for pair, both in COMBINED]
         return _asked(solved, _pair(prompt.context, other))
     solved = [(_case(*case), after) for case, after in EXAMPLES]
