@@ -143,9 +143,7 @@ def test_every_remedy_that_is_named_makes_it_fit():
 
 def test_every_gain_that_is_named_fits_and_is_one():
     plan = planned(
-        eight_b(
-            policy={"activation_checkpointing": True, "zero_stage": 3}, rollout={"cuda_graphs": False}
-        )
+        eight_b(policy={"activation_checkpointing": True, "zero_stage": 3}, rollout={"cuda_graphs": False})
     )
     gains = advice.improvements(plan)
     assert {"rollout.cuda_graphs": True} in [change for change, _ in gains]

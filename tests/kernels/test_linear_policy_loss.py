@@ -199,9 +199,7 @@ def test_rows_known_to_the_host_change_nothing(kl, chunk_rows, monkeypatch):
     def with_known_rows(*given, **named):
         calls.append(named)
         rows, order, bounds = KnownRows.of(case["rows"], N, chunk_rows, torch.device("cpu"))
-        return operator(
-            *given[:4], rows, *given[5:9], order, *given[10:], **named | {"bounds": bounds}
-        )
+        return operator(*given[:4], rows, *given[5:9], order, *given[10:], **named | {"bounds": bounds})
 
     monkeypatch.setattr(api, "linear_policy_loss_op", with_known_rows)
     loss, stats = fused_loss(case, objective, *inputs, chunk_rows=chunk_rows)
