@@ -26,7 +26,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks import measure
 from fst_fast.policy.attention import NAME
+from fst_fast.policy.gpu_forward import unsupported_reason
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.responses import Responses
 
 BANDWIDTH = 4.3e12  # bytes/s
@@ -77,7 +79,8 @@ def floor_bytes(model: Any, engine: RolloutEngine, some: list[Request], tokens: 
 def measured(model: Any, side: str, some: list[Request], steps: int) -> dict[str, Any]:
     packing = SIDES[side]
     model.set_attn_implementation(NAME if packing == "forest" else "sdpa")
-    engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=len(some), packing=packing)
+    graph = None if packing == "padded" or unsupported_reason(model) else StepGraph()
+    engine = RolloutEngine(model, eos_ids=[], pad_id=0, max_batch=len(some), packing=packing, graph=graph)
     ends: list[float] = []
     draw = Responses.draw
 

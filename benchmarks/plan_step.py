@@ -83,9 +83,10 @@ class MeasuredStep:
 
     def __init__(self, config: Config, load: Load) -> None:
         from fst_fast import distributed
-        from fst_fast.policy import trained
+        from fst_fast.policy import gpu_forward, trained
         from fst_fast.policy.scoring import Batching
         from fst_fast.rollout.engine import RolloutEngine
+        from fst_fast.rollout.graphs import StepGraph
 
         distributed.init()
         self.config, self.load = config, load
@@ -99,6 +100,7 @@ class MeasuredStep:
             max_batch=config.rollout.max_batch,
             packing=config.policy.packing,
             kv_bytes=config.rollout.kv_memory_bytes,
+            graph=None if gpu_forward.unsupported_reason(self.policy.rollout_model) else StepGraph(),
         )
         self.batching = Batching.of(config, 0)
         self.step = 0

@@ -191,3 +191,5 @@ def _receive(run: Run, link: Link, stage: Stage) -> None:
     for problem in problems_of(config, stage, batch.step)[0]:
         state.reusable.claim(plan_group(problem, state.population, config.slow.group_size))
     state.ahead.append(batch)
+    if distributed.split() is not None:  # what the samplers have learned of lengths
+        run.sampler.lengths.note(s.rollout for s in batch.rollouts)

@@ -21,7 +21,8 @@ from typing import NoReturn
 from fst_fast import mini
 from fst_fast.commands import arguments
 from fst_fast.errors import UserError, one_line
-from fst_fast.run.environment import prepare_environment, usable_cores
+from fst_fast.run.cores import usable_cores
+from fst_fast.run.environment import prepare_environment
 
 # Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
 OPTIONS = {

@@ -303,6 +303,19 @@ def local_shard(items: Sequence[T]) -> list[T]:
     return list(items[len(items) * here // world : len(items) * (here + 1) // world])
 
 
+def contiguous_shard_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
+    """Like `local_shard`, with shards of about equal total cost: an item goes to the process in whose share of the costs its middle lies."""
+    here, world, total = rank(), world_size(), sum(costs)
+    if world == 1 or not total:
+        return local_shard(items)
+    mine, before = [], 0
+    for item, cost in zip(items, costs, strict=True):
+        if min(world - 1, (2 * before + cost) * world // (2 * total)) == here:
+            mine.append(item)
+        before += cost
+    return mine
+
+
 def local_shard_by_cost(items: Sequence[T], costs: Sequence[int]) -> list[T]:
     """This process's shard of `items`, which every process holds, balanced by cost (see `assign_ranks`); order is kept."""
     ranks = assign_ranks([costs, *[[]] * (world_size() - 1)])[0]

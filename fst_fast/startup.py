@@ -305,6 +305,7 @@ def build_run(
             run.sampling_models = SamplingModels(served, served, served, link.copy, reference)
         run.state.date, run.state.base_weights = began, base_weights
         _start_or_resume(run, found, data, allow_data_change)
+        sampler.lengths = run.state.lengths
     except BaseException:
         sampler.close()
         console.close()

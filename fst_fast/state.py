@@ -19,6 +19,7 @@ from fst_fast.contracts import Context, Rollout, ScoredRollout, Turn, Verdict
 from fst_fast.data.fingerprint import Fingerprint
 from fst_fast.errors import UserError
 from fst_fast.fast.population import FastState, Scores
+from fst_fast.rollout.lengths import ResponseLengths
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.run.counters import Counters
 from fst_fast.slow.batch import Batch
@@ -40,11 +41,13 @@ class State:
     base_rewards: dict[str, dict[str, float]] = field(default_factory=dict)  # see evaluate.evaluate
     date: str = ""  # when the run began (ISO 8601): a chat template's today
     base_weights: str = ""  # see policy/base_weights.py. Both are "" in a state of an earlier version
+    lengths: ResponseLengths = field(default_factory=ResponseLengths)  # see rollout/lengths.py
     data: Fingerprint | None = None  # of what the task gave; None in a checkpoint of an earlier version
 
     def forget_data(self) -> None:
         """Drop what was measured on problems that are no longer the task's: rewards of the base model, rollouts to reuse or to train, scores."""
         self.base_rewards.clear()
+        self.lengths.known.clear()
         self.ahead = []
         self.reusable = ReusePool()
         self.fast = replace(self.fast, scores=Scores(policy_version=-1))
@@ -63,6 +66,7 @@ class State:
             "reusable": [scored_to_json(s) for s in self.reusable.rollouts],
             **({"ahead": [batch_to_json(b) for b in self.ahead]} if self.ahead else {}),
             "base_rewards": self.base_rewards,
+            "lengths": self.lengths.known,
             "data": self.data,
         }
         path.write_text(json.dumps(tree))
@@ -84,6 +88,7 @@ class State:
                 reusable=ReusePool([scored_from_json(s) for s in tree["reusable"]]),
                 ahead=[batch_from_json(b) for b in tree.get("ahead", ())],
                 base_rewards=tree["base_rewards"],
+                lengths=ResponseLengths({str(k): float(v) for k, v in tree.get("lengths", {}).items()}),
                 date=datetime.fromisoformat(tree["date"]).isoformat() if tree.get("date") else "",
                 data=_checked_fingerprint(tree.get("data")),
             )

@@ -139,7 +139,49 @@ def linear_logprob_cases() -> Iterator[Case]:
         )
 
 
-CASES: list[Callable[[], Iterator[Case]]] = [linear_logprob_cases]
+def layer_row_cases() -> Iterator[Case]:
+    """The row operations of a layer, for the shapes of Qwen3-8B and of a head size that is no power of two."""
+    from fst_kernels import gpu
+    from fst_kernels import gpu_kernels as kernels
+
+    yield Case(
+        "rms_norm H=4096",
+        kernels.rms_norm_kernel,
+        dict.fromkeys(("x", "weight", "out"), "*bf16") | {"stride": "i32", "eps": "fp32"},
+        {"WIDTH": 4096, "BLOCK": 4096},
+        warps=gpu.warps(4096),
+    )
+    for dim, half in ((128, 64), (96, 64)):
+        for norms in ("*bf16", None):
+            yield Case(
+                f"norm_and_turn D={dim}{'' if norms else ', without norms'}",
+                kernels.norm_and_turn_kernel,
+                dict.fromkeys(("x", "cos", "sin"), "*bf16")
+                | ({"norms": norms} if norms else {})
+                | dict.fromkeys(("heads", "stride", "stride_turn"), "i32")
+                | {"eps": "fp32"},
+                ({} if norms else {"norms": None})
+                | {"HALF": dim // 2, "BLOCK": half, "HEADS": gpu.TURNED_HEADS},
+                unaligned=("heads",),
+            )
+        yield Case(
+            f"scatter D={dim}",
+            kernels.scatter_kernel,
+            dict.fromkeys(("k", "v", "k_pool", "v_pool"), "*bf16")
+            | {"slots": "*i64"}
+            | {n: "i32" for n in kernels.scatter_kernel.arg_names if n.startswith("stride_")},
+            {"ROWS": 8, "HEADS": 8, "D": dim, "BLOCK": 128},
+        )
+    yield Case(
+        "gate",
+        kernels.gate_kernel,
+        {"x": "*bf16", "out": "*bf16", "width": "i32", "blocks": "i32"},
+        {"BLOCK": gpu.GATED_COLUMNS},
+        unaligned=("blocks",),
+    )
+
+
+CASES: list[Callable[[], Iterator[Case]]] = [linear_logprob_cases, layer_row_cases]
 
 
 def compile_case(case: Case, arch: int) -> aot_inspect.Report:

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU: builds csrc, runs the tests that need a GPU, then the benchmarks with their peers, on this code
-# tree itself (nothing is installed, no network is needed). Under nine minutes in all; every part has its own time limit.
+# tree itself (nothing is installed, no network is needed). The parts come in the order of what they tell: whether every kernel is right,
+# then the head, tree attention, a decode step, the sampler and a whole step beside what `fst plan` predicts of it. Under ten minutes in all;
+# every part has its own time limit.
 #
-#   bash scripts/gpu_check.sh [--list] [--dry-run] [PART ...]      no PART: all of them, in the order of --list
+#   bash scripts/gpu_check.sh [--list] [--dry-run] [--again] [PART ...]      no PART: all of them, in the order of --list
 #
-# OUT=folder     where it writes as it goes (build/gpu_check): log.txt, summary.txt, and NAME_cuda.json per benchmark
+# A part that passed with this code is not run again without --again: what was cut off is continued by the same command.
+#
+# OUT=folder     where it writes as it goes (build/gpu_check): log.txt, summary.txt, table.txt, and NAME_cuda.json per benchmark
 # WHEELS=folder  wheels of packages that this machine lacks (pytest, pytest-benchmark, pydantic, liger-kernel ...): unpacked without their
 #                dependencies into a folder that only this run sees
 # PYTHON=python3
@@ -12,17 +16,17 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-TOTAL_S=530
-PARTS=(build tests linear_logprob linear_policy_loss tree_attention training_step cascade_decode decode_step sampling)
-declare -A LIMIT_S=([build]=60 [tests]=150 [linear_logprob]=78 [linear_policy_loss]=78 [tree_attention]=45
-    [training_step]=40 [cascade_decode]=20 [decode_step]=40 [sampling]=20)
+TOTAL_S=590
+PARTS=(build tests linear_policy_loss tree_attention decode_step sampling step linear_logprob training_step cascade_decode)
+declare -A LIMIT_S=([build]=60 [tests]=120 [linear_policy_loss]=70 [tree_attention]=45 [decode_step]=60 [sampling]=20
+    [step]=90 [linear_logprob]=65 [training_step]=40 [cascade_decode]=20)
 
 refuse() {
     echo "gpu_check: $1" >&2
     exit 2
 }
 
-dry=0 asked=()
+dry=0 again=0 asked=()
 for argument in "$@"; do
     case $argument in
         --list)
@@ -30,7 +34,8 @@ for argument in "$@"; do
             exit 0
             ;;
         --dry-run) dry=1 ;;
-        -*) refuse "$argument is not an option; allowed: --list, --dry-run" ;;
+        --again) again=1 ;;
+        -*) refuse "$argument is not an option; allowed: --list, --dry-run, --again" ;;
         *)
             [[ -n ${LIMIT_S[$argument]:-} ]] || refuse "$argument is not a part; allowed: ${PARTS[*]}"
             asked+=("$argument")
@@ -59,7 +64,7 @@ command_of() {
                 echo "mkdir -p build/csrc && nvcc -shared -O3 -std=c++17 -arch=sm_$architecture -cudart static -Xcompiler -fPIC -o build/csrc/libfst_cuda.so csrc/*.cu"
             fi
             ;;
-        tests) echo "$python -m pytest -p no:cacheprovider -q --tb=short -m gpu $parallel tests/kernels tests/fst_fast/test_kv_pool.py tests/fst_fast/test_graphs.py tests/fst_fast/test_liger.py" ;;
+        tests) echo "$python -m pytest -p no:cacheprovider -q --tb=short -m gpu $parallel tests/kernels tests/fst_fast/test_kv_pool.py tests/fst_fast/test_graphs.py tests/fst_fast/test_gpu_forward.py tests/fst_fast/test_liger.py" ;;
         *)
             if grep -q "^def test_" "benchmarks/$1.py"; then
                 echo "$python -m pytest -p no:cacheprovider -q --tb=short benchmarks/$1.py --out ${out@Q}"
@@ -105,14 +110,22 @@ if "$python" -c "import xdist" 2>/dev/null; then parallel="-n 4 --dist loadfile"
 
 summary() { printf '%-20s %-10s %6s  %s\n' "$@" >>"$out/summary.txt"; }
 
+# What a part's result depends on.
+code=$(find kernels csrc fst_fast benchmarks tests/kernels -name '*.py' -o -name '*.cu' -o -name '*.h' | sort | xargs cat | sha256sum | cut -c 1-16)
+mkdir -p "$out/passed"
+
 failed=0
 begin=$SECONDS
-: >"$out/log.txt"
+touch "$out/log.txt"
 echo "${machine#*$'\t'}" | tee -a "$out/log.txt" >"$out/summary.txt"
 for part in "${parts[@]}"; do
     if ! exists "$part"; then
         if [[ " ${asked[*]} " == *" $part "* ]]; then status=failed failed=1; else status=absent; fi
         summary "$part" "$status" "" "there is no benchmarks/$part.py"
+        continue
+    fi
+    if ((!again)) && [[ $(cat "$out/passed/$part" 2>/dev/null) == "$code" ]]; then
+        summary "$part" "passed" "" "before, with this code"
         continue
     fi
     left=$((TOTAL_S - (SECONDS - begin)))
@@ -128,12 +141,14 @@ for part in "${parts[@]}"; do
     timeout --kill-after=5 "$limit" bash -c "$command" 2>&1 | tee -a "$out/log.txt"
     code=${PIPESTATUS[0]}
     case $code in
-        0) status=passed ;;
+        0) status=passed && echo "$code" >"$out/passed/$part" ;;
         124 | 137) status="timed out" failed=1 ;;
         *) status=failed failed=1 ;;
     esac
     summary "$part" "$status" "$((SECONDS - started)) s" "$(tail -n 1 "$out/log.txt" | cut -c 1-90)"
 done
+"$python" -m benchmarks.table "$out" >"$out/table.txt" 2>&1
 echo
+cat "$out/table.txt"
 tee -a "$out/log.txt" <"$out/summary.txt"
 exit "$failed"

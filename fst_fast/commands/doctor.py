@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
 from fst_fast.mini import default_config
-from fst_fast.run.environment import usable_cores
+from fst_fast.run.cores import usable_cores
 from fst_fast.verify.run_code import isolation
 from fst_fast.verify.supervisor import MAX_PROCESSES, unlimited_reason
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fst_fast.commands.model_card import CONFIG, model_card
-from fst_fast.components import components_of
 from fst_fast.config import Config
 from fst_fast.config import load as config_load
+from fst_fast.config.components import components_of
 from fst_fast.errors import UserError
 from fst_fast.policy import lora
 from fst_fast.rollout.template import configured_chat

@@ -14,7 +14,7 @@ from fst_fast.plan import advice, machines
 from fst_fast.plan.advice import Change, Plan
 from fst_fast.plan.shapes import Shape, local_folder, read_shape
 from fst_fast.plan.workload import SPREAD, Assumed, longest
-from fst_fast.run.environment import usable_cores
+from fst_fast.run.cores import usable_cores
 
 GB = machines.GB
 SHOWN = 3  # changes

@@ -3,7 +3,7 @@
 Importing this package loads pydantic and nothing heavier; `load` brings the YAML library with it.
 """
 
-from fst_fast.config.fast_section import FastConfig
+from fst_fast.config.fast import FastConfig
 from fst_fast.config.schema import (
     CheckpointConfig,
     Config,

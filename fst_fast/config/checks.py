@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fst_fast.config.fast_section import FastConfig
+    from fst_fast.config.fast import FastConfig
     from fst_fast.config.schema import Config, PolicyConfig, SlowConfig
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -61,6 +61,8 @@ def policy(policy: PolicyConfig) -> None:
     ):
         if not on and _holds(policy.deepspeed, path):
             raise ValueError(f"policy.deepspeed.{path} has no effect without policy.{key}=true")
+    if not stage and _holds(policy.deepspeed, "data_types"):
+        raise ValueError("policy.deepspeed.data_types needs policy.zero_stage >= 1, which is 0")
 
 
 def _holds(tree: Any, path: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fst_fast.config.fast_section import FastConfig
+from fst_fast.config.fast import FastConfig
 from fst_fast.config.schema import Config
 
 

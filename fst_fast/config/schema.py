@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from fst_fast.config import checks
-from fst_fast.config.fast_section import FastConfig
+from fst_fast.config.fast import FastConfig
 from fst_fast.config.section import Section
 
 
@@ -66,12 +66,14 @@ class PolicyConfig(Section):
     """Keep the optimiser's state in CPU memory; needs zero_stage >= 1."""
     offload_parameters: bool = False
     """Keep the partitioned weights in CPU memory and fetch them layer by layer; needs zero_stage = 3."""
-    optimizer: Literal["torch_adamw", "auto", "fused_adam", "cpu_adam"] = "torch_adamw"
-    """Which implementation of AdamW: torch's; DeepSpeed's FusedAdam, which needs a GPU; DeepSpeedCPUAdam, which needs offload_optimizer and a C++
-    compiler at its first use; `auto`: DeepSpeedCPUAdam with offload_optimizer, else FusedAdam on a GPU, else torch's. They differ by rounding."""
+    optimizer: Literal["auto", "torch_adamw", "fused_adam", "cpu_adam"] = "auto"
+    """Which implementation of AdamW: torch's; DeepSpeed's FusedAdam, which needs a GPU and nvcc; DeepSpeedCPUAdam, which needs offload_optimizer and
+    a C++ compiler at its first use; `auto`: on a GPU DeepSpeedCPUAdam with offload_optimizer, else torch's in one kernel; without a GPU torch's.
+    They differ by rounding."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further keys of the DeepSpeed configuration, such as {zero_optimization: {overlap_comm: true}}. Those that follow from other keys are
-    refused by name."""
+    refused by name. Gradients of several micro-batches are added up in float32; under ZeRO {data_types: {grad_accum_dtype: bf16}} halves their
+    memory in a bfloat16 model."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory."""
     liger: bool = False
@@ -101,8 +103,9 @@ class RolloutConfig(Section):
     kv_memory_bytes: int | None = Field(None, ge=1)
     """Memory for the keys and values of one process, prompts and responses; fewer sequences run at a time if they do not fit. null: nine
     tenths of the free memory of the GPU or, without one, half of the machine's, shared by its processes."""
-    cuda_graphs: bool = False
-    """On a GPU: record decode steps as CUDA graphs. Off by default because the gain has not been measured; without a GPU it does nothing."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """On a GPU: record decode steps as CUDA graphs. `auto`: for models that have the fused forward (Llama, Qwen2, Qwen3). Without a GPU it does
+    nothing."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token. The tokens that complete one belong to the response."""
     max_turns: int = Field(8, ge=1)
@@ -281,8 +284,8 @@ class EvalConfig(Section):
 class VerifyConfig(Section):
     """Child processes that judge responses."""
 
-    workers: int = Field(1, ge=1)
-    """Verifying child processes of each process."""
+    workers: int | None = Field(None, ge=1)
+    """Verifying child processes of each process; null: its share of the machine's cores, one of which stays free, and at most 16."""
     timeout_s: float = Field(10.0, gt=0)
     """Wall-clock limit of one verification; after it the reward is null."""
     memory_mib: int = Field(2048, ge=64)
@@ -356,7 +359,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     task: str = "star_graph"
-    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, or rows with task_args.verify = a built-in grader or
+    """A built-in task, `my_task.py:MyTask`, `reasoning_gym:NAME`, `verifiers:NAME`, `openenv:URL`, `program`, or rows with task_args.verify = a built-in grader or
     `grader.py:function`: `hf:NAME` (a data set of the Hugging Face Hub), `data.jsonl`, `.csv`, `.tsv`, `.parquet`."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""

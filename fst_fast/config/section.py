@@ -1,4 +1,4 @@
-"""What every section of the configuration has in common."""
+"""What all sections of the configuration have in common."""
 
 from __future__ import annotations
 

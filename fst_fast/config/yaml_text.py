@@ -67,10 +67,11 @@ def read_yaml(text: str) -> Any:
 def read_argument(text: str) -> Any:
     """The value of one command-line argument. Raises YamlProblem.
 
-    As YAML, save that plain text is taken as it is written: nothing at all, `a  # b`, `---` or two lines.
+    As YAML, save that plain text is taken as it is written: nothing at all, `a  # b`, `---`, two lines, or what begins with # (Markdown)
+    or a byte order mark.
     """
     value, root = _read(text)
-    if root is None:
+    if root is None or text.lstrip().startswith(("#", "\ufeff")):
         return text
     if not isinstance(root, ScalarNode) or root.style or text.lstrip().startswith(("!", "&")):
         return value

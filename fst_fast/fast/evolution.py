@@ -28,8 +28,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fst_fast.components import components_of, compose, names_one
 from fst_fast.config import FastConfig
+from fst_fast.config.components import components_of, compose, names_one
 from fst_fast.config.derived import Size, affordable, screening, wave_width
 from fst_fast.contracts import Context, Problem, ScoredRollout
 from fst_fast.fast import pareto, racing

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fst_fast.components import components_of, compose, names_one
+from fst_fast.config.components import components_of, compose, names_one
 from fst_fast.contracts import FULL_REWARD, Context, Problem, Rollout, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reflector, Refusal, ask, extract
 from fst_fast.fast.scoring import ScoreFn

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from fst_fast.components import components_of, compose
+from fst_fast.config.components import components_of, compose
 from fst_fast.contracts import Context
 from fst_fast.fast import pareto
 from fst_fast.fast.population import Lineage

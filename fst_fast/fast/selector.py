@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from fst_fast.components import components_of
+from fst_fast.config.components import components_of
 from fst_fast.contracts import Context
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.population import Lineage

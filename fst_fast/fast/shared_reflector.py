@@ -9,6 +9,7 @@ from dataclasses import replace
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Message, Problem
+from fst_fast.errors import UserError
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Reply, ask
 from fst_fast.fast.reflectors import make_reflector
 from fst_fast.fast.reflectors.self_ import SMALL_PARAMETERS
@@ -61,6 +62,12 @@ def shared_reflector(config: Config, base: RolloutEngine, chat: Chat) -> Reflect
     if style == "auto":
         few = sum(p.numel() for p in base.model.parameters()) < SMALL_PARAMETERS
         style = "short" if few else "full"
+    name = config.fast.reflector
+    if templates and (name == "mini" or (name == "self" and style == "short")):
+        what = "mini" if name == "mini" else "self with fast.reflection_style=short"
+        raise UserError(
+            f"fast.reflection_templates has no effect with fast.reflector={what}; allowed with full, openai, file.py:NAME"
+        )
     asked = make_reflector(config.fast.reflector, config.fast.reflector_args, generate=generate, style=style)
 
     def quiet(_: str) -> None:

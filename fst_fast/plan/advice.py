@@ -14,7 +14,7 @@ from fst_fast.config.derived import phases_once
 from fst_fast.plan.machines import Machine
 from fst_fast.plan.memory import Phase, Setting, memory
 from fst_fast.plan.shapes import Shape
-from fst_fast.plan.times import StepTime, step_time
+from fst_fast.plan.times import StepTime, step_time, verifiers
 from fst_fast.plan.workload import Assumed, Work, longest, works
 
 Change = Mapping[str, Any]  # dotted key -> value
@@ -187,7 +187,7 @@ def _tunings(here: Plan) -> Iterator[Change]:
         for stage in range(4):
             if stage != config.policy.zero_stage and (stage or not config.policy.offload_optimizer):
                 yield {"policy.zero_stage": stage}
-    if gpu and not config.rollout.cuda_graphs:
+    if gpu and not here.setting.graphs:
         yield {"rollout.cuda_graphs": True}
     if gpu and not config.policy.liger and here.shape.model_type in LIGER_TYPES:
         yield {"policy.liger": True}
@@ -201,7 +201,7 @@ def _tunings(here: Plan) -> Iterator[Change]:
         yield {"slow.tokens_per_micro_batch": times * config.slow.tokens_per_micro_batch}
         if config.rollout.max_batch < max(w.sequences for w in here.shares):
             yield {"rollout.max_batch": times * config.rollout.max_batch}
-        yield {"verify.workers": times * config.verify.workers}
+        yield {"verify.workers": times * verifiers(here.setting)}
 
 
 def scales(here: Plan) -> list[tuple[int, Plan | None]]:

@@ -57,6 +57,18 @@ class Setting:
         return self.config.policy.zero_stage
 
     @property
+    def summed(self) -> int:
+        """Bytes of an element of the gradient that DeepSpeed adds up over micro-batches."""
+        given = self.config.policy.deepspeed.get("data_types")
+        less = isinstance(given, dict) and given.get("grad_accum_dtype") in ("bf16", "bfloat16")
+        return 4 if self.stage and not less else self.element
+
+    @property
+    def whole_sums(self) -> bool:
+        """Whether DeepSpeed's BF16_Optimizer runs: ZeRO-1 whose float32 gradients are not partitioned, and always there."""
+        return self.stage == 1 and self.summed > self.element and not self.config.policy.offload_optimizer
+
+    @property
     def trained(self) -> int:
         """Parameters that are trained."""
         lora = self.config.policy.lora
@@ -73,8 +85,23 @@ class Setting:
     @property
     def fused(self) -> bool:
         """Whether the CPU's own forward samples and scores."""
+        return not self.gpu and self.element == 4 and self._known
+
+    @property
+    def lean(self) -> bool:
+        """Whether a fused forward samples: the CPU's, or the GPU's."""
+        return self.fused or (self.gpu and self._known and self.config.policy.lora is None)
+
+    @property
+    def _known(self) -> bool:
         known = self.shape.model_type in ("llama", "qwen2", "qwen3")
-        return not self.gpu and self.element == 4 and known and self.config.policy.packing == "forest"
+        return known and self.config.policy.packing == "forest"
+
+    @property
+    def graphs(self) -> bool:
+        """Whether decode steps are CUDA graphs."""
+        wanted = self.config.rollout.cuda_graphs
+        return self.gpu and (self.lean if wanted == "auto" else wanted is True)
 
     @property
     def layer_copies(self) -> int:
@@ -102,8 +129,10 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     share = trained // n if s.stage else trained
     master = 4 * share if s.stage in (1, 2) or e < 4 else 0
     if s.stage == 3:  # both are allocated at the start and stay
-        device["gradients"] = e * share
+        device["gradients"] = s.summed * share
         device["buckets"] = e * (BUCKET if s.gpu else min(BUCKET, trained))
+    if s.whole_sums:
+        device["gradients"] = 4 * trained
     (host if policy.offload_optimizer else device)["optimiser"] = 8 * share + master
     return device, host
 
@@ -111,8 +140,13 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
 def gradients(s: Setting, micro_batches: int) -> int:
     """Bytes of the gradients once all are there."""
     whole = s.element * s.trained
+    if s.whole_sums:  # each gradient is freed once it is added
+        return 4 * s.trained
     if s.stage < 2:
-        return whole
+        aside = 4 * s.trained if not s.stage and s.element == 2 and micro_batches > 2 else 0
+        return (4 * s.trained if s.summed > s.element else whole) + aside
+    if s.summed > s.element:
+        return 4 * s.trained // s.processes
     accumulated = 2 if s.stage == 2 and micro_batches > 1 else 1
     return accumulated * whole // s.processes
 
@@ -255,8 +289,10 @@ def optimiser_step(s: Setting, micro_batches: int) -> dict[str, int]:
     share = s.trained // s.processes if s.stage else s.trained
     largest = s.shape.embedding if s.config.policy.lora is None else s.shape.hidden * 64
     temporary = 4 * share if s.gpu else 8 * (share if s.stage else min(largest, share))
-    if s.config.policy.optimizer == "fused_adam":
+    if s.config.policy.optimizer == "fused_adam" or (s.gpu and s.config.policy.optimizer == "auto"):
         temporary = 0
+    if s.whole_sums:
+        return {"temporaries": temporary}
     if not s.stage and s.element == 4:
         return {"gradients": own, "temporaries": temporary}
     if s.stage == 3:

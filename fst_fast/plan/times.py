@@ -18,6 +18,7 @@ import numpy as np
 from fst_fast.plan.machines import Machine
 from fst_fast.plan.memory import PREFILL, Setting, kv_pool
 from fst_fast.plan.workload import Ints, MicroBatch, Work
+from fst_fast.run.cores import MOST_SPARE_CORES, spare_cores
 
 SAMPLER_LAUNCHES = 100  # of a decode step: random numbers in plain PyTorch, what is drawn, slots and lengths
 
@@ -169,7 +170,7 @@ def head_rows(s: Setting, rows: float, *, products: int, passes: int, exps: int,
 def prefill(s: Setting, work: Work) -> Costs:
     return [
         layers_forward(
-            s, work.prompt_tokens, work.prompt_pairs, calls=-(-work.prompt_tokens // PREFILL), own=s.fused
+            s, work.prompt_tokens, work.prompt_pairs, calls=-(-work.prompt_tokens // PREFILL), own=s.lean
         ),
         layer_copies(s),
         Cost(
@@ -186,13 +187,13 @@ def layer_copies(s: Setting) -> Cost:
 
 def decode_step(s: Setting, slots: int, suffix: float, work: Work) -> Costs:
     """One decode step of `slots` sequences, each `suffix` tokens into its response."""
-    layers = layers_forward(s, slots, slots * (work.prompt + suffix), calls=1, own=s.fused)
-    extra = Cost() if s.fused else adapters(s, slots, 1)
+    layers = layers_forward(s, slots, slots * (work.prompt + suffix), calls=1, own=s.lean)
+    extra = Cost() if s.lean else adapters(s, slots, 1)
     if s.gpu:  # attention reads what is shared once
         shared = min(work.prompt_tokens, slots * work.prompt) + slots * suffix
         stream = layers.stream + s.element * s.shape.kv_elements() * shared
         layers = replace(layers, attention=0.0, stream=stream)
-        if s.config.rollout.cuda_graphs:
+        if s.graphs:
             layers, extra = replace(layers, launches=12.0), replace(extra, launches=0.0)
     head = head_rows(s, slots, products=1, passes=3 if s.gpu else 9, exps=2, chunk=slots)
     return [layers, head, extra, Cost(launches=SAMPLER_LAUNCHES)]
@@ -367,6 +368,11 @@ class StepTime:
         return sum(p.seconds for p in self.phases)
 
 
+def verifiers(s: Setting) -> int:
+    """Verifying children of a process; a node of GPUs has cores for all of them."""
+    return s.config.verify.workers or (MOST_SPARE_CORES if s.gpu else spare_cores())
+
+
 def sampling(
     s: Setting, work: Work, m: Machine, *, room: int, verify_s: float, known: dict[Any, StepRates]
 ) -> list[Timed]:
@@ -375,10 +381,12 @@ def sampling(
         return []
     first = prefill(s, work)
     parts = parts_of(first, m, s)
-    judged = work.sequences * verify_s / s.config.verify.workers
+    judged, decoded = work.sequences * verify_s / verifiers(s), decode(s, work, m, room, known)
+    if m.gpu:  # responses are judged while others are sampled, on cores that have nothing else to do
+        judged = max(verify_s, judged - decoded.seconds)
     return [
         Timed("prefill", seconds(parts, m), parts, total(first)),
-        Timed("decode", *decode(s, work, m, room, known)),
+        Timed("decode", *decoded),
         Timed("verify", judged, {"waiting": judged}, Cost(waits=judged)),
     ]
 

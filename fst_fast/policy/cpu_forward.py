@@ -52,6 +52,11 @@ def unsupported_reason(model: Any) -> str | None:
     weight = model.get_output_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"the CPU forward is for float32 on the CPU, the weights are {weight.dtype} on {weight.device.type}"
+    return unusual(model)
+
+
+def unusual(model: Any, *, liger: bool = False) -> str | None:
+    """What this model has that a fused forward does not know, or None. liger: its layers are known."""
     if type(model).__name__ not in ARCHITECTURES:
         return f"{type(model).__name__} is none of {', '.join(ARCHITECTURES)}"
     if (window := sliding_window(model.config)) is not None:
@@ -63,13 +68,18 @@ def unsupported_reason(model: Any) -> str | None:
     for name, module in model.model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not (liger and _of_liger(vars(module)["forward"])):
             return f"{name} has another forward than its class"
         if name.endswith("_proj") and type(getattr(module, "base_layer", module)) is not nn.Linear:
             return f"{name} is a {type(module).__name__}"
         if name.endswith(("o_proj", "gate_proj", "up_proj", "down_proj")) and bias_of(module) is not None:
             return f"{name} has a bias"
     return None
+
+
+def _of_liger(forward: Any) -> bool:
+    """Whether policy.liger has put this forward there; it computes the same."""
+    return str(getattr(getattr(forward, "__func__", forward), "__module__", "")).startswith("liger_kernel.")
 
 
 @dataclass(frozen=True)

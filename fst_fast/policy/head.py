@@ -61,18 +61,20 @@ class Labels:
     """Labelled rows of a packed batch, without duplicates: at a branch point one row carries several labels.
 
     unique: [R] int64, flat token index of each labelled row. row_of: [M] int64, index into `unique` of each label's
-    row. labels: [M] int64."""
+    row. labels: [M] int64. on_host: row_of, on the host."""
 
     unique: Tensor
     row_of: Tensor
     labels: Tensor
+    on_host: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, labels: Tensor, device: torch.device | str | None = None) -> Labels:
         """Build from host tensors rows [M] and labels [M], on `device` (None: the tensors' own device)."""
         unique, row_of = torch.unique(rows, return_inverse=True)
-        parts = (unique, row_of, labels)
-        return cls(*(parts if device is None else (to_device(x, device) for x in parts)))
+        if device is None:
+            return cls(unique, row_of, labels, row_of)
+        return cls(to_device(unique, device), to_device(row_of, device), to_device(labels, device), row_of)
 
 
 @dataclass
@@ -126,7 +128,7 @@ class LossJob:
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         loss, self.stats = linear_policy_loss(
             hidden.index_select(0, self.at.unique), weight, self.at.labels, self.advantages, objective=self.objective,
-            token_weight=self.token_weight, rows=self.at.row_of, old_logprob=self.old_logprob, bias=bias,
+            token_weight=self.token_weight, rows=self.at.on_host, old_logprob=self.old_logprob, bias=bias,
             temperature=self.temperature, ref_hidden=self.ref_hidden, ref_weight=self.ref_weight, ref_bias=self.ref_bias,
             ref_logprob=self.ref_logprob, chunk_rows=self.chunk_rows,
         )  # fmt: skip

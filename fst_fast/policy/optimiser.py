@@ -10,7 +10,7 @@ import torch
 from fst_fast.config import Config, SlowConfig
 from fst_fast.errors import UserError
 
-Adam = Literal["torch_adamw", "fused_adam", "cpu_adam"]
+Adam = Literal["torch_adamw", "torch_fused", "fused_adam", "cpu_adam"]
 
 
 def learning_rate(slow: SlowConfig, step: int) -> float:
@@ -27,15 +27,22 @@ def learning_rate(slow: SlowConfig, step: int) -> float:
 
 
 def choice(config: Config) -> Adam:
-    """What policy.optimizer means on this machine. `auto` takes torch's where the checkpoint does not know FusedAdam's layout: in bfloat16 without
-    ZeRO."""
+    """What policy.optimizer means on this machine. torch_fused: torch's in one kernel, as fast as FusedAdam; it needs no compiler and takes every
+    ZeRO stage."""
     policy = config.policy
     if policy.optimizer != "auto":
         return policy.optimizer
-    if policy.offload_optimizer:
-        return "cpu_adam"
-    fits = policy.zero_stage > 0 or config.model.dtype == "float32"
-    return "fused_adam" if torch.cuda.is_available() and fits else "torch_adamw"
+    if not torch.cuda.is_available():
+        return "torch_adamw"
+    return "cpu_adam" if policy.offload_optimizer else "torch_fused"
+
+
+def parameters(config: Config) -> dict[str, Any]:
+    """What DeepSpeed hands to the AdamW of `choice`."""
+    slow, name = config.slow, choice(config)
+    settings = {"lr": slow.lr, "betas": list(slow.betas), "eps": 1e-8, "weight_decay": slow.weight_decay}
+    settings["torch_adam"] = name in ("torch_adamw", "torch_fused")
+    return settings | ({"fused": True} if name == "torch_fused" else {})
 
 
 def check(config: Config, settings: dict[str, Any]) -> None:
@@ -51,7 +58,7 @@ def check(config: Config, settings: dict[str, Any]) -> None:
         raise UserError(
             f"{said} needs a GPU, and this process has none; allowed here: auto, torch_adamw, cpu_adam"
         )
-    if name != "torch_adamw":
+    if name in ("fused_adam", "cpu_adam"):
         from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
 
         try:

@@ -60,9 +60,14 @@ def fragments(engine: Any) -> list[Fragment]:
     if stage == 3:
         return [f for name, p in named if (f := _zero3_fragment(optimizer, name, p)).numel > 0]
     if stage:
+        # The second is BF16_Optimizer's name, which DeepSpeed takes for stage 1 with float32 gradients of bfloat16 weights.
+        flat = (
+            getattr(optimizer, "single_partition_of_fp32_groups", None)
+            or optimizer.fp32_groups_flat_partition
+        )
         return [
             Fragment(name, at.lp_fragment_address.start, at.lp_fragment_address.numel,
-                     optimizer.single_partition_of_fp32_groups[at.param_group_index], at.hp_fragment_address.start)
+                     flat[at.param_group_index], at.hp_fragment_address.start)
             for name, p in named
             if (at := p._hp_mapping) is not None
         ]  # fmt: skip
@@ -159,7 +164,10 @@ def load(engine: Any, folder: Path) -> None:
             owner = fragment.owner
             if steps and owner not in adam.state:
                 moments = {kind: torch.zeros_like(owner, requires_grad=False) for kind in MOMENTS}
-                count = torch.tensor(float(steps)) if isinstance(adam, torch.optim.AdamW) else steps
+                count: Any = steps
+                if isinstance(adam, torch.optim.AdamW):  # the fused one counts on the device
+                    where = owner.device if adam.defaults["fused"] else None
+                    count = torch.tensor(float(steps), device=where)
                 adam.state[owner] = {"step": count, **moments}
             targets = {WEIGHT: owner, **{kind: adam.state[owner][kind] for kind in MOMENTS if steps}}
             for kind, tensor in targets.items():

@@ -7,7 +7,7 @@ both cut leaves into micro-batches here, so they cut a forest in the same way. C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -109,9 +109,7 @@ class Scorer:
         if self._cpu_plan(micro) is not None:
             rows = self.hidden_rows(micro)
             lm_head = self.model.get_output_embeddings()  # type: ignore[operator]
-            job.at = head.Labels(
-                torch.arange(len(rows), device=rows.device), micro.at.row_of, micro.at.labels
-            )
+            job.at = replace(micro.at, unique=torch.arange(len(rows), device=rows.device))
             job(rows, lm_head.weight, lm_head.bias)
         else:
             with head.running(self.model, job):

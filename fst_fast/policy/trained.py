@@ -6,6 +6,8 @@ Deviations from the usual way to use DeepSpeed, and why:
 - the loss has ONE global denominator (see slow/update.py). DeepSpeed averages gradients over processes, so the loss is
   first multiplied by their number;
 - the learning rate is set at every step from the config (policy/optimiser.py), so it depends on the step number alone;
+- gradients of several micro-batches are added up in float32 in bfloat16 models, too: by DeepSpeed under ZeRO, and here
+  without it, where DeepSpeed cannot;
 - checkpoints are in our own format (optimiser_state.py): safetensors that any layout can load;
 - rollouts never run through a ZeRO-3 forward. After each step the trained weights are gathered in buckets into a plain
   replica, whose memory is freed for the step itself.
@@ -94,18 +96,14 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": config.slow.lr,
-                "betas": list(config.slow.betas),
-                "eps": 1e-8,
-                "weight_decay": config.slow.weight_decay,
-                "torch_adam": optimiser.choice(config) == "torch_adamw",
-            },
-        },
+        "optimizer": {"type": "AdamW", "params": optimiser.parameters(config)},
         "gradient_clipping": config.slow.max_grad_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        **(
+            {"data_types": {"grad_accum_dtype": "fp32"}}
+            if config.model.dtype == "bfloat16" and policy.zero_stage
+            else {}
+        ),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -159,6 +157,7 @@ class TrainedPolicy:
         optimiser_state.reset(self.engine)
         self.module: nn.Module = self.engine.module
         self._grad_norms: list[Tensor] = []
+        self._sums = settings["bf16"]["enabled"] and not config.policy.zero_stage
         for parameter in self.module.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(self._record_norm)
@@ -183,15 +182,19 @@ class TrainedPolicy:
         self.engine.train()
         self._grad_norms.clear()
         computed: list[Tensor] = []  # read at the end: reading synchronises with the device
+        sums: dict[nn.Parameter, Tensor] = {}
         for i, (inputs, job) in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            last = i == len(micro_batches) - 1
+            self.engine.set_gradient_accumulation_boundary(last)
+            if self._sums and i:
+                self._set_aside(sums, put_back=last)
             with head.running(self.module, job):
                 loss = self.engine(**inputs).logits
             computed.append(loss.detach())
             self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
             reach("backward")
         self.engine.eval()
-        losses = [float(loss) for loss in computed]
+        losses = torch.stack(computed).tolist() if computed else []
         norms = torch.stack(self._grad_norms) if self._grad_norms else torch.zeros(1)
         bad_grads = int((~torch.isfinite(norms) | (norms > LARGEST_NORM)).sum())
         bad_loss = int(not all(map(math.isfinite, losses)))
@@ -201,6 +204,20 @@ class TrainedPolicy:
                 f"{int(loss_bad)} process(es) with a non-finite loss, {int(grads_bad)} non-finite gradients",
                 losses,
             )
+
+    def _set_aside(self, sums: dict[nn.Parameter, Tensor], *, put_back: bool) -> None:
+        """Add the gradients of a micro-batch to float32 sums; put_back: the last micro-batch is next, whose gradients are added to the rounded sums."""
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                continue
+            if parameter in sums:
+                sums[parameter] += parameter.grad
+            elif not put_back:
+                sums[parameter] = parameter.grad.float()
+            if put_back and parameter in sums:
+                parameter.grad.copy_(sums.pop(parameter))
+            elif not put_back:
+                parameter.grad = None
 
     def step(self, lr: float) -> float:
         """Take one optimiser step at learning rate `lr`; returns the global gradient norm before clipping."""

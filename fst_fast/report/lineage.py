@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Literal
 
-from fst_fast.components import components_of, compose
+from fst_fast.config.components import components_of, compose
 from fst_fast.report.load import FailureShown, Run
 
 Change = tuple[Literal["same", "ins", "del", "part"], str]

@@ -56,13 +56,12 @@ class DecodePlan:
         self.work: CascadePlan | None = None  # built by step() when needed
         self.backend = ""  # likewise; chosen once per work list, not per layer
 
-    def step(self, rows: Tensor, lengths: Ints, dtype: torch.dtype) -> None:
+    def step(self, rows: Tensor, lengths: Tensor, longest: int, dtype: torch.dtype) -> None:
         """Prepare a decode step. rows: [slots], pool index of each new token (Suffixes.rows). lengths: [slots], suffix
-        tokens visible to each slot, the new one included. The work list has room for suffixes up to a power of two and
-        is rebuilt when one outgrows it."""
+        tokens visible to each slot, the new one included; longest: the largest of them. The work list has room for
+        suffixes up to a power of two and is rebuilt when one outgrows it."""
         self.rows.copy_(rows)
-        self.lengths.copy_(torch.as_tensor(lengths))
-        longest = int(lengths.max())
+        self.lengths.copy_(lengths)
         if self.work is None or longest > self.work.suffix_capacity:
             tree = self.cache.tree
             self.backend = choose_backend("cascade_decode_attention", None, self.rows.device, dtype)

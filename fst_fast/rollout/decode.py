@@ -308,8 +308,8 @@ class ForestDecoder:
         seen = np.where(live, seen, np.maximum(seen - 1, 1))
         rows = suffixes.rows(seen - 1)
         depth = self.prompt_length[who] + seen - 1
-        ids, positions, row = torch.as_tensor(np.stack([token, depth, rows])).to(self.device)
-        plan.step(row, seen, self.dtype)
+        ids, positions, row, lengths = torch.as_tensor(np.stack([token, depth, rows, seen])).to(self.device)
+        plan.step(row, lengths, int(seen.max()), self.dtype)
         if self.graph is None:
             logits = self.forward(ids, positions, plan, None)
         else:

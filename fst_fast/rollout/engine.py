@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
+from fst_fast.policy import gpu_forward
 from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
+from fst_fast.policy.gpu_forward import GpuForward
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
@@ -31,7 +33,7 @@ from fst_fast.rollout.logits import float32_logits
 from fst_fast.rollout.padded import decode_padded
 from fst_fast.rollout.prefixes import PrefixCache
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS
-from fst_fast.rollout.responses import Responses, Sampling
+from fst_fast.rollout.responses import Ints, Responses, Sampling
 from fst_fast.rollout.stops import StopTexts
 
 DEVICE_FRACTION = 0.9
@@ -125,8 +127,9 @@ class RolloutEngine:
         policy_version: int,
         stop: Sequence[str] | None = None,
         keep_responses: bool = False,
+        watch: Callable[[Ints, Responses], None] | None = None,
     ) -> list[Rollout]:
-        """Rollouts in request order. stop: texts that end a response here, instead of the engine's own. keep_responses: a later prompt may go on
+        """Rollouts in request order. watch: see Responses; where memory runs out a response can end twice. stop: texts that end a response here, instead of the engine's own. keep_responses: a later prompt may go on
         from them, so hold their keys and values, too. Raises UserError before it starts where a prompt is empty, too long for the model or for kv_bytes,
         or where two requests are one and the same; UserError where memory runs out twice, the second time with half the sequences; and
         FloatingPointError naming request and token where the model gives NaN or Inf."""
@@ -148,6 +151,7 @@ class RolloutEngine:
                 sampling=Sampling(temperature, top_p, top_k),
                 name=lambda i: str(requests[i]),
                 stop=ends,
+                watch=watch,
             )
             with _evaluating(self.model), float32_logits(self.model), torch.inference_mode():
                 if self.packing == "forest":
@@ -187,9 +191,7 @@ class RolloutEngine:
             self.forget()
             self._weights = weights
         if self._forward is None:
-            self._forward = (
-                transformers_forward(self.model) if unsupported_reason(self.model) else CpuForward(self.model)
-            )
+            self._forward = _forward(self.model)
         head = self.model.get_output_embeddings().weight
         each = self.token_bytes()
         decoder = ForestDecoder(
@@ -310,6 +312,13 @@ class RolloutEngine:
                 )
 
 
+def _forward(model: Any) -> Forward:
+    """The fastest forward that the model has."""
+    if unsupported_reason(model) is None:
+        return CpuForward(model)
+    return transformers_forward(model) if gpu_forward.unsupported_reason(model) else GpuForward(model)
+
+
 def fingerprint(model: Any) -> list[int]:
     """For each weight the sum of its bytes, taken eight at a time as an integer: equal as long as the weights are."""
     with torch.no_grad():
@@ -318,6 +327,8 @@ def fingerprint(model: Any) -> list[int]:
 
 def _sum_of_bytes(weight: Tensor) -> Tensor:
     raw = weight.detach().reshape(-1).view(torch.uint8)
+    if raw.storage_offset() % 8:  # inside ZeRO's flat tensor
+        raw = raw.clone()
     whole = len(raw) // 8 * 8
     return raw[:whole].view(torch.int64).sum() + raw[whole:].sum()
 

@@ -51,7 +51,7 @@ class KVPool:
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
         self._spans: WeakSet[Span] = WeakSet()
-        self._compiled = False  # written by the C++ kernels for the CPU
+        self._kernels = ""  # the backend that writes and reads it
 
     @property
     def tokens(self) -> int:
@@ -78,9 +78,7 @@ class KVPool:
     def want(self, layer: int, like: Tensor) -> None:
         """Let there be tensors for this layer, of the heads, head size, type and device of `like` [N, Hkv, D]."""
         if layer == len(self.k):
-            self._compiled = (
-                choose_backend("cascade_decode_attention", None, like.device, like.dtype) == "cpu"
-            )
+            self._kernels = choose_backend("cascade_decode_attention", None, like.device, like.dtype)
             self.k.append(_zeros(like, self.slots))
             self.v.append(_zeros(like, self.slots))
         assert layer < len(self.k), f"layer {layer} came after {len(self.k)} layers"
@@ -88,8 +86,13 @@ class KVPool:
     def write(self, layer: int, at: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [N, Hkv, D] into the slots at [N]."""
         self.want(layer, k)
+        if self._kernels == "triton":
+            from fst_kernels import gpu  # only here: it needs triton
+
+            gpu.scatter(k, v, self.k[layer], self.v[layer], at)
+            return
         for mine, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self._compiled:
+            if self._kernels == "cpu":
                 cpu.scatter(new, mine, at)
             else:
                 mine.index_copy_(0, at, new)

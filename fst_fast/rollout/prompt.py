@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from fst_fast.components import components_of, system_text
+from fst_fast.config.components import components_of, system_text
 from fst_fast.contracts import Context, Message, Problem, Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy.base_model import first_line, model_folder

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fst_fast.run.faults import reach
 from fst_kernels import sample_tokens
+from fst_kernels.sampling.api import SampleOutput
 
 Ints = NDArray[np.int64]
 
@@ -28,8 +29,17 @@ class Sampling:
     top_k: int | None
 
 
+def _on_host(drawn: SampleOutput) -> tuple[Ints, NDArray[np.float32], NDArray[np.float32]]:
+    """ids, log-probs and untruncated log-probs. Exact, and a GPU is waited for once: float64 holds all of them."""
+    if not drawn.ids.is_cuda:
+        return drawn.ids.numpy(), drawn.logprob.numpy(), drawn.untruncated_logprob.numpy()
+    ids, logprob, untruncated = torch.stack([x.double() for x in drawn]).cpu().numpy()
+    return ids.astype(np.int64), logprob.astype(np.float32), untruncated.astype(np.float32)
+
+
 class Responses:
-    """The responses sampled so far. stop(ids [n]): whether a response ends after `ids` for a reason other than an eos token.
+    """The responses sampled so far. stop(ids [n]): whether a response ends after `ids` for a reason other than an eos token. watch(ended, self) is
+    called after every draw with the sequences that have ended in it.
 
     ids int64 and logprobs float32 [sequences, limit], length [sequences], finish [sequences] ("" while running)."""
 
@@ -42,6 +52,7 @@ class Responses:
         sampling: Sampling,
         name: Callable[[int], str],
         stop: Callable[[Ints], bool] | None = None,
+        watch: Callable[[Ints, Responses], None] | None = None,
     ) -> None:
         self.seeds = np.asarray(seeds, dtype=np.int64)
         self.ids = np.zeros((len(seeds), limit), dtype=np.int64)
@@ -54,7 +65,7 @@ class Responses:
             sampling,
             name,
         )
-        self.stop = stop
+        self.stop, self.watch = stop, watch
 
     def draw(self, logits: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> Ints:
         """Sample and record the next token of each sequence from logits [S, V]. Rows that are not live are sampled and discarded.
@@ -74,10 +85,10 @@ class Responses:
                 positions=where[1],
             )
         except ValueError:
-            self._check(torch.logsumexp(logits.float(), -1), sequences, live)
+            self._check(torch.logsumexp(logits.float(), -1).cpu().numpy(), sequences, live)
             raise
-        self._check(drawn.untruncated_logprob, sequences, live)
-        ids, logprobs = drawn.ids.cpu().numpy(), drawn.logprob.cpu().numpy()
+        ids, logprobs, untruncated = _on_host(drawn)
+        self._check(untruncated, sequences, live)
         who, at, new = sequences[live], offset[live], ids[live]
         self.ids[who, at] = new
         self.logprobs[who, at] = logprobs[live]
@@ -87,10 +98,12 @@ class Responses:
             stopped |= [self.stop(self.ids[i, : n + 1]) for i, n in zip(who, at, strict=True)]
         self.finish[who[stopped]] = "stop"
         self.finish[who[~stopped & (at + 1 == self.limit)]] = "length"
+        if self.watch is not None:
+            self.watch(who[stopped | (at + 1 == self.limit)], self)
         return ids
 
-    def _check(self, per_row: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> None:
-        bad = np.flatnonzero(live & ~np.isfinite(per_row.cpu().numpy()))
+    def _check(self, per_row: NDArray[np.float32], sequences: Ints, live: NDArray[np.bool_]) -> None:
+        bad = np.flatnonzero(live & ~np.isfinite(per_row))
         if len(bad):
             first = int(sequences[bad[0]])
             raise FloatingPointError(

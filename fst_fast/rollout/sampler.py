@@ -21,16 +21,20 @@ from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.errors import UserError
+from fst_fast.policy import gpu_forward
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.episodes import ask_openings, play
 from fst_fast.rollout.graphs import StepGraph
+from fst_fast.rollout.lengths import ResponseLengths
 from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import PromptCache, end_ids, response_text
+from fst_fast.rollout.responses import Ints, Responses
 from fst_fast.rollout.server import ServerEngine
 from fst_fast.rollout.template import Findings, check_vocabulary, configured_chat
 from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.rollout.vllm_args import vllm_args
 from fst_fast.rollout.vllm_hosts import Hosts, Weights
+from fst_fast.run.cores import spare_cores
 from fst_fast.run.counters import Stopwatch
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed
@@ -52,6 +56,7 @@ class Sampler:
     generation_config: Any = None  # of the run's checkpoint; None: the model's own
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     hosts: Hosts | None = None  # of rollout.backend=vllm
+    lengths: ResponseLengths = field(default_factory=ResponseLengths)
     _troubles: tuple[int, int] = (0, 0)
 
     @classmethod
@@ -89,7 +94,7 @@ class Sampler:
         pool = VerifierPool(
             spec,
             args,
-            workers=config.verify.workers,
+            workers=config.verify.workers or spare_cores(),
             timeout_s=config.verify.timeout_s,
             memory_mib=config.verify.memory_mib,
             isolation=config.verify.isolation,
@@ -142,13 +147,18 @@ class Sampler:
             max_batch=self.config.rollout.max_batch,
             packing=self.config.policy.packing,
             kv_bytes=self.config.rollout.kv_memory_bytes,
-            graph=StepGraph()
-            if self.config.rollout.cuda_graphs and distributed.device().type == "cuda"
-            else None,
+            graph=StepGraph() if self._graphs(model) else None,
             stop=self.config.rollout.stop,
             decode=self.tokenizer.decode,
             note=note,
         )
+
+    def _graphs(self, model: nn.Module) -> bool:
+        """Whether decode steps of this model are recorded."""
+        wanted = self.config.rollout.cuda_graphs
+        if wanted == "auto":
+            return self.config.policy.packing == "forest" and gpu_forward.unsupported_reason(model) is None
+        return wanted is True and distributed.device().type == "cuda"
 
     def server(self, model: nn.Module, note: Callable[[str], None] = print) -> ServerEngine | None:
         """The server that rollout.backend=openai names, or None. model: whose vocabulary and end-of-response tokens it uses. note: told what the
@@ -226,34 +236,50 @@ class Sampler:
             )
             for context, problem, sample in requests
         ]
-        rollouts = engine.generate(
-            prompts,
-            max_response_tokens=self.config.rollout.max_response_tokens,
-            temperature=temperature,
-            top_p=None if top_p in (None, 1.0) else top_p,
-            policy_version=policy_version,
-        )
         ends = {*engine.eos_ids, self.pad_id}
-        texts = [response_text(self.tokenizer, r.response_ids, ends) for r in rollouts]
-        sampled_at = time.perf_counter()
-        reach("verification")
-        whole = [r.finish != "abort" for r in rollouts]
-        judged = iter(
-            self.pool.verify(
-                [
-                    (problem, text)
-                    for (_, problem, _), text, is_whole in zip(requests, texts, whole, strict=True)
-                    if is_whole
-                ]
+        said: dict[int, tuple[str, int]] = {}  # request -> its response and the place of the verdict
+        with self.pool.judging() as judging:
+
+            def judge(i: int, ids: Ints) -> str:
+                text = response_text(self.tokenizer, ids, ends)
+                if i not in said or said[i][0] != text:
+                    said[i] = text, judging.add(requests[i].problem, text)
+                return text
+
+            def watch(ended: Ints, responses: Responses) -> None:
+                for i in ended.tolist():
+                    judge(i, responses.ids[i, : responses.length[i]])
+                judging.serve()
+
+            watched: dict[str, Any] = {"watch": watch} if isinstance(engine, RolloutEngine) else {}
+            rollouts = engine.generate(
+                prompts,
+                max_response_tokens=self.config.rollout.max_response_tokens,
+                temperature=temperature,
+                top_p=None if top_p in (None, 1.0) else top_p,
+                policy_version=policy_version,
+                **watched,
             )
-        )
+            sampled_at = time.perf_counter()
+            reach("verification")
+            texts = [
+                response_text(self.tokenizer, r.response_ids, ends)
+                if r.finish == "abort"
+                else judge(i, r.response_ids)
+                for i, r in enumerate(rollouts)
+            ]
+            judged = judging.verdicts()
         verdicts = [
-            next(judged) if is_whole else Verdict(None, "the server gave the response up")
-            for is_whole in whole
+            judged[said[i][1]] if i in said else Verdict(None, "the server gave the response up")
+            for i in range(len(rollouts))
         ]
         self.stopwatch.add("rollout_s", sampled_at - started)
         self.stopwatch.add("verify_s", time.perf_counter() - sampled_at)
         return [ScoredRollout(r, v, t) for r, v, t in zip(rollouts, verdicts, texts, strict=True)]
+
+    def expected_tokens(self, problems: Sequence[Problem]) -> list[int]:
+        """Of a response to each problem, the same on all processes, which must call it: samplers may know more than trainers."""
+        return distributed.broadcast(self.lengths.expected(problems))
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, no special ones added."""
@@ -268,6 +294,8 @@ class Sampler:
 
     def spread(self, engine: Engine, requests: Sequence[RolloutRequest], **how: Any) -> list[ScoredRollout]:
         """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
-        return distributed.concat_shards(
-            distributed.all_gather(self.local(engine, distributed.local_shard(requests), **how))
-        )
+        expected = self.expected_tokens([r.problem for r in requests])
+        mine = distributed.contiguous_shard_by_cost(requests, expected)
+        scored = distributed.concat_shards(distributed.all_gather(self.local(engine, mine, **how)))
+        self.lengths.note(s.rollout for s in scored)
+        return scored

@@ -12,6 +12,8 @@ import os
 import sys
 from datetime import datetime
 
+from fst_fast.run.cores import usable_cores
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # the largest that glibc accepts
 
@@ -55,8 +57,3 @@ def wall_clock() -> datetime:
     """The date and time, for people and prompts: names of folders, dates that a chat template shows. It may jump; durations come
     from time.monotonic."""
     return datetime.now()
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may use; a container or taskset can restrict it below the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

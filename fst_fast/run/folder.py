@@ -34,6 +34,12 @@ _ABSENT = object()
 FIXED = ("method ", "task ", "task_args", "model.", "fast.population ", "fast.seed_context ", "fast.evolver ")
 """Prefixes of changes that allow_config_change does not permit: the weights, the optimiser's state or the population
 depend on the old value."""
+NEW_DEFAULTS = (
+    "policy.optimizer was torch_adamw, is auto",
+    "rollout.cuda_graphs was False, is auto",
+    "verify.workers was 1, is None",
+)
+"""Changes that nobody made: these defaults were others once. They compute the same, on a GPU up to rounding."""
 
 
 @dataclass
@@ -190,7 +196,7 @@ def _check_config(
         return []
     changes = changed_keys(_with_defaults(defaults, old), read_yaml(config_yaml))
     harmless = tuple(f"{key} " for key in moved)
-    real = [change for change in changes if not (harmless and change.startswith(harmless))]
+    real = [c for c in changes if not (harmless and c.startswith(harmless)) and c not in NEW_DEFAULTS]
     if real and not allow_change:
         raise UserError(
             f"--resume: the configuration is not that of the run in {path}: {'; '.join(real)}; "

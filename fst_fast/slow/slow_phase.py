@@ -184,11 +184,13 @@ def _sample_shard(
     models: SamplingModels,
 ) -> list[ScoredRollout]:
     """This process's share of the groups, what nothing was claimed for sampled from the trained weights."""
-    unclaimed = [sum(claim is None for claim in claims) for claims in group_claims]
-    my_requests = [
-        r for requests in distributed.local_shard_by_cost(group_requests, unclaimed) for r in requests
+    expected = sampler.expected_tokens([requests[0].problem for requests in group_requests])
+    costs = [
+        tokens * sum(claim is None for claim in claims)
+        for tokens, claims in zip(expected, group_claims, strict=True)
     ]
-    my_claims = [c for claims in distributed.local_shard_by_cost(group_claims, unclaimed) for c in claims]
+    my_requests = [r for requests in distributed.local_shard_by_cost(group_requests, costs) for r in requests]
+    my_claims = [c for claims in distributed.local_shard_by_cost(group_claims, costs) for c in claims]
     fresh = iter(
         sampler.local(
             models.trained,
@@ -198,7 +200,10 @@ def _sample_shard(
             temperature=config.rollout.temperature,
         )
     )
-    return [next(fresh) if claim is None else claim for claim in my_claims]
+    sampled = [next(fresh) if claim is None else claim for claim in my_claims]
+    mine = [(s.rollout.problem_id, len(s.rollout.response_ids)) for s in sampled]
+    sampler.lengths.remember(pair for of_process in distributed.all_gather(mine) for pair in of_process)
+    return sampled
 
 
 def constant_denominator(config: Config) -> float | None:

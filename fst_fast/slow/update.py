@@ -231,12 +231,15 @@ def _means(
     """The logged means over all processes' tokens, by the names of MEANS; None for what the objective does not have, and where there is no
     token to take one over. For gspo the three fractions of clipped are of sequences, not of tokens."""
     sums = torch.zeros(len(SUMS) + SEQUENCE_SUMS, dtype=torch.float64)
+    of_jobs = []
     for job in jobs:
         assert job.stats is not None
-        sums[: len(SUMS)] += job.stats.sums.cpu()
-        if isinstance(job, SequenceLossJob):
-            assert job.sequence_sums is not None
-            sums[len(SUMS) :] += job.sequence_sums.cpu()
+        more = job.sequence_sums if isinstance(job, SequenceLossJob) else None
+        none = job.stats.sums.new_zeros(SEQUENCE_SUMS)
+        of_jobs.append(torch.cat([job.stats.sums, none if more is None else more]))
+    if of_jobs:
+        for of_job in torch.stack(of_jobs).cpu():  # the device is waited for once
+            sums += of_job
     everywhere = distributed.all_reduce_sum(sums.tolist())
     stats = PolicyStats(torch.tensor(everywhere[: len(SUMS)], dtype=torch.float64))
     weight, cut_labels, cut_sequences, sequences = everywhere[len(SUMS) :]

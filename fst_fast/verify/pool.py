@@ -102,8 +102,19 @@ class VerifierPool:
         """One verdict per (problem, response), in order. A failed verification has reward None and the reason as feedback.
 
         Of an environment the response is a gold one, or the list of an episode's."""
-        blobs = [_pickled(problem, (problem, response)) for problem, response in items]
-        return self._answers(_Batch(blobs, [problem.id for problem, _ in items]))  # type: ignore[return-value]
+        with self.judging() as judging:
+            for problem, response in items:
+                judging.add(problem, response)
+            return judging.verdicts()
+
+    @contextlib.contextmanager
+    def judging(self) -> Iterator[Judging]:
+        """While open, responses can be added one by one and are verified meanwhile. The pool takes nothing else until it is closed."""
+        with self._lock, self._killing_on_error():
+            self._start_missing()
+            judging = Judging(self, _Batch([], []))
+            yield judging
+            judging.verdicts()
 
     def play(self, moves: Sequence[Move]) -> list[Over | Mapping[str, Any]]:
         """What follows each move of an environment, in order: {"messages", "tools"} of a start, {"observation"}, or the episode's end. A
@@ -161,8 +172,9 @@ class VerifierPool:
         while len(self._workers) < self._size:
             self._workers.append(self._start())
 
-    def _serve_once(self, batch: _Batch) -> None:
-        """Send chunks to idle children, wait for replies, process them, and replace children that are late or dead."""
+    def _serve_once(self, batch: _Batch, *, wait: bool = True) -> None:
+        """Send chunks to idle children, wait for replies, process them, and replace children that are late or dead. wait=False: process what is
+        there already."""
         for place, worker in enumerate(self._workers):
             waiting = batch.waiting if batch.homes is None else batch.at_home[place]
             if worker.ready and not worker.todo and waiting:
@@ -174,7 +186,8 @@ class VerifierPool:
         for worker in self._workers:
             worker.register(poll)
         first = min((w.deadline for w in self._workers if w.deadline is not None), default=None)
-        poll.poll(None if first is None else max(0, math.ceil((first - time.monotonic()) * 1000)))
+        limit = None if first is None else max(0, math.ceil((first - time.monotonic()) * 1000))
+        poll.poll(limit if wait else 0)
         for place, worker in enumerate(self._workers):
             worker.send()
             replies = worker.receive()
@@ -249,6 +262,33 @@ class VerifierPool:
             self._log(f"{what}{where}; further ones are counted only")
 
 
+class Judging:
+    """Responses that are verified while others are still sampled; see VerifierPool.judging."""
+
+    def __init__(self, pool: VerifierPool, batch: _Batch) -> None:
+        self._pool, self._batch = pool, batch
+
+    def add(self, problem: Problem, response: str) -> int:
+        """The place of its verdict."""
+        return self._batch.add(_pickled(problem, (problem, response)), problem.id)
+
+    @property
+    def left(self) -> int:
+        """How many are not judged yet."""
+        return self._batch.left
+
+    def serve(self) -> None:
+        """Give the children what waits and take what they have answered. Waits for nobody."""
+        if self.left:
+            self._pool._serve_once(self._batch, wait=False)
+
+    def verdicts(self) -> list[Verdict]:
+        """One for each response, in the order in which they were added. Waits for the children."""
+        while self.left:
+            self._pool._serve_once(self._batch)
+        return [self._batch.answers[index] for index in range(len(self._batch.blobs))]  # type: ignore[misc]
+
+
 class _Batch:
     """The items of one call: pickled, with their problem ids, the indices not yet sent, and the answers by index.
 
@@ -267,6 +307,12 @@ class _Batch:
     @property
     def left(self) -> int:
         return len(self.blobs) - len(self.answers)
+
+    def add(self, blob: bytes, problem_id: str) -> int:
+        self.blobs.append(blob)
+        self.ids.append(problem_id)
+        self.waiting.append(len(self.blobs) - 1)
+        return len(self.blobs) - 1
 
     def answer(self, index: int, reply: Mapping[str, Any], verdict: Verdict | None) -> None:
         """Keep the answer to an item. verdict: None for what an environment says."""

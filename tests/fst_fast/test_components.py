@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fst_fast.components import components_of, compose, names_one, system_text
 from fst_fast.config import FastConfig
+from fst_fast.config.components import components_of, compose, names_one, system_text
 from fst_fast.contracts import Context, ScoredRollout, Verdict
 from fst_fast.errors import UserError
 from fst_fast.fast.evaluations import Evaluations

@@ -201,7 +201,7 @@ def test_an_empty_value_of_a_typed_key_is_null_where_that_is_allowed_and_one_sen
 
 
 @pytest.mark.parametrize(
-    "value", ["#fff", "a #b", "---", "two\nlines", "two\r\nlines", " a ", "3 # three", "\ufeffa", "no", "1:30", "2026-01-01", "1_000", "=", "<<"]
+    "value", ["#fff", "#\r|", "\ufeff>", "# Title\n- a", "a #b", "---", "two\nlines", "two\r\nlines", " a ", "3 # three", "\ufeffa", "no", "1:30", "2026-01-01", "1_000", "=", "<<"]
 )  # fmt: skip
 def test_plain_text_on_the_command_line_is_taken_as_it_is_written(value):
     assert load(None, [f"--task_args.x={value}"]).task_args == {"x": value}

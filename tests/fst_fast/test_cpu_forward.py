@@ -151,3 +151,12 @@ def test_scoring_with_the_cpu_forward_gives_the_models_logprobs_and_hidden_state
     for a, e in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, e, atol=2e-5, rtol=1e-5)
         assert a.abs().sum() > 0
+
+
+def test_weights_anywhere_inside_a_flat_tensor_have_a_fingerprint():
+    """As under ZeRO, where a 16-bit weight can begin at any even byte."""
+    flat, module = torch.randn(40).bfloat16(), nn.Module()
+    module.weight = nn.Parameter(flat[3:23].view(4, 5))
+    before = fingerprint(module)
+    flat[22] += 1
+    assert fingerprint(module) != before

@@ -49,6 +49,24 @@ def test_replicated_items_are_sharded_by_cost(monkeypatch: pytest.MonkeyPatch) -
     assert {sum(costs[i] for i in share) for share in shares} == {16, 18}
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_contiguous_shards_by_cost_have_about_equal_costs(
+    monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: processes)
+    costs = [400, 400, 10, 10, 10, 10, 10, 10, 200, 200, 10, 400, 10, 10]
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.contiguous_shard_by_cost(range(14), costs))
+    assert distributed.concat_shards(shares) == list(range(14))
+    load = [sum(costs[i] for i in share) for share in shares]
+    assert max(load) <= sum(costs) / processes + max(costs) / 2
+    by_count = [sum(costs[14 * r // processes : 14 * (r + 1) // processes]) for r in range(processes)]
+    assert max(load) <= max(by_count)
+    assert distributed.contiguous_shard_by_cost([], []) == []
+
+
 def test_sharding_requests_duplicates_only_the_prompts_at_shard_boundaries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

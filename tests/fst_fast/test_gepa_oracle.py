@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fst_fast.components import compose
 from fst_fast.config import FastConfig
+from fst_fast.config.components import compose
 from fst_fast.contracts import Context, Problem, Rollout, RolloutRequest, ScoredRollout, Verdict
 from fst_fast.fast import pareto
 from fst_fast.fast.evolution import evolve

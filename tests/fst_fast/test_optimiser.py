@@ -16,7 +16,10 @@ from fst_fast.config.checks import DEEPSPEED_KEYS
 from fst_fast.config.load import check
 from fst_fast.errors import UserError
 from fst_fast.policy import optimiser, trained
+from fst_fast.policy.scoring import Batching
 from fst_fast.policy.trained import TrainedPolicy
+from fst_fast.slow.slow_phase import objective_of
+from fst_fast.slow.update import Reference, micro_jobs
 from tests.fst_fast import test_update
 from tests.fst_fast.test_update import config_of, rollouts
 
@@ -95,7 +98,8 @@ def with_policy(config: Config, **policy: Any) -> Config:
     ("policy", "name"),
     [
         ({"optimizer": "auto", "zero_stage": 2, "offload_optimizer": True}, "DeepSpeedCPUAdam"),
-        ({"optimizer": "auto"}, "FusedAdam"),
+        ({"optimizer": "auto", "zero_stage": 1}, "AdamW"),
+        pytest.param({"optimizer": "fused_adam"}, "FusedAdam", marks=pytest.mark.chaos),
         pytest.param({"optimizer": "fused_adam", "zero_stage": 1}, "FusedAdam", marks=pytest.mark.chaos),
         pytest.param({"optimizer": "fused_adam", "zero_stage": 3}, "FusedAdam", marks=pytest.mark.chaos),
         pytest.param(
@@ -129,7 +133,7 @@ def test_every_optimiser_takes_torchs_steps_and_is_continued_from_a_checkpoint(
 
     plain = TrainedPolicy(config)
     steps(plain, 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "FusedAdam")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     chosen = with_policy(config, **policy)
     settings = trained.deepspeed_config(chosen)
     optimiser.check(chosen, settings)
@@ -142,6 +146,7 @@ def test_every_optimiser_takes_torchs_steps_and_is_continued_from_a_checkpoint(
     one.save(tmp_path / "saved")
     steps(one, 1)
     assert type(one.engine.basic_optimizer).__name__ == name
+    assert name != "AdamW" or one.engine.basic_optimizer.defaults["fused"]
     torch.testing.assert_close(weights(one), weights(plain), rtol=0, atol=2e-6)
     again = TrainedPolicy(chosen)
     again.load(tmp_path / "saved")
@@ -168,23 +173,53 @@ def test_an_optimiser_that_the_machine_does_not_have_is_refused(monkeypatch: pyt
 
     monkeypatch.setattr(op_builder.CPUAdamBuilder, "load", fails)
     config = Config.model_validate(
-        {"policy": {"optimizer": "auto", "zero_stage": 1, "offload_optimizer": True}}
+        {"policy": {"optimizer": "cpu_adam", "zero_stage": 1, "offload_optimizer": True}}
     )
     with pytest.raises(
         UserError, match=r"DeepSpeed cannot build cpu_adam: no compiler here; policy.optimizer=torch"
     ):
         optimiser.check(config, {})
-    assert optimiser.choice(Config.model_validate({"policy": {"optimizer": "auto"}})) == "torch_adamw"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    tree = {"policy": {"optimizer": "auto"}, "model": {"dtype": "bfloat16"}}
-    assert optimiser.choice(Config.model_validate(tree)) == "torch_adamw", (
-        "its flat layout is not known to checkpoints"
-    )
-    fused = Config.model_validate({**tree, "policy": {"optimizer": "fused_adam"}})
+    tree = {"policy": {"optimizer": "fused_adam"}, "model": {"dtype": "bfloat16"}}
     with pytest.raises(UserError, match=r"fused_adam with weights in bfloat16 needs policy.zero_stage >= 1"):
-        optimiser.check(fused, {})
-    tree["policy"]["zero_stage"] = 1
-    assert optimiser.choice(Config.model_validate(tree)) == "fused_adam"
+        optimiser.check(Config.model_validate(tree), {})
+
+
+def test_a_gpu_steps_with_one_kernel_and_a_cpu_with_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    offloaded = Config.model_validate({"policy": {"zero_stage": 1, "offload_optimizer": True}})
+    for on_gpu, names in ((False, ["torch_adamw"] * 2), (True, ["torch_fused", "cpu_adam"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=on_gpu: there)
+        assert [optimiser.choice(config) for config in (Config(), offloaded)] == names
+
+
+# ------------------------------------------------------------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_small_gradients_of_many_micro_batches_are_not_lost_in_bfloat16(
+    models: tuple[Path, Path], stage: int
+) -> None:
+    """32 micro-batches of 1/512 of a gradient behind a whole one: in bfloat16 each of them is less than half of the last digit."""
+    config = Config.model_validate(
+        {**config_of(models).model_dump(), "model": {"path": str(models[0]), "dtype": "bfloat16"}}
+    )
+    sampled, prompts = rollouts()
+    reference = Reference(trained.load(config, models[1]))
+    data = test_update.data(config, sampled, prompts)
+
+    def norm(scales: list[float], **policy: Any) -> float:
+        made = TrainedPolicy(with_policy(config, zero_stage=stage, **policy))
+        _, [(inputs, job)] = micro_jobs(data, reference, objective_of(config.slow), Batching.of(config, 0))
+        made.forward_backward(
+            [(inputs, lambda *given, scale=scale: job(*given) * scale) for scale in scales]  # type: ignore[misc]
+        )
+        return made.step(0.0)
+
+    whole, small = norm([1.0]), [1.0, *[1 / 512] * 32]
+    assert norm(small) / whole == pytest.approx(1 + 32 / 512, rel=2e-3)
+    if stage:
+        lost = norm(small, deepspeed={"data_types": {"grad_accum_dtype": "bf16"}})
+        assert lost / whole < 1.03, "what is measured is the accumulation"
 
 
 def test_further_keys_reach_deepspeed_beside_ours(models: tuple[Path, Path]) -> None:

@@ -210,3 +210,35 @@ def test_arguments_that_cannot_be_are_refused(args: dict[str, Any], reason: str)
 def test_a_program_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     [[said]] = play(environment(tmp_path, "", command=["/nowhere/agent"]), [[]])
     assert "FileNotFoundError" in said["failure"]
+
+
+def test_what_the_policy_samples_for_a_program_is_recorded_token_by_token(tmp_path: Path) -> None:
+    """Through the verifying processes, which end the program of every opening that is only looked at."""
+    from fst_fast.contracts import Context, RolloutRequest
+    from fst_fast.rollout.sampler import Sampler
+    from tests.fst_fast.agents import Scripted, config_of, save_model
+
+    folder = save_model(tmp_path / "model", "qwen")
+    environment(tmp_path, ADDS)
+    inner = {"task": f"{tmp_path}/rows.jsonl", "task_args": {"verify": "exact"}}
+    args = {**inner, "command": [sys.executable, f"{tmp_path}/agent.py"]}
+    config = config_of(folder, "program", task_args=args, verify={"timeout_s": 60})
+    with Sampler.open(config) as sampler:
+        problems = load_task("program", args).problems("train")[:3]
+        engine: Any = Scripted(
+            sampler.tokenizer,
+            lambda problem, turn, sample: str(int(problem) + 2) if turn else call(int(problem)),
+        )
+        assert len(sampler.prompts.openable(problems)) == 3
+        requests = [RolloutRequest(Context.of("Be exact."), p, s) for p in problems for s in range(2)]
+        sampled = sampler.local(engine, requests, stream=("test",), policy_version=0, temperature=1.0)
+        assert sampler.unverified() == {"verify_timeouts": 0, "verify_failures": 0}
+    for request, scored in zip(requests, sampled, strict=True):
+        rollout, number = scored.rollout, int(request.problem.id)
+        assert (rollout.finish, scored.verdict.reward, len(rollout.turns)) == ("stop", 1.0, 2)
+        spoken = sampler.tokenizer.decode(rollout.response_ids)
+        assert spoken == f"{call(number)}<|im_end|>{number + 2}<|im_end|>"
+        first, second = (turn.length for turn in rollout.turns)
+        due = [-float(i + 1) for n in (first, second) for i in range(n)]
+        assert rollout.logprobs.tolist() == due
+        assert "Be exact.\n\nYou add." in sampler.tokenizer.decode(rollout.turns[0].added)

@@ -23,6 +23,7 @@ from fst_fast.errors import UserError
 from fst_fast.policy import head, trained
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.sequence_loss import Mismatch
+from fst_fast.rollout.lengths import ResponseLengths
 from fst_fast.rollout.reuse import ReusePool
 from fst_fast.slow.groups import advantages, make_groups, without_overlong
 from fst_fast.slow.rewards import load_shaping, training_rewards
@@ -389,8 +390,11 @@ def refill(rounds: int, varied: set[str], claimable: Sequence[str] = ()) -> tupl
     slow = {"problems_per_step": 2, "group_size": 4, "dynamic_sampling": rounds}
     config = Config.model_validate({"method": "rl", "slow": slow})
     batch = problems[:2]
+    sampler = SimpleNamespace(
+        local=local, lengths=ResponseLengths(), expected_tokens=lambda problems: [1] * len(problems)
+    )
     found = sample_groups(
-        batch, [context], config=config, step=5, policy_version=5, sampler=SimpleNamespace(local=local), models=SimpleNamespace(trained=None),
+        batch, [context], config=config, step=5, policy_version=5, sampler=sampler, models=SimpleNamespace(trained=None),
         reusable=pool, spare=spare_problems(problems, 5, batch, 0),
     )  # type: ignore[arg-type] # fmt: skip
     return found, asked, pool

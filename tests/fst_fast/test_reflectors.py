@@ -349,7 +349,10 @@ def test_one_fault_of_a_users_function_leaves_the_rest_of_the_batch(user_file):
         ("nowhere.py:f", "there is no file nowhere.py"),
         ("{file}:missing", "has no function 'missing'; it offers bad, good, odd"),
         ("{file}:word", "has no function 'word'"),
-        ("clever", "fast.reflector=clever is unknown; allowed: mini, self, openai, given, or file.py:function"),
+        (
+            "clever",
+            "fast.reflector=clever is unknown; allowed: mini, self, openai, given, or file.py:function",
+        ),
     ],
 )
 def test_a_reflector_that_cannot_be_is_one_sentence(user_file, spec, said):

@@ -170,6 +170,29 @@ def ask(pool: VerifierPool, *responses: str) -> list[Verdict]:
     return pool.verify([(problem, response) for response in responses])
 
 
+def test_responses_are_judged_while_others_are_added_and_verdicts_keep_their_order(
+    shared: VerifierPool,
+) -> None:
+    problem = Problem("p", [{"role": "user", "content": "?"}], 7)
+    with shared.judging() as judging:
+        assert [judging.add(problem, response) for response in ("7", "exit", "8")] == [0, 1, 2]
+        while judging.left:  # as often as a step is decoded
+            judging.serve()
+        judging.add(problem, "7")
+        assert judging.left == 1
+        rewards = [verdict.reward for verdict in judging.verdicts()]
+    assert rewards == [1.0, None, 0.0, 1.0]
+
+    def fails() -> None:
+        with shared.judging() as judging:
+            judging.add(problem, "7")
+            raise RuntimeError("sampling failed")
+
+    with pytest.raises(RuntimeError, match="sampling failed"):
+        fails()
+    assert ask(shared, "8", "7")[1].reward == 1.0, "no answer of before is taken for one of now"
+
+
 def test_verdicts_come_in_the_order_of_the_items_whatever_the_number_of_children(spec: str) -> None:
     problems = [Problem(f"p{i}", [{"role": "user", "content": "?"}], i) for i in range(300)]
     items = [(problem, str(problem.answer + index % 2)) for index, problem in enumerate(problems)]

@@ -1,5 +1,6 @@
 """scripts/gpu_check.sh without a GPU: what it refuses, how it goes through its parts, and that GPU tests need few packages."""
 
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import table
+from fst_fast.plan.machines import machine
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
-PARTS = ["build", "tests", "linear_logprob", "linear_policy_loss", "tree_attention", "training_step", "cascade_decode", "decode_step", "sampling"]  # fmt: skip
+PARTS = ["build", "tests", "linear_policy_loss", "tree_attention", "decode_step", "sampling", "step", "linear_logprob", "training_step", "cascade_decode"]  # fmt: skip
 
 # Packages that a machine with a GPU need not have.
 ABSENT = ["accelerate", "cut_cross_entropy", "datasets", "deepspeed", "flash_attn", "gepa", "hypothesis", "liger_kernel", "matplotlib",
@@ -49,11 +53,11 @@ def check(*arguments, **environment):
     )  # fmt: skip
 
 
-def test_list_names_every_part_and_all_of_them_take_under_nine_minutes():
+def test_list_names_every_part_and_all_of_them_take_under_ten_minutes():
     done = check("--list")
     found = re.findall(r"^(\w+)  at most (\d+) s$", done.stdout, re.MULTILINE)
     assert [name for name, _ in found] == PARTS
-    assert sum(int(seconds) for _, seconds in found) < 9 * 60
+    assert sum(int(seconds) for _, seconds in found) < 10 * 60
     assert done.returncode == 0
 
 
@@ -114,6 +118,36 @@ def test_it_succeeds_where_no_part_fails(tmp_path, python):
     done = check("linear_policy_loss", PYTHON=python, OUT=str(tmp_path / "out"))
     assert done.returncode == 0
     assert "failed" not in done.stdout
+
+
+def test_what_was_cut_off_is_continued_and_what_passed_is_not_run_again(tmp_path, python):
+    out = tmp_path / "out"
+    first = check("tests", "sampling", PYTHON=python, OUT=str(out))
+    assert first.returncode == 0
+    rest = check("tests", "sampling", "decode_step", PYTHON=python, OUT=str(out))
+    said = {line.split()[0]: line for line in (out / "summary.txt").read_text().splitlines()[1:]}
+    assert [name for name, line in said.items() if line.endswith("before, with this code")] == [
+        "tests",
+        "sampling",
+    ]
+    assert said["decode_step"].split()[1] == "passed"
+    assert rest.stdout.count("== ") == 1
+    again = check("--again", "tests", "sampling", PYTHON=python, OUT=str(out))
+    assert again.stdout.count("== ") == 2
+
+
+def test_the_table_holds_what_was_measured_against_what_the_plan_assumes(tmp_path):
+    rows = [
+        {"name": "ours, triton", "variant": "step", "ms": 90.0, "tflop_per_s": 371.0},
+        {"name": "a peer", "variant": "step", "skipped": "not installed"},
+    ]
+    (tmp_path / "linear_policy_loss_cuda.json").write_text(json.dumps({"rows": rows}))
+    rows = [{"name": "step", "seconds": 2.0, "predicted": 1.0, "ratio": 2.0}]
+    (tmp_path / "step_cuda.json").write_text(json.dumps({"rows": rows}))
+    found = table.lines(tmp_path, machine("H200"))
+    assert re.search(r"linear_policy_loss +ours, triton, step +90.00 +0.50$", found[1])
+    assert re.search(r"a peer, step +skipped", found[2])
+    assert re.search(r"step +step +2000.00 +0.50$", found[3])
 
 
 def test_a_folder_of_wheels_that_is_not_there_is_refused(tmp_path, python):

@@ -33,11 +33,17 @@ class Layout(NamedTuple):
 
 PLAIN = [Layout(n, stage) for n in (1, 2) for stage in range(4)]
 OFFLOADED = [Layout(2, 1, True), Layout(1, 2, True), Layout(2, 3, True)]
-BF16 = [Layout(1, 0, False, "bfloat16"), Layout(2, 2, False, "bfloat16"), Layout(2, 3, False, "bfloat16")]
+BF16 = [
+    Layout(1, 0, False, "bfloat16"),
+    Layout(2, 2, False, "bfloat16"),
+    Layout(2, 3, False, "bfloat16"),
+    Layout(2, 1, False, "bfloat16"),
+]
 ALL = [*PLAIN, *OFFLOADED]
 SAMPLE = [  # from, into
     (PLAIN[0], Layout(2, 3)), (Layout(2, 1), PLAIN[0]), (Layout(2, 3), Layout(2, 3)), (Layout(2, 3), Layout(1, 2, True)),
     (BF16[0], BF16[1]), (BF16[1], BF16[0]), (BF16[0], BF16[0]),
+    (BF16[1], BF16[3]), (BF16[3], BF16[2]), (BF16[3], BF16[3]),
 ]  # fmt: skip
 ATOL = 5e-7  # of weights and moments after AFTER steps; measured: at most 1.2e-7 over all pairs. lr is 1e-2, so the steps move weights by 3e-2
 

@@ -45,7 +45,7 @@ def test_a_stop_file_ends_the_run_after_the_step_and_resuming_goes_on(tmp_path: 
     assert (folder / "checkpoints").is_dir()
     (folder / "stop").touch()  # of a stop that a kill came before
     rest = StopAfter(folder, 99)
-    result = fst_fast.train(run_dir=folder, resume=True, callbacks=[rest])
+    result = fst_fast.train(dict(TINY), run_dir=folder, resume=True, callbacks=[rest])
     assert result.summary is not None
     assert rest.steps == 2
     fst_fast.train(dict(TINY), run_dir=tmp_path / "whole")

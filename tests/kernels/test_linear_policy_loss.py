@@ -1,5 +1,6 @@
 """linear_policy_loss and policy_loss against autograd of the formulas written out densely."""
 
+import importlib
 import itertools
 import weakref
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fst_kernels import PolicyObjective, PolicyStats, linear_logprob, linear_policy_loss, policy_loss
+from fst_kernels.linear_logprob.rows import KnownRows
 
 N, H, V = 9, 5, 11
 KINDS = ("cispo", "grpo", "ppo", "dapo", "reinforce")
@@ -181,6 +183,30 @@ def test_chunks_do_not_change_the_loss(chunk_rows):
     torch.testing.assert_close(loss, naive)
     assert_same(gradients(loss, inputs), gradients(naive, inputs))
     assert stats.count == 14  # 16 labels, one ignored, one of weight 0
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 4, 1000])
+@pytest.mark.parametrize("kl", [None, "k3", "reverse"])
+def test_rows_known_to_the_host_change_nothing(kl, chunk_rows, monkeypatch):
+    """As with hidden states on a GPU and rows on the host: labels that do not count stay and weigh nothing."""
+    api = importlib.import_module("fst_kernels.linear_policy_loss.api")
+    case, objective = make_case(), PolicyObjective("ppo", kl=kl, kl_coef=0.5, entropy_coef=0.1)
+    case["old"][5] = float("nan")  # under a label of weight 0
+    inputs = leaves(case)
+    want, want_stats = fused_loss(case, objective, *inputs, chunk_rows=chunk_rows)
+    operator, calls = api.linear_policy_loss_op, []
+
+    def with_known_rows(*given, **named):
+        calls.append(named)
+        rows, order, bounds = KnownRows.of(case["rows"], N, chunk_rows, torch.device("cpu"))
+        return operator(*given[:4], rows, *given[5:9], order, *given[10:], **named | {"bounds": bounds})
+
+    monkeypatch.setattr(api, "linear_policy_loss_op", with_known_rows)
+    loss, stats = fused_loss(case, objective, *inputs, chunk_rows=chunk_rows)
+    assert len(calls) == 1
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(stats.sums, want_stats.sums)
+    assert_same(gradients(loss, inputs), gradients(want, inputs))
 
 
 def test_grad_output_scales_the_gradient_and_the_graph_can_be_walked_twice():

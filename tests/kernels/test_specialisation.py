@@ -12,14 +12,15 @@ import pytest
 pytest.importorskip("triton")
 
 # The same in all steps of a run: of the model, or the number of rows of a mask.
-OF_THE_RUN = {"heads", "kv_heads", "group", "batches", "rows", "window"}
+OF_THE_RUN = {"heads", "kv_heads", "group", "batches", "rows", "window", "stride", "width", "blocks", "eps"}
 SCRIPT = """
 import json
 from triton.runtime import JITFunction
 from fst_kernels.cascade_decode import triton_kernels as cascade
 from fst_kernels.tree_attention import list_kernels as lists, triton_kernels as tree
+from fst_kernels import gpu_kernels
 found = {}
-for module in (tree, lists, cascade):
+for module in (tree, lists, cascade, gpu_kernels):
     for name, kernel in vars(module).items():
         if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
             found[name] = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
@@ -28,7 +29,7 @@ print(json.dumps(found))
 POINTERS = {
     "q", "k", "v", "out", "dout", "dq", "dk", "dv", "end", "depth", "lists", "counts", "order", "units", "splits", "block_max", "block_min",
     "key_low", "key_high", "query_low", "query_high", "tiles", "bounds", "entries", "ends", "owner", "lse2", "delta", "partials", "k_pool", "v_pool",
-    "node_slots", "suffix_slots", "suffix_lengths", "ranked", "items", "above", "past", "part_out", "part_lse2", "parts", "part_count", "lse",
+    "x", "weight", "norms", "cos", "sin", "slots", "node_slots", "suffix_slots", "suffix_lengths", "ranked", "items", "above", "past", "part_out", "part_lse2", "parts", "part_count", "lse",
 }  # fmt: skip
 
 

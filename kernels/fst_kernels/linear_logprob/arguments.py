@@ -24,6 +24,8 @@ def check_head(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
     chunk_rows: int | None,
+    *,
+    host_rows: bool = False,  # rows may be on the host
 ) -> None:
     check_tensor("hidden", hidden, ("N", "H"), FLOATS)
     device = hidden.device
@@ -34,7 +36,8 @@ def check_head(
         raise ValueError("weight has shape [0, H]; a vocabulary of at least 1 is needed")
     check_tensor("labels", labels, ("M",) if rows is not None else (num_rows,), (torch.int64,), device)
     if rows is not None:
-        check_tensor("rows", rows, (labels.shape[0],), INTS, device)
+        anywhere = host_rows and rows.device.type == "cpu"
+        check_tensor("rows", rows, (labels.shape[0],), INTS, None if anywhere else device)
     if bias is not None:
         check_tensor("bias", bias, (vocabulary,), FLOATS, device)
     if isinstance(temperature, Tensor):

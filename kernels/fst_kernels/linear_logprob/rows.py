@@ -7,11 +7,13 @@ linear_policy_loss) are loops over chunks and know nothing of how.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fst_kernels.checks import check_range
 
 IGNORED = -100
 
@@ -51,6 +53,25 @@ def every_label(labels: Tensor, rows: Tensor | None) -> LabelTable:
     return LabelTable(row, torch.where(labels == IGNORED, 0, labels), origin)
 
 
+class KnownRows(NamedTuple):
+    """Rows of labels that the host knows: nothing that depends on them has to be asked of the device."""
+
+    rows: Tensor  # [M] ascending
+    order: Tensor  # [M] the place of each in the caller's arrays
+    bounds: list[int]  # label at which each chunk of rows begins, and M
+
+    @classmethod
+    def of(cls, rows: Tensor, num_rows: int, chunk_rows: int, device: torch.device) -> KnownRows:
+        """rows [M] int on the host, from 0 to num_rows - 1; the tensors are sent to the device, which is not waited for."""
+        check_range("rows", rows, 0, max(num_rows, 1))
+        ascending, order = torch.sort(rows.long(), stable=True)
+        edges = torch.tensor([*range(0, num_rows, chunk_rows), num_rows])
+        bounds = torch.searchsorted(ascending, edges).tolist()
+        if device.type == "cuda":
+            ascending, order = ascending.pin_memory(), order.pin_memory()
+        return cls(ascending.to(device, non_blocking=True), order.to(device, non_blocking=True), bounds)
+
+
 class Chunk(NamedTuple):
     rows: RowIndex  # rows of the caller's [N, ...] tensors
     size: int
@@ -59,11 +80,15 @@ class Chunk(NamedTuple):
 
 
 def row_chunks(
-    selected: Tensor | None, num_rows: int, label_rows: Tensor, chunk_rows: int
+    selected: Tensor | None,
+    num_rows: int,
+    label_rows: Tensor,
+    chunk_rows: int,
+    bounds: Sequence[int] = (),
 ) -> Iterator[Chunk]:
     """Chunks over all rows (selected None) or the selected ones [R], ascending; label_rows [L] count in selected rows, ascending.
 
-    Waits for the device where there is more than one chunk.
+    bounds: see KnownRows. Without them waits for the device where there is more than one chunk.
     """
     if num_rows <= chunk_rows:
         if num_rows:
@@ -71,8 +96,9 @@ def row_chunks(
             yield Chunk(rows, num_rows, slice(0, label_rows.shape[0]), label_rows)
         return
     starts = range(0, num_rows, chunk_rows)
-    edges = torch.tensor([*starts, num_rows], device=label_rows.device)
-    bounds = torch.searchsorted(label_rows, edges).tolist()
+    if not bounds:
+        edges = torch.tensor([*starts, num_rows], device=label_rows.device)
+        bounds = torch.searchsorted(label_rows, edges).tolist()
     for i, start in enumerate(starts):
         stop = min(start + chunk_rows, num_rows)
         rows = slice(start, stop) if selected is None else selected[start:stop]

@@ -10,7 +10,7 @@ from fst_kernels.checks import FLOATS, INTS, check_tensor
 from fst_kernels.linear_logprob.api import LogprobOutput, detached, split_temperature
 from fst_kernels.linear_logprob.arguments import check_head
 from fst_kernels.linear_logprob.op import default_chunk_rows
-from fst_kernels.linear_logprob.rows import IGNORED, accumulate_
+from fst_kernels.linear_logprob.rows import IGNORED, KnownRows, accumulate_
 from fst_kernels.linear_policy_loss.objective import (
     PolicyObjective,
     PolicyStats,
@@ -49,11 +49,13 @@ def linear_policy_loss(
     (None: the ratio is 1); rollout_weight, the detached weight w_t (None: 1); ref_logprob, enough for kl="k3", which else needs
     ref_hidden. The exact KL and the entropy of a row are weighted with the sum of its labels' n_t.
     What the objective does not need of the reference is not read. kind="gspo" needs whole sequences, which a chunk of rows does not
-    have: ValueError; use linear_logprob and policy_loss.
+    have: ValueError; use linear_logprob and policy_loss. rows on the host, with hidden states on a GPU: the call then waits for the device
+    nowhere.
     """
     check_head(
-        hidden, weight, labels, rows, bias, temperature, softcap, ref_hidden, ref_weight, ref_bias, chunk_rows
-    )
+        hidden, weight, labels, rows, bias, temperature, softcap, ref_hidden, ref_weight, ref_bias, chunk_rows,
+        host_rows=True,
+    )  # fmt: skip
     if objective.kind == "gspo":
         raise ValueError(
             "objective.kind='gspo' needs whole sequences, which linear_policy_loss does not see; use linear_logprob with policy_loss"
@@ -68,6 +70,11 @@ def linear_policy_loss(
         raise ValueError(f"objective.kl={objective.kl!r} needs {needed}, which is None")
     taken = choose_backend("linear_policy_loss", backend, hidden.device, hidden.dtype)
     row_temperature, shared = split_temperature(temperature)
+    matrices = 1 if objective.exact_kl is None else 2
+    chunk_rows = chunk_rows or default_chunk_rows(taken, weight.shape[0], matrices)
+    order, bounds = None, list[int]()
+    if rows is not None and rows.device != hidden.device:
+        rows, order, bounds = KnownRows.of(rows, len(hidden), chunk_rows, hidden.device)
     grad = torch.is_grad_enabled()
     loss, sums, *_ = linear_policy_loss_op(
         hidden,
@@ -79,7 +86,9 @@ def linear_policy_loss(
         detached(ref_weight),
         detached(ref_bias),
         row_temperature,
+        order,
         *(per_label.get(name) for name in PER_LABEL),
+        bounds=bounds,
         temperature=shared,
         softcap=softcap,
         kind=objective.kind,
@@ -91,8 +100,7 @@ def linear_policy_loss(
         entropy_coef=objective.entropy_coef,
         kl_unbiased=objective.kl_unbiased,
         backend=taken,
-        chunk_rows=chunk_rows
-        or default_chunk_rows(taken, weight.shape[0], 1 if objective.exact_kl is None else 2),
+        chunk_rows=chunk_rows,
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and weight.requires_grad,
         need_bias=grad and bias is not None and bias.requires_grad,

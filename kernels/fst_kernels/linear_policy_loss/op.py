@@ -9,7 +9,7 @@ policy_loss and this function are the same mathematics, written once.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fst_kernels.linear_logprob.rows import (
     IGNORED,
     Gradients,
     Heads,
+    LabelTable,
     Rows,
     accumulate_,
     accumulator,
@@ -44,8 +45,8 @@ PER_LABEL = ("advantages", "token_weight", "old_logprob", "rollout_weight", "ref
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows, Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias, "
-    "Tensor? row_temperature, Tensor advantages, Tensor token_weight, Tensor? old_logprob, Tensor? rollout_weight, Tensor? ref_logprob, *, "
-    "float temperature, float? softcap, str kind, float ratio_cap, float clip_low, float clip_high, str? kl, float kl_coef, "
+    "Tensor? row_temperature, Tensor? order, Tensor advantages, Tensor token_weight, Tensor? old_logprob, Tensor? rollout_weight, Tensor? ref_logprob, *, "
+    "int[] bounds, float temperature, float? softcap, str kind, float ratio_cap, float clip_low, float clip_high, str? kl, float kl_coef, "
     "float entropy_coef, bool kl_unbiased, str backend, int chunk_rows, bool need_hidden, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -74,7 +75,9 @@ def linear_policy_loss_op(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
     row_temperature: Tensor | None,
+    order: Tensor | None,
     *per_label: Tensor | None,
+    bounds: Sequence[int],
     temperature: float,
     softcap: float | None,
     backend: str,
@@ -84,7 +87,9 @@ def linear_policy_loss_op(
     need_bias: bool,
     **objective_fields: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss [], PolicyStats.sums [9], dLoss/dhidden [N, H], dLoss/dweight [V, H] and dLoss/dbias [V] in fp32; [0] where not needed."""
+    """loss [], PolicyStats.sums [9], dLoss/dhidden [N, H], dLoss/dweight [V, H] and dLoss/dbias [V] in fp32; [0] where not needed.
+
+    order, bounds: with rows, of KnownRows."""
     objective = PolicyObjective(**objective_fields)
     given = {name: x for name, x in zip(PER_LABEL, per_label, strict=True) if x is not None}
     live = (labels != IGNORED) & (given["token_weight"] != 0)
@@ -93,16 +98,22 @@ def linear_policy_loss_op(
     )
     check_label_values(given, live)
     dtype, device = accumulator(hidden.dtype), hidden.device
-    # Rows whose labels are all ignored or weigh nothing take no part at all.
-    table = label_table(labels, rows, live)
-    selected, compact = torch.unique_consecutive(table.rows, return_inverse=True)  # [R], [L]
-    every = selected.shape[0] == hidden.shape[0]
+    known = order is not None
+    if order is not None and rows is not None:  # labels that do not count stay, with every number 0
+        selected, size, compact = None, hidden.shape[0], rows
+        table = LabelTable(rows, torch.where(live, labels, 0)[order], order)
+        given = {name: torch.where(live, x, 0) for name, x in given.items()}
+    else:  # rows whose labels are all ignored or weigh nothing take no part at all
+        table = label_table(labels, rows, live)
+        selected, compact = torch.unique_consecutive(table.rows, return_inverse=True)  # [R], [L]
+        size = selected.shape[0]
+        selected = None if size == hidden.shape[0] else selected
     needed = need_hidden or need_weight or need_bias
     head = head_rows(backend, Heads(weight, bias, ref_weight, ref_bias, softcap, objective.exact_kl))
     taken = operand(weight)
     out = Gradients(
         hidden, taken, need_hidden=need_hidden, need_weight=need_weight, need_bias=need_bias,
-        gathered_rows=gathered_rows(taken, selected.shape[0], chunk_rows) if backend == "triton" else 0,
+        gathered_rows=gathered_rows(taken, size, chunk_rows) if backend == "triton" else 0,
     )  # fmt: skip
     # Rows without a coefficient drop out of the two products, where neither entropy nor an exact KL gives all rows one. A host that computes drops
     # what clipping silences, too; a device is not waited for in every chunk: it drops the rows whose advantages are all 0 (k3 gives those a
@@ -112,14 +123,15 @@ def linear_policy_loss_op(
     if (
         needed
         and not waits
+        and not known
         and (objective.kl is None or not objective.kl_coef)
         and not objective.entropy_coef
     ):
         advantages = given["advantages"][table.origin]
-        without = rows_with_advantages(compact, advantages, selected.shape[0], chunk_rows)
+        without = rows_with_advantages(compact, advantages, size, chunk_rows)
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     with torch.autocast(device.type, enabled=False):
-        chunks = row_chunks(None if every else selected, selected.shape[0], compact, chunk_rows)
+        chunks = row_chunks(selected, size, compact, chunk_rows, bounds)
         for chunk, acting in zip(chunks, without, strict=False):
             at, here, origin = chunk.rows, chunk.label_rows, table.origin[chunk.labels]
             h, t = hidden[at], temperature if row_temperature is None else row_temperature[at]
@@ -131,7 +143,10 @@ def linear_policy_loss_op(
             n = of.pop("token_weight")
             terms = label_terms(values.logprob, objective=objective, token_weight=n, **of)
             exact = None if values.kl is None else values.kl[here]
-            sums += policy_sums(terms, objective, n, of.get("rollout_weight"), values.entropy[here], exact)
+            counted = live[origin] if known else None
+            sums += policy_sums(
+                terms, objective, n, of.get("rollout_weight"), values.entropy[here], exact, counted
+            )
             if not needed:
                 continue
             row_weight = accumulate_(values.entropy.new_zeros(chunk.size), here, n)

@@ -1,4 +1,4 @@
-"""The section `fast` of the configuration; the others are in schema.py, which says how they are read."""
+"""The section `fast` of the configuration: how contexts evolve (see schema.py for all the others)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fst_fast.components import NAME, NAMES, compose, names_one
 from fst_fast.config import checks
+from fst_fast.config.components import NAME, NAMES, compose, names_one
 from fst_fast.config.section import Section
+
+ComponentName = Annotated[str, Field(pattern=f"^{NAME}$", description=NAMES)]
+TemplateName = Annotated[
+    str, Field(pattern=f"^(?:context|tool|skill|{NAME})$", description=f"context, tool, skill, {NAMES}")
+]
 
 
 class FastBudget(Section):
@@ -78,14 +83,12 @@ class FastConfig(Section):
     """Longest context; a longer proposal is refused."""
     seed_context: str = "solve the problem ."
     """Text that the evolution starts from; with method=rl the only context."""
-    components: dict[Annotated[str, Field(pattern=f"^{NAME}$", description=NAMES)], str] = Field(
-        default_factory=dict
-    )
+    components: dict[ComponentName, str] = Field(default_factory=dict)
     """Contexts of named parts, by name the texts that the evolution starts from, instead of seed_context: `system`, `protocol`, `examples`,
     `skill:NAME` and `tool:NAME`, the description of a tool. max_context_tokens holds for each of them."""
     component_selector: Literal["round_robin", "worst_first", "all"] = "round_robin"
-    """With components: which of them a child revises. `round_robin`: the next one in turn; `worst_first`: the one with the lowest reward, of a tool
-    that of the episodes that called it, among those whose text was revised in vain the fewest times; `all`: each of them, one reflection for each."""
+    """With components: which of them a child revises. `round_robin`: the next one in turn; `worst_first`: the one with the lowest reward of those
+    that were revised in vain the fewest times (docs/environments.md); `all`: each of them, one reflection for each."""
     merge: bool = False
     """With components: one child of a wave takes its components from two contexts that win different problems, without a reflection."""
     budget: FastBudget = FastBudget()
@@ -95,9 +98,7 @@ class FastConfig(Section):
     reflector_args: dict[str, Any] = Field(default_factory=dict)
     """For reflector=openai: base_url, model, timeout_s, retries, concurrency, max_tokens, temperature, prices. The API key comes from OPENAI_API_KEY
     only. For reflector=given: contexts, the texts. For a class of yours its keyword arguments."""
-    reflection_templates: dict[Annotated[str, Field(pattern=f"^(?:context|tool|skill|{NAME})$")], str] = (
-        Field(default_factory=dict)
-    )
+    reflection_templates: dict[TemplateName, str] = Field(default_factory=dict)
     """Files with requests of your own to the reflector, by the component that they are for: its name, `tool` or `skill` for all of a kind, `context`
     for all others and for contexts of one text. With the placeholders {context} and {failures}, and if wanted {component} and {whole}."""
     reflection_tokens: int = Field(1024, ge=1)
