@@ -64,7 +64,7 @@ class FastConfig(Section):
     """Anchor problems of that first comparison."""
     rungs: int = Field(1, ge=1, le=8)
     """Race the children of a wave by sequential halving: they start on the first of 2^(rungs - 1) parts of the anchor problems; after each rung
-    those clearly below their parent are out, and the better half of the children goes on to twice as many problems. 1: all are scored in full."""
+    those that are not ahead of their parent are out, and the better half of the children goes on to twice as many problems. 1: all are scored in full."""
     samples: int = Field(2, ge=1)
     """Rollouts of a context on each anchor problem."""
     failures_shown: int = Field(3, ge=1)
