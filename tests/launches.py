@@ -7,6 +7,7 @@ kernels. A Triton kernel is one launch, an operation of torch at least one; view
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import JITFunction
 
-from fst_kernels import backends
-
+backends = importlib.import_module("fst_kernels.backends")  # the package exports a function of this name
 ALLOCATIONS = (
     "empty",
     "empty_like",
