@@ -50,8 +50,12 @@ def run(folder: Path, args: argparse.Namespace, more: list[str]) -> dict[str, An
         )
         for rank in range(2)
     ]  # fmt: skip
-    if any(process.wait() for process in ranks):
-        raise SystemExit(f"a run with {more} failed")
+    try:
+        if any(process.wait() for process in ranks):
+            raise SystemExit(f"a run with {more} failed")
+    finally:
+        for process in ranks:
+            process.kill()
     timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     steps = [row for row in timing if "tokens_per_s" in row]
     took = np.diff([row["seconds"] for row in steps])[LEFT_OUT - 1 :]

@@ -12,11 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fst_fast.errors import one_line
+
 MOST_CALLS = 16  # in one response
 
 
 class CallError(Exception):
-    """What is wrong with the tool calls of a response, as one sentence."""
+    """What is wrong with the tool calls of a response, as one sentence of at most 500 characters."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(one_line(sentence)[:500])
 
 
 @dataclass(frozen=True)
