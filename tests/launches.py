@@ -7,6 +7,7 @@ kernels. A Triton kernel is one launch, an operation of torch at least one; view
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import JITFunction
 
-from fst_kernels import backends
-
+backends = importlib.import_module("fst_kernels.backends")  # the package exports a function of this name
 ALLOCATIONS = (
     "empty",
     "empty_like",
@@ -64,7 +64,8 @@ class Launches(TorchDispatchMode):
     def _note_wait(self, name: str, args: Any, kwargs: Any, given: list[Tensor]) -> None:
         if not any(x.device == DEVICE for x in given):
             return
-        indexed = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in given)
+        indices = [x for x in tree_leaves(args[1:2]) if isinstance(x, Tensor)]
+        indexed = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in indices)
         if name in WAITS or indexed or (name == "repeat_interleave" and len(given) == 1):
             self.waits.append(name)
         if name in ("copy_", "_to_copy"):
@@ -94,7 +95,9 @@ def on_a_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[Launches]:
         (backends, "_unfit", lambda *_: None),
         (cuda, "get_device_capability", lambda *_: capability),
         (cuda, "get_device_properties", lambda *_: Properties()),
+        (cuda, "device", lambda *_: contextlib.nullcontext()),
         (cuda, "device_of", lambda *_: contextlib.nullcontext()),
+        (torch, "autocast", lambda *_, **__: contextlib.nullcontext()),
     ]
     before = [getattr(owner, name) for owner, name, _ in patched]
     try:
