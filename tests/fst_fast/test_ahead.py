@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +31,16 @@ from fst_fast.state import batch_from_json, batch_to_json
 AHEAD = {"rollout": {"ahead": 1, "sampler_ranks": 1}}
 
 
-def model(seed: int) -> nn.Module:
+def made(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).to(torch.bfloat16), nn.Linear(2, 5))
+
+
+MODELS = [made(seed) for seed in range(4)]  # here, since threads share the generator
+
+
+def model(seed: int) -> nn.Module:
+    return copy.deepcopy(MODELS[seed])
 
 
 NAMES = [name for name, _ in model(0).named_parameters()]
@@ -49,16 +57,16 @@ def test_weights_of_several_dtypes_and_any_bucket_arrive_bit_by_bit(
     monkeypatch.setattr(links, "GATHER_BUCKET", bucket)
     packed = links.pack(model(1), NAMES)
     assert (len(packed) == len(NAMES)) == (bucket == 1)
-    copy = model(2)
-    links.unpack(packed, copy, NAMES)
-    assert equal(copy, model(1))
+    other = model(2)
+    links.unpack(packed, other, NAMES)
+    assert equal(other, model(1))
 
 
 def test_only_the_named_weights_are_replaced() -> None:
-    copy = model(2)
-    links.unpack(links.pack(model(1), NAMES[:1]), copy, NAMES[:1])
-    assert torch.equal(copy.get_parameter(NAMES[0]), model(1).get_parameter(NAMES[0]))
-    assert torch.equal(copy.get_parameter(NAMES[1]), model(2).get_parameter(NAMES[1]))
+    other = model(2)
+    links.unpack(links.pack(model(1), NAMES[:1]), other, NAMES[:1])
+    assert torch.equal(other.get_parameter(NAMES[0]), model(1).get_parameter(NAMES[0]))
+    assert torch.equal(other.get_parameter(NAMES[1]), model(2).get_parameter(NAMES[1]))
 
 
 def pair(trainer: Callable[[RankLink], Any], sampler: Callable[[RankLink], Any]) -> tuple[Any, Any]:
