@@ -232,7 +232,7 @@ def eight() -> list[tuple[str, Any, float]]:
     for what, change in (
         fused,
         ("policy.liger=true", {"policy.liger": True}),
-        ("policy.zero_stage=1", {"policy.zero_stage": 1}),
+        ("policy.zero_stage=2", {"policy.zero_stage": 2}),
     ):
         here = here.changed(change)
         out.append((what, here, here.step.seconds))

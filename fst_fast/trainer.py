@@ -1,11 +1,12 @@
-"""The cycle (arXiv 2605.12484, Algorithm 1): look ahead, fast phase, T slow steps, evaluate, checkpoint; again.
+"""The cycle (arXiv 2605.12484, Algorithm 1): every T = fast.cycle_steps steps a fast phase, then T slow steps.
+Evaluations and checkpoints come at intervals of their own.
 
     fast phase   weights frozen: the population of contexts evolves on an anchor set of the next T minibatches   fast/fast_phase.py
     slow phase   contexts frozen: T policy-gradient steps over those minibatches                                 slow/slow_phase.py
 
 method=rl has no fast phase (the seed context serves all rollouts), method=gepa no slow phase. A run may go through several tasks
-(data/stages.py), and the last steps on each may distil the contexts into the weights (slow/distillation.py). Every process runs this same
-loop and takes the same decisions; rank 0 alone writes. startup.py builds or resumes the run; state.py is what a checkpoint keeps of it.
+(data/stages.py), and the last steps on each may distill the contexts into the weights (slow/distillation.py). Every process runs this same
+loop and makes the same decisions; rank 0 alone writes. startup.py builds or resumes the run; state.py is what a checkpoint keeps of it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def train(
         if state.step == 0 and config.eval.every and not run.resumed:
             evaluate_now(run, run.stages[0], final=False)
         while state.step < config.slow.steps and not signals.stop_requested(run_dir):
-            stage, before = enter_stage(run), state.step
+            stage, step_before = advance_stage(run), state.step
             run.models.forget_prefixes()
             distilling = stage.distils(state.step)
             if not distilling and evolves_before(config, stage, state.step):
@@ -82,13 +83,13 @@ def train(
             if config.fast.phases == "first_and_last" and config.method == "fst" and state.step == stage.end:
                 run_fast_phase(run, stage)
             done = state.step >= config.slow.steps
-            if not done and due(before, state.step, config.eval.every):
+            if not done and due(step_before, state.step, config.eval.every):
                 evaluate_now(run, stage, final=False)
             if not done and config.stages and state.step == stage.end:
                 evaluate_stages(run, stage)
-            if not done and due(before, state.step, config.checkpoint.every):
+            if not done and due(step_before, state.step, config.checkpoint.every):
                 run.save_checkpoint()
-        run.save_checkpoint()  # before the last evaluation, which a resumed run repeats to the same figures
+        run.save_checkpoint()  # before the final evaluation: a run that resumes after a crash repeats it with the same results
         signals.remove_stop_file(run_dir)
         summary = finish(run) if state.step >= config.slow.steps else None
         if summary is None:
@@ -106,7 +107,7 @@ def evolves_before(config: Config, stage: Stage, step: int) -> bool:
 
 
 def due(before: int, step: int, every: int) -> bool:
-    """Whether something done every `every` steps (0: never) is due after the steps from `before` to `step`."""
+    """Whether a multiple of `every` lies in (before, step]; never for every=0."""
     return bool(every) and step // every > before // every
 
 
@@ -115,8 +116,10 @@ def meets_after(config: Config, step: int) -> bool:
     return any(due(step - 1, step, every) for every in (config.eval.every, config.checkpoint.every))
 
 
-def enter_stage(run: Run) -> Stage:
-    """The stage of the next step. After distillation the population starts again from the seed context: the weights know the rest."""
+def advance_stage(run: Run) -> Stage:
+    """The stage of the next step, asked before every step; what it changes, it changes at the border of two stages.
+
+    After distillation the population starts again from the seed context, since the contexts are in the weights now."""
     state = run.state
     stage = stage_at(run.stages, state.step)
     if run.teacher is not None and not stage.distils(state.step):
@@ -124,7 +127,7 @@ def enter_stage(run: Run) -> Stage:
         state.fast = state.fast.reset_population()
         state.population = [run.seed_context]
     if stage.number and state.step == stage.first:
-        state.fast = replace(state.fast, idle=0, rest=0)  # idle cycles were counted on another task
+        state.fast = replace(state.fast, idle=0, rest=0)  # the counts belong to the task before
         run.recorder.note(
             f"stage {stage.number + 1} of {len(run.stages)}: {stage.task}, steps {stage.first + 1} to {stage.end}"
         )
@@ -134,12 +137,12 @@ def enter_stage(run: Run) -> Stage:
 def run_fast_phase(run: Run, stage: Stage) -> None:
     """Evolve the contexts on the problems of the next T steps."""
     config, state = run.config, run.state
-    ahead = lookahead(
+    upcoming = lookahead(
         stage.train, stage.local_step(state.step), config.fast.cycle_steps, config.slow.problems_per_step, config.seed
     )  # fmt: skip
     result = fast_phase(
         state.fast,
-        ahead,
+        upcoming,
         config=config,
         cycle=state.cycle,
         step=state.step,
@@ -150,7 +153,7 @@ def run_fast_phase(run: Run, stage: Stage) -> None:
         validation=stage.validation[: max(config.eval.problems, config.eval.final_problems)],
         recorder=run.recorder,
     )
-    take_contexts(run, result, ahead)
+    take_contexts(run, result, upcoming)
 
 
 def take_contexts(run: Run, result: FastResult, problems: Sequence[Problem]) -> None:
@@ -240,7 +243,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
 
 
 def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
-    """Evaluate on validation problems, all four cells at the end and those of eval.cells before, and record the result."""
+    """Evaluate on validation problems and record the result: all four cells in the final evaluation, eval.cells in the others."""
     config = run.config
     seen: dict[str, list[Judged]] = {}
     result = (
@@ -248,15 +251,15 @@ def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
         if final
         else _evaluate(run, stage, config.eval.problems, config.eval.cells, seen)
     )
-    named = {"stage": stage.number, "task": stage.task} if config.stages else {}
+    stage_fields = {"stage": stage.number, "task": stage.task} if config.stages else {}
     run.recorder.evaluation(
-        result, stage.validation, seen, step=run.state.step, final=final, counters=run.state.counters, stage_fields=named
+        result, stage.validation, seen, step=run.state.step, final=final, counters=run.state.counters, stage_fields=stage_fields
     )  # fmt: skip
     return result
 
 
 def evaluate_stages(run: Run, stage: Stage, own: dict[str, Any] | None = None) -> None:
-    """At the end of `stage`: the four cells on its task and on those of all stages before. own: on its own task, if already measured."""
+    """At the end of `stage`: the four cells on its task and on those of all stages before. own: the result on its own task, if already computed."""
     for past in run.stages[: stage.number + 1]:
         result = (
             own
@@ -295,7 +298,7 @@ def _evaluate(
 def finish(run: Run) -> dict[str, Any]:
     """Measure the four cells, write summary.json and return it."""
     config, state = run.config, run.state
-    stage = enter_stage(run)
+    stage = advance_stage(run)
     result = evaluate_now(run, stage, final=True)
     if config.stages:
         evaluate_stages(run, stage, own=result)
@@ -318,7 +321,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def how_to_continue(run: Run) -> str:
-    """What a run says that a signal has stopped."""
+    """The message of a run that a signal has stopped."""
     n = distributed.world_size()
     how = "fst train" if n == 1 else f"the same launcher, {n} processes and train.py"
     return f"stopped after step {run.state.step} of {run.config.slow.steps}; continue with: {how} --run-dir {run.run_dir} --resume"

@@ -1,4 +1,4 @@
-"""Write docs/reference/configuration.md from the docstrings of fst_fast/config/schema.py: `python scripts/config_reference.py`.
+"""Write docs/reference/configuration.md from the docstrings of fst_fast/config/: `python scripts/config_reference.py`.
 
 A test compares the committed page with what this script makes, so the page cannot go stale.
 """
@@ -20,7 +20,7 @@ from fst_fast.config.schema import Config
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "configuration.md"
 HEAD = """# Configuration reference
 
-<!-- Made by scripts/config_reference.py from fst_fast/config/schema.py: change the docstrings there. -->
+<!-- Made by scripts/config_reference.py from fst_fast/config/: change the docstrings there. -->
 
 Every key of the tree, as it is written on the command line, `--slow.lr=1e-5`; in a YAML file the parts are nested. How file, command line
 and defaults go together: [configuration](../configuration.md). `fst train CONFIG.yaml --dry-run` prints the whole tree of a run.

@@ -40,7 +40,7 @@ class FastConfig(Section):
     anchor_size: int = Field(32, ge=1)
     """Problems on which contexts are compared, drawn from the next cycle_steps minibatches."""
     rollout_budget: int = Field(960, ge=0)
-    """Most rollouts of one fast phase, over all processes."""
+    """Maximum number of rollouts of one fast phase, over all processes."""
     phases: Literal["alternate", "first", "first_and_last"] = "alternate"
     """When the contexts evolve, with method=fst: `alternate`, before every cycle_steps slow steps; `first`, once before the first step of the
     run or stage, then they are frozen; `first_and_last`, once more after its last step."""
@@ -49,22 +49,22 @@ class FastConfig(Section):
     the slow phase's rollouts give (E-SPL), after every slow step, without rollouts of its own; the other keys of budget, waves and anchor set
     then have no effect."""
     generations: int = Field(2, ge=1)
-    """Proposal waves of a fast phase, if the budget pays for them."""
+    """Generations of proposals in a fast phase, if the budget pays for them."""
     first_generations: int = Field(4, ge=1)
-    """Proposal waves of the first fast phase."""
+    """Generations of the first fast phase."""
     search_budget: int | None = Field(None, ge=0)
     """Most rollouts of a fast phase that starts with the seed context alone and has admitted nothing yet; it then runs as many waves as they
     pay for. null: rollout_budget and generations hold as they do later."""
     children: int = Field(4, ge=1)
-    """Contexts compared with their parents in one wave."""
+    """Contexts compared with their parents in one generation."""
     proposals: int | None = Field(None, ge=1)
-    """Reflections asked for in one wave, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
+    """Reflections asked for in one generation, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
     scored with one rollout on each of fast.screen_problems anchor problems, and the best go on."""
     screen_problems: int = Field(4, ge=1)
     """Anchor problems of that first comparison."""
     rungs: int = Field(1, ge=1, le=8)
     """Race the children of a wave by sequential halving: they start on the first of 2^(rungs - 1) parts of the anchor problems; after each rung
-    those clearly below their parent are out, and the better half of the children goes on to twice as many problems. 1: all are scored in full."""
+    those that are not ahead of their parent are out, and the better half of the children goes on to twice as many problems. 1: all are scored in full."""
     samples: int = Field(2, ge=1)
     """Rollouts of a context on each anchor problem."""
     failures_shown: int = Field(3, ge=1)
@@ -90,7 +90,7 @@ class FastConfig(Section):
     """With components: which of them a child revises. `round_robin`: the next one in turn; `worst_first`: the one with the lowest reward of those
     that were revised in vain the fewest times (docs/environments.md); `all`: each of them, one reflection for each."""
     merge: bool = False
-    """With components: one child of a wave takes its components from two contexts that win different problems, without a reflection."""
+    """With components: one child of a generation takes its components from two contexts that win different problems, without a reflection."""
     budget: FastBudget = FastBudget()
     reflector: str = "mini"
     """`mini` (rules, mini world only), `self` (the frozen base model), `openai` (any compatible endpoint), `given` (contexts

@@ -109,7 +109,7 @@ class RolloutConfig(Section):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a response, besides the eos token. The tokens that complete one belong to the response."""
     max_turns: int = Field(8, ge=1)
-    """For a task of several turns (an environment, or a task with tools): most responses of an episode, each of at most max_response_tokens;
+    """For a task of several turns (an environment, or a task with tools): maximum number of responses of an episode, each of at most max_response_tokens;
     then it ends (finish = max_turns)."""
     max_episode_tokens: int | None = Field(None, ge=1)
     """Longest episode, everything that was read and sampled; one without room for a further turn ends (finish = max_tokens). null: as many as
@@ -217,7 +217,7 @@ class SlowConfig(Section):
     advantage_scale: Literal["std", "none"] = "std"
     """What r - mean is divided by: `std` the standard deviation of the group, `none` nothing (Dr. GRPO)."""
     dynamic_sampling: int = Field(0, ge=0)
-    """Most rounds in which a step replaces its groups without variance by groups of other training problems, drawn at random; 0: none. A step
+    """Maximum number of rounds in which a step replaces its groups without variance by groups of other training problems, drawn at random; 0: none. A step
     then samples at most 1 + dynamic_sampling times problems_per_step x group_size rollouts."""
     mask_overlong: bool = False
     """Leave rollouts that were cut at rollout.max_response_tokens, or an episode's max_episode_tokens, out of the loss. They stay in the mean and

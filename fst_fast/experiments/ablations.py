@@ -27,7 +27,12 @@ ABLATIONS: dict[str, Changes] = {
     "reverse KL": {"slow.kl": "reverse"},
     "forward KL": {"slow.kl": "forward"},
     "KL x 10": {"slow.kl_coef": 1e-2},
-    "race of 8 children": {"fast.children": 8, "fast.rungs": 3},
+    "race of 16 children": {"fast.children": 16, "fast.rungs": 4},
+    "the same, 12 waves": {
+        **{"fast.children": 16, "fast.rungs": 4, "fast.first_generations": 12, "fast.generations": 12},
+        "fast.admit_z": 0.0,
+    },
+    "plain GEPA": {"fast.evolver": "gepa", "fast.samples": 1},
     "deeper first search": {"fast.search_budget": 2880},
     "seed keeps its share": {"fast.keep_seed": True},
     "parents by improvement": {"fast.parents": "improvement"},

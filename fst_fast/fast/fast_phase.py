@@ -154,7 +154,7 @@ def leaves_room(
 
 
 def spells_special(text: str, problem: Problem, sampler: Sampler) -> bool:
-    """Whether a context spells a special token, or something that the chat template does not take for text."""
+    """Whether a context contains a special token, or text that the chat template rejects."""
     chat = sampler.prompts.chat
     if chat.special.spelt(text) is not None:
         return True

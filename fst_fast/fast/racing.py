@@ -1,7 +1,7 @@
-"""Race the children of a wave: sequential halving (Karnin et al. 2013) on the anchor problems, with paired tests against the parents.
+"""Race the children of a wave: sequential halving (Karnin et al. 2013) on the anchor problems, paired with the parents.
 
-All children start on a few problems. After each rung those that their parent clearly beats are out, and of the others the better half goes
-on to twice as many problems. What is not sampled pays for more children or later waves. Only those that run to the end can be admitted: the
+All children start on a few problems. After each rung those that are not ahead of their parent there are out, as in GEPA after its minibatch, and
+of the others the better half goes on to twice as many problems. What is not sampled pays for more children or later waves. Only those that run to the end can be admitted: the
 admission test sees the same pairs as without a race.
 """
 
@@ -14,9 +14,6 @@ from fst_fast.contracts import Context
 from fst_fast.fast import pareto
 from fst_fast.fast.evaluations import Evaluations
 
-OUT_Z = 1.0
-"""A child is out where its parent is better by more than this many standard errors of the paired difference."""
-
 Child = tuple[Context, Context]
 """A child and its parent."""
 
@@ -28,12 +25,12 @@ def race(evaluations: Evaluations, children: Sequence[Child], count: int) -> lis
         running = _best(evaluations, running, starters)
         evaluations.judge([child for child, _ in running], problems=problems)
         if problems < len(evaluations.problem):
-            running = [pair for pair in running if not _beaten(evaluations, *pair)]
+            running = [pair for pair in running if _ahead(evaluations, *pair)]
     return running
 
 
-def _beaten(evaluations: Evaluations, child: Context, parent: Context) -> bool:
-    return pareto.admits(evaluations.rewards[parent.id], evaluations.rewards[child.id], OUT_Z)
+def _ahead(evaluations: Evaluations, child: Context, parent: Context) -> bool:
+    return pareto.admits(evaluations.rewards[child.id], evaluations.rewards[parent.id], 0.0)
 
 
 def _best(evaluations: Evaluations, running: list[Child], count: int) -> list[Child]:

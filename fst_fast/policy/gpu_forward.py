@@ -125,6 +125,6 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
         return first.detach().as_strided((sum(rows), width), (width, 1), first.storage_offset())
     whole = torch.cat([w.detach() for w in weights])
     if all(isinstance(w, torch.nn.Parameter) and w.untyped_storage().nbytes() == w.nbytes for w in weights):
-        for weight, part in zip(weights, whole.split(rows), strict=True):
+        for weight, part in zip(weights, torch.split(whole, rows), strict=True):
             weight.data = part
     return whole

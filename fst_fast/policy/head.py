@@ -72,8 +72,9 @@ class Labels:
     def of(cls, rows: Tensor, labels: Tensor, device: torch.device | str | None = None) -> Labels:
         """Build from host tensors rows [M] and labels [M], on `device` (None: the tensors' own device)."""
         unique, row_of = torch.unique(rows, return_inverse=True)
-        parts = (unique, row_of, labels)
-        return cls(*(parts if device is None else (to_device(x, device) for x in parts)), row_of)
+        if device is None:
+            return cls(unique, row_of, labels, row_of)
+        return cls(to_device(unique, device), to_device(row_of, device), to_device(labels, device), row_of)
 
 
 @dataclass

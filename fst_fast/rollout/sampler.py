@@ -251,13 +251,14 @@ class Sampler:
                     judge(i, responses.ids[i, : responses.length[i]])
                 judging.serve()
 
+            watched: dict[str, Any] = {"watch": watch} if isinstance(engine, RolloutEngine) else {}
             rollouts = engine.generate(
                 prompts,
                 max_response_tokens=self.config.rollout.max_response_tokens,
                 temperature=temperature,
                 top_p=None if top_p in (None, 1.0) else top_p,
                 policy_version=policy_version,
-                **({"watch": watch} if isinstance(engine, RolloutEngine) else {}),
+                **watched,
             )
             sampled_at = time.perf_counter()
             reach("verification")

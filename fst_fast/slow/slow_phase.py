@@ -4,7 +4,7 @@
     distillation_step    the same shape, but the loss is the KL to the frozen weights under the evolved contexts (distillation.py)
 
 Groups and advantages are in groups.py, the rewards they are made of in rewards.py, the loss and the update in update.py, what happens to NaN and Inf in nonfinite.py. A new loss:
-docs/extending.md lists every place; its formula goes into fst_kernels/linear_policy_loss/objective.py.
+docs/extending.md lists every place; its formula goes into kernels/fst_kernels/linear_policy_loss/objective.py.
 """
 
 from __future__ import annotations
@@ -54,21 +54,22 @@ def slow_step(
 ) -> StepReport:
     """One policy-gradient step on `problems` under the contexts of `population`. All processes call it with the same arguments.
 
-    Groups claim rollouts of the cycle's fast phase from `reusable` first. spare: other problems, for dynamic sampling. Raises UserError where
-    the step is not finite and on_nonfinite=stop, and where slow.reward_shaping fails."""
+    reusable: rollouts of the cycle's fast phase, used before new ones are sampled. spare: problems outside the minibatch, for dynamic sampling.
+    Raises UserError if a log-probability, an advantage, the loss or a gradient is NaN or Inf and on_nonfinite=stop, and where
+    slow.reward_shaping fails."""
     started = time.perf_counter()
     recorder.begin("rollouts", step)
-    found = sample_groups(
+    sampled = sample_groups(
         problems, population, config=config, step=step, policy_version=step, sampler=sampler, models=models, reusable=reusable, spare=spare
     )  # fmt: skip
     return train_groups(
-        found, population, config=config, step=step, sampler=sampler, models=models, policy=policy, reference=reference,
+        sampled, population, config=config, step=step, sampler=sampler, models=models, policy=policy, reference=reference,
         recorder=recorder, started=started,
     )  # fmt: skip
 
 
 def train_groups(
-    found: StepGroups,
+    sampled: StepGroups,
     population: Sequence[Context],
     *,
     config: Config,
@@ -82,14 +83,15 @@ def train_groups(
 ) -> StepReport:
     """The policy-gradient update on what a step has sampled. started: when the step began, by time.perf_counter. All processes that train call it. Raises
     UserError as `slow_step` does."""
-    prompt_of = sampler.prompts.of_rollouts(population, found.problems)
-    updating = _begin_update(models, policy, recorder, step)
-    kept = [g for g in found.groups if g.advantages is not None]
+    prompt_of = sampler.prompts.of_rollouts(population, sampled.problems)
+    update_started = _begin_update(models, policy, recorder, step)
+    kept = [g for g in sampled.groups if g.advantages is not None]
+    # From here on this process trains groups that it may not have sampled: equal work for all.
     kept = distributed.rebalance(kept, [cost(g, prompt_of) for g in kept])
     prompts = [[prompt_of(m.rollout) for m in g.members] for g in kept]
     data = sequences(kept, prompts, config.slow.aggregation, constant_denominator(config))
     try:
-        numbers = optimise(
+        metrics = optimise(
             policy,
             Reference(reference),
             data,
@@ -100,20 +102,20 @@ def train_groups(
         )
     except NonFiniteError as error:
         policy.hand_over()  # the weights as they were, for the dump
-        moved = None if reference is models.base_module else reference
+        changed_reference = None if reference is models.base_module else reference
         dump = nonfinite.write_dump(
-            recorder.run_dir, error, data, kept, config, step=step, pad_id=sampler.pad_id, model=models.trained_module, reference=moved
+            recorder.run_dir, error, data, kept, config, step=step, pad_id=sampler.pad_id, model=models.trained_module, reference=changed_reference
         )  # fmt: skip
-        numbers = nonfinite.skip_or_stop(error, dump, config.on_nonfinite, policy, step, recorder.note)
+        metrics = nonfinite.skip_or_stop(error, dump, config.on_nonfinite, policy, step, recorder.note)
     policy.hand_over()
-    recorder.stopwatch.add("train_s", time.perf_counter() - updating)
-    return _report(found, numbers, started, _prompt_text(sampler, prompt_of))
+    recorder.stopwatch.add("train_s", time.perf_counter() - update_started)
+    return _report(sampled, metrics, started, _prompt_text(sampler, prompt_of))
 
 
 @dataclass
 class StepGroups:
-    """What a step has sampled. problems: those of all processes; rollouts, groups: this process's. shaped: whether rewards are other than the
-    verdicts'. reused: rollouts of the fast phase, over all processes. refill_rounds, refill_groups: of dynamic sampling, on all processes together."""
+    """What a step has sampled. problems: those of all processes; rollouts, groups: this process's. shaped: whether the training rewards differ
+    from the verdicts'. reused: rollouts of the fast phase, over all processes. refill_rounds, refill_groups: of dynamic sampling, on all processes together."""
 
     problems: list[Problem] = field(default_factory=list)
     rollouts: list[ScoredRollout] = field(default_factory=list)
@@ -150,27 +152,27 @@ def sample_groups(
     reusable: ReusePool,
     spare: Iterator[Problem],
 ) -> StepGroups:
-    """Sample and judge the groups of a step from the weights of `policy_version`. Dynamic sampling (DAPO, arXiv 2503.14476) then puts groups of `spare` problems in the place of
-    those without variance, in rounds, each of as many groups as are missing. All processes call it with the same arguments."""
-    slow, found = config.slow, StepGroups()
-    wave = list(problems)
+    """Sample and judge the groups of a step from the weights of `policy_version`. Dynamic sampling (DAPO, arXiv 2503.14476) then replaces groups
+    without variance by groups of `spare` problems, for up to slow.dynamic_sampling rounds. All processes call it with the same arguments."""
+    slow, step_groups = config.slow, StepGroups()
+    batch = list(problems)
     while True:
-        requests = [plan_group(p, population, slow.group_size) for p in wave]
-        # Every process claims for all problems, so that the pools stay equal; later rounds leave them to the steps they were sampled for.
-        claims = [[None] * len(r) if found.problems else reusable.claim(r) for r in requests]
+        requests = [plan_group(p, population, slow.group_size) for p in batch]
+        # Every process claims for all problems, so that the pools stay identical. Refill rounds claim nothing: these rollouts are for later steps.
+        claims = [[None] * len(r) if step_groups.problems else reusable.claim(r) for r in requests]
         rollouts = _sample_shard(
             requests, claims, config=config, step=step, policy_version=policy_version, sampler=sampler, models=models
         )  # fmt: skip
-        found.reused += sum(claim is not None for of_group in claims for claim in of_group)
-        found.add(config, wave, rollouts)
-        if found.refill_rounds == slow.dynamic_sampling:
-            return found
-        [kept] = distributed.all_reduce_sum([sum(g.advantages is not None for g in found.groups)])
-        wave = list(itertools.islice(spare, len(problems) - int(kept)))
-        if not wave:
-            return found
-        found.refill_rounds += 1
-        found.refill_groups += len(wave)
+        step_groups.reused += sum(claim is not None for of_group in claims for claim in of_group)
+        step_groups.add(config, batch, rollouts)
+        if step_groups.refill_rounds == slow.dynamic_sampling:
+            return step_groups
+        [kept] = distributed.all_reduce_sum([sum(g.advantages is not None for g in step_groups.groups)])
+        batch = list(itertools.islice(spare, len(problems) - int(kept)))
+        if not batch:
+            return step_groups
+        step_groups.refill_rounds += 1
+        step_groups.refill_groups += len(batch)
 
 
 def _sample_shard(
@@ -183,7 +185,7 @@ def _sample_shard(
     sampler: Sampler,
     models: SamplingModels,
 ) -> list[ScoredRollout]:
-    """This process's share of the groups, what nothing was claimed for sampled from the trained weights."""
+    """This process's rollouts: reused ones where claimed, the others sampled now."""
     expected = sampler.expected_tokens([requests[0].problem for requests in group_requests])
     costs = [
         tokens * sum(claim is None for claim in claims)
@@ -207,7 +209,7 @@ def _sample_shard(
 
 
 def constant_denominator(config: Config) -> float | None:
-    """The tokens of a step in which every rollout is as long as it may be; None where the aggregation counts what was sampled."""
+    """The maximum number of response tokens of a step, Dr. GRPO's fixed denominator; None for other aggregations."""
     if config.slow.aggregation != "constant":
         return None
     return float(config.slow.problems_per_step * config.slow.group_size * config.rollout.max_response_tokens)
@@ -226,7 +228,7 @@ def distillation_step(
     policy: TrainedPolicy,
     recorder: Recorder,
 ) -> StepReport:
-    """One step of context distillation: sample under the seed context, move towards the frozen `teacher` under the evolved contexts.
+    """One step of context distillation: sample under the seed context, minimise the KL to the frozen `teacher` that reads the evolved contexts.
 
     All processes call it with the same arguments. Raises UserError as `slow_step` does."""
     started = time.perf_counter()
@@ -244,18 +246,19 @@ def distillation_step(
     )
     prompt_of = sampler.prompts.of_rollouts([seed_context], problems)
 
-    updating = _begin_update(models, policy, recorder, step)
+    update_started = _begin_update(models, policy, recorder, step)
     groups = distillation.distillation_groups(rollouts)
-    read_by = [[prompt_of(m.rollout) for m in g.members] for g in groups]
-    data = sequences(groups, read_by, config.slow.aggregation, constant_denominator(config))
-    shown = distillation.teacher_contexts(len(problems), step * len(problems), population)
-    read = {p.id: (context, p) for p, context in zip(problems, shown, strict=True)}
-    trained = [m.rollout.problem_id for g in groups for m in g.members if len(m.rollout.response_ids)]
-    prompts = [sampler.prompts.ids(*read[problem_id]) for problem_id in trained]
-    leaves = [replace(leaf, prompt_ids=ids) for ids, leaf in zip(prompts, data.leaves, strict=True)]
+    student_prompts = [[prompt_of(m.rollout) for m in g.members] for g in groups]
+    data = sequences(groups, student_prompts, config.slow.aggregation, constant_denominator(config))
+    contexts = distillation.teacher_contexts(len(problems), step * len(problems), population)
+    teacher_reads = {p.id: (context, p) for p, context in zip(problems, contexts, strict=True)}
+    problem_ids = [m.rollout.problem_id for g in groups for m in g.members if len(m.rollout.response_ids)]
+    teacher_prompts = [sampler.prompts.ids(*teacher_reads[problem_id]) for problem_id in problem_ids]
+    # `sequences` makes one leaf for each response that is not empty, in this order.
+    leaves = [replace(leaf, prompt_ids=ids) for ids, leaf in zip(teacher_prompts, data.leaves, strict=True)]
     batching = Batching.of(config, sampler.pad_id)
     try:
-        numbers = optimise(
+        metrics = optimise(
             policy,
             distillation.Teacher(teacher, leaves, batching),
             data,
@@ -264,17 +267,18 @@ def distillation_step(
             step=step,
         )
     except NonFiniteError as error:
-        numbers = nonfinite.skip_or_stop(error, None, config.on_nonfinite, policy, step, recorder.note)
+        metrics = nonfinite.skip_or_stop(error, None, config.on_nonfinite, policy, step, recorder.note)
     policy.hand_over()
-    recorder.stopwatch.add("train_s", time.perf_counter() - updating)
-    numbers["distilled"] = True
-    found = StepGroups(list(problems), rollouts, groups)
-    return _report(found, numbers, started, _prompt_text(sampler, prompt_of))
+    recorder.stopwatch.add("train_s", time.perf_counter() - update_started)
+    metrics["distilled"] = True
+    sampled = StepGroups(list(problems), rollouts, groups)
+    return _report(sampled, metrics, started, _prompt_text(sampler, prompt_of))
 
 
 def objective_of(slow: SlowConfig) -> PolicyObjective:
     """The policy-gradient loss that the configuration describes."""
     return PolicyObjective(
+        # Dr. GRPO is grpo with another aggregation and advantage scale.
         kind="grpo" if slow.objective == "dr_grpo" else slow.objective,
         ratio_cap=slow.ratio_cap,
         clip_low=slow.clip_low,
@@ -286,7 +290,7 @@ def objective_of(slow: SlowConfig) -> PolicyObjective:
 
 
 def _begin_update(models: SamplingModels, policy: TrainedPolicy, recorder: Recorder, step: int) -> float:
-    """End sampling, so that the update may have its memory; returns the time."""
+    """Free the memory of sampling for the update; returns the start time."""
     models.forget_prefixes()
     policy.release()
     restart_peak()
@@ -295,9 +299,10 @@ def _begin_update(models: SamplingModels, policy: TrainedPolicy, recorder: Recor
 
 
 def _report(
-    sampled: StepGroups, numbers: dict[str, Any], started: float, prompt_text: Callable[[Rollout], str]
+    sampled: StepGroups, metrics: dict[str, Any], started: float, prompt_text: Callable[[Rollout], str]
 ) -> StepReport:
-    found = {
+    # By identity: two rollouts may be equal in everything.
+    advantage_of = {
         id(member): float(advantage)
         for group in sampled.groups
         if group.advantages is not None
@@ -305,14 +310,14 @@ def _report(
     }
     return StepReport(
         rollouts=sampled.rollouts,
-        advantages=[found.get(id(rollout), 0.0) for rollout in sampled.rollouts],
+        advantages=[advantage_of.get(id(rollout), 0.0) for rollout in sampled.rollouts],
         groups=len(sampled.groups),
         groups_kept=sum(g.advantages is not None for g in sampled.groups),
         refill_rounds=sampled.refill_rounds,
         refill_groups=sampled.refill_groups,
         shaped_rewards=[r for g in sampled.groups for r in g.rewards] if sampled.shaped else [],
-        skipped=numbers.pop("skipped", False),
-        numbers=numbers,
+        skipped=metrics.pop("skipped", False),
+        numbers=metrics,
         reused=sampled.reused,
         seconds=time.perf_counter() - started,
         prompt_text=prompt_text,

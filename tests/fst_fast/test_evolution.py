@@ -785,16 +785,21 @@ def test_a_race_costs_what_is_planned_and_the_better_half_runs_on_and_only_the_e
     world = World(lambda text, problem: quality.get(text, 0.0))
     config = FastConfig(children=8, rungs=3, samples=2, first_generations=1, rollout_budget=10**4)
     result = run(start(), world, numbered(), config, anchor=problems(32))
-    assert [len(call) for call in world.calls] == [64, 8 * 8 * 2, 4 * 8 * 2, 2 * 16 * 2]
-    assert wave_cost(config, 8, Size(32, 2)) == world.rollouts - 64
+    assert [len(call) for call in world.calls] == [64, 8 * 8 * 2, 2 * 8 * 2, 2 * 16 * 2], "six are not ahead"
+    assert wave_cost(config, 8, Size(32, 2)) == 8 * 8 * 2 + 4 * 8 * 2 + 2 * 16 * 2
     assert {line["text"] for line in result.record["contexts"] if line["admitted"]} == {
         f"{SEED} variant 1",
         f"{SEED} variant 4",
     }
-    assert {line["n"] for line in result.record["contexts"]} == {16, 32, 64}
+    assert {line["n"] for line in result.record["contexts"]} == {16, 64}
+    all_ahead = World(lambda text, problem: float("variant" in text))
+    run(start(), all_ahead, numbered(), config, anchor=problems(32))
+    assert [len(call) for call in all_ahead.calls] == [64, 8 * 8 * 2, 4 * 8 * 2, 2 * 16 * 2], (
+        "the planned cost"
+    )
 
 
-def test_children_that_their_parent_clearly_beats_leave_a_race_at_once():
+def test_children_that_are_not_ahead_of_their_parent_leave_a_race_at_once():
     world = World(lambda text, problem: 0.0 if "variant" in text else float(problem.answer % 2))
     config = FastConfig(children=4, rungs=2, first_generations=1)
     run(start(), world, numbered(), config, anchor=problems(32))

@@ -6,13 +6,11 @@ import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 pytest.importorskip("transformers")
 pytest.importorskip("triton")
@@ -28,9 +26,8 @@ from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.logits import float32_logits
 from fst_kernels import CascadePlan, PolicyObjective, TreeMask, gpu, linear_policy_loss
 from fst_kernels.cascade_decode.plan import Work
-from fst_kernels.linear_logprob.rows import KnownRows
 from fst_kernels.tree_attention import triton as tree_attention
-from tests.launches import CUDA, Launches, module_on_gpu, on_a_gpu, stand_in
+from tests.launches import DEVICE, Launches, on_a_gpu, stand_in
 
 SLOTS, HEADS, KV_HEADS, DIM, VOCABULARY = 6, 8, 2, 64, 512
 GOAL = 12  # launches of a layer of a decode step, outside a graph
@@ -46,8 +43,7 @@ def _as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model_of(kind: str, layers: int) -> Any:
-    """Without memory; `module_on_gpu` takes it to the device."""
-    with torch.device("meta"):
+    with DEVICE:
         if kind == "qwen2":
             model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_hidden_layers=layers))  # type: ignore[arg-type]
         else:
@@ -85,7 +81,7 @@ class Step:
     def __init__(self, work: CascadePlan) -> None:
         self.pool, self.rows, self.backend = (
             KVPool(),
-            torch.zeros(SLOTS, dtype=torch.int64, device=CUDA),
+            torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE),
             "triton",
         )
         self.pool.slots, self.work = 2000, device_work(work)
@@ -99,9 +95,8 @@ def step_launches(
 ) -> Launches:
     work, model = host_work(), model_of(kind, layers)
     with on_a_gpu() as counter:
-        module_on_gpu(model)
         plan = Step(work)
-        ids = torch.zeros(SLOTS, dtype=torch.int64, device=CUDA)
+        ids = torch.zeros(SLOTS, dtype=torch.int64, device=DEVICE)
         change(plan)
         with float32_logits(model), torch.inference_mode():
             forward = forward_of(model)
@@ -142,9 +137,7 @@ def test_an_operation_that_is_not_fused_and_a_wait_are_counted(monkeypatch: pyte
         tokens = plan.tokens
         plan.tokens = lambda layer, q, *rest: tokens(layer, q * int(q[0, 0, 0] > 0), *rest)  # type: ignore[method-assign]
 
-    with pytest.raises(
-        Exception, match=r"item|data-dependent|_local_scalar_dense"
-    ):  # a stand-in has no number to give
+    with pytest.raises(Exception, match="item"):  # a stand-in has no number to give
         step_launches("qwen3", GpuForward, 1, asks)
     monkeypatch.setattr(gpu, "gate", unfused)
     assert per_layer("qwen3", GpuForward) == GOAL + 1
@@ -164,34 +157,27 @@ class Through:
 
 @pytest.fixture
 def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss as a function, whose operations the counter sees, and the host's knowledge of rows made outside the fake tensors."""
+    """The loss as a function, whose operations the counter sees."""
     op = importlib.import_module("fst_kernels.linear_policy_loss.op").linear_policy_loss_op
     api = importlib.import_module("fst_kernels.linear_policy_loss.api")
-    known = KnownRows.of
 
     def plain(*given: Any, **named: Any) -> Any:
         with torch.no_grad():
             return op._init_fn(*given, **named)
 
-    def outside(rows: Tensor, num_rows: int, chunk_rows: int, _: Any) -> KnownRows:
-        with unset_fake_temporarily():
-            found = known(torch.arange(num_rows).repeat(2), num_rows, chunk_rows, torch.device("cpu"))
-        return KnownRows(stand_in(found.rows), stand_in(found.order), found.bounds)
-
     monkeypatch.setattr(api, "linear_policy_loss_op", plain)
-    monkeypatch.setattr(KnownRows, "of", staticmethod(outside))
 
 
 def micro_batch(rows_device: torch.device | str, kl: str | None) -> Launches:
     """A forward and the head's loss over 96 labelled rows with two labels each, in chunks of 32 rows; what the host has waited for."""
     model = model_of("qwen3", 1).train()
     with on_a_gpu((8, 0)) as counter:
-        module_on_gpu(model)
-        ids = torch.zeros(1, 128, dtype=torch.int64, device=CUDA)
+        ids = torch.zeros(1, 128, dtype=torch.int64, device=DEVICE)
         head.install(model)
         counter.waits.clear()
-        numbers = torch.zeros(192, device=CUDA)
-        labels = torch.zeros(192, dtype=torch.int64, device=CUDA)
+        numbers = torch.zeros(192, device=DEVICE)
+        rows = (torch.arange(192) % 96).to(rows_device, non_blocking=True)
+        labels = torch.zeros(192, dtype=torch.int64, device=DEVICE)
 
         def job(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             leaves = hidden[:96].requires_grad_(), weight.requires_grad_()
@@ -201,12 +187,12 @@ def micro_batch(rows_device: torch.device | str, kl: str | None) -> Launches:
         def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
             loss, _ = linear_policy_loss(
                 hidden, weight, labels, numbers, objective=PolicyObjective("cispo", kl=kl, kl_coef=0.1 if kl else 0.0),  # type: ignore[arg-type]
-                token_weight=numbers, rows=torch.zeros(192, dtype=torch.int64, device=rows_device), old_logprob=numbers,
+                token_weight=numbers, rows=rows, old_logprob=numbers,
                 ref_logprob=numbers if kl else None, chunk_rows=32,
             )  # fmt: skip
             return loss
 
-        with head.running(model, job), torch.no_grad():  # autograd needs a real device
+        with head.running(model, job), torch.no_grad():
             model(input_ids=ids, position_ids=ids, plan=Through(), use_cache=False)
     return counter
 
@@ -222,33 +208,21 @@ def test_the_host_waits_for_nothing_in_a_micro_batch(kl: str | None) -> None:
 
 @pytest.mark.usefixtures("plain_operators")
 def test_rows_that_only_the_device_knows_would_be_waited_for() -> None:
-    with pytest.raises(Exception, match=r"nonzero|data-dependent|unbacked|dynamic"):
-        micro_batch(CUDA, None)
+    with pytest.raises(Exception, match="nonzero"):
+        micro_batch(DEVICE, None)
 
 
 @pytest.mark.parametrize("window", [None, 16])
-def test_tree_attention_waits_for_nothing_forward_or_backward(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tree_attention_waits_for_nothing_forward_or_backward(window: int | None) -> None:
     on_host = TreeMask.shared_prefixes([(100, [60, 70, 20]), (30, [9])])
     n = on_host.subtree_end.shape[1]
-
-    def on_the_host(function: Any, _: TreeMask, *sizes: int) -> int:
-        with unset_fake_temporarily():
-            found: int = function(on_host, *sizes)
-        return found
-
-    for name in ("list_width", "tile_total"):  # what the host knows of its own segments
-        known = getattr(tree_attention.blocks, name)
-        monkeypatch.setattr(tree_attention.blocks, name, partial(on_the_host, known))
-    monkeypatch.setattr(TreeMask, "binding", lambda _, w: w)
     with on_a_gpu((8, 0)) as counter:
         mask = copy.copy(on_host)
         for name in ("subtree_end", "depth"):
             object.__setattr__(mask, name, stand_in(getattr(on_host, name)))
         object.__setattr__(mask, "prepared", {})
-        q = torch.empty(1, HEADS, n, DIM, dtype=torch.bfloat16, device=CUDA)
-        k = torch.empty(1, KV_HEADS, n, DIM, dtype=torch.bfloat16, device=CUDA)
+        q = torch.empty(1, HEADS, n, DIM, dtype=torch.bfloat16, device=DEVICE)
+        k = torch.empty(1, KV_HEADS, n, DIM, dtype=torch.bfloat16, device=DEVICE)
         out, lse2 = tree_attention.forward(q, k, k, mask, 1.0, window)
         tree_attention.backward(q, q, k, k, out, lse2, mask, 1.0, window)
     assert counter.waits == []

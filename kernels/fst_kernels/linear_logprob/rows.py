@@ -69,8 +69,7 @@ class KnownRows(NamedTuple):
         bounds = torch.searchsorted(ascending, edges).tolist()
         if device.type == "cuda":
             ascending, order = ascending.pin_memory(), order.pin_memory()
-        sent = (x.to(device, non_blocking=True) for x in (ascending, order))
-        return cls(*sent, bounds)
+        return cls(ascending.to(device, non_blocking=True), order.to(device, non_blocking=True), bounds)
 
 
 class Chunk(NamedTuple):
