@@ -73,7 +73,7 @@ class Clock(Callback):
         if self._last is not None:
             spent = {key: event.timing[key] for key in ("rollout_s", "verify_s", "train_s")}
             row = {"cpu_s": cpu - self._last[0], "tokens": tokens - self._last[1], **spent}
-            self.rows.append({**row, "observed": event.record["observed_tokens"] or 0.0})
+            self.rows.append({**row, "observed": event.record.get("observed_tokens") or 0.0})
         self._last = time.process_time(), tokens
 
 
