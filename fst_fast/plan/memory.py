@@ -18,6 +18,11 @@ PHASES = ("sampling", "scoring", "forward and backward", "optimiser step", "hand
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 SUB_GROUP = 1_000_000_000  # sub_group_size of ZeRO-3, elements that a step takes at a time
 LIVE = 1_000_000_000  # stage3_max_live_parameters, elements
+FUSED_TYPES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+)  # model types that policy/cpu_forward.py, cpu_layers.py and gpu_forward.py know
 PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller tensors are not partitioned
 GATHER_BUCKET = 64 * 2**20  # of policy/trained.py
 PREFILL = 8192  # rollout/engine.py: prompt tokens of one forward
@@ -88,14 +93,18 @@ class Setting:
         return not self.gpu and self.element == 4 and self._known
 
     @property
+    def one_pass_layers(self) -> bool:
+        """Whether the layers of the model in training are those of policy/cpu_layers.py."""
+        return not self.gpu and self.element == 4 and self.shape.model_type in FUSED_TYPES
+
+    @property
     def lean(self) -> bool:
         """Whether a fused forward samples: the CPU's, or the GPU's."""
         return self.fused or (self.gpu and self._known and self.config.policy.lora is None)
 
     @property
     def _known(self) -> bool:
-        known = self.shape.model_type in ("llama", "qwen2", "qwen3")
-        return known and self.config.policy.packing == "forest"
+        return self.shape.model_type in FUSED_TYPES and self.config.policy.packing == "forest"
 
     @property
     def graphs(self) -> bool:
@@ -163,7 +172,9 @@ def layer_activations(s: Setting) -> int:
     mlp = x.active * (4 * e * x.inner + (e * x.hidden if x.experts > 1 else 0))
     norm = x.hidden * (4 + (e if frozen else 2 * e))
     qk_norm = (x.q_width + x.kv_width) * (4 + (0 if frozen else e)) if x.qk_norm else 0
-    if s.config.policy.liger or s.fused:  # each norm keeps its input, SwiGLU its two inputs and its result
+    if (
+        s.config.policy.liger or s.one_pass_layers
+    ):  # each norm keeps its input, SwiGLU its two inputs and its result
         norm, qk_norm, mlp = 2 * e * x.hidden, e * (x.q_width + x.kv_width) if x.qk_norm else 0, mlp * 3 // 4
     attention = 2 * e * (x.q_width + x.kv_width) + 4 * x.heads
     lora = s.config.policy.lora
