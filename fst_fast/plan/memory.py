@@ -136,7 +136,7 @@ def held(s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     if s.config.slow.reference.every is not None:  # the policy of some steps ago, beside the base model
         device["refreshed reference"] = e * everything
     share = trained // n if s.stage else trained
-    master = 4 * share if s.stage in (1, 2) or e < 4 else 0
+    master = 4 * share if s.stage or e < 4 else 0  # ZeRO-3 clones float32 weights, too
     if s.stage == 3:  # both are allocated at the start and stay
         device["gradients"] = s.summed * share
         device["buckets"] = e * (BUCKET if s.gpu else min(BUCKET, trained))
