@@ -150,6 +150,7 @@ class TrainedPolicy:
         self._zero3_loading = None
         if config.policy.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # its hook serves the re-entrant kind alone, and forwards that sample refuse hooks
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=settings
         )

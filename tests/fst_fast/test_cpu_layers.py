@@ -13,8 +13,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from fst_fast import distributed
+from fst_fast.config import Config
 from fst_fast.policy import cpu_layers
 from fst_fast.policy.cpu_forward import unsupported_reason
+from fst_fast.policy.trained import TrainedPolicy, load
 from tests.compiler import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"backend=cpu: {why_not()}")
@@ -66,3 +69,11 @@ def test_other_models_keep_their_layers(kind):
     before = [type(module) for module in model.modules()]
     cpu_layers.install(model)
     assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("lora", [None, {}])
+def test_checkpointing_does_not_take_the_fast_forward_from_sampling(lora):
+    distributed.init()
+    config = Config.model_validate({"policy": {"activation_checkpointing": True, "lora": lora}})
+    policy = TrainedPolicy(config, load(config) if lora is not None else None)
+    assert unsupported_reason(policy.rollout_model) is None
