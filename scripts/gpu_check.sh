@@ -111,7 +111,7 @@ if "$python" -c "import xdist" 2>/dev/null; then parallel="-n 4 --dist loadfile"
 summary() { printf '%-20s %-10s %6s  %s\n' "$@" >>"$out/summary.txt"; }
 
 # What a part's result depends on.
-code=$(find kernels csrc fst_fast benchmarks tests/kernels -name '*.py' -o -name '*.cu' -o -name '*.h' | sort | xargs cat | sha256sum | cut -c 1-16)
+tree=$(find kernels csrc fst_fast benchmarks tests/kernels -name '*.py' -o -name '*.cu' -o -name '*.h' | sort | xargs cat | sha256sum | cut -c 1-16)
 mkdir -p "$out/passed"
 
 failed=0
@@ -124,7 +124,7 @@ for part in "${parts[@]}"; do
         summary "$part" "$status" "" "there is no benchmarks/$part.py"
         continue
     fi
-    if ((!again)) && [[ $(cat "$out/passed/$part" 2>/dev/null) == "$code" ]]; then
+    if ((!again)) && [[ $(cat "$out/passed/$part" 2>/dev/null) == "$tree" ]]; then
         summary "$part" "passed" "" "before, with this code"
         continue
     fi
@@ -139,9 +139,8 @@ for part in "${parts[@]}"; do
     echo "== $part (at most $limit s): $command" | tee -a "$out/log.txt"
     started=$SECONDS
     timeout --kill-after=5 "$limit" bash -c "$command" 2>&1 | tee -a "$out/log.txt"
-    code=${PIPESTATUS[0]}
-    case $code in
-        0) status=passed && echo "$code" >"$out/passed/$part" ;;
+    case ${PIPESTATUS[0]} in
+        0) status=passed && echo "$tree" >"$out/passed/$part" ;;
         124 | 137) status="timed out" failed=1 ;;
         *) status=failed failed=1 ;;
     esac
