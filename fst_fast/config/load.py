@@ -131,7 +131,7 @@ def check(tree: Mapping[str, Any], source: str = "", overridden: Collection[str]
         return Config.model_validate_json(text, strict=True)
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
-        sentences = [_sentence(item, where) for item in mistakes[:MISTAKES_SHOWN]]
+        sentences = list(dict.fromkeys(_sentence(item, where) for item in mistakes[:MISTAKES_SHOWN]))
         if len(mistakes) > MISTAKES_SHOWN:
             sentences.append(f"and {len(mistakes) - MISTAKES_SHOWN:,} more")
         raise _refusal("; ".join(sentences)) from None
@@ -304,6 +304,9 @@ def _sentence(item: ErrorDetails, where: _Where) -> str:
         return f"{where.name(above)} has the key {_shown(item['loc'][-2])}; allowed: {texts.names}"
     else:  # an element of a list: the field speaks for it
         field = field_at(key.partition("[")[0])
+        if field is None:  # behind the key stands a type that the value might have had
+            key = key.partition("[")[0].rpartition(".")[0]
+            field = field_at(key)
         assert field is not None, item
         speaks = allowed(field)
     if item["type"] == "missing":

@@ -116,6 +116,7 @@ def test_lists_can_be_overridden():
             "checkpoint.keep_every=30 is not a multiple of checkpoint.every=20; try 40",
         ),
         ("--policy.packing=padded", "policy.attention=tree does not go with policy.packing=padded"),
+        ("--rollout.cuda_graphs=maybe", '--rollout.cuda_graphs="maybe" is refused; allowed: '),
         ("--fast.components=3", "--fast.components=3 is refused; allowed: texts by name"),
         ("--fast.components={system: 3}", "--fast.components.system=3 is refused; allowed: text"),
         (

@@ -33,6 +33,13 @@ class Game:
     def __init__(self, says: Any = None, schema: Any = TEXT) -> None:
         self.says, self.schema = says, schema
         self.open, self.most, self.resets = 0, 0, []
+        self.changed = threading.Condition()
+
+    def count(self, sessions: int) -> None:
+        with self.changed:
+            self.open += sessions
+            self.most = max(self.most, self.open)
+            self.changed.notify_all()
 
     def reset(self, data: dict[str, Any]) -> dict[str, Any]:
         self.resets.append(data)
@@ -54,8 +61,7 @@ def serving(game: Game) -> Iterator[str]:
     """The game behind a web socket, with a schema over HTTP at the same address."""
 
     def session(connection: Any) -> None:
-        game.open += 1
-        game.most = max(game.most, game.open)
+        game.count(1)
         seed = 0
         try:
             for raw in connection:
@@ -74,7 +80,7 @@ def serving(game: Game) -> Iterator[str]:
                         json.dumps({"type": "observation", "data": game.step(seed, asked["data"])})
                     )
         finally:
-            game.open -= 1
+            game.count(-1)
 
     def plain(connection: Any, request: Any) -> Any:
         if request.path == "/schema":
@@ -116,7 +122,8 @@ def test_episodes_are_played_side_by_side_in_sessions_of_their_own() -> None:
     assert heard[3][-1]["feedback"] == "right"
     assert game.most == 6
     assert sorted(r["seed"] for r in game.resets) == list(range(6))
-    assert game.open == 0  # those that were won and those that were dropped
+    with game.changed:  # those that were won and those that were dropped
+        assert game.changed.wait_for(lambda: game.open == 0, timeout=30)
 
 
 def test_train_and_validation_share_no_seed_and_need_no_server() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fst_fast.config import Config
-from fst_fast.contracts import Context
+from fst_fast.contracts import Context, RolloutRequest
 from fst_fast.errors import UserError
 from fst_fast.policy.attention import load_model
 from fst_fast.rollout.engine import Request
@@ -397,7 +397,11 @@ def test_a_wave_of_the_mini_task_is_sampled_by_the_server_and_judged_here() -> N
             served = sampler.server(model, lambda _: None)
             assert served is not None
             got = sampler.local(
-                served, [(seed, p, 0) for p in problems], stream=(0,), policy_version=0, temperature=1.0
+                served,
+                [RolloutRequest(seed, p, 0) for p in problems],
+                stream=(0,),
+                policy_version=0,
+                temperature=1.0,
             )
             assert sampler.unverified() == {"verify_timeouts": 0, "verify_failures": 0}
     assert [s.verdict.reward for s in got] == [1.0, None, 1.0]

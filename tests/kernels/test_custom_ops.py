@@ -116,12 +116,12 @@ def test_linear_logprob_is_an_operator_as_torch_wants_it(kl, frozen):
 def test_linear_policy_loss_is_an_operator_as_torch_wants_it(frozen):
     c = case()
     hidden, weight = c["hidden"].requires_grad_(), c["weight"].requires_grad_(not frozen)
-    tensors = (hidden, weight, None, c["labels"], c["rows"], None, None, None, torch.full((N,), 0.9))
+    tensors = (hidden, weight, None, c["labels"], c["rows"], None, None, None, torch.full((N,), 0.9), None)
     torch.library.opcheck(
         torch.ops.fst_kernels.linear_policy_loss.default,
         (*tensors, c["advantages"], c["token_weight"], c["old"], None, None),
         {
-            "temperature": 1.0, "softcap": None, "kind": "ppo", "ratio_cap": 4.0, "clip_low": 0.2, "clip_high": 0.2, "kl": None,
+            "bounds": [], "temperature": 1.0, "softcap": None, "kind": "ppo", "ratio_cap": 4.0, "clip_low": 0.2, "clip_high": 0.2, "kl": None,
             "kl_coef": 0.0, "entropy_coef": 0.1, "kl_unbiased": False, "backend": "reference", "chunk_rows": 4, "need_hidden": True,
             "need_weight": not frozen, "need_bias": False,
         },

@@ -72,7 +72,8 @@ def linear_policy_loss(
     row_temperature, shared = split_temperature(temperature)
     matrices = 1 if objective.exact_kl is None else 2
     chunk_rows = chunk_rows or default_chunk_rows(taken, weight.shape[0], matrices)
-    order, bounds = None, list[int]()
+    order: Tensor | None = None
+    bounds: list[int] = []
     if rows is not None and rows.device != hidden.device:
         rows, order, bounds = KnownRows.of(rows, len(hidden), chunk_rows, hidden.device)
     grad = torch.is_grad_enabled()
