@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -178,7 +177,7 @@ def _completion(message: Mapping[str, Any], *, stream: bool) -> tuple[str, bytes
             "tool_calls": [{"index": i, **call} for i, call in enumerate(message["tool_calls"])],
         }
     answer = {
-        "id": "policy", "object": kind, "created": int(time.time()), "model": MODEL,
+        "id": "policy", "object": kind, "created": 0, "model": MODEL,
         "choices": [{"index": 0, field: message, "finish_reason": finish}],
     }  # fmt: skip
     if not stream:

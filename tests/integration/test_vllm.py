@@ -130,7 +130,9 @@ def test_ahead_each_step_trains_on_what_the_weights_before_sampled_also_after_ki
         s["rollout_staleness"] >= 1 for s in steps[1:]
     )  # more where rollouts of the fast phase are reused
     assert any(s["grad_norm"] for s in steps)
-    assert all(s["probe_mismatch"] < 1e-4 for s in steps)
+    probes = [s["probe_mismatch"] for s in steps if s["probe_mismatch"] is not None]
+    assert probes  # None: no weights were sent since the step before
+    assert max(probes) < 1e-4
     assert not servers()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Context
+from fst_fast.contracts import Context, RolloutRequest
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.run.environment import prepare_environment
@@ -35,7 +35,7 @@ def main() -> None:
         policy.hand_over()
         engine = sampler.engine(policy.rollout_model)
         for size in (1, 7, 0):  # a process without work, more than the other, and none at all
-            wave = [(contexts[i % 2], problems[i // 2], i) for i in range(size)]
+            wave = [RolloutRequest(contexts[i % 2], problems[i // 2], i) for i in range(size)]
             sampled = sampler.spread(engine, wave, stream=(0, "test"), policy_version=0, temperature=1.0)
             waves.append(
                 [
