@@ -14,15 +14,13 @@ samplers', so the importance ratio corrects for staleness (slow/update.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from fst_fast import distributed
 from fst_fast.config import Config
-from fst_fast.contracts import Problem
-from fst_fast.data.stages import Stage
-from fst_fast.data.stream import minibatch, spare_problems
+from fst_fast.data.stages import Stage, step_problems
 from fst_fast.errors import UserError
 from fst_fast.rollout.link import Link, Order
 from fst_fast.rollout.models import SamplingModels
@@ -45,13 +43,6 @@ def segment_end(config: Config, stage: Stage, step: int) -> int:
 def last_sampled(step: int, ahead: int, end: int) -> int:
     """The last batch that is sampled from the weights after `step` steps, in a segment that ends before `end`."""
     return min(step + ahead, end - 1)
-
-
-def problems_of(config: Config, stage: Stage, step: int) -> tuple[list[Problem], Iterator[Problem]]:
-    """The problems of a step, and those that dynamic sampling may add, in their order."""
-    local = stage.local_step(step)
-    problems = minibatch(stage.train, local, config.slow.problems_per_step, config.seed)
-    return problems, spare_problems(stage.train, local, problems, config.seed)
 
 
 def run_ahead(run: Run, stage: Stage, meets: Callable[[int], bool]) -> None:
@@ -97,7 +88,7 @@ class _Sampling:
     reusable: ReusePool
 
     def __call__(self, step: int, version: int) -> Batch:
-        problems, spare = problems_of(self.run.config, self.stage, step)
+        problems, spare = step_problems(self.run.config, self.stage, step)
         return sample_batch(
             problems,
             self.run.state.population,
@@ -146,7 +137,7 @@ def _train(run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], 
             arrived += 1
         batch = state.ahead.pop(0)
         assert batch.step == state.step
-        problems, spare = problems_of(config, stage, state.step)
+        problems, spare = step_problems(config, stage, state.step)
         report = train_groups(
             share_of(batch, [*problems, *islice(spare, batch.refill_groups)], config),
             state.population,
@@ -169,7 +160,7 @@ def _train(run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], 
         run.recorder.step(
             report,
             step=state.step,
-            cycle=max(state.cycle - 1, 0),
+            cycle=state.current_cycle,
             counters=state.counters,
             unverified=batch.unverified,
             served=run.models.served(),
@@ -188,7 +179,7 @@ def _receive(run: Run, link: Link, stage: Stage) -> None:
     batch, stop = said
     if stop:
         signals.request_stop()
-    for problem in problems_of(config, stage, batch.step)[0]:
+    for problem in step_problems(config, stage, batch.step)[0]:
         state.reusable.claim(plan_group(problem, state.population, config.slow.group_size))
     state.ahead.append(batch)
     if distributed.split() is not None:  # what the samplers have learned of lengths

@@ -44,6 +44,11 @@ class State:
     lengths: ResponseLengths = field(default_factory=ResponseLengths)  # see rollout/lengths.py
     data: Fingerprint | None = None  # of what the task gave; None in a checkpoint of an earlier version
 
+    @property
+    def current_cycle(self) -> int:
+        """The number, from 0, of the cycle that the steps belong to; 0 before any has begun."""
+        return max(self.cycle - 1, 0)
+
     def forget_data(self) -> None:
         """Drop what was measured on problems that are no longer the task's: rewards of the base model, rollouts to reuse or to train, scores."""
         self.base_rewards.clear()

@@ -22,8 +22,8 @@ from fst_fast import distributed
 from fst_fast.ahead import run_ahead
 from fst_fast.config import Config
 from fst_fast.contracts import CELLS, Judged, Problem, Rollout
-from fst_fast.data.stages import Stage, stage_at
-from fst_fast.data.stream import lookahead, minibatch, spare_problems
+from fst_fast.data.stages import Stage, stage_at, step_problems
+from fst_fast.data.stream import lookahead
 from fst_fast.evaluate import evaluate
 from fst_fast.fast.budget import budget_over
 from fst_fast.fast.fast_phase import fast_phase, rate_and_propose
@@ -183,9 +183,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
     """Take one optimiser step: policy gradient, or distillation of the contexts."""
     config, state = run.config, run.state
     assert run.policy is not None
-    problems = minibatch(
-        stage.train, stage.local_step(state.step), config.slow.problems_per_step, config.seed
-    )
+    problems, spare = step_problems(config, stage, state.step)
     reference = run.kl_reference()
     report: StepReport
     if distilling:
@@ -212,7 +210,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
             policy=run.policy,
             reference=reference,
             reusable=state.reusable,
-            spare=spare_problems(stage.train, stage.local_step(state.step), problems, config.seed),
+            spare=spare,
             recorder=run.recorder,
         )
     state.step += 1
@@ -220,7 +218,7 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
     run.recorder.step(
         report,
         step=state.step,
-        cycle=max(state.cycle - 1, 0),  # state.cycle counts the cycles begun
+        cycle=state.current_cycle,
         counters=state.counters,
         unverified=run.sampler.unverified(),
         served=run.models.served(),

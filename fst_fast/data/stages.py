@@ -6,11 +6,12 @@ number decides the stage, so nothing else has to be saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fst_fast.config import Config
 from fst_fast.contracts import Problem, Task
+from fst_fast.data.stream import minibatch, spare_problems
 from fst_fast.errors import UserError
 from fst_fast.tasks.mixture import Mixture
 
@@ -70,3 +71,10 @@ def _split(config: Config, task: Task, stage: int, split: str) -> Sequence[Probl
         return task.problems(split)
     assert isinstance(task, Mixture)
     return task.part(stage, split)
+
+
+def step_problems(config: Config, stage: Stage, step: int) -> tuple[list[Problem], Iterator[Problem]]:
+    """The problems of a step, and those that dynamic sampling may add, in their order."""
+    local = stage.local_step(step)
+    problems = minibatch(stage.train, local, config.slow.problems_per_step, config.seed)
+    return problems, spare_problems(stage.train, local, problems, config.seed)
