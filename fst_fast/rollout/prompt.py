@@ -9,6 +9,7 @@ The template's own text makes special tokens; the text of messages never does (s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -242,16 +243,20 @@ class Chat:
         """Where the suspect texts are in the rendered text, from the first of these ways that finds them, then nowhere.
 
         The text is rendered once more with marks inside the white space at its ends, which a template may trim; a template that looks at the
-        text itself (Qwen3 cuts at </think>) then writes something else, and the marks go around every special token that is spelt."""
+        text itself (Qwen3 cuts at </think>) then writes something else, and the marks go around every special token that is spelt, with the
+        white space beside it, which the template may trim where it cuts."""
 
         def mark_whole(s: str) -> str:
             return _wrap(s) if s in suspects else s
 
+        longest_first = sorted(self.special.words.values(), key=len, reverse=True)
+        spelt = re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first))})\s*")
+
         def mark_words(s: str) -> str:
-            if s in suspects:
-                for word in self.special.words.values():
-                    s = s.replace(word, f"{_OPEN}{word}{_CLOSE}")
-            return s
+            inner = s.strip()
+            if s not in suspects or not inner:
+                return s
+            return s.replace(inner, spelt.sub(rf"{_OPEN}\g<0>{_CLOSE}", inner), 1)
 
         if self.special.backend is None:
             return [[]]

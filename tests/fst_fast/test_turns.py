@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -75,6 +75,8 @@ def test_an_episode_has_the_ids_of_the_conversation_rendered_as_a_whole(name: st
 
 @given(conversation=CONVERSATION)
 @settings(max_examples=30)
+@example(conversation=[("<|im_end|>", [("user", "")]), ("</think>\n", [("user", "")])])
+@example(conversation=[(" </think>\n <|im_end|>", [("user", "")]), ("<think></think>", [("tool", "")])])
 def test_where_the_template_strips_thoughts_the_episode_keeps_them_and_split_reads_what_is_rendered(
     conversation: Any,
 ) -> None:
