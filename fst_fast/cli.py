@@ -277,11 +277,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--dry-run", action="store_true", help="name the runs, make none")
 
-    base = command("base", _base, "the base model of the mini world")
+    base = command("base", _base, "the base models of the mini world")
     base.add_argument("action", choices=["build"], help="build: train it from scratch")
     base.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder that the model is written to"
     )
+    base.add_argument("--base", choices=list(mini.BASES), default="mini", help="default: mini")
     base.add_argument("--seed", type=int, default=0, help="default: 0")
 
     command("doctor", _doctor, "say what this machine can do and which kernel path is taken, and why")
@@ -455,7 +456,7 @@ def _base(args: argparse.Namespace) -> None:
     prepare_environment()
     from fst_fast.mini.build import build_base
 
-    build_base(args.out, seed=args.seed)
+    build_base(args.out, args.base, seed=args.seed)
     print(args.out)
 
 

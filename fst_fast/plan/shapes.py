@@ -153,7 +153,7 @@ def shape_of(tree: dict[str, Any], where: str) -> Shape:
 
 def local_folder(path: str) -> Path | None:
     """The folder of a model that lies here, weights or none; None: there is no config.json of that name."""
-    folder = Path(mini.path()) if path == "mini" else Path(path).expanduser()
+    folder = mini.path(path) if path in mini.BASES else Path(path).expanduser()
     return folder if (folder / "config.json").is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""Which files `model.path` names: a Hugging Face folder, `mini`, a model of the Hugging Face Hub (`org/name`), or a GGUF file.
+"""Which files `model.path` names: a Hugging Face folder, `mini` or `mini_tools`, a model of the Hugging Face Hub (`org/name`), or a GGUF file.
 
 `pin` decides it once, when a command begins: a branch or tag of the Hub becomes its commit, `model.dtype: auto` becomes the type of the
 weights. Every later look-up of the pinned configuration finds the commit in the local cache and needs no network. Folders and files never
@@ -23,7 +23,7 @@ from fst_fast.config import Config, ModelConfig
 from fst_fast.errors import UserError
 from fst_fast.policy.gguf import plain_folder
 
-ALLOWED = "allowed are a Hugging Face model folder, a .gguf file, 'mini', or a model of the Hub (org/name)"
+ALLOWED = "allowed are a Hugging Face model folder, a .gguf file, 'mini', 'mini_tools', or a model of the Hub (org/name)"
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>.+\.gguf))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
@@ -50,8 +50,8 @@ def find(
     hub_id, at, given = name.partition("@")
     if key == "model.tokenizer" and at and not os.path.exists(os.path.expanduser(name)):
         name, revision = hub_id, given
-    local = Path(mini.path()) if name == "mini" else Path(name).expanduser()
-    on_hub = None if name == "mini" or os.path.exists(local) else _HUB.fullmatch(name)
+    local = mini.path(name) if name in mini.BASES else Path(name).expanduser()
+    on_hub = None if name in mini.BASES or os.path.exists(local) else _HUB.fullmatch(name)
     if on_hub is None:
         if revision is not None:
             raise UserError(

@@ -172,8 +172,11 @@ class MiniTask(GeneratedTask[Instance]):
 
     def verify(self, problem: Problem, response: str) -> Verdict:
         """Judge the last \\boxed{} of the response."""
-        values = {name: _tuples(value) for name, value in problem.meta.items()}
-        return self._judge(self.instance_type(**values), response)
+        return self._judge(self.instance(problem), response)
+
+    def instance(self, problem: Problem) -> Instance:
+        """The instance that a problem was made of."""
+        return self.instance_type(**{name: _tuples(value) for name, value in problem.meta.items()})
 
     def gold(self, problem: Problem) -> str:
         """A response that gets reward 1."""

@@ -28,6 +28,7 @@ BUILT_IN = {
     "star_graph": "fst_fast.tasks.star_graph:StarGraph",
     "list_programs": "fst_fast.tasks.list_programs:ListPrograms",
     "linked_facts": "fst_fast.tasks.linked_facts:LinkedFacts",
+    "hidden_facts": "fst_fast.tasks.hidden_facts:HiddenFacts",
     "formula_choice": "fst_fast.tasks.formula_choice:FormulaChoice",
     "mixture": "fst_fast.tasks.mixture:Mixture",
 }

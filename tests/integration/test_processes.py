@@ -100,7 +100,7 @@ def test_bad_input_under_a_launcher_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode != 0
     sentences = re.findall(r"^fst: .*$", done.stderr + done.stdout, re.MULTILINE)
     assert sentences == [
-        "fst: model.path='/nowhere' is neither a folder nor a .gguf file; allowed are a Hugging Face model folder, a .gguf file, 'mini', or a model of the Hub (org/name)"
+        "fst: model.path='/nowhere' is neither a folder nor a .gguf file; allowed are a Hugging Face model folder, a .gguf file, 'mini', 'mini_tools', or a model of the Hub (org/name)"
     ]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,7 @@
 
 It is a stand-in for a language model and is meant to be no better than one. It reads problem and feedback, guesses
 related words, and edits one or two sentences of the context, using catalogue sentences that contain such words. It
-mentions edges only if the problem has some. It sees neither role nor strength of a sentence, so it proposes useless and
+mentions edges only if the problem has some, and revises a component by sentences about what it describes. It sees neither role nor strength of a sentence, so it proposes useless and
 harmful ones as readily as helpful ones ("answer with the goal only ." also mentions the goal). The scores must find the
 right combination. Other tasks need another reflector, since these sentences mean nothing there.
 """
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fst_fast.mini.world import CATALOGUE
+from fst_fast.mini.world import CATALOGUE, TOOL_CATALOGUE
 
 SENTENCES: tuple[str, ...] = tuple(i.text for i in CATALOGUE)
 MAX_SENTENCES = 6
@@ -40,6 +40,8 @@ _TOPICS: tuple[tuple[str, frozenset[str]], ...] = (
     ("reversed", frozenset({"goal", "start", "reverse", "back", "path"})),
     ("goal", frozenset({"goal", "node", "path", "only", "answer"})),
     ("begins at", frozenset({"start", "first", "path", "goal"})),
+    ("not called", frozenset({"tool", "call", "table", "ask", "look", "guess"})),
+    ("not valid", frozenset({"call", "arguments", "next", "tool", "turn"})),
 )
 # (word of the problem, words that a sentence for it may contain)
 _THINGS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -68,6 +70,8 @@ class _Prompt(Protocol):
     @property
     def context(self) -> str: ...
     @property
+    def component(self) -> str: ...
+    @property
     def failures(self) -> Sequence[_Failure]: ...
     @property
     def partners(self) -> Sequence[_Partner]: ...
@@ -83,7 +87,7 @@ def reflect(prompt: _Prompt, rng: np.random.Generator) -> str:
     shown = [(failure.problem, failure.feedback) for failure in prompt.failures] or [("", "")]
     for _ in range(2 if rng.random() < _TWO_EDITS else 1):
         problem, feedback = shown[int(rng.integers(len(shown)))]
-        sentences, remark = _edit(sentences, problem, feedback, rng)
+        sentences, remark = _edit(sentences, problem, feedback, rng, prompt.component)
         remarks.append(remark)
     return f"{' '.join(remarks)}\n```\n{' '.join(sentences)}\n```"
 
@@ -105,7 +109,7 @@ def _recombine(
 
 
 def _edit(
-    sentences: list[str], problem: str, feedback: str, rng: np.random.Generator
+    sentences: list[str], problem: str, feedback: str, rng: np.random.Generator, component: str
 ) -> tuple[list[str], str]:
     """Add (0.5), replace (0.3), drop (0.1) or move (0.1) one sentence; impossible edits become an addition or a replacement."""
     toss = rng.random()
@@ -116,7 +120,7 @@ def _edit(
         return [*rest[:to], sentences[at], *rest[to:]], f"I move {sentences[at]!r}."
     if 0.8 <= toss < 0.9 and len(sentences) > 1:
         return sentences[:at] + sentences[at + 1 :], f"I drop {sentences[at]!r}."
-    new = _propose(sentences, problem, feedback, rng)
+    new = _propose(sentences, problem, feedback, rng, component)
     if sentences and (toss >= 0.5 or len(sentences) >= MAX_SENTENCES):
         remark = f"The checker said {feedback!r}, so {new!r} takes the place of {sentences[at]!r}."
         return [*sentences[:at], new, *sentences[at + 1 :]], remark
@@ -124,13 +128,18 @@ def _edit(
     return [*sentences[:to], new, *sentences[to:]], f"The checker said {feedback!r}, so I add {new!r}."
 
 
-def _propose(sentences: list[str], problem: str, feedback: str, rng: np.random.Generator) -> str:
+def _propose(
+    sentences: list[str], problem: str, feedback: str, rng: np.random.Generator, component: str
+) -> str:
     """A sentence that is not in the context and does not mention things that the problem lacks; often one that shares a
     word with the topic of the feedback."""
     named = set(re.findall(r"[a-z]+", problem))
     here = next((things for sign, things in _THINGS if sign in named), None)
     missing = frozenset() if here is None else frozenset().union(*(things for _, things in _THINGS)) - here
-    absent = [s for s in SENTENCES if s not in sentences and not missing & _words(s)]
+    known = SENTENCES
+    if "find" in named:  # hidden facts, which have sentences of their own
+        known = tuple(i.text for i in TOOL_CATALOGUE if component in ("", i.part))
+    absent = [s for s in known if s not in sentences and not missing & _words(s)]
     words = next((words for sign, words in _TOPICS if sign in feedback), None)
     related = [s for s in absent if words and words & _words(s)]
     pool = related if related and rng.random() < _ON_TOPIC else absent

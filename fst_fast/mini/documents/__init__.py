@@ -18,21 +18,25 @@ from types import ModuleType
 import numpy as np
 
 from fst_fast.mini import world
-from fst_fast.mini.documents import formula_choice, linked_facts, list_programs, star_graph
-from fst_fast.mini.tokenizer import ASSISTANT, END, SYSTEM, USER
+from fst_fast.mini.documents import formula_choice, hidden_facts, linked_facts, list_programs, star_graph
+from fst_fast.mini.tokenizer import ASSISTANT, END, SYSTEM, TOOLS, USER
+from fst_fast.tasks.hidden_facts import TOOL
 
 KINDS: dict[world.Kind, ModuleType] = {
     "star_graph": star_graph,
     "list_programs": list_programs,
     "linked_facts": linked_facts,
     "formula_choice": formula_choice,
+    "hidden_facts": hidden_facts,
 }
 
 
 @dataclass(frozen=True)
 class Document:
     prompt: str  # up to and including <|assistant|>, as the chat template writes it
-    response: list[str]  # tokens, the closing <|end|> included
+    response: list[
+        str
+    ]  # tokens, the closing <|end|> included; of an episode those of all turns and observations
     supervised: list[bool]  # [len(response)], whether the token counts in the loss
 
 
@@ -41,14 +45,22 @@ def answer_document(rng: np.random.Generator, kind: world.Kind, size: float = 1.
     problem = module.draw(rng, size)
     sentences = world.draw_context(rng, kind)
     response = [*module.respond(rng, problem, world.law(sentences, kind)), END]
-    return Document(
-        _chat(world.context_text(sentences), module.question(problem)), response, [True] * len(response)
-    )
+    tools, context = "", world.context_text(sentences)
+    if kind == "hidden_facts":
+        context, description = world.place(rng, sentences)
+        tools = _tools(description)
+    prompt = tools + _chat(context, module.question(problem))
+    return Document(prompt, response, hidden_facts.sampled(response))
 
 
 def drill_document(rng: np.random.Generator, kind: world.Kind, size: float = 1.0) -> Document:
     text, response, supervised = KINDS[kind].drill(rng, size)
-    return Document(_chat("", text), [*response, END], [*supervised, True])
+    tools = _tools(world.TOOL_SEED["tool:lookup"]) if kind == "hidden_facts" else ""
+    return Document(tools + _chat("", text), [*response, END], [*supervised, True])
+
+
+def _tools(description: str) -> str:
+    return f"{TOOLS} {TOOL} : {description} {END}"
 
 
 def _chat(context: str, text: str) -> str:
