@@ -20,8 +20,8 @@ class ModelConfig(Section):
     """The base model, which training starts from and which stays the reference."""
 
     path: str = "mini"
-    """Folder of a Hugging Face model, a model of the Hugging Face Hub such as `Qwen/Qwen3-8B`, a `.gguf` file, or `mini`: the base model shipped
-    with the package."""
+    """Folder of a Hugging Face model, a model of the Hugging Face Hub such as `Qwen/Qwen3-8B`, a `.gguf` file, or `mini` or
+    `mini_tools`, the base models shipped with the package (the second for task=hidden_facts)."""
     revision: str | None = None
     """For a model of the Hub: branch, tag or commit; null: main. A run records the commit."""
     tokenizer: str | None = None

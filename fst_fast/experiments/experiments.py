@@ -15,6 +15,7 @@ from fst_fast.experiments.plasticity import plasticity
 from fst_fast.experiments.result import Result
 from fst_fast.experiments.rivals import rivals
 from fst_fast.experiments.runner import Runner
+from fst_fast.experiments.tools import tools
 
 EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "efficiency": efficiency,
@@ -26,4 +27,5 @@ EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "distill": distill,
     "ablation": ablation,
     "rivals": rivals,
+    "tools": tools,
 }

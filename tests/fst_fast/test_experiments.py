@@ -26,6 +26,7 @@ from fst_fast.experiments import (
     plasticity,
     rivals,
     statistics,
+    tools,
     worker,
 )
 from fst_fast.experiments.curves import AXES, Curve, load_curve, stage_ends
@@ -495,3 +496,32 @@ def test_a_rival_that_is_better_is_named(suite: Runner, monkeypatch: pytest.Monk
     claims = rivals.rivals(suite).claims
     assert [claim.holds for claim in claims] == [False, False, False, False, True]
     assert "e-spl on star_graph" in claims[0].figure
+
+
+# --- tools
+
+
+def test_every_arm_of_the_family_with_a_tool_is_a_configuration() -> None:
+    for method, changes in tools.ARMS.values():
+        config = Run(tools.FAMILY, method, 0, changes).config(SMALL, None)
+        assert bool(config.fast.components) == (changes is not tools.ONE_TEXT)
+
+
+def test_components_and_one_text_are_compared_at_equal_rollouts(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tops = {
+        "rl": 0.3,
+        "rl, lr=1e-3": 0.5,
+        "gepa": 0.6,
+        "gepa, one text": 0.5,
+        "fst": 0.9,
+        "fst, one text": 0.95,
+    }
+    curves = {
+        name: [planted("rl", seed, 30.0, top, 100.0) for seed in range(3)] for name, top in tops.items()
+    }
+    monkeypatch.setattr(tools, "train_and_load", lambda runner, runs: {tools.FAMILY: curves})
+    found = page.run(["tools"], suite)["tools"]
+    assert [claim.holds for claim in found.claims] == [True, True, True, True, False]
+    assert found.numbers["components_minus_one_text"]["gepa"]["value"] > 0
