@@ -44,10 +44,10 @@ def rungs(children: int, problems: int, count: int) -> list[tuple[int, int]]:
 
 
 def wave_cost(config: FastConfig, children: int, size: Size) -> int:
-    """The most rollouts of a wave of so many children, its first comparison of proposals included. With fast.parents=thompson: the least that
-    a phase must pay for, the first rollouts of the children and one context in full."""
+    """The most rollouts of a wave of so many children, its first comparison of proposals included. With fast.parents=thompson: what a
+    phase is to have for its children at least, three times their first rollouts, or a third of the budget, and two contexts in full."""
     if config.parents == "thompson":
-        return children * FIRST + size.rollouts
+        return min(3 * children * FIRST, config.rollout_budget // 3) + 2 * size.rollouts
     total = before = 0
     for running, problems in rungs(children, size.problems, config.rungs):
         total += running * (problems - before) * size.samples
@@ -125,13 +125,14 @@ def _fast(config: Config) -> dict[str, int | str]:
     )
     for when, members, generations in of_waves if fast.evolver == "waves" else ():
         size = affordable(fast, members=members, anchor=fast.anchor_size)
-        waves = 0
-        if size.rollouts:  # the last wave may be narrower than fast.children
+        waves = generations if size.rollouts and fast.parents == "thompson" else 0
+        if size.rollouts and not waves:  # the last wave may be narrower than fast.children
             left = fast.rollout_budget - members * size.rollouts
             while waves < generations and (width := wave_width(fast, size, left)):
                 left, waves = left - wave_cost(fast, width, size), waves + 1
         numbers[f"anchor problems x samples, {when}"] = f"{size.problems} x {size.samples}"
-        numbers[f"proposal waves, {when}"] = waves
+        most = ", at most" if fast.parents == "thompson" else ""
+        numbers[f"proposal waves, {when}{most}"] = waves
     return numbers | {
         "fast rollouts per cycle, at most": fast.rollout_budget,
         "fast rollouts, whole run, at most": cycles * fast.rollout_budget
