@@ -315,9 +315,7 @@ def test_an_adaptive_phase_rests_longer_the_longer_nothing_is_admitted_and_not_a
         return 0.2 if text == SEED else 1.0 if text.endswith("best") else 0.6
 
     reflect = Scribe(lambda prompt, seed: f"{SEED} better" if better["n"] == 0 else f"{SEED} worse {seed}")
-    config = front(
-        population=2, children=1, samples=2, first_generations=1, generations=1, adaptive=True
-    )
+    config = front(population=2, children=1, samples=2, first_generations=1, generations=1, adaptive=True)
     state, spent = start(), []
     for cycle in range(11):
         world = World(
@@ -335,9 +333,7 @@ def test_an_adaptive_phase_rests_longer_the_longer_nothing_is_admitted_and_not_a
 
 
 def test_an_adaptive_phase_does_not_rest_while_there_is_only_the_seed():
-    config = front(
-        population=2, children=1, samples=1, first_generations=1, generations=1, adaptive=True
-    )
+    config = front(population=2, children=1, samples=1, first_generations=1, generations=1, adaptive=True)
     state = start()
     for cycle in range(3):
         world = World(half, version=cycle)
@@ -381,9 +377,7 @@ def test_verdicts_without_a_reward_are_no_samples():
     # every second problem cannot be judged: means are over the others, and nothing unjudged is shown as a failure
     world = World(lambda text, problem: None if problem.answer % 2 else 0.0)
     reflect = numbered()
-    result = run(
-        start(), world, reflect, front(children=2, samples=1, first_generations=1, failures_shown=8)
-    )
+    result = run(start(), world, reflect, front(children=2, samples=1, first_generations=1, failures_shown=8))
     assert result.record["unjudged"] == 3 * 4
     assert result.record["population"][0]["n"] == 4
     for prompts, _ in reflect.batches:
@@ -461,9 +455,7 @@ def test_a_rejected_child_is_neither_a_parent_nor_kept():
     # the child solves two problems that the seed does not, but is worse on the whole
     world = World(lambda text, problem: float((problem.answer < 6) == (text == SEED)))
     reflect = Scribe(lambda prompt, seed: "worse")
-    result = run(
-        start(), world, reflect, front(population=2, children=1, samples=1, first_generations=3)
-    )
+    result = run(start(), world, reflect, front(population=2, children=1, samples=1, first_generations=3))
     assert [c.text for c in result.population] == [SEED, SEED]
     assert {prompt.context for prompts, _ in reflect.batches for prompt in prompts} == {SEED}
     assert set(result.state.scores.cells) == {result.state.seed_id}, "only the kept stay in the table"
@@ -507,9 +499,7 @@ def test_a_reflector_that_is_down_costs_its_proposals_and_is_counted_and_logged(
 
     lines: list[str] = []
     world = World(half)
-    result = run(
-        start(), world, down, front(children=3, samples=1, first_generations=2), log=lines.append
-    )
+    result = run(start(), world, down, front(children=3, samples=1, first_generations=2), log=lines.append)
     assert [c.text for c in result.population] == [SEED] * 4
     assert result.record["refused"] == {"error": 6}
     assert (result.record["proposed"], result.record["admitted"], result.record["fast_rollouts"]) == (6, 0, 8)

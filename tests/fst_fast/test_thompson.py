@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fst_fast.test_evolution import SEED, World, numbered, problems, run, start
 
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import FIRST, Size, reserve
@@ -16,6 +15,7 @@ from fst_fast.contracts import Context
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.population import Scores
 from fst_fast.fast.thompson import LEAST, PRIOR, Search
+from tests.fst_fast.test_evolution import SEED, World, numbered, problems, run, start
 
 ROOT = Context.of(SEED)
 A, B = Context.of("a", parent=ROOT.id), Context.of("b", parent=Context.of("a").id)
@@ -120,11 +120,11 @@ def test_a_rare_good_edit_is_found_where_scoring_every_child_in_full_misses_it(p
     """One of fifty edits solves a quarter of the problems, the others nothing; the same rollouts for both ways."""
     found = 0
     for seed in range(12):
-        world = World(
-            lambda text, problem, seed=seed: 0.3 if hash_of(text, seed) < 0.02 else 0.0, seed=seed
-        )
+        world = World(lambda text, problem, seed=seed: 0.3 if hash_of(text, seed) < 0.02 else 0.0, seed=seed)
         width = {"thompson": 16, "front": 4}[parents]
-        config = FastConfig(parents=parents, children=width, first_generations=12, samples=2, rollout_budget=960)
+        config = FastConfig(
+            parents=parents, children=width, first_generations=12, samples=2, rollout_budget=960
+        )
         result = run(start(), world, numbered(), config, anchor=problems(32), seed=seed)
         found += any(hash_of(context.text, seed) < 0.02 for context in result.population)
     assert (found >= 9) == (parents == "thompson"), found
@@ -144,7 +144,10 @@ def test_a_search_from_the_seed_alone_goes_deeper_until_a_context_is_better_beyo
     assert found.record["waves"] == 2
     assert soon.rollouts <= 300
     again = World(lambda text, problem: 0.5, version=1)
-    assert run(found.state, again, numbered(), config, cycle=1, anchor=problems(16)).record["fast_rollouts"] <= 300
+    assert (
+        run(found.state, again, numbered(), config, cycle=1, anchor=problems(16)).record["fast_rollouts"]
+        <= 300
+    )
 
 
 @settings(max_examples=60, deadline=None)
