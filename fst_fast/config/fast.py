@@ -55,7 +55,7 @@ class FastConfig(Section):
     search_budget: int | None = Field(None, ge=0)
     """Most rollouts of a fast phase that starts with the seed context alone, as long as it finds nothing: no context that is better by three standard
     errors, or with parents=front and improvement none that is admitted. It then runs as many waves as they pay for. null: rollout_budget and
-    generations hold as they do later."""
+    generations hold as they do later. It belongs to evolver=waves."""
     children: int = Field(16, ge=1)
     """Contexts compared with their parents in one generation."""
     proposals: int | None = Field(None, ge=1)

@@ -174,6 +174,7 @@ def _step_by_step(
 ) -> None:
     """The waves of fast.parents=thompson: `planned`, and as long as nothing is found so many more as `deeper` rollouts pay for."""
     config, evaluations, budget = phase.config, phase.evaluations, phase.config.rollout_budget
+    before = evaluations.spent
 
     def left() -> int:
         return budget - evaluations.spent
@@ -184,8 +185,10 @@ def _step_by_step(
     for generation in itertools.count():
         if generation >= planned or not width():
             phase.decide(search.finish(config.population + SPARE, min(left(), reserve(size, budget))))
-            if budget == deeper == config.rollout_budget or phase.found():
+            nothing_came = generation and evaluations.spent == before
+            if deeper == config.rollout_budget or phase.found() or nothing_came:
                 break
+            before = evaluations.spent
             budget, planned = deeper, generation + config.generations
         if over(generation):
             break
@@ -222,6 +225,8 @@ def _in_full(
         if not parents:  # the budget is used up, or no context fails anywhere
             break
         children = phase.propose(parents, generation, rng)
+        if not children and generation >= planned:  # a reflector that has no more to say
+            break
         if len(children) > width:
             evaluations.judge([child for child, _ in children], problems=config.screen_problems, samples=1)
             children.sort(key=lambda pair: -(evaluations.mean(pair[0].id)[0] or 0.0))

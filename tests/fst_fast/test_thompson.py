@@ -15,7 +15,7 @@ from fst_fast.contracts import Context
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.population import Scores
 from fst_fast.fast.thompson import LEAST, PRIOR, Search
-from tests.fst_fast.test_evolution import SEED, World, numbered, problems, run, start
+from tests.fst_fast.test_evolution import SEED, Scribe, World, numbered, problems, run, start
 
 ROOT = Context.of(SEED)
 A, B = Context.of("a", parent=ROOT.id), Context.of("b", parent=Context.of("a").id)
@@ -148,6 +148,17 @@ def test_a_search_from_the_seed_alone_goes_deeper_until_a_context_is_better_beyo
         run(found.state, again, numbered(), config, cycle=1, anchor=problems(16)).record["fast_rollouts"]
         <= 300
     )
+
+
+@pytest.mark.parametrize("parents", ["thompson", "front"])
+def test_a_deeper_search_ends_where_the_reflector_has_no_more_to_say(parents):
+    world = World(lambda text, problem: 0.5)
+    config = FastConfig(
+        parents=parents, children=4, first_generations=2, generations=1, rollout_budget=300, search_budget=900
+    )
+    lost = run(start(), world, Scribe(lambda prompt, seed: prompt.context), config, anchor=problems(16))
+    assert world.rollouts == 32
+    assert lost.record["refused"] == {"duplicate": lost.record["proposed"]}
 
 
 @settings(max_examples=60, deadline=None)
