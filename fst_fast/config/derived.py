@@ -131,8 +131,7 @@ def _fast(config: Config) -> dict[str, int | str]:
             while waves < generations and (width := wave_width(fast, size, left)):
                 left, waves = left - wave_cost(fast, width, size), waves + 1
         numbers[f"anchor problems x samples, {when}"] = f"{size.problems} x {size.samples}"
-        most = ", at most" if fast.parents == "thompson" else ""
-        numbers[f"proposal waves, {when}{most}"] = waves
+        numbers[f"proposal waves, {when}"] = waves
     return numbers | {
         "fast rollouts per cycle, at most": fast.rollout_budget,
         "fast rollouts, whole run, at most": cycles * fast.rollout_budget

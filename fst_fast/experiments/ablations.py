@@ -31,7 +31,7 @@ ABLATIONS: dict[str, Changes] = {
     "children in full": {**IN_FULL, "fast.children": 4},
     "children in full, race of 16": {**IN_FULL, "fast.children": 16, "fast.rungs": 4},
     "plain GEPA": {"fast.evolver": "gepa", "fast.samples": 1},
-    "no deeper first search": {"fast.search_budget": None},
+    "deeper first search": {"fast.search_budget": 1440},
     "seed keeps its share": {"fast.keep_seed": True},
     "8 children": {"fast.children": 8},
     "crossover": {"fast.crossover": 0.25},
