@@ -101,7 +101,11 @@ def fast(fast: FastConfig) -> None:
         raise ValueError(
             f"fast.rungs={fast.rungs} and fast.proposals={fast.proposals} both choose among the proposals of a wave; set one of the two"
         )
-    if fast.evolver == "waves" and fast.parents == "thompson" and (fast.rungs > 1 or fast.proposals is not None):
+    if (
+        fast.evolver == "waves"
+        and fast.parents == "thompson"
+        and (fast.rungs > 1 or fast.proposals is not None)
+    ):
         key = f"rungs={fast.rungs}" if fast.rungs > 1 else f"proposals={fast.proposals}"
         raise ValueError(
             f"fast.{key} has no effect with fast.parents=thompson, which scores children step by step; with front or improvement it has"

@@ -75,8 +75,8 @@ class Evaluations:
         answers = self.score(items)
         assert len(answers) == len(items), f"score returned {len(answers)} rollouts for {len(items)}"
         self.sampled += answers
-        for context in {context.id: context for context, _, _ in items}:
-            self._rows(context)
+        for context_id in {request.context.id: None for request in items}:
+            self._rows(context_id)
         for (context, problem, sample), answer in zip(items, answers, strict=True):
             rollout = answer.rollout
             assert (rollout.context_id, rollout.problem_id, rollout.sample) == (

@@ -53,9 +53,11 @@ class Search:
         found = list(self.contexts.values())
         return [found[row] for row in sorted(drawn.tolist())]
 
-    def score(self, children: Sequence[Context], rng: np.random.Generator, left: int) -> list[Context]:
-        """Score the first rollouts of the children, each with its parent, and take the most promising unfinished contexts further, all in one batch of at most
-        `left` rollouts; those that are scored in full now, in order of birth."""
+    def score(
+        self, children: Sequence[tuple[Context, Context]], rng: np.random.Generator, left: int
+    ) -> list[Context]:
+        """Score the first rollouts of the children and take the most promising unfinished contexts further, all in one batch of at most `left`
+        rollouts; those that are now scored in full, in order of birth. children: each with its parent."""
         goals = {context.id: min(FIRST, self.full) for context, _ in children}
         left -= sum(goals.values())
         assert left >= 0
