@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Conf
 from fst_fast.config import Config
 from fst_fast.policy.attention import load_model
 from fst_fast.policy.trained import load
+from fst_fast.rollout.engine import Request
+from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.rollout.vllm_args import vllm_args
 from fst_fast.rollout.vllm_hosts import Hosts, Weights
 from tests.fst_fast import families
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.skipif(REAL is None, reason="FST_VLLM names no vLLM; `m
 
 
 def random_model(family: str, folder: Path) -> Path:
-    """A small model whose logits lie apart, so that greedy tokens do not hang on rounding. Its head is tied (qwen3) or its own (llama)."""
+    """A small model whose logits lie apart, so that greedy tokens do not hang on rounding. Its head is tied (qwen3) or its own (llama3)."""
     tokenizer = families.make(family)
     torch.manual_seed(0)
     shape: dict[str, Any] = {
@@ -57,9 +59,22 @@ def random_model(family: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["qwen3", "llama", "smollm2-135m", "qwen2.5-coder-0.5b"])
+def started(folder: Path, tmp_path: Path) -> Config:
+    """A run that starts a server of this model."""
+    args = {
+        "command": [REAL], "args": ["--enforce-eager"], "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}, "folder": str(tmp_path), "max_mismatch": 1e-4, "start_timeout_s": 1800,
+    }  # fmt: skip
+    return Config.model_validate(
+        {
+            "model": {"path": str(folder), "dtype": "float32"},
+            "rollout": {"backend": "vllm", "backend_args": args},
+        }
+    )
+
+
+@pytest.fixture(params=["qwen3", "llama3", "smollm2-135m", "qwen2.5-coder-0.5b"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    if request.param in ("qwen3", "llama"):
+    if request.param in ("qwen3", "llama3"):
         return random_model(request.param, tmp_path / "model")
     if request.param not in FETCHED:
         pytest.skip(f"FST_MODELS names no folder {request.param}; `make vllm` fetches it")
@@ -70,7 +85,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def served(config: Config, probe_ids: list[int], tmp_path: Path) -> Iterator[Hosts]:
     said: list[str] = []
     ids = np.array(probe_ids)
-    hosts = Hosts(vllm_args(config), config, longest=len(ids) + 64, probe_ids=ids, pad_id=0, note=said.append)
+    hosts = Hosts(vllm_args(config), config, longest=256, probe_ids=ids, pad_id=0, note=said.append)
     try:
         hosts.enter(tmp_path)
         yield hosts
@@ -120,15 +135,7 @@ def train(plain: Any, prompts: list[list[int]]) -> None:
 def test_tokens_and_log_probs_are_those_of_transformers_before_and_after_training(
     folder: Path, tmp_path: Path
 ) -> None:
-    args = {
-        "command": [REAL], "args": ["--enforce-eager"], "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}, "folder": str(tmp_path), "max_mismatch": 1e-4,
-    }  # fmt: skip
-    config = Config.model_validate(
-        {
-            "model": {"path": str(folder), "dtype": "float32"},
-            "rollout": {"backend": "vllm", "backend_args": args},
-        }
-    )
+    config = started(folder, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     plain: Any = load_model(folder, torch.float32, attention="sdpa").eval()
@@ -150,3 +157,21 @@ def test_tokens_and_log_probs_are_those_of_transformers_before_and_after_trainin
                 kept.append(ids)
     before, after = kept[: len(prompts)], kept[len(prompts) :]
     assert before != after, "training has moved nothing that the tokens show"
+
+
+def test_more_prompts_than_a_batch_holds_are_sampled_without_a_restart(tmp_path: Path) -> None:
+    """vLLM computes 2,048 tokens at once, and on a CPU must not begin a prompt that it cannot end: managed_server.WHOLE_PROMPTS."""
+    folder = random_model("qwen3", tmp_path / "model")
+    config = started(folder, tmp_path)
+    own: Any = load(config)
+    size = own.config.vocab_size
+    rng = np.random.default_rng(0)
+    requests = [Request(f"p{i}", "c", 0, rng.integers(10, size, 100 + i), seed=2**40 + i) for i in range(48)]
+    with served(config, requests[0].prompt_ids.tolist(), tmp_path) as hosts:
+        engine = VllmEngine(
+            hosts, own, base=True, eos_ids=[5], stop=(), vocab_size=size, decode=str, encode=lambda _: [1]
+        )
+        engine.prepare(0)
+        rollouts = engine.generate(requests, max_response_tokens=4, temperature=1.0, policy_version=0)
+        assert hosts.generation == 0
+    assert all(len(r.response_ids) == 4 or r.finish == "stop" for r in rollouts)
