@@ -24,7 +24,11 @@ EQUAL = ("rollouts", "tokens")
 """The axes on which the methods are compared at equal cost."""
 EVOLUTION_SHARE = 0.3
 """Rollouts of evolution for each rollout of RL, where the contexts evolve once or twice."""
-GEPA: Changes = {"fast.evolver": "gepa", "fast.samples": 1, "fast.reuse_rollouts": False}
+GEPA: Changes = {
+    "fast.evolver": "gepa",
+    "fast.samples": 1,
+    "fast.reuse_rollouts": False,
+}
 DIFFERENCES = (0.05, 0.1, 0.2, 0.3)
 """The differences in reward of the power table."""
 
@@ -42,6 +46,7 @@ def arms(family: world.Kind, budget: Budget, tuned: Changes) -> dict[str, tuple[
             {
                 **frozen,
                 "fast.phases": "first",
+                "fast.parents": "front",
                 "fast.reflector": "given",
                 "fast.reflector_args": {"contexts": given},
                 "fast.children": len(given),
@@ -58,7 +63,10 @@ def arms(family: world.Kind, budget: Budget, tuned: Changes) -> dict[str, tuple[
         ),
         "e-spl": (
             "fst",
-            {"fast.evolver": "e_spl", "fast.crossover": 0.2, "slow.advantage_group": "context"},
+            {
+                **{"fast.evolver": "e_spl", "fast.crossover": 0.2},
+                "slow.advantage_group": "context",
+            },
         ),
         "fst, plain gepa": ("fst", GEPA),
         OURS: ("fst", {}),

@@ -391,6 +391,28 @@ def test_a_dry_run_names_the_runs_and_makes_none(tmp_path: Path, capsys: pytest.
     assert not out.exists()
 
 
+def test_rl_settings_of_an_earlier_suite_replace_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = Path(__file__).parents[2] / "benchmarks" / "results" / "experiments.json"
+    words = ["experiment", "efficiency", "--seeds", "3", "--out", str(tmp_path), "--dry-run", "--rl-settings"]
+    assert main([*words, str(published)]) == 0
+    runs = capsys.readouterr().out.split()
+    assert len(runs) == len(set(runs)) == 4 * 3 * 3
+    assert "list_programs-rl-kl_coef=1e-2-lr=1e-3-seed=2" in runs
+    for text, why in (
+        (None, "cannot be read"),
+        ("[]", "holds no RL settings of"),
+        ('{"experiments": {}}', "holds no RL settings of"),
+    ):
+        file = tmp_path / "given.json"
+        if text is not None:
+            file.write_text(text)
+        assert main([*words, str(file)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert why in line
+
+
 def test_sigterm_ends_a_suite_as_ctrl_c_does(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:

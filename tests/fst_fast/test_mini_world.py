@@ -210,16 +210,6 @@ def test_neither_the_seed_context_nor_one_instruction_suffices(kind: world.Kind)
 # --- the build
 
 
-def test_the_same_seed_builds_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fst_fast.mini.build.measure_contexts", lambda *_, **__: {})
-    monkeypatch.setattr("fst_fast.mini.build._DOCUMENTS", dict.fromkeys(world.KINDS, 2))
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        build_base(tmp_path / name, seed=seed, steps=6, threads=1, log=lambda line: None)
-    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
-
-
 def test_a_build_that_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write into .*file/base"):
