@@ -19,6 +19,7 @@ from fst_fast.config import Config
 from fst_fast.policy.base_model import model_folder
 from fst_fast.rollout.vllm_args import VllmArgs
 from fst_fast.rollout.weight_transfer import FileTransfer
+from fst_fast.run.environment import for_others
 from fst_fast.verify import attached
 
 WORKER = Path(__file__).parent / "vllm_worker"
@@ -83,7 +84,7 @@ class ManagedServer:
 
     def environment(self) -> dict[str, str | None]:
         """What its environment has besides, or (None) has not."""
-        changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
+        changes: dict[str, str | None] = dict.fromkeys(LAUNCHER) | for_others()
         changes |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(WORKER)}
         if self.config.policy.lora:
             changes["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
