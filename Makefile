@@ -49,7 +49,7 @@ aot: $(STAMP)
 
 # Every crash and fault, every layout of a checkpoint, two nodes: of which `make runs` runs a sample.
 chaos: $(STAMP)
-	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py disk.py secrets.py stages.py vllm.py recipe_resume.py agents.py) tests/fst_fast/test_optimiser.py tests/fst_fast/test_managed_server.py $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "not long" $(addprefix tests/integration/test_,crashes.py guard.py layouts.py nodes.py disk.py secrets.py stages.py vllm.py ahead.py recipe_resume.py agents.py) tests/fst_fast/test_optimiser.py tests/fst_fast/test_managed_server.py $(PYTEST_ARGS)
 
 # The loss curves of every engine setting against the committed one, as a table.
 parity: $(STAMP)
@@ -71,10 +71,13 @@ fuzz: $(STAMP)
 trl: $(STAMP)
 	@$(PY) scripts/trl_tests.py $(TRL)
 
-# The tests of rollout.backend=vllm against a real vLLM (its CPU build, in an environment of its own), of which `make test` asks a fake one.
+# The tests of rollout.backend=vllm against a real vLLM (its CPU build, in an environment of its own), of which `make test` asks a fake one, and with two
+# real models.
+vllm: MODELS = smollm2-135m qwen2.5-coder-0.5b
 vllm: $(STAMP)
 	@PYTHON=$(PYTHON) scripts/vllm_env.sh $(VLLM)
-	@FST_VLLM=$(abspath $(VLLM))/bin/vllm $(PY) -m pytest -m "" tests/fst_fast/test_vllm_recorded.py tests/integration/test_vllm.py $(PYTEST_ARGS)
+	@set -e; for model in $(MODELS); do $(PY) scripts/fetch_model.py $$model; done
+	@FST_VLLM=$(abspath $(VLLM))/bin/vllm FST_MODELS="$(addprefix $(abspath models)/,$(MODELS))" $(PY) -m pytest -m "" tests/fst_fast/test_vllm_recorded.py $(addprefix tests/integration/test_vllm,.py _models.py) $(PYTEST_ARGS)
 
 # The documentation as a site, in build/site; a broken link is an error. (--quiet would hide warnings from --strict as well.)
 docs: $(STAMP)

@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py [--threads 1] [--repeats 3] [--out benchmarks/results/rollout.json]
     python benchmarks/rollout.py --model FOLDER --problems 8 --samples 2 --new-tokens 32 --batches 8 16 32 --vllm ENV/bin/python
+    python benchmarks/rollout.py --three-loads --vllm ENV/bin/python [--model FOLDER] [--threads 2]
 
 All sides have the same weights, prompts and lengths. By default the shipped 0.8M model; 4 contexts x 256 tokens, 16 problems x 48 tokens, 8 samples of every
 (context, problem), 64 new tokens each, no eos: 512 samples. Every side runs in its own process, so that peak memory is its own. Repeats alternate
@@ -12,12 +13,16 @@ between the sides; figures are medians. Loading and a short warm-up are not in t
     generate    transformers.generate, left-padded, in batches of the size that is fastest on one context's 128 samples
     one batch   transformers.generate, all samples at once
     continuous  transformers' generate_batch, if it finishes within its time limit
-    vllm        vLLM in the environment of --vllm, prefix cache on, log-probs of the sampled tokens as for the engine
+    vllm        vLLM in the environment of --vllm, prefix cache on and empty at the start, log-probs of the sampled tokens as for the engine
+
+--three-loads takes the sides shared and vllm through LOADS and writes benchmarks/results/rollout_vllm_MODEL.json. vLLM's process stays between its turns,
+in which it does nothing: it takes long to load.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -28,6 +33,8 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +49,9 @@ from fst_fast.rollout import cascade
 from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request, RolloutEngine
 
-CONTEXTS, CONTEXT_TOKENS, PROBLEM_TOKENS = 4, 256, 48
+PROBLEM_TOKENS = 48
 CONTINUOUS_LIMIT_S = 120.0
+RESULTS = Path(__file__).parent / "results"
 PRODUCTS = (
     "aten::mm",
     "aten::addmm",
@@ -54,30 +62,46 @@ PRODUCTS = (
 )
 
 
+SHAPE = ("contexts", "context_tokens", "problems", "samples", "new_tokens")
+LOADS = {
+    "mini": {"forest": (4, 256, 16, 8, 64), "no shared prefix": (64, 256, 1, 1, 64), "long responses": (4, 64, 4, 2, 384)},
+    "other models": {"forest": (4, 256, 8, 2, 32), "no shared prefix": (16, 256, 1, 1, 32), "long responses": (4, 256, 2, 2, 256)},
+}  # fmt: skip
+"""SHAPE of --three-loads, for the mini model, which has 512 positions, and for larger ones."""
+
+# Reads the name of a file with a load from a line, answers with a line.
 VLLM = """
-import json, resource, sys, time
-given = json.load(open(sys.argv[1]))
+import json, psutil, sys, time
+given = json.loads(sys.argv[1])
 from vllm import LLM, SamplingParams
 llm = LLM(given["model"], dtype="float32", max_model_len=given["longest"], enforce_eager=True, max_num_seqs=given["max_batch"], generation_config="vllm")
+def cpu():
+    me = psutil.Process()
+    return sum(t.user + t.system for t in (p.cpu_times() for p in [me, *me.children(recursive=True)]))
 def run(prompts, new):
+    llm.reset_prefix_cache()
     how = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, logprobs=0, detokenize=False)
+    wall, before = time.perf_counter(), cpu()
     out = llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
     assert all(len(o.outputs[0].token_ids) == new for o in out)
-run(given["warm_up"], 2)
-wall = time.perf_counter()
-run(given["prompts"], given["new_tokens"])
-print(json.dumps({"seconds": time.perf_counter() - wall, "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}))
+    return json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": cpu() - before})
+print("found {}", flush=True)
+for line in sys.stdin:
+    load = json.load(open(line.strip()))
+    run(load["prompts"][:4], 2)
+    print("found", run(load["prompts"], load["new_tokens"]), flush=True)
 """
 
 
-def requests(problems: int, samples: int, vocabulary: int) -> list[Request]:
+def requests(args: argparse.Namespace, vocabulary: int) -> list[Request]:
     """Prompts of random ids, the first six left out, which are special tokens of the mini model."""
     rng = np.random.default_rng(0)
-    context_ids = rng.integers(6, vocabulary, (CONTEXTS, CONTEXT_TOKENS))
+    problems, samples = args.problems, args.samples
+    context_ids = rng.integers(6, vocabulary, (args.contexts, args.context_tokens))
     problem_ids = rng.integers(6, vocabulary, (problems, PROBLEM_TOKENS))
     return [
         Request(str(p), str(c), s, np.concatenate([context_ids[c], problem_ids[p]]), seed=(c * problems + p) * samples + s)
-        for c in range(CONTEXTS)
+        for c in range(args.contexts)
         for p in range(problems)
         for s in range(samples)
     ]  # fmt: skip
@@ -161,31 +185,87 @@ def product_share(model: Any, load: list[Request], new_tokens: int, max_batch: i
     return {"products": products / sum(e.self_cpu_time_total for e in events)}
 
 
-def vllm(args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
-    """The same load in another interpreter's vLLM: seconds of its generate call."""
-    load = requests(args.problems, args.samples, vocabulary)
-    given = {
-        "model": str(model_folder(args.model)),
-        "longest": CONTEXT_TOKENS + PROBLEM_TOKENS + args.new_tokens,
-        "max_batch": args.max_batch,
-        "warm_up": [
-            r.prompt_ids[::-1].tolist() for r in load[:4]
-        ],  # other prompts, which the prefix cache does not keep
-        "prompts": [r.prompt_ids.tolist() for r in load],
-        "new_tokens": args.new_tokens,
+@contextmanager
+def vllm(
+    args: argparse.Namespace, longest: int
+) -> Iterator[Callable[[argparse.Namespace, int], dict[str, Any]]]:
+    """vLLM in a process of another environment: takes a load and the size of the vocabulary, gives the seconds of its generate call, wall clock and of all its processes."""
+    given = {"model": str(model_folder(args.model)), "longest": longest, "max_batch": args.max_batch}
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_OMP_THREADS_BIND": args.bind or f"0-{args.threads - 1}"}  # fmt: skip
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "run.py").write_text(f"if __name__ == '__main__':\n{textwrap.indent(VLLM, '    ')}")
+        with (folder / "errors").open("w") as errors:
+            process = subprocess.Popen(
+                [args.vllm, f"{folder}/run.py", json.dumps(given)],
+                cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+
+        assert process.stdin is not None
+        assert process.stdout is not None
+        words, answers = process.stdin, process.stdout
+
+        def answer() -> dict[str, Any]:
+            for line in answers:  # vLLM's log comes the same way
+                if line.startswith("found "):
+                    found: dict[str, Any] = json.loads(line.removeprefix("found "))
+                    return found
+            said = (folder / "errors").read_text().strip().splitlines()
+            return {"skipped": (said or ["no message"])[-1][:300]}
+
+        def ask(load: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+            if loaded:
+                return loaded
+            prompts = [r.prompt_ids.tolist() for r in requests(load, vocabulary)]
+            (folder / "load.json").write_text(json.dumps({"prompts": prompts, "new_tokens": load.new_tokens}))
+            with contextlib.suppress(BrokenPipeError):
+                print(folder / "load.json", file=words, flush=True)
+            return answer()
+
+        loaded = answer()  # empty, or why it was not
+        try:
+            yield ask
+        finally:
+            with process:  # closes its input, at whose end it leaves
+                pass
+
+
+def three_loads(args: argparse.Namespace) -> None:
+    """The sides shared and vllm in turn on each of LOADS, written after each. A ratio is one of rounds."""
+    loads = LOADS["mini" if args.model == "mini" else "other models"]
+    out = args.out or RESULTS / f"rollout_vllm_{Path(args.model).name}.json"
+    vocabulary = read_config(model_folder(args.model), args.model).vocab_size
+    longest = max(context + PROBLEM_TOKENS + new for _, context, _, _, new in loads.values())
+    result: dict[str, Any] = {
+        "model": f"{Path(args.model).name}, float32",
+        "threads": args.threads,
+        **surroundings(),
+        "loads": {},
     }
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(args.threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}"}  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "given.json").write_text(json.dumps(given))
-        (Path(folder) / "run.py").write_text(f"if __name__ == '__main__':\n{textwrap.indent(VLLM, '    ')}")
-        done = subprocess.run(
-            [args.vllm, f"{folder}/run.py", f"{folder}/given.json"],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        return {"skipped": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    with vllm(args, longest) as ask:
+        for name, shape in loads.items():
+            load = argparse.Namespace(**vars(args) | dict(zip(SHAPE, shape, strict=True)))
+            rounds = [(child(load, "shared"), ask(load, vocabulary)) for _ in range(args.repeats)]
+            for found in (found for pair in rounds for found in pair if "skipped" in found):
+                raise SystemExit(f"{name}: {found['skipped']}")
+            figures: dict[str, Any] = dict(zip(SHAPE, shape, strict=True))
+            for kind in ("seconds", "cpu_seconds"):
+                ratios = [theirs[kind] / own[kind] for own, theirs in rounds]
+                figures[kind] = {
+                    "vllm_over_engine": statistics.median(ratios), "ratios": ratios, "engine": [own[kind] for own, _ in rounds],
+                    "vllm": [theirs[kind] for _, theirs in rounds],
+                }  # fmt: skip
+                print(f"{name:17s} {kind:11s} engine {statistics.median(figures[kind]['engine']):6.2f}, vLLM {statistics.median(figures[kind]['vllm']):6.2f}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)  # fmt: skip
+            figures |= {key: rounds[0][0][key] for key in ("tokens_computed", "tokens_unshared")}
+            result["loads"][name] = {**figures, "load_average_1min": os.getloadavg()[0]}
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def surroundings() -> dict[str, Any]:
+    return {
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(), "load_average_1min": os.getloadavg()[0]},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }  # fmt: skip
 
 
 def side(args: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +275,7 @@ def side(args: argparse.Namespace) -> dict[str, Any]:
         args.side, "sdpa"
     )
     model: Any = load_model(args.model, "float32", attention="tree" if attention == NAME else "sdpa").eval()
-    load = requests(args.problems, args.samples, model.config.vocab_size)
+    load = requests(args, model.config.vocab_size)
     model.set_attn_implementation(attention)
     if args.side == "kv":
         return kv_bytes_read(model, load, args.new_tokens, args.max_batch)
@@ -226,7 +306,8 @@ def side(args: argparse.Namespace) -> dict[str, Any]:
 def child(
     args: argparse.Namespace, name: str, *, limit_s: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    options = {"model": args.model, "threads": args.threads, "problems": args.problems, "samples": args.samples, "new-tokens": args.new_tokens, "max-batch": args.max_batch, **more}  # fmt: skip
+    options = {"model": args.model, "threads": args.threads, "max-batch": args.max_batch, **more}
+    options |= {name.replace("_", "-"): getattr(args, name) for name in SHAPE}
     command = [sys.executable, __file__, "--side", name, *(f"--{k}={v}" for k, v in options.items())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
@@ -244,11 +325,12 @@ def main() -> None:
     parser.add_argument(
         "--vllm", metavar="PYTHON", help="interpreter of an environment with vLLM, for the side vllm"
     )
+    parser.add_argument("--three-loads", action="store_true", help="see above")
+    parser.add_argument("--bind", help="cores of vLLM's threads; nobind: on a machine with other work")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    for name, default in zip(SHAPE, LOADS["mini"]["forest"], strict=True):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--max-batch", type=int, default=512, help="of the engine")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128], help="tried for generate")
     parser.add_argument(
@@ -257,28 +339,35 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=64, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout.json"))
+    parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.side:
         print(json.dumps(side(args)))
         return
+    if args.three_loads:
+        if not args.vllm:
+            parser.error("--three-loads needs --vllm")
+        three_loads(args)
+        return
 
     sides = [*args.sides, *(["vllm"] if args.vllm else [])]
     vocabulary = read_config(model_folder(args.model), args.model).vocab_size
-    total = CONTEXTS * args.problems * args.samples
-    tried = {b: child(args, "generate", batch=b, count=total // CONTEXTS) for b in args.batches}
+    total = args.contexts * args.problems * args.samples
+    tried = {b: child(args, "generate", batch=b, count=total // args.contexts) for b in args.batches}
     best = min(tried, key=lambda b: tried[b]["cpu_seconds"])
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    for _ in range(args.repeats):
-        for name, results in runs.items():
-            if not (results and "skipped" in results[-1]):
-                limit_s = CONTINUOUS_LIMIT_S if name == "continuous" else None
-                measured = (
-                    vllm(args, vocabulary)
-                    if name == "vllm"
-                    else child(args, name, batch=best, limit_s=limit_s)
-                )
-                results.append(measured)
+    with contextlib.ExitStack() as stack:
+        longest = args.context_tokens + PROBLEM_TOKENS + args.new_tokens
+        ask = stack.enter_context(vllm(args, longest)) if args.vllm else None
+        for _ in range(args.repeats):
+            for name, results in runs.items():
+                if not (results and "skipped" in results[-1]):
+                    limit_s = CONTINUOUS_LIMIT_S if name == "continuous" else None
+                    results.append(
+                        ask(args, vocabulary)
+                        if name == "vllm" and ask
+                        else child(args, name, batch=best, limit_s=limit_s)
+                    )
     figures = {}
     for name, results in runs.items():
         if "skipped" in results[-1]:
@@ -305,7 +394,7 @@ def main() -> None:
         if name != "shared" and "skipped" not in f
     }
     result = {
-        "load": {"contexts": [CONTEXTS, CONTEXT_TOKENS], "problems": [args.problems, PROBLEM_TOKENS], "samples": args.samples, "new_tokens": args.new_tokens},
+        "load": {"contexts": [args.contexts, args.context_tokens], "problems": [args.problems, PROBLEM_TOKENS], "samples": args.samples, "new_tokens": args.new_tokens},
         "model": f"{Path(args.model).name}, float32",
         "max_batch": args.max_batch,
         "generate_batch": best,
@@ -315,11 +404,11 @@ def main() -> None:
         "kv": child(args, "kv"),
         "products_share": child(args, "products").get("products"),
         "threads": args.threads,
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(), "load_average_1min": os.getloadavg()[0]},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        **surroundings(),
     }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    out = args.out or RESULTS / "rollout.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
     for name, f in figures.items():
         if "skipped" in f:
             print(f"{name:11s} skipped: {f['skipped']}")

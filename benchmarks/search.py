@@ -28,25 +28,25 @@ from fst_fast.mini import world
 from fst_fast.mini.documents import KINDS
 from fst_fast.tasks.registry import load_task
 
+FRONT: dict[str, Any] = {"parents": "front", "children": 4, "first_generations": 4, "generations": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "as configured": {},
-    "race 16/4": {"children": 16, "rungs": 4},
-    "race 8/3": {"children": 8, "rungs": 3},
-    "race 16/4, 12 waves": {"children": 16, "rungs": 4, "first_generations": 12, "generations": 12},
-    "race 16/4, 12 waves, no margin": {
+    "front": FRONT,
+    "front, no margin": {**FRONT, "admit_z": 0.0},
+    "front, race 16/4, 12 waves": {
+        **FRONT,
         "children": 16,
         "rungs": 4,
         "first_generations": 12,
         "generations": 12,
-        "admit_z": 0.0,
     },
     "plain gepa": {"evolver": "gepa", "samples": 1},
     "no margin": {"admit_z": 0.0},
     "crossover": {"crossover": 0.25},
-    "race 16/4, crossover": {"children": 16, "rungs": 4, "crossover": 0.25},
-    "deeper first search": {"search_budget": 2880},
-    "race 16/4, deeper": {"children": 16, "rungs": 4, "search_budget": 2880},
-    "improvement": {"parents": "improvement"},
+    "8 children": {"children": 8, "first_generations": 24, "generations": 6},
+    "4 waves later": {"generations": 4},
+    "search budget 1440": {"search_budget": 1440},
+    "search budget 1920": {"search_budget": 1920},
 }
 RELIABLE = {"star_graph": 0.5, "list_programs": 0.85, "linked_facts": 0.85, "formula_choice": 0.9}
 """The share of responses that do not slip for the model's own reasons; so set that the best context has about the reward that it has on the model."""

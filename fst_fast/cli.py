@@ -275,6 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument(
         "--workers", type=arguments.count, metavar="N", help="runs at a time; default: the cores"
     )
+    experiment.add_argument(
+        "--rl-settings", type=Path, metavar="FILE", help="results.json of a suite with efficiency or rivals: its settings of RL, no sweep"
+    )  # fmt: skip
     experiment.add_argument("--dry-run", action="store_true", help="name the runs, make none")
 
     base = command("base", _base, "the base models of the mini world")
@@ -428,6 +431,7 @@ def _experiment(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from fst_fast.experiments.experiments import EXPERIMENTS
+    from fst_fast.experiments.methods import rl_settings
     from fst_fast.experiments.page import QUESTIONS, markdown, run
     from fst_fast.experiments.runner import Runner
     from fst_fast.experiments.runs import FAMILIES, FULL, QUICK
@@ -442,6 +446,8 @@ def _experiment(args: argparse.Namespace) -> None:
             raise UserError(f"--families: {family!r} is not known; allowed are {', '.join(FAMILIES)}")
     names = list(EXPERIMENTS) if args.name == "all" else args.name.split(",")
     runner = Runner(args.out, budget, families, args.workers or usable_cores(), dry_run=args.dry_run)
+    if args.rl_settings:
+        runner.rl_settings = rl_settings(args.rl_settings, families)
     results = run(names, runner)
     if args.dry_run:
         for planned in runner.planned:

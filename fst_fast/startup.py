@@ -41,7 +41,7 @@ from fst_fast.rollout.template import missing_messages, turn_end
 from fst_fast.run import checkpoint
 from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
-from fst_fast.run.environment import wall_clock
+from fst_fast.run.environment import grow_segments, wall_clock
 from fst_fast.run.faults import arm, reach
 from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run
 from fst_fast.run.identity import identity, versions, writer
@@ -190,6 +190,8 @@ def build_run(
     seed_globals(config.seed, "opening", distributed.rank())
     if config.slow.reward_shaping is not None:
         load_shaping(config.slow.reward_shaping)
+    args = config.rollout.backend_args if config.rollout.backend == "vllm" else {}
+    grow_segments(shares_memory=args.get("transfer") == "ipc")
     distributed.init(config.run.timeout_s, samplers=config.rollout.sampler_ranks)
     is_main = distributed.rank() == 0
     watchers = Callbacks(callbacks, run_dir, is_main=is_main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,12 @@ class Usage(NamedTuple):
     shared_bytes: int  # of a block
     instructions: int  # SASS
     blocks: int  # that a multiprocessor runs at a time
+
+
+def accesses(ptx: str) -> Counter[int]:
+    """Loads and stores of global memory by the bytes that one of them moves for a thread."""
+    found = re.findall(r"\b(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    return Counter(int(numbers or 1) * int(bits) // 8 for numbers, bits in found)
 
 
 def loops(ttgir: str) -> list[Loop]:
@@ -147,12 +154,16 @@ def judge(
     tma: bool,
     pendings: int = 0,
     spill: int = 0,
+    access_bytes: int = 0,
+    uniform: int = 0,
+    occupancy: float = 0.0,
 ) -> Report:
     """Reads a compiled kernel and says what is wrong with it.
 
     tensor_cores: the instruction that is looked for, True: the architecture's own. With it every loop must have the buffers of `stages`, and no
     index among them. pendings: products that may still run behind a wait of wgmma in the loop, at least one wait of which must allow so many.
-    spill: bytes of local memory per thread that are accepted.
+    spill: bytes of local memory per thread that are accepted. access_bytes: what every load and store of global memory moves for a thread at least,
+    but for `uniform` loads of single numbers. occupancy: share of a multiprocessor's warps that must run at a time.
     """
     machine, ptx = MACHINES[arch], compiled.asm["ptx"]
     found, inner = usage(compiled, arch, warps), loops(compiled.asm["ttgir"])
@@ -164,6 +175,17 @@ def judge(
         complaints.append(f"{found.shared_bytes} bytes of shared memory; a block has {machine.block_shared}")
     if found.blocks < 1:
         complaints.append("no block fits on a multiprocessor")
+    share = found.blocks * warps / machine.warps
+    if share < occupancy:
+        complaints.append(
+            f"{share:.0%} of the warps of a multiprocessor run at a time; {occupancy:.0%} are wanted"
+        )
+    narrow = {size: n for size, n in sorted(accesses(ptx).items()) if size < access_bytes}
+    if sum(narrow.values()) > uniform:
+        each = ", ".join(f"{n} of {size} bytes" for size, n in narrow.items())
+        complaints.append(
+            f"accesses of global memory: {each}; {access_bytes} are wanted, but for {uniform} single numbers"
+        )
     if instruction not in ptx:
         complaints.append(f"no {instruction} in the PTX")
     if tma and machine.tma not in ptx:

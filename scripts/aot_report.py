@@ -40,6 +40,9 @@ class Case(NamedTuple):
     tensor_cores: bool | str = False  # True: the architecture's own; else the instruction that is looked for
     tma: bool = False
     pendings: int = 0  # products that a wait of wgmma in the loop leaves running
+    access_bytes: int = 0  # that a load or store of global memory moves for a thread at least, but for
+    uniform: int = 0  # so many loads of single numbers
+    occupancy: float = 0.0  # share of a multiprocessor's warps that run at a time, at least
 
 
 def linear_logprob_cases() -> Iterator[Case]:
@@ -102,6 +105,9 @@ def linear_logprob_cases() -> Iterator[Case]:
             kernels.divergence_kernel,
             pair | rows | {"kl": "*fp32", "softcap": "fp32"} | strides,
             {"FORWARD": forward, "COLUMNS": op.BLOCK},
+            access_bytes=16,
+            uniform=6,  # a row's statistics, and its KL
+            occupancy=0.5,
         )
     labels = {"starts": "*i64", "labels": "*i64", "coefficients": "*fp32"}
     out = {"out": "*bf16", "out_stride": "i32"} | strides
@@ -124,6 +130,9 @@ def linear_logprob_cases() -> Iterator[Case]:
         | out
         | {k: v for k, v in rows.items() if k not in unused},
         dict.fromkeys(unused) | {"FORWARD": False, "COLUMNS": op.BLOCK},
+        access_bytes=16,
+        uniform=8,
+        occupancy=0.5,
     )
     for forward in (False, True):
         yield Case(
@@ -136,22 +145,33 @@ def linear_logprob_cases() -> Iterator[Case]:
             | out
             | {"acting": "*i64", "softcap": "fp32"},
             {"FORWARD": forward, "COLUMNS": op.BLOCK},
+            access_bytes=16,
+            uniform=13,
+            occupancy=0.5,
         )
 
 
 def layer_row_cases() -> Iterator[Case]:
-    """The row operations of a layer, for the shapes of Qwen3-8B and of a head size that is no power of two."""
+    """The row operations of a layer, for the widths of Qwen2.5-0.5B, Qwen3-8B and 14B and a head size that is no power of two."""
     from fst_kernels import gpu
     from fst_kernels import gpu_kernels as kernels
 
-    yield Case(
-        "rms_norm H=4096",
-        kernels.rms_norm_kernel,
-        dict.fromkeys(("x", "weight", "out"), "*bf16") | {"stride": "i32", "eps": "fp32"},
-        {"WIDTH": 4096, "BLOCK": 4096},
-        warps=gpu.warps(4096),
-    )
-    for dim, half in ((128, 64), (96, 64)):
+    wide: dict[str, Any] = {
+        "access_bytes": 16,
+        "occupancy": 0.6,
+    }  # bound by bytes: 16 an access, and many of these under way
+    for width in (896, 4096, 5120):
+        block = triton.next_power_of_2(width)
+        yield Case(
+            f"rms_norm H={width}",
+            kernels.rms_norm_kernel,
+            dict.fromkeys(("x", "weight", "out"), "*bf16") | {"stride": "i32", "eps": "fp32"},
+            {"WIDTH": width, "BLOCK": block},
+            warps=gpu.warps(block),
+            **wide,
+        )
+    for dim in (64, 96, 128):
+        turned = gpu.turned(dim)
         for norms in ("*bf16", None):
             yield Case(
                 f"norm_and_turn D={dim}{'' if norms else ', without norms'}",
@@ -161,16 +181,24 @@ def layer_row_cases() -> Iterator[Case]:
                 | dict.fromkeys(("heads", "stride", "stride_turn"), "i32")
                 | {"eps": "fp32"},
                 ({} if norms else {"norms": None})
-                | {"HALF": dim // 2, "BLOCK": half, "HEADS": gpu.TURNED_HEADS},
+                | {"HALF": dim // 2, "BLOCK": turned.block, "HEADS": turned.heads},
                 unaligned=("heads",),
+                warps=turned.warps,
+                **wide,
             )
+    for heads, dim in ((2, 64), (8, 96), (8, 128)):
+        rows, block = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
         yield Case(
-            f"scatter D={dim}",
+            f"scatter {heads} heads D={dim}",
             kernels.scatter_kernel,
             dict.fromkeys(("k", "v", "k_pool", "v_pool"), "*bf16")
             | {"slots": "*i64"}
             | {n: "i32" for n in kernels.scatter_kernel.arg_names if n.startswith("stride_")},
-            {"ROWS": 8, "HEADS": 8, "D": dim, "BLOCK": 128},
+            {"ROWS": rows, "HEADS": heads, "D": dim, "BLOCK": block},
+            warps=gpu.moving_warps(rows * block),
+            access_bytes=8 if heads * dim < 256 else 16,
+            uniform=1,  # the slot
+            occupancy=0.5,
         )
     yield Case(
         "gate",
@@ -178,6 +206,7 @@ def layer_row_cases() -> Iterator[Case]:
         {"x": "*bf16", "out": "*bf16", "width": "i32", "blocks": "i32"},
         {"BLOCK": gpu.GATED_COLUMNS},
         unaligned=("blocks",),
+        **wide,
     )
 
 
@@ -207,7 +236,7 @@ def compile_case(case: Case, arch: int) -> aot_inspect.Report:
     )
     return aot_inspect.judge(
         compiled, arch, warps=case.warps, stages=case.stages, tensor_cores=case.tensor_cores, tma=case.tma,
-        pendings=case.pendings,
+        pendings=case.pendings, access_bytes=case.access_bytes, uniform=case.uniform, occupancy=case.occupancy,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from fst_fast.policy.base_weights import open_base
 from fst_fast.policy.trained import load
 from fst_fast.rollout.models import SamplingModels
 from fst_fast.rollout.sampler import Sampler
+from fst_fast.run.environment import grow_segments
 from fst_fast.state import State
 from fst_fast.tasks.registry import load_task, task_spec
 
@@ -40,6 +41,7 @@ def evaluate_run(
     if model is not None or revision is not None:
         at = {"path": model or config.model.path, "revision": revision}
         config = config.model_copy(update={"model": config.model.model_copy(update=at)})
+    grow_segments()
     distributed.init()
     config, _ = open_base(config, run_dir=run_dir, expected=state.base_weights)
     date = datetime.fromisoformat(state.date) if state.date else None

@@ -11,6 +11,7 @@ from fst_fast.errors import UserError
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.sequence_loss import Mismatch
 from fst_fast.policy.trained import NonFiniteError, TrainedPolicy, load
+from fst_fast.run.environment import grow_segments
 from fst_fast.slow.nonfinite import REFERENCE, read_dump
 from fst_fast.slow.slow_phase import objective_of
 from fst_fast.slow.update import Reference, check_finite, micro_jobs
@@ -22,6 +23,7 @@ def replay(folder: Path, say: Callable[[str], None]) -> bool:
     Raises UserError where `folder` is no dump."""
     tree, shares = read_dump(folder)
     config = config_load.load(folder / "config.yaml")
+    grow_segments()
     distributed.init()
     if distributed.world_size() > 1:
         raise UserError("fst replay runs on one process; start it without a launcher")

@@ -101,6 +101,15 @@ def fast(fast: FastConfig) -> None:
         raise ValueError(
             f"fast.rungs={fast.rungs} and fast.proposals={fast.proposals} both choose among the proposals of a wave; set one of the two"
         )
+    if (
+        fast.evolver == "waves"
+        and fast.parents == "thompson"
+        and (fast.rungs > 1 or fast.proposals is not None)
+    ):
+        key = f"rungs={fast.rungs}" if fast.rungs > 1 else f"proposals={fast.proposals}"
+        raise ValueError(
+            f"fast.{key} has no effect with fast.parents=thompson, which scores children step by step; with front or improvement it has"
+        )
     if fast.keep_seed and fast.population == 1:
         raise ValueError(
             "fast.keep_seed=true leaves no place for another context with fast.population=1; at least 2"
@@ -111,7 +120,7 @@ def fast(fast: FastConfig) -> None:
         )
     if fast.evolver == "waves":
         return
-    only_waves = ["rungs", "search_budget", "proposals", "parents", "keep_seed", "adaptive", "components"]
+    only_waves = ["rungs", "proposals", "parents", "keep_seed", "adaptive", "components"]
     unused = [*only_waves, "crossover"] if fast.evolver == "gepa" else only_waves
     empty = type(fast).model_fields
     given = [k for k in unused if getattr(fast, k) != empty[k].get_default(call_default_factory=True)]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from fst_fast.config.fast import FastConfig
 from fst_fast.config.schema import Config
 
+FIRST = 2
+"""Rollouts that a child gets before anything is known of it, with fast.parents=thompson."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -41,12 +44,20 @@ def rungs(children: int, problems: int, count: int) -> list[tuple[int, int]]:
 
 
 def wave_cost(config: FastConfig, children: int, size: Size) -> int:
-    """The most rollouts of a wave of so many children, its first comparison of proposals included."""
+    """The most rollouts of a wave of so many children, its first comparison of proposals included. With fast.parents=thompson: what a
+    phase is to have for its children at least, three times their first rollouts, or a third of the budget, and two contexts in full."""
+    if config.parents == "thompson":
+        return min(3 * children * FIRST, config.rollout_budget // 3) + 2 * size.rollouts
     total = before = 0
     for running, problems in rungs(children, size.problems, config.rungs):
         total += running * (problems - before) * size.samples
         before = problems
     return total + screening(config)
+
+
+def reserve(size: Size, left: int) -> int:
+    """With fast.parents=thompson: of the rollouts that are left, those kept for contexts to be scored in full at the end, two if that is at most half."""
+    return size.rollouts * (2 if left >= 4 * size.rollouts else 1)
 
 
 def wave_width(config: FastConfig, size: Size, left: int) -> int:
@@ -114,8 +125,8 @@ def _fast(config: Config) -> dict[str, int | str]:
     )
     for when, members, generations in of_waves if fast.evolver == "waves" else ():
         size = affordable(fast, members=members, anchor=fast.anchor_size)
-        waves = 0
-        if size.rollouts:  # the last wave may be narrower than fast.children
+        waves = generations if size.rollouts and fast.parents == "thompson" else 0
+        if size.rollouts and not waves:  # the last wave may be narrower than fast.children
             left = fast.rollout_budget - members * size.rollouts
             while waves < generations and (width := wave_width(fast, size, left)):
                 left, waves = left - wave_cost(fast, width, size), waves + 1

@@ -48,14 +48,15 @@ class FastConfig(Section):
     """How they evolve: `waves`, this package's (docs/fast_phase.md); `gepa`, GEPA's own loop, one candidate at a time; `e_spl`, by ratings that
     the slow phase's rollouts give (E-SPL), after every slow step, without rollouts of its own; the other keys of budget, waves and anchor set
     then have no effect."""
-    generations: int = Field(2, ge=1)
+    generations: int = Field(3, ge=1)
     """Generations of proposals in a fast phase, if the budget pays for them."""
-    first_generations: int = Field(4, ge=1)
+    first_generations: int = Field(12, ge=1)
     """Generations of the first fast phase."""
     search_budget: int | None = Field(None, ge=0)
-    """Most rollouts of a fast phase that starts with the seed context alone and has admitted nothing yet; it then runs as many waves as they
-    pay for. null: rollout_budget and generations hold as they do later."""
-    children: int = Field(4, ge=1)
+    """Most rollouts of a fast phase that starts with the seed context alone, as long as it finds nothing: no context that is better by three standard
+    errors, or with parents=front and improvement none that is admitted. It then runs as many waves as they pay for. null: rollout_budget and
+    generations hold as they do later. It belongs to evolver=waves."""
+    children: int = Field(16, ge=1)
     """Contexts compared with their parents in one generation."""
     proposals: int | None = Field(None, ge=1)
     """Reflections asked for in one generation, as one batch; null: as many as children. Where more than `children` of them are usable, each is first
@@ -71,9 +72,11 @@ class FastConfig(Section):
     """Failed rollouts shown to the reflector in one reflection."""
     admit_z: float = Field(1.0, ge=0)
     """A child is admitted if its mean reward exceeds its parent's by more than this many standard errors of the paired difference."""
-    parents: Literal["front", "improvement"] = "front"
-    """Which contexts children come from: `front`, in proportion to the problems that they win; `improvement`, in proportion to how much a child
-    of theirs is expected to exceed the best mean."""
+    parents: Literal["thompson", "front", "improvement"] = "thompson"
+    """Which contexts children come from, and how children are scored. `thompson`: of all contexts of the phase the one whose mean reward, drawn from
+    what its rollouts say of it, is the highest; a child starts with two rollouts, and in every wave the most promising go on to twice as many,
+    until they are scored in full. `front`: in proportion to the problems that they win; all children of a wave are scored in full. `improvement`:
+    in proportion to how much a child of theirs is expected to exceed the best mean; the same."""
     crossover: float = Field(0.0, ge=0, le=1)
     """How often a reflection also shows another context, the one that wins the most problems that the parent does not win, to take over what
     serves them. With evolver=e_spl: how often there is a recombination, besides the mutation; E-SPL's own value is 0.2."""

@@ -11,6 +11,7 @@ from fst_fast.experiments.result import Result, Table, per_cent, plus_minus
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import Changes, Run
 
+IN_FULL: Changes = {"fast.parents": "front", "fast.first_generations": 4, "fast.generations": 2}
 ABLATIONS: dict[str, Changes] = {
     "as configured": {},
     "one context": {"fast.population": 1},
@@ -27,15 +28,12 @@ ABLATIONS: dict[str, Changes] = {
     "reverse KL": {"slow.kl": "reverse"},
     "forward KL": {"slow.kl": "forward"},
     "KL x 10": {"slow.kl_coef": 1e-2},
-    "race of 16 children": {"fast.children": 16, "fast.rungs": 4},
-    "the same, 12 waves": {
-        **{"fast.children": 16, "fast.rungs": 4, "fast.first_generations": 12, "fast.generations": 12},
-        "fast.admit_z": 0.0,
-    },
+    "children in full": {**IN_FULL, "fast.children": 4},
+    "children in full, race of 16": {**IN_FULL, "fast.children": 16, "fast.rungs": 4},
     "plain GEPA": {"fast.evolver": "gepa", "fast.samples": 1},
-    "deeper first search": {"fast.search_budget": 2880},
+    "deeper first search": {"fast.search_budget": 1440},
     "seed keeps its share": {"fast.keep_seed": True},
-    "parents by improvement": {"fast.parents": "improvement"},
+    "8 children": {"fast.children": 8},
     "crossover": {"fast.crossover": 0.25},
     "no margin to be admitted": {"fast.admit_z": 0.0},
 }

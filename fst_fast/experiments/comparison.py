@@ -37,7 +37,9 @@ def efficiency(runner: Runner) -> Result:
     for family, methods in curves.items():
         rl, fst = methods["rl"], methods["fst"]
         peak = statistics.bootstrap([c.peak() for c in rl], statistics.mean)
-        ratios[family] = {axis: _cost_ratio(rl, fst, axis) for axis in AXES}
+        ratios[family] = {
+            axis: statistics.bootstrap(cost_ratios(rl, fst, axis), statistics.median) for axis in AXES
+        }
         fitted = statistics.ceiling_difference(_reward_by_step(fst), _reward_by_step(rl))
         fits = dict(zip(("fst", "rl", "difference"), fitted, strict=True)) if fitted else {}
         final = {method: final_figures(each) for method, each in methods.items()}
@@ -76,10 +78,10 @@ def _reward_by_step(curves: Sequence[Curve]) -> list[tuple[Floats, Floats]]:
     return [(c.cost["steps"], c.reward) for c in curves]
 
 
-def _cost_ratio(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> Interval:
-    """FST's cost to reach RL's peak over RL's own, seed by seed."""
+def cost_ratios(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> list[float]:
+    """FST's cost to reach RL's peak over RL's own, seed by seed; infinity where it does not."""
     costs = [[c.cost_to_reach(axis, peak_level(a)) for c in (a, b)] for a, b in zip(rl, fst, strict=True)]
-    return statistics.bootstrap([other / own for own, other in costs], statistics.median)
+    return [other / own for own, other in costs]
 
 
 def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:

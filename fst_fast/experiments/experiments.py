@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fst_fast.experiments.ablations import ablation
+from fst_fast.experiments.certainty import certainty
 from fst_fast.experiments.comparison import channels, drift, efficiency, generalisation
 from fst_fast.experiments.continual import continual
 from fst_fast.experiments.distillation import distill
@@ -19,6 +20,7 @@ from fst_fast.experiments.tools import tools
 
 EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "efficiency": efficiency,
+    "certainty": certainty,
     "drift": drift,
     "channels": channels,
     "generalisation": generalisation,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
+from fst_fast.errors import UserError
 from fst_fast.experiments.curves import Curve, load_curve
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import METHODS, Changes, Run
@@ -22,7 +27,9 @@ def strongest_rl(runner: Runner) -> dict[str, Changes]:
     """The changes with which RL does best on each family: its learning rate first, then, at that rate, the weight of the KL penalty.
 
     Best: highest peak, mean over SWEEP_SEEDS seeds, with the steps that every run has. FST is not tuned: it keeps the rate and penalty
-    of its configuration."""
+    of its configuration. With runner.rl_settings those, without a sweep."""
+    if runner.rl_settings is not None:
+        return dict(runner.rl_settings)
 
     def best(options: dict[str, list[Changes]]) -> dict[str, Changes]:
         seeds = runner.seeds[:SWEEP_SEEDS]
@@ -43,6 +50,23 @@ def strongest_rl(runner: Runner) -> dict[str, Changes]:
             for family, rate in rates.items()
         }
     )
+
+
+def rl_settings(results: Path, families: Sequence[str]) -> dict[str, Changes]:
+    """RL's settings on each family as a suite found them. results: its results.json. Raises UserError."""
+    try:
+        experiments = json.loads(results.read_text())["experiments"]
+        numbers = next(
+            experiments[name]["numbers"] for name in ("efficiency", "rivals") if name in experiments
+        )
+        return {
+            family: {key: float(value) for key, value in numbers[family]["rl_settings"].items()}
+            for family in families
+        }
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--rl-settings: {results} cannot be read ({error})") from error
+    except (ValueError, TypeError, AttributeError, KeyError, StopIteration, RecursionError) as error:
+        raise UserError(f"--rl-settings: {results} holds no RL settings of {', '.join(families)}") from error
 
 
 def main_runs(runner: Runner) -> Runs:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from fst_fast.experiments import figures, statistics
+from fst_fast.experiments.certainty import good_level
 from fst_fast.experiments.comparison import final_figures
 from fst_fast.experiments.curves import AXES, Curve
 from fst_fast.experiments.methods import Runs, strongest_rl, train_and_load
@@ -24,7 +23,11 @@ EQUAL = ("rollouts", "tokens")
 """The axes on which the methods are compared at equal cost."""
 EVOLUTION_SHARE = 0.3
 """Rollouts of evolution for each rollout of RL, where the contexts evolve once or twice."""
-GEPA: Changes = {"fast.evolver": "gepa", "fast.samples": 1, "fast.reuse_rollouts": False}
+GEPA: Changes = {
+    "fast.evolver": "gepa",
+    "fast.samples": 1,
+    "fast.reuse_rollouts": False,
+}
 DIFFERENCES = (0.05, 0.1, 0.2, 0.3)
 """The differences in reward of the power table."""
 
@@ -42,6 +45,7 @@ def arms(family: world.Kind, budget: Budget, tuned: Changes) -> dict[str, tuple[
             {
                 **frozen,
                 "fast.phases": "first",
+                "fast.parents": "front",
                 "fast.reflector": "given",
                 "fast.reflector_args": {"contexts": given},
                 "fast.children": len(given),
@@ -58,7 +62,10 @@ def arms(family: world.Kind, budget: Budget, tuned: Changes) -> dict[str, tuple[
         ),
         "e-spl": (
             "fst",
-            {"fast.evolver": "e_spl", "fast.crossover": 0.2, "slow.advantage_group": "context"},
+            {
+                **{"fast.evolver": "e_spl", "fast.crossover": 0.2},
+                "slow.advantage_group": "context",
+            },
         ),
         "fst, plain gepa": ("fst", GEPA),
         OURS: ("fst", {}),
@@ -135,7 +142,7 @@ def rivals(runner: Runner) -> Result:
             power.rows.append(
                 [family, rival, f"{spread:.2f}", *("-" if n is None else str(n) for n in needed)]
             )
-        level = good_level(methods)
+        level = good_level(family)
         hits = {name: [(c.first_search or 0.0) >= level for c in each] for name, each in methods.items()}
         numbers[family]["first_phase_good"] = {name: hits[name] for name in _searching(curves)}
         first.rows.append(
@@ -149,12 +156,6 @@ def _searching(curves: dict[str, dict[str, list[Curve]]]) -> list[str]:
     """The methods that evolve contexts in fast phases of their own."""
     methods = next(iter(curves.values()))
     return [name for name, each in methods.items() if each[0].first_search is not None]
-
-
-def good_level(methods: dict[str, list[Curve]]) -> float:
-    """The reward of a good context under the base: halfway from the seed context to the best one."""
-    seed, best = (float(np.mean([c.reward[0] for c in methods[name]])) for name in ("rl", CEILING))
-    return (seed + best) / 2
 
 
 def paired_gain(methods: dict[str, list[Curve]], rival: str, axis: str) -> list[float]:

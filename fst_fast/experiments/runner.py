@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -21,7 +21,7 @@ from typing import Any
 from fst_fast.config import load as config_load
 from fst_fast.errors import UserError
 from fst_fast.experiments import worker
-from fst_fast.experiments.runs import Budget, Run
+from fst_fast.experiments.runs import Budget, Changes, Run
 from fst_fast.run.folder import MARKER, disk_errors
 
 _COST = {"fst": 3.0, "rl": 1.0, "gepa": 1.0, "evaluation": 10.0, "export": 1.0}
@@ -50,6 +50,7 @@ class Runner:
     dry_run: bool = False
     say: Callable[[str], None] = print
     planned: list[Run] = field(default_factory=list)
+    rl_settings: Mapping[str, Changes] | None = None  # of each family, instead of a sweep
     _seconds: float = 0.0  # of the jobs done
     _cost: float = 0.0  # of the same
 

@@ -57,21 +57,26 @@ class Evaluations:
     ) -> None:
         """Score these contexts on every problem and sample that they have not been scored on, in one batch. problems, samples: on the first
         ones only."""
-        items = [
-            RolloutRequest(c, p, k)
-            for c in contexts
-            for p in list(self.problem.values())[:problems]
-            for k in range(self.samples if samples is None else samples)
-            if (c.id, p.id, k) not in self._asked
-        ]
+        self.sample(
+            [
+                RolloutRequest(c, p, k)
+                for c in contexts
+                for p in list(self.problem.values())[:problems]
+                for k in range(self.samples if samples is None else samples)
+            ]
+        )
+
+    def sample(self, requests: Sequence[RolloutRequest]) -> None:
+        """Score those of these requests that have not been asked before, in one batch."""
+        items = [r for r in requests if (r.context.id, r.problem.id, r.sample) not in self._asked]
         self._asked |= {(c.id, p.id, k) for c, p, k in items}
         if not items:
             return
         answers = self.score(items)
         assert len(answers) == len(items), f"score returned {len(answers)} rollouts for {len(items)}"
         self.sampled += answers
-        for context in contexts:
-            self._rows(context.id)
+        for context_id in {request.context.id: None for request in items}:
+            self._rows(context_id)
         for (context, problem, sample), answer in zip(items, answers, strict=True):
             rollout = answer.rollout
             assert (rollout.context_id, rollout.problem_id, rollout.sample) == (

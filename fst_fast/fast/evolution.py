@@ -24,13 +24,14 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fst_fast.config import FastConfig
 from fst_fast.config.components import components_of, compose, names_one
-from fst_fast.config.derived import Size, affordable, screening, wave_width
+from fst_fast.config.derived import FIRST, Size, affordable, reserve, screening, wave_width
 from fst_fast.contracts import Context, Problem, ScoredRollout
 from fst_fast.fast import pareto, racing
 from fst_fast.fast.budget import budget_over
@@ -41,10 +42,14 @@ from fst_fast.fast.population import FastState, Lineage
 from fst_fast.fast.reflection import Lesson, Partner, ReflectionPrompt, Reflector, Refusal, Reply, ask
 from fst_fast.fast.scoring import ScoreFn
 from fst_fast.fast.selector import revised
+from fst_fast.fast.thompson import SPARE, Search
 from fst_fast.run.callbacks import Admission, Proposal
 
 SHOWN_LESSONS, SHOWN_OTHERS = 2, 3
 """How many admitted edits and other contexts a reflection prompt brings along."""
+
+FOUND_Z = 3.0
+"""By how many standard errors a context is to exceed the seed context for a deeper search (fast.search_budget) to end."""
 
 _STREAM = 0xFA57
 """Separates the fast phase's random stream from others with the same seed."""
@@ -108,108 +113,29 @@ def evolve(
     )
     evaluations.judge(members)
 
-    archive = list(members)  # carried and admitted contexts: candidates for parents and for the population
-    lineage = dict(state.contexts)
-    tried = {c.text for c in members}
-    tried |= {line.context.text for line in lineage.values() if line.policy_version == policy_version}
-    rules = Rules(count_tokens, config.max_context_tokens, fits, spells_special)
-    tally = Tally()
-    planned = config.first_generations if cycle == 0 else config.generations
-    searching = config.search_budget is not None and [c.id for c in members] == [state.seed_id]
-    for generation in itertools.count():
-        deeper = searching and len(archive) == len(members)  # nothing admitted yet
-        if generation >= planned and not deeper:
-            break
-        if ended := budget_over(config, tally.spent(state.spent, evaluations, clock), 0):
-            log(f"fast phase of cycle {cycle} ends before generation {generation}: {ended}")
-            break
-        budget = (config.search_budget if deeper else None) or config.rollout_budget
-        width = wave_width(config, size, budget - evaluations.spent)
-        rng = np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
-        wanted = config.proposals or config.children
-        drawn = wanted * (width > 0) if screening(config) else min(width, wanted)
-        parents = _choose_parents(
-            evaluations, archive, drawn, rng, _weights(config, evaluations, archive, lineage)
-        )
-        if not parents:  # the budget is used up, or no context fails anywhere
-            break
-        shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
-        merged = (
-            merge(evaluations.matrix([c.id for c in archive]), archive, lineage, tried)
-            if config.merge
-            else None
-        )
-        if merged:
-            parents, shown = parents[:-1], shown[:-1]
-        turn = (cycle + generation) * wanted
-        revising = (
-            revised(config.component_selector, parents, turn, evaluations, lineage)
-            if config.components
-            else [[""] for _ in parents]
-        )
-        ranked = sorted(archive, key=lambda c: -(evaluations.mean(c.id)[0] or 0.0))
-        lessons = _lessons(lineage)
-        partners = [_partners(config, evaluations, archive, parent, rng) for parent in parents]
-        prompts = [
-            ReflectionPrompt(
-                _part(parent, component),
-                [evaluations.failure(s) for s in failures],
-                successes=[evaluations.failure(s) for s in evaluations.successes],
-                others=[_part(c, component) for c in ranked if c.id != parent.id][:SHOWN_OTHERS],
-                lessons=[] if component else lessons,  # which are whole contexts
-                component=component,
-                whole=parent.text if component else "",
-                partners=[Partner(_part(p, component), solved) for p, solved in beside],
-            )
-            for parent, failures, names, beside in zip(parents, shown, revising, partners, strict=True)
-            for component in names
-        ]
-        seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
-        replies = ask(reflect, prompts, seeds, functools.partial(_log_generation, log, cycle, generation))
-        tally.waves += 1
-        tally.count(replies)
+    phase = _Phase(config, cycle, evaluations, list(members), dict(state.contexts), reflect, log, emit,
+        Rules(count_tokens, config.max_context_tokens, fits, spells_special),
+        {c.text for c in members} | {line.context.text for line in state.contexts.values() if line.policy_version == policy_version},
+    )  # fmt: skip
+    archive, lineage, tally = phase.archive, phase.lineage, phase.tally
 
-        children: list[racing.Child] = []
-        if merged:
-            parent, other, text = merged
-            tried.add(text)
-            child = Context.of(text, parent=parent.id, born=cycle)
-            lineage.setdefault(child.id, Lineage(child, admitted=False, reflection=f"merged with {other.id}"))
-            emit(Proposal, cycle=cycle, parent=parent, context=child, refused="")
-            children.append((lineage[child.id].context, parent))
-        answers = iter(replies)
-        for parent, failures, names in zip(parents, shown, revising, strict=True):
-            replies_here = [next(answers) for _ in names]
-            text, reason = _child_text(parent, names, replies_here, rules.extract, tried)
-            if text:
-                tried.add(text)
-                reason = rules.refuses(text)
-            if reason:
-                tally.refused[reason] += 1
-                emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
-                continue
-            line = child_lineage(Context.of(text, parent=parent.id, born=cycle), failures, replies_here)
-            # A context tried under an earlier policy keeps its place in the tree.
-            line = lineage.setdefault(line.context.id, line)
-            emit(Proposal, cycle=cycle, parent=parent, context=line.context, refused="")
-            children.append((line.context, parent))
-        tally.born += [child.id for child, _ in children]
-        if len(children) > width:
-            evaluations.judge([child for child, _ in children], problems=config.screen_problems, samples=1)
-            children.sort(key=lambda pair: -(evaluations.mean(pair[0].id)[0] or 0.0))
-            del children[width:]
-        finished = racing.race(evaluations, children, config.rungs)
-        for child, parent in children:
-            admitted = (child, parent) in finished and pareto.admits(
-                evaluations.rewards[child.id], evaluations.rewards[parent.id], config.admit_z
-            )
-            lineage[child.id] = dataclasses.replace(lineage[child.id], admitted=admitted)
-            if admitted:
-                archive.append(child)
-            means = [evaluations.mean(context.id)[0] for context in (child, parent)]
-            emit(
-                Admission, cycle=cycle, context=child, parent=parent, admitted=admitted, mean=means[0], parent_mean=means[1]
-            )  # fmt: skip
+    def rng_of(generation: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
+
+    def over(generation: int) -> bool:
+        ended = budget_over(config, tally.spent(state.spent, evaluations, clock), 0)
+        if ended:
+            log(f"fast phase of cycle {cycle} ends before generation {generation}: {ended}")
+        return bool(ended)
+
+    planned = config.first_generations if cycle == 0 else config.generations
+    alone = [c.id for c in members] == [state.seed_id]
+    deeper = max(config.search_budget or 0, config.rollout_budget) if alone else config.rollout_budget
+    if config.parents == "thompson":
+        search = Search(evaluations, members, width=config.children, key=[seed, _STREAM, cycle])
+        _step_by_step(phase, search, size, planned, deeper, rng_of, over)
+    else:
+        _in_full(phase, size, planned, deeper, rng_of, over)
     assert evaluations.spent <= max(config.rollout_budget, config.search_budget or 0)
 
     ids = [context.id for context in archive]
@@ -235,6 +161,205 @@ def evolve(
         idle=idle,
         rest=min(idle, MAX_REST) if config.adaptive and found else 0,
     )
+
+
+def _step_by_step(
+    phase: _Phase,
+    search: Search,
+    size: Size,
+    planned: int,
+    deeper: int,
+    rng_of: Callable[[int], np.random.Generator],
+    over: Callable[[int], bool],
+) -> None:
+    """The waves of fast.parents=thompson: `planned`, and as long as nothing is found so many more as `deeper` rollouts pay for."""
+    config, evaluations, budget = phase.config, phase.evaluations, phase.config.rollout_budget
+    before = evaluations.spent
+
+    def left() -> int:
+        return budget - evaluations.spent
+
+    def width() -> int:
+        return min(config.children, max(left() - reserve(size, left()), 0) // FIRST)
+
+    for generation in itertools.count():
+        if generation >= planned or not width():
+            phase.decide(search.finish(config.population + SPARE, min(left(), reserve(size, budget))))
+            nothing_came = generation and evaluations.spent == before
+            if deeper == config.rollout_budget or phase.found() or nothing_came:
+                break
+            before = evaluations.spent
+            budget, planned = deeper, generation + config.generations
+        if over(generation):
+            break
+        rng = rng_of(generation)
+        parents = search.parents(width(), rng)
+        if not parents:  # the budget is used up, or no context fails anywhere
+            break
+        children = phase.propose(parents, generation, rng)
+        phase.decide(search.score(children, rng, left() - reserve(size, left())))
+    phase.close()
+
+
+def _in_full(
+    phase: _Phase,
+    size: Size,
+    planned: int,
+    deeper: int,
+    rng_of: Callable[[int], np.random.Generator],
+    over: Callable[[int], bool],
+) -> None:
+    """The waves in which every child is scored in full, or races: `planned`, and until one is admitted so many more as `deeper` rollouts pay for."""
+    config, evaluations, archive = phase.config, phase.evaluations, phase.archive
+    carried = len(archive)
+    for generation in itertools.count():
+        searching = deeper > config.rollout_budget and len(archive) == carried
+        if (generation >= planned and not searching) or over(generation):
+            break
+        width = wave_width(config, size, (deeper if searching else config.rollout_budget) - evaluations.spent)
+        wanted = config.proposals or config.children
+        drawn = wanted * (width > 0) if screening(config) else min(width, wanted)
+        rng = rng_of(generation)
+        weights = _weights(config, evaluations, archive, phase.lineage)
+        parents = _choose_parents(evaluations, archive, drawn, rng, weights)
+        if not parents:  # the budget is used up, or no context fails anywhere
+            break
+        children = phase.propose(parents, generation, rng)
+        if not children and generation >= planned:  # a reflector that has no more to say
+            break
+        if len(children) > width:
+            evaluations.judge([child for child, _ in children], problems=config.screen_problems, samples=1)
+            children.sort(key=lambda pair: -(evaluations.mean(pair[0].id)[0] or 0.0))
+            del children[width:]
+        phase.decide([child for child, _ in racing.race(evaluations, children, config.rungs)])
+        phase.close()
+
+
+@dataclass
+class _Phase:
+    """What one phase knows: its scores, the contexts that may be kept (archive: carried and admitted), and where every context comes from."""
+
+    config: FastConfig
+    cycle: int
+    evaluations: Evaluations
+    archive: list[Context]
+    lineage: dict[str, Lineage]
+    reflect: Reflector
+    log: Log
+    emit: Callable[..., None]
+    rules: Rules
+    tried: set[str]
+    tally: Tally = field(default_factory=Tally)
+    parents: dict[str, Context] = field(default_factory=dict)  # of every child of this phase, by its id
+    undecided: dict[Context, Context] = field(default_factory=dict)  # children, with their parents
+
+    def propose(
+        self, parents: list[Context], generation: int, rng: np.random.Generator
+    ) -> list[racing.Child]:
+        """The children of these parents, one for each whose reply is usable."""
+        config, evaluations, archive, lineage = self.config, self.evaluations, self.archive, self.lineage
+        shown = _choose_failures(evaluations, parents, config.failures_shown, rng)
+        merged = (
+            merge(evaluations.matrix([c.id for c in archive]), archive, lineage, self.tried)
+            if config.merge
+            else None
+        )
+        if merged:
+            parents, shown = parents[:-1], shown[:-1]
+        turn = (self.cycle + generation) * (config.proposals or config.children)
+        revising = (
+            revised(config.component_selector, parents, turn, evaluations, lineage)
+            if config.components
+            else [[""] for _ in parents]
+        )
+        ranked = sorted(archive, key=lambda c: -(evaluations.mean(c.id)[0] or 0.0))
+        lessons = _lessons(lineage)
+        partners = [_partners(config, evaluations, archive, parent, rng) for parent in parents]
+        prompts = [
+            ReflectionPrompt(
+                _part(parent, component),
+                [evaluations.failure(s) for s in failures],
+                successes=[evaluations.failure(s) for s in evaluations.successes],
+                others=[_part(c, component) for c in ranked if c.id != parent.id][:SHOWN_OTHERS],
+                lessons=[] if component else lessons,  # which are whole contexts
+                component=component,
+                whole=parent.text if component else "",
+                partners=[Partner(_part(p, component), solved) for p, solved in beside],
+            )
+            for parent, failures, names, beside in zip(parents, shown, revising, partners, strict=True)
+            for component in names
+        ]
+        seeds = [int(s) for s in rng.integers(0, 2**31, size=len(prompts))]
+        replies = ask(
+            self.reflect, prompts, seeds, functools.partial(_log_generation, self.log, self.cycle, generation)
+        )
+        self.tally.waves += 1
+        self.tally.count(replies)
+
+        children: list[racing.Child] = []
+        if merged:
+            parent, other, text = merged
+            line = Lineage(
+                Context.of(text, parent=parent.id, born=self.cycle),
+                admitted=False,
+                reflection=f"merged with {other.id}",
+            )
+            children.append((self._add(line, parent), parent))
+        answers = iter(replies)
+        for parent, failures, names in zip(parents, shown, revising, strict=True):
+            replies_here = [next(answers) for _ in names]
+            text, reason = _child_text(parent, names, replies_here, self.rules.extract, self.tried)
+            if text:
+                self.tried.add(text)
+                reason = self.rules.refuses(text)
+            if reason:
+                self.tally.refused[reason] += 1
+                self.emit(Proposal, cycle=self.cycle, parent=parent, context=None, refused=reason)
+                continue
+            line = child_lineage(Context.of(text, parent=parent.id, born=self.cycle), failures, replies_here)
+            children.append((self._add(line, parent), parent))
+        self.tally.born += [child.id for child, _ in children]
+        self.parents |= {child.id: parent for child, parent in children}
+        self.undecided |= dict(children)
+        return children
+
+    def found(self) -> bool:
+        """Whether a context of the archive is beyond doubt better than the first, which is the only one carried."""
+        rewards = self.evaluations.rewards
+        first, *others = (rewards[context.id] for context in self.archive)
+        return any(pareto.admits(other, first, FOUND_Z) for other in others)
+
+    def decide(self, finished: Sequence[Context]) -> None:
+        """Admit those of these children, scored in full, that are better than the nearest context of the archive that they come from."""
+        rewards = self.evaluations.rewards
+        for child in finished:
+            before = self.undecided[child]
+            while before not in self.archive:
+                before = self.parents[before.id]
+            admitted = pareto.admits(rewards[child.id], rewards[before.id], self.config.admit_z)
+            if admitted:
+                self.archive.append(child)
+            self._say(child, admitted)
+
+    def close(self) -> None:
+        """The children that were not scored in full are not admitted."""
+        for child in list(self.undecided):
+            self._say(child, admitted=False)
+
+    def _say(self, child: Context, admitted: bool) -> None:
+        parent = self.undecided.pop(child)
+        self.lineage[child.id] = dataclasses.replace(self.lineage[child.id], admitted=admitted)
+        means = [self.evaluations.mean(context.id)[0] for context in (child, parent)]
+        self.emit(
+            Admission, cycle=self.cycle, context=child, parent=parent, admitted=admitted, mean=means[0], parent_mean=means[1]
+        )  # fmt: skip
+
+    def _add(self, line: Lineage, parent: Context) -> Context:
+        """The child of a lineage. One that was tried under an earlier policy keeps its place in the tree."""
+        self.tried.add(line.context.text)
+        child = self.lineage.setdefault(line.context.id, line).context
+        self.emit(Proposal, cycle=self.cycle, parent=parent, context=child, refused="")
+        return child
 
 
 def _weights(
@@ -268,13 +393,14 @@ def _partners(
     """With probability fast.crossover, the context that wins the most problems that the parent does not win, and those problems."""
     if not config.crossover or rng.random() >= config.crossover:
         return []
-    front = pareto.wins(evaluations.matrix([c.id for c in archive]))
-    gains = front & ~front[[c.id for c in archive].index(parent.id)]
+    among = [*archive, parent] if parent not in archive else archive
+    front = pareto.wins(evaluations.matrix([c.id for c in among]))
+    gains = front & ~front[among.index(parent)]
     best = int(gains.sum(axis=1).argmax())
     if not gains[best].any():
         return []
     asked = [problem for problem, gain in zip(evaluations.problem, gains[best], strict=True) if gain]
-    return [(archive[best], [evaluations.question(problem) for problem in asked[: config.failures_shown]])]
+    return [(among[best], [evaluations.question(problem) for problem in asked[: config.failures_shown]])]
 
 
 def _choose_parents(

@@ -19,12 +19,16 @@ from fst_fast.config import Config
 from fst_fast.policy.base_model import model_folder
 from fst_fast.rollout.vllm_args import VllmArgs
 from fst_fast.rollout.weight_transfer import FileTransfer
+from fst_fast.run.environment import for_others
 from fst_fast.verify import attached
 
 WORKER = Path(__file__).parent / "vllm_worker"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be
-_LOG_LINES = 400
+WHOLE_PROMPTS = "--no-enable-chunked-prefill"
+"""On a CPU vLLM's engine dies where it would take back what a request with a seed has drawn, as it does for a part of a prompt."""
+_FOLLOWS = ("initialization failed", "EngineDeadError", "See stack trace")
+"""In what the front end says once the engine has failed, for every request that it had."""
 
 
 class ManagedServer:
@@ -34,6 +38,7 @@ class ManagedServer:
         self.args, self.config, self.longest = args, config, longest
         self.socket, self.log = folder / "server", folder / "vllm.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_begins = 0  # bytes of the log that are of earlier starts
 
     def has_ended(self) -> bool:
         """Whether the server that this process started has exited."""
@@ -43,6 +48,7 @@ class ManagedServer:
         """Start it; its output is added to the log. Returns the id of the process that it is attached to."""
         self.socket.unlink(missing_ok=True)
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._log_begins = os.fstat(log).st_size
         try:
             self._process = attached.start(self.command(), log=log, changes=self.environment())
         finally:
@@ -55,7 +61,10 @@ class ManagedServer:
             *self.args.command, "serve", str(model_folder(config.model.path, config.model.revision)), f"--uds={self.socket}", f"--dtype={config.model.dtype}",
             f"--max-model-len={self.longest}", f"--seed={config.seed}",
             "--logprobs-mode=processed_logprobs", "--generation-config=vllm", "--enable-scale-out", "--enable-prompt-tokens-details",
+            "--disable-uvicorn-access-log",
         ]  # fmt: skip
+        if self.args.gpus is None:
+            command.append(WHOLE_PROMPTS)
         if config.model.trust_remote_code:
             command.append("--trust-remote-code")
         if config.model.tokenizer is not None:
@@ -75,7 +84,7 @@ class ManagedServer:
 
     def environment(self) -> dict[str, str | None]:
         """What its environment has besides, or (None) has not."""
-        changes: dict[str, str | None] = dict.fromkeys(LAUNCHER)
+        changes: dict[str, str | None] = dict.fromkeys(LAUNCHER) | for_others()
         changes |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(WORKER)}
         if self.config.policy.lora:
             changes["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
@@ -99,14 +108,19 @@ class ManagedServer:
                     time.sleep(0.1)
 
     def last_words(self) -> str:
-        """Where the log is, and the last error in it."""
-        lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if self.log.is_file() else []
-        found = [
-            match.group()
-            for line in lines
-            if " WARNING " not in line
-            and (match := re.search(r"\b\w*(Error|Exception): .*|\berror: .*", line))
-        ]
-        # The front end's own last error says that the engine's was before it.
-        found = [line for line in found if "initialization failed" not in line] or found
-        return f"{self.log} says: {found[-1][:300]}" if found else f"see {self.log}"
+        """Where the log is, and the last error in it since the start that does not follow from another."""
+        own = other = ""
+        if self.log.is_file():
+            with self.log.open("rb") as file:
+                file.seek(self._log_begins)
+                for raw in file:
+                    line = raw.decode(errors="replace").strip()
+                    match = re.search(r"\b\w*(Error|Exception): .*|\berror: .*", line)
+                    if match is None or " WARNING " in line:
+                        continue
+                    if any(words in line for words in _FOLLOWS):
+                        other = match.group()
+                    else:
+                        own = match.group()
+        found = own or other
+        return f"{self.log} says: {found[:300]}" if found else f"see {self.log}"

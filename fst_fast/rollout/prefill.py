@@ -2,8 +2,8 @@
 
 A window is a run of nodes in depth-first order, without those already cached. On the CPU each token is a query of
 `cascade_decode_attention` whose suffix is its own node up to itself. Elsewhere there is one `tree_attention` per layer
-over the window and its ancestors. Ancestor keys come from the pool; ancestor queries are computed and discarded. That
-repeats only the attention of the ancestors, no other part of the model, and never materialises scores.
+over the window and its ancestors. Ancestor keys come from the pool; their queries are zeros whose output is not read, so
+the kernel skips every block of queries without a token of the window.
 """
 
 from __future__ import annotations
@@ -86,7 +86,11 @@ class PrefillPlan:
         subtree_end = np.repeat(offset[np.searchsorted(seen, behind[seen])], lengths)
         slots = np.repeat(self.node_slots[seen] - offset[:-1], lengths) + np.arange(offset[-1])
         window = np.flatnonzero(np.repeat(np.isin(seen, self.nodes), lengths))
-        mask = TreeMask.from_subtree_end(torch.from_numpy(subtree_end.astype(np.int32)), device=self.device)
+        read = torch.zeros(int(offset[-1]), dtype=torch.bool)
+        read[window] = True
+        mask = TreeMask.from_subtree_end(
+            torch.from_numpy(subtree_end.astype(np.int32)), device=self.device, read=read
+        )
         return mask, torch.as_tensor(slots, device=self.device), torch.as_tensor(window, device=self.device)
 
     def tokens(

@@ -36,7 +36,7 @@ from fst_fast.config import Config
 from fst_fast.errors import UserError
 from fst_fast.forest import Leaf
 from fst_fast.policy.scoring import Batching, Scorer, micro_batches
-from fst_fast.rollout.managed_server import ManagedServer
+from fst_fast.rollout.managed_server import WHOLE_PROMPTS, ManagedServer
 from fst_fast.rollout.vllm_args import SECTION, USER, VllmArgs
 from fst_fast.rollout.vllm_client import GoneError, RefusedError, VllmClient
 from fst_fast.rollout.weight_transfer import FileTransfer, Servers, VllmTransfer, send_adapters
@@ -199,6 +199,7 @@ class Hosts:
             raise UserError(
                 f"{USER}: {self.named} {why}, after {shared.generation} restarts ({SECTION}.restarts); {self._last_words()}"
             )
+        why = f"{why}; {self._last_words()}" if self.managed else why
         self.note(f"{USER}: {self.named} {why}; restart {shared.generation + 1} of {self.args.restarts}")
         if self.managed:
             self.managed.end(shared.pid)
@@ -267,6 +268,8 @@ class Hosts:
             f"--max-model-len={self.longest} or more": model["max_model_len"] >= self.longest,
             f"--dtype={self.config.model.dtype}": model["dtype"] == f"torch.{self.config.model.dtype}",
             "--logprobs-mode=processed_logprobs": model["logprobs_mode"] == "processed_logprobs",
+            WHOLE_PROMPTS: info["device_config"]["device"] != "cpu"
+            or not info["scheduler_config"]["enable_chunked_prefill"],
         }
         if self.lora:
             wanted["--enable-lora"] = info["lora_config"] is not None

@@ -113,7 +113,7 @@ def useless(records: Records) -> float | None:
     best = records[-1]["best_mean"]
     if best is not None and best >= SOLVED:
         return None
-    return proposals(records, lambda r: r["proposed"] - r["admitted"])
+    return proposals(records, lambda r: sum(r["refused"].values()) if r["admitted"] else r["proposed"])
 
 
 def too_long(records: Records) -> float | None:
@@ -155,8 +155,8 @@ KINDS: dict[str, Kind] = {
         "{limit:.0%})", truncated,
     ),
     "reflector_useless": Kind(
-        "Reflector is useless", "cycle", 0.95, "{value:.0%} of the contexts proposed in the last 3 fast phases were refused or not admitted (limit "
-        "{limit:.0%})", useless,
+        "Reflector is useless", "cycle", 0.95, "{value:.0%} of the contexts proposed in the last 3 fast phases were refused, or came in a phase that "
+        "admitted none (limit {limit:.0%})", useless,
     ),
     "contexts_long": Kind(
         "Contexts are too long", "cycle", 0.5, "{value:.0%} of the contexts proposed in the last 3 fast phases were longer than "

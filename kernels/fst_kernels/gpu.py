@@ -7,14 +7,36 @@ they are, nothing is checked. Device code: gpu_kernels.py.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from fst_kernels import gpu_kernels
 
-TURNED_HEADS = 8  # of one program
+TURNED_PAIRS = 512  # numbers of a half of the heads of one program
 GATED_COLUMNS = 1024
+VECTOR = 8  # numbers of a thread: 16 bytes of a 16-bit type, the widest access there is
+
+
+class Turned(NamedTuple):
+    """What a program of norm_and_turn takes."""
+
+    heads: int
+    block: int
+    warps: int
+
+
+def turned(dim: int) -> Turned:
+    block = triton.next_power_of_2(dim // 2)
+    heads = max(1, TURNED_PAIRS // block)
+    return Turned(heads, block, moving_warps(heads * block))
+
+
+def moving_warps(numbers: int) -> int:
+    """For a program that moves so many numbers, in accesses as wide as there are."""
+    return max(1, min(4, numbers // (32 * VECTOR)))
 
 
 def warps(width: int) -> int:
@@ -39,9 +61,10 @@ def norm_and_turn(x: Tensor, norms: Tensor | None, cos: Tensor, sin: Tensor, eps
     head are turned by cos and sin [N, D], of which the first halves are read."""
     rows, heads, dim = x.shape
     if rows:
-        gpu_kernels.norm_and_turn_kernel[(rows * triton.cdiv(heads, TURNED_HEADS),)](
+        program = turned(dim)
+        gpu_kernels.norm_and_turn_kernel[(rows * triton.cdiv(heads, program.heads),)](
             x, norms, cos, sin, heads, x.stride(0), cos.stride(0), eps,
-            HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), HEADS=TURNED_HEADS, num_warps=4,
+            HALF=dim // 2, BLOCK=program.block, HEADS=program.heads, num_warps=program.warps,
         )  # fmt: skip
 
 
@@ -59,7 +82,8 @@ def scatter(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, at: Tensor) ->
     """k_pool[at] = k and v_pool[at] = v: k, v [N, heads, D], pools [slots, heads, D], of each the last dimension side by side; at [N] int64."""
     rows, heads, dim = k.shape
     if rows:
+        across, block = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
         gpu_kernels.scatter_kernel[(rows,)](
             k, v, k_pool, v_pool, at, *k.stride()[:2], *v.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
-            ROWS=triton.next_power_of_2(heads), HEADS=heads, D=dim, BLOCK=triton.next_power_of_2(dim), num_warps=4,
+            ROWS=across, HEADS=heads, D=dim, BLOCK=block, num_warps=moving_warps(across * block),
         )  # fmt: skip

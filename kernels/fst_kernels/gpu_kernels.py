@@ -38,8 +38,9 @@ def norm_and_turn_kernel(
         scale_right = tl.load(norms + first + HALF, mask=inside, other=0.0)
         left = ((left * inverse).to(x.dtype.element_ty) * scale_left).to(tl.float32)
         right = ((right * inverse).to(x.dtype.element_ty) * scale_right).to(tl.float32)
-    c = tl.load(cos + row * stride_turn + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + row * stride_turn + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    turn = row * stride_turn + column[None, :] + 0 * head[:, None]  # of each head: so a thread loads what it needs in one access
+    c = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
     tl.store(at, (left * c - right * s).to(x.dtype.element_ty), mask=inside)
     tl.store(at + HALF, (right * c + left * s).to(x.dtype.element_ty), mask=inside)
 

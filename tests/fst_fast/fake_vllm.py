@@ -90,6 +90,10 @@ class Server:
                     "model_config": model,
                     "weight_transfer_config": json.loads(transfer) if transfer else None,
                     "lora_config": {} if "enable-lora" in self.args else None,
+                    "device_config": {"device": "cpu"},
+                    "scheduler_config": {
+                        "enable_chunked_prefill": "no-enable-chunked-prefill" not in self.args
+                    },
                 }
             }
         raise KeyError(path)

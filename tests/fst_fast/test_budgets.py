@@ -13,6 +13,7 @@ from fst_fast.fast.reflection import Reply
 from tests.fst_fast.test_evolution import World, half, numbered, run, start
 
 WAVE = {
+    "parents": "front",
     "population": 2,
     "rollout_budget": 400,
     "children": 2,

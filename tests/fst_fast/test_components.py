@@ -40,6 +40,7 @@ def test_a_composed_text_is_taken_apart_again(parts: dict[str, str]) -> None:
 
 def settings(**more: Any) -> FastConfig:
     sizes = {
+        "parents": "front",
         "population": 2,
         "rollout_budget": 400,
         "children": 2,

@@ -231,6 +231,7 @@ def test_derived_numbers_of_the_paper_s_setting():
 def test_derived_numbers_tell_what_the_budget_of_a_fast_phase_pays():
     fast = {
         "population": 4,
+        "parents": "front",
         "children": 2,
         "anchor_size": 20,
         "samples": 2,

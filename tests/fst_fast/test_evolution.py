@@ -113,6 +113,11 @@ def start():
     return FastState.initial(SEED)
 
 
+def front(**keys):
+    """Children in full, parents from the front, in the numbers that these tests were written for."""
+    return FastConfig(**{"parents": "front", "children": 4, "first_generations": 4, "generations": 2, **keys})
+
+
 def half(text, problem):
     return 0.5
 
@@ -124,6 +129,7 @@ def half(text, problem):
 @given(
     fast=st.builds(
         FastConfig,
+        parents=st.sampled_from(["thompson", "front", "improvement"]),
         population=st.integers(1, 5),
         children=st.integers(1, 4),
         samples=st.integers(1, 3),
@@ -199,7 +205,7 @@ def test_without_a_budget_the_population_is_carried_and_nothing_is_asked():
 
     lines: list[str] = []
     result = evolve(
-        start(), anchor=problems(4), score=no_score, reflect=no_reflection, config=FastConfig(population=3, rollout_budget=0),
+        start(), anchor=problems(4), score=no_score, reflect=no_reflection, config=front(population=3, rollout_budget=0),
         count_tokens=len, cycle=0, policy_version=0, seed=0, log=lines.append,
     )  # fmt: skip
     assert [context.text for context in result.population] == [SEED] * 3
@@ -217,7 +223,7 @@ def test_an_empty_anchor_set_or_a_budget_below_one_rollout_each_skips_the_phase_
             start(),
             world,
             numbered(),
-            FastConfig(children=4, rollout_budget=budget),
+            front(children=4, rollout_budget=budget),
             anchor=anchor,
             log=lines.append,
         )
@@ -238,13 +244,13 @@ def test_an_empty_anchor_set_or_a_budget_below_one_rollout_each_skips_the_phase_
     ],
 )
 def test_a_small_budget_first_drops_samples_then_problems(budget, size):
-    config = FastConfig(population=4, children=4, samples=2, rollout_budget=budget)
+    config = front(population=4, children=4, samples=2, rollout_budget=budget)
     assert affordable(config, members=4, anchor=32) == size
     assert (4 + 4) * size.rollouts <= budget
 
 
 def test_the_papers_budget_pays_for_part_of_its_anchor_set():
-    config = FastConfig(population=8, children=4, samples=1, anchor_size=192, rollout_budget=960)
+    config = front(population=8, children=4, samples=1, anchor_size=192, rollout_budget=960)
     assert affordable(config, members=8, anchor=192) == Size(80, 1)
 
 
@@ -254,7 +260,7 @@ def test_a_duplicate_problem_in_the_anchor_set_counts_once():
         start(),
         world,
         numbered(),
-        FastConfig(children=1, samples=2, rollout_budget=16),
+        front(children=1, samples=2, rollout_budget=16),
         anchor=problems(4) * 3,
     )
     assert [len(call) for call in world.calls] == [8, 8], "4 problems, 2 samples: nothing had to shrink"
@@ -263,7 +269,7 @@ def test_a_duplicate_problem_in_the_anchor_set_counts_once():
 def test_the_last_generation_shrinks_to_the_remaining_budget():
     # 8 problems x 1 sample: the seed 8, then generations of 4 children (32): 8 + 32 = 40, so only 2 of the second fit into 57
     reflect, world = numbered(), World(half)
-    config = FastConfig(children=4, samples=1, first_generations=5, rollout_budget=57)
+    config = front(children=4, samples=1, first_generations=5, rollout_budget=57)
     result = run(start(), world, reflect, config)
     assert [len(prompts) for prompts, _ in reflect.batches] == [4, 2]
     assert [len(call) for call in world.calls] == [8, 32, 16]
@@ -273,7 +279,7 @@ def test_the_last_generation_shrinks_to_the_remaining_budget():
 def test_what_a_refused_proposal_did_not_cost_pays_for_a_later_one():
     lots = iter(["", "", "", "", "a", "b", "c", "d", "e", "f"])
     reflect, world = Scribe(lambda prompt, seed: next(lots)), World(half)
-    config = FastConfig(children=4, samples=1, first_generations=3, rollout_budget=8 * 5)
+    config = front(children=4, samples=1, first_generations=3, rollout_budget=8 * 5)
     result = run(start(), world, reflect, config)
     assert [len(prompts) for prompts, _ in reflect.batches] == [4, 4]
     assert result.record["refused"] == {"empty": 4}
@@ -284,7 +290,7 @@ def test_what_a_refused_proposal_did_not_cost_pays_for_a_later_one():
 
 def test_each_generation_is_one_batch_of_scores_and_one_of_reflections_over_the_same_pairs():
     reflect, world = numbered(), World(half)
-    run(start(), world, reflect, FastConfig(children=3, samples=2, first_generations=2))
+    run(start(), world, reflect, front(children=3, samples=2, first_generations=2))
     assert len(reflect.batches) == 2
     assert len(world.calls) == 3  # carried, two generations
     pairs = [(problem.id, sample) for problem in problems(8) for sample in range(2)]
@@ -296,7 +302,7 @@ def test_each_generation_is_one_batch_of_scores_and_one_of_reflections_over_the_
 
 def test_later_cycles_run_fewer_generations():
     reflect = numbered()
-    config = FastConfig(children=2, samples=1, first_generations=3, generations=1, admit_z=9)
+    config = front(children=2, samples=1, first_generations=3, generations=1, admit_z=9)
     state = run(start(), World(half), reflect, config).state
     run(state, World(half, version=1), reflect, config, cycle=1)
     assert len(reflect.batches) == 3 + 1
@@ -309,9 +315,7 @@ def test_an_adaptive_phase_rests_longer_the_longer_nothing_is_admitted_and_not_a
         return 0.2 if text == SEED else 1.0 if text.endswith("best") else 0.6
 
     reflect = Scribe(lambda prompt, seed: f"{SEED} better" if better["n"] == 0 else f"{SEED} worse {seed}")
-    config = FastConfig(
-        population=2, children=1, samples=2, first_generations=1, generations=1, adaptive=True
-    )
+    config = front(population=2, children=1, samples=2, first_generations=1, generations=1, adaptive=True)
     state, spent = start(), []
     for cycle in range(11):
         world = World(
@@ -329,9 +333,7 @@ def test_an_adaptive_phase_rests_longer_the_longer_nothing_is_admitted_and_not_a
 
 
 def test_an_adaptive_phase_does_not_rest_while_there_is_only_the_seed():
-    config = FastConfig(
-        population=2, children=1, samples=1, first_generations=1, generations=1, adaptive=True
-    )
+    config = front(population=2, children=1, samples=1, first_generations=1, generations=1, adaptive=True)
     state = start()
     for cycle in range(3):
         world = World(half, version=cycle)
@@ -340,7 +342,7 @@ def test_an_adaptive_phase_does_not_rest_while_there_is_only_the_seed():
 
 
 def test_the_carried_population_is_scored_afresh_under_the_new_policy():
-    config = FastConfig(population=2, children=2, samples=1, first_generations=1, generations=1)
+    config = front(population=2, children=2, samples=1, first_generations=1, generations=1)
     good_early = lambda text, problem: 1.0 if "variant 0" in text else 0.0  # noqa: E731
     state = run(start(), World(good_early), numbered(), config).state
     assert [c.text for c in state.members()] == [f"{SEED} variant 0"]
@@ -356,7 +358,7 @@ def test_the_carried_population_is_scored_afresh_under_the_new_policy():
 
 
 def test_under_a_frozen_policy_counts_add_up():
-    config = FastConfig(population=1, children=1, samples=2, first_generations=1, generations=1, admit_z=9)
+    config = front(population=1, children=1, samples=2, first_generations=1, generations=1, admit_z=9)
     state = run(start(), World(half), numbered(), config).state
     state = run(state, World(half), numbered(), config, cycle=1).state
     assert {n for n, _ in state.scores.cells[state.seed_id].values()} == {4}
@@ -366,7 +368,7 @@ def test_a_rollout_of_another_policy_is_refused():
     world = World(half, version=3)
     with pytest.raises(AssertionError, match="another policy"):
         evolve(
-            start(), anchor=problems(2), score=world, reflect=numbered(), config=FastConfig(), count_tokens=len,
+            start(), anchor=problems(2), score=world, reflect=numbered(), config=front(), count_tokens=len,
             cycle=0, policy_version=4, seed=0, log=print,
         )  # fmt: skip
 
@@ -375,9 +377,7 @@ def test_verdicts_without_a_reward_are_no_samples():
     # every second problem cannot be judged: means are over the others, and nothing unjudged is shown as a failure
     world = World(lambda text, problem: None if problem.answer % 2 else 0.0)
     reflect = numbered()
-    result = run(
-        start(), world, reflect, FastConfig(children=2, samples=1, first_generations=1, failures_shown=8)
-    )
+    result = run(start(), world, reflect, front(children=2, samples=1, first_generations=1, failures_shown=8))
     assert result.record["unjudged"] == 3 * 4
     assert result.record["population"][0]["n"] == 4
     for prompts, _ in reflect.batches:
@@ -386,7 +386,7 @@ def test_verdicts_without_a_reward_are_no_samples():
 
 
 def test_a_grader_that_judges_nothing_leaves_the_population_as_it_was():
-    result = run(start(), World(lambda text, problem: None), numbered(), FastConfig(population=2))
+    result = run(start(), World(lambda text, problem: None), numbered(), front(population=2))
     assert [c.text for c in result.population] == [SEED] * 2
     assert result.record["best_mean"] is None
     assert result.record["proposed"] == 0
@@ -401,7 +401,7 @@ def test_siblings_see_different_failures_of_their_parent():
         start(),
         World(lambda text, problem: 0.0),
         reflect,
-        FastConfig(children=4, failures_shown=2, first_generations=1),
+        front(children=4, failures_shown=2, first_generations=1),
     )
     prompts = reflect.batches[0][0]
     shown = [failure.problem for prompt in prompts for failure in prompt.failures]
@@ -413,7 +413,7 @@ def test_siblings_see_different_failures_of_their_parent():
 
 def test_a_perfect_population_asks_for_no_reflection():
     reflect = numbered()
-    result = run(start(), World(lambda text, problem: 1.0), reflect, FastConfig(population=2))
+    result = run(start(), World(lambda text, problem: 1.0), reflect, front(population=2))
     assert reflect.batches == []
     assert result.record["best_mean"] == 1.0
 
@@ -424,7 +424,7 @@ def test_once_a_child_is_perfect_nobody_reflects_on_the_contexts_it_dominates():
         start(),
         World(lambda text, problem: float(text == "perfect")),
         reflect,
-        FastConfig(first_generations=3),
+        front(first_generations=3),
     )
     assert len(reflect.batches) == 1
 
@@ -434,11 +434,11 @@ def test_parents_are_drawn_by_problems_won():
     solves = {"a": range(6), "b": (6, 7)}
     world = World(lambda text, problem: float(problem.answer in solves.get(text, ())))
     both = iter("ab")
-    config = FastConfig(population=2, children=2, samples=1, first_generations=1, generations=1, admit_z=0)
+    config = front(population=2, children=2, samples=1, first_generations=1, generations=1, admit_z=0)
     state = run(start(), world, Scribe(lambda prompt, seed: next(both)), config).state
     assert [c.text for c in state.members()] == ["a", "b"]
     reflect = numbered()
-    wide = FastConfig(population=2, children=100, samples=1, generations=1, rollout_budget=10**4)
+    wide = front(population=2, children=100, samples=1, generations=1, rollout_budget=10**4)
     run(state, World(world.probability, version=1), reflect, wide, cycle=1)
     parents = [prompt.context for prompt in reflect.batches[0][0]]
     assert 65 <= parents.count("a") <= 85
@@ -447,7 +447,7 @@ def test_parents_are_drawn_by_problems_won():
 
 def test_each_generation_uses_new_reflection_seeds():
     reflect = numbered()
-    run(start(), World(half), reflect, FastConfig(children=2, first_generations=2, admit_z=9))
+    run(start(), World(half), reflect, front(children=2, first_generations=2, admit_z=9))
     assert reflect.batches[0][1] != reflect.batches[1][1]
 
 
@@ -455,9 +455,7 @@ def test_a_rejected_child_is_neither_a_parent_nor_kept():
     # the child solves two problems that the seed does not, but is worse on the whole
     world = World(lambda text, problem: float((problem.answer < 6) == (text == SEED)))
     reflect = Scribe(lambda prompt, seed: "worse")
-    result = run(
-        start(), world, reflect, FastConfig(population=2, children=1, samples=1, first_generations=3)
-    )
+    result = run(start(), world, reflect, front(population=2, children=1, samples=1, first_generations=3))
     assert [c.text for c in result.population] == [SEED, SEED]
     assert {prompt.context for prompts, _ in reflect.batches for prompt in prompts} == {SEED}
     assert set(result.state.scores.cells) == {result.state.seed_id}, "only the kept stay in the table"
@@ -467,7 +465,7 @@ def test_a_rejected_child_is_neither_a_parent_nor_kept():
 def test_the_seed_is_kept_while_it_alone_wins_a_problem():
     solves = {SEED: {0}, "good": {1, 2, 3}, "fair": {1, 2}}
     texts = iter(["good", "fair"])
-    config = FastConfig(population=2, children=2, samples=1, first_generations=1, admit_z=0)
+    config = front(population=2, children=2, samples=1, first_generations=1, admit_z=0)
     result = run(
         start(), World(lambda text, problem: float(problem.answer in solves[text])), Scribe(lambda p, s: next(texts)), config,
         anchor=problems(4),
@@ -482,7 +480,7 @@ def test_other_seeds_and_cycles_draw_other_failures():
             start(),
             World(half),
             reflect,
-            FastConfig(children=1, generations=1, first_generations=1),
+            front(children=1, generations=1, first_generations=1),
             seed=seed,
             cycle=cycle,
         )
@@ -501,9 +499,7 @@ def test_a_reflector_that_is_down_costs_its_proposals_and_is_counted_and_logged(
 
     lines: list[str] = []
     world = World(half)
-    result = run(
-        start(), world, down, FastConfig(children=3, samples=1, first_generations=2), log=lines.append
-    )
+    result = run(start(), world, down, front(children=3, samples=1, first_generations=2), log=lines.append)
     assert [c.text for c in result.population] == [SEED] * 4
     assert result.record["refused"] == {"error": 6}
     assert (result.record["proposed"], result.record["admitted"], result.record["fast_rollouts"]) == (6, 0, 8)
@@ -518,14 +514,14 @@ def test_the_same_text_twice_in_one_generation_is_scored_once():
         start(),
         world,
         Scribe(lambda p, s: "same text"),
-        FastConfig(children=4, samples=1, first_generations=2),
+        front(children=4, samples=1, first_generations=2),
     )
     assert result.record["refused"] == {"duplicate": 7}
     assert world.rollouts == 16
 
 
 def test_a_rejected_text_may_return_once_the_policy_has_moved_and_keeps_its_place_in_the_tree():
-    config = FastConfig(population=1, children=1, samples=1, first_generations=1, generations=1)
+    config = front(population=1, children=1, samples=1, first_generations=1, generations=1)
     again = Scribe(lambda prompt, seed: "try this")
     never = World(lambda text, problem: 0.0)
     state = run(start(), never, again, config).state
@@ -547,7 +543,7 @@ def test_lineage_keeps_parent_failures_and_reply_cut_to_size():
                 for s in super().__call__(items)
             ]
 
-    config = FastConfig(children=1, samples=1, first_generations=1, failures_shown=2)
+    config = front(children=1, samples=1, first_generations=1, failures_shown=2)
     result = run(
         start(),
         Loud(lambda t, p: float(t == "better")),
@@ -572,7 +568,7 @@ def test_lineage_keeps_parent_failures_and_reply_cut_to_size():
 
 def test_an_interrupted_phase_leaves_the_state_as_it_was():
     reflect = numbered()
-    state = run(start(), World(half), reflect, FastConfig()).state
+    state = run(start(), World(half), reflect, front()).state
     before = json.dumps(state.to_json())
 
     class Killed(World):
@@ -582,7 +578,7 @@ def test_an_interrupted_phase_leaves_the_state_as_it_was():
             return super().__call__(items)
 
     with pytest.raises(KeyboardInterrupt):
-        run(state, Killed(half), reflect, FastConfig(), cycle=1)
+        run(state, Killed(half), reflect, front(), cycle=1)
     assert json.dumps(state.to_json()) == before
 
 
@@ -660,7 +656,7 @@ def edit(prompt, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_right_sentences_are_found_among_useless_and_harmful_ones_within_the_budget(seed):
-    config = FastConfig(population=4, anchor_size=32, rollout_budget=960)
+    config = front(population=4, anchor_size=32, rollout_budget=960)
     state, rollouts = start(), 0
     for cycle in range(5):
         world = World(additive, version=cycle, seed=seed)
@@ -681,7 +677,7 @@ def test_a_child_that_leaves_no_room_for_a_problem_is_refused_and_counted():
         anchor=problems(8),
         score=World(half),
         reflect=numbered(),
-        config=FastConfig(rollout_budget=200),
+        config=front(rollout_budget=200),
         count_tokens=lambda text: len(text.split()),
         cycle=0,
         policy_version=0,
@@ -691,7 +687,7 @@ def test_a_child_that_leaves_no_room_for_a_problem_is_refused_and_counted():
     )
     assert result.record["refused"] == {"too_long": result.record["proposed"]}
     assert result.record["proposed"] > 0
-    assert result.record["fast_rollouts"] == 8 * FastConfig().samples
+    assert result.record["fast_rollouts"] == 8 * front().samples
 
 
 # -- rounding ------------------------------------------------------------------------------------------------------------------
@@ -715,16 +711,16 @@ def test_a_reward_that_is_one_but_for_rounding_is_no_failure():
             return [replace(s, verdict=Verdict(self.probability)) for s in World(lambda *_: 1.0)(items)]
 
     reflect = numbered()
-    run(start(), Constant(sum([0.1] * 10)), reflect, FastConfig())
+    run(start(), Constant(sum([0.1] * 10)), reflect, front())
     assert not reflect.batches, "nothing fails, so there is nothing to reflect on"
-    run(start(), Constant(0.999), reflect, FastConfig())
+    run(start(), Constant(0.999), reflect, front())
     assert reflect.batches
 
 
 # -- more proposals than children ---------------------------------------------------------------------------------------------
 
 
-WIDE = FastConfig(children=2, proposals=6, screen_problems=4, samples=2, first_generations=1)
+WIDE = front(children=2, proposals=6, screen_problems=4, samples=2, first_generations=1)
 
 
 def test_more_proposals_than_children_are_asked_for_as_one_batch_and_the_best_of_a_first_comparison_go_on():
@@ -751,7 +747,7 @@ def test_proposals_that_leave_no_more_than_the_children_are_not_compared_first()
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 200), st.integers(1, 5), st.integers(1, 12), st.integers(1, 9), st.integers(1, 3))
 def test_the_budget_holds_with_a_first_comparison(budget, children, proposals, screen, generations):
-    config = FastConfig(
+    config = front(
         children=children, proposals=proposals, screen_problems=screen, samples=2, rollout_budget=budget, first_generations=generations
     )  # fmt: skip
     world = World(half)
@@ -760,7 +756,7 @@ def test_the_budget_holds_with_a_first_comparison(budget, children, proposals, s
 
 def test_a_prompt_brings_successes_other_contexts_and_the_latest_admitted_edits():
     reflect, world = numbered(), World(lambda text, problem: 0.2 if text == SEED else 0.7)
-    run(start(), world, reflect, FastConfig(children=2, samples=2, first_generations=3))
+    run(start(), world, reflect, front(children=2, samples=2, first_generations=3))
     first, *_, last = [prompts for prompts, _ in reflect.batches]
     assert not first[0].others
     assert not first[0].lessons
@@ -783,7 +779,7 @@ def test_a_race_halves_the_children_and_doubles_the_problems():
 def test_a_race_costs_what_is_planned_and_the_better_half_runs_on_and_only_the_end_admits():
     quality = {f"{SEED} variant {i}": p for i, p in enumerate([0, 1, 0, 0, 1, 0, 0, 0])}
     world = World(lambda text, problem: quality.get(text, 0.0))
-    config = FastConfig(children=8, rungs=3, samples=2, first_generations=1, rollout_budget=10**4)
+    config = front(children=8, rungs=3, samples=2, first_generations=1, rollout_budget=10**4)
     result = run(start(), world, numbered(), config, anchor=problems(32))
     assert [len(call) for call in world.calls] == [64, 8 * 8 * 2, 2 * 8 * 2, 2 * 16 * 2], "six are not ahead"
     assert wave_cost(config, 8, Size(32, 2)) == 8 * 8 * 2 + 4 * 8 * 2 + 2 * 16 * 2
@@ -801,7 +797,7 @@ def test_a_race_costs_what_is_planned_and_the_better_half_runs_on_and_only_the_e
 
 def test_children_that_are_not_ahead_of_their_parent_leave_a_race_at_once():
     world = World(lambda text, problem: 0.0 if "variant" in text else float(problem.answer % 2))
-    config = FastConfig(children=4, rungs=2, first_generations=1)
+    config = front(children=4, rungs=2, first_generations=1)
     run(start(), world, numbered(), config, anchor=problems(32))
     assert [len(call) for call in world.calls] == [64, 4 * 16 * 2]
 
@@ -812,7 +808,7 @@ def test_children_that_are_not_ahead_of_their_parent_leave_a_race_at_once():
     seed=st.integers(0, 5), parents=st.sampled_from(["front", "improvement"]), crossover=st.sampled_from([0.0, 0.5]),
 )  # fmt: skip
 def test_the_budgets_hold_with_every_option(budget, children, count, search, seed, parents, crossover):
-    config = FastConfig(
+    config = front(
         children=children, rungs=count, rollout_budget=budget, search_budget=budget + search, parents=parents, crossover=crossover,
         keep_seed=True,
     )  # fmt: skip
@@ -827,7 +823,7 @@ def test_the_budgets_hold_with_every_option(budget, children, count, search, see
 
 
 def test_a_search_from_the_seed_alone_goes_on_until_something_is_admitted_and_then_stops():
-    config = FastConfig(children=2, samples=1, first_generations=2, rollout_budget=60, search_budget=400)
+    config = front(children=2, samples=1, first_generations=2, rollout_budget=60, search_budget=400)
 
     def good(number):
         return World(lambda text, problem: float(f"variant {number}" in text and problem.answer < 6))
@@ -847,9 +843,9 @@ def test_a_search_from_the_seed_alone_goes_on_until_something_is_admitted_and_th
 
 def test_the_seed_keeps_its_place_if_asked_to_even_from_a_population_without_it():
     worse = World(lambda text, problem: 1.0 if "variant" in text else 0.0)
-    plain = run(start(), worse, numbered(), FastConfig())
+    plain = run(start(), worse, numbered(), front())
     assert start().seed_id not in plain.state.population
-    kept = run(plain.state, World(half, version=1), numbered(), FastConfig(keep_seed=True), cycle=1)
+    kept = run(plain.state, World(half, version=1), numbered(), front(keep_seed=True), cycle=1)
     assert start().seed_id in kept.state.population
     assert kept.record["seed_mean"] is not None
 
@@ -874,7 +870,7 @@ def test_a_crossover_shows_the_context_that_wins_the_most_problems_that_the_pare
         return {"odd": float(problem.answer % 2), "even": float(problem.answer % 2 == 0)}.get(text, 0.0)
 
     scribe = Scribe(lambda prompt, seed: next(texts, prompt.context))
-    config = FastConfig(children=2, first_generations=2, crossover=1.0, population=2)
+    config = front(children=2, first_generations=2, crossover=1.0, population=2)
     run(start(), World(scored), scribe, config)
     assert not any(p.partners for p in scribe.batches[0][0]), "the seed has nobody beside it"
     for prompt in scribe.batches[1][0]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ from fst_fast.contracts import EpisodeState, Problem, Verdict
 from fst_fast.fast.reflection import Failure, ReflectionPrompt, Reply, extract
 from fst_fast.fast.reflectors.mini import reflect
 from fst_fast.mini import documents, world
-from fst_fast.mini.build import RECIPES, build_base
 from fst_fast.mini.tokenizer import make_tokenizer
 from fst_fast.rollout.prompt import Chat
 from fst_fast.rollout.turns import observation_ids
@@ -149,36 +146,6 @@ def test_documents_follow_the_law() -> None:
     for role in world.HARMFUL:
         harmed = world.law([world.strongest(r, KIND) for r in ("method", "box", "check", role)], KIND)
         assert of_law(harmed, 400)[0] < 0.12
-
-
-# --- the build
-
-
-def test_the_same_seed_builds_the_same_weights_also_when_it_is_killed_on_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fst_fast.mini.build.measure_contexts", lambda *_, **__: {})
-    monkeypatch.setattr("fst_fast.mini.build._KEPT_EVERY", 2)
-    few = replace(RECIPES["mini_tools"], documents={KIND: 2}, steps=4)
-    monkeypatch.setitem(RECIPES, "mini_tools", few)
-
-    def killed(line: str) -> None:
-        if line.startswith("step 4"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_base(tmp_path / "b", "mini_tools", log=killed)
-    said: list[str] = []
-    build_base(tmp_path / "b", "mini_tools", log=said.append)
-    assert said[0] == "continued at step 2"
-    for name, seed in (("a", 0), ("c", 1)):
-        build_base(tmp_path / name, "mini_tools", seed=seed, log=lambda line: None)
-    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
-    assert {file.name for file in (tmp_path / "a").iterdir()} == {
-        file.name for file in (tmp_path / "b").iterdir()
-    }
 
 
 # --- the reflector of rules

@@ -4,8 +4,6 @@ models.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,8 @@ from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.slow.slow_phase import objective_of
 from fst_fast.slow.update import Reference, micro_jobs
-from fst_fast.state import State
 from tests.fst_fast import test_update
 from tests.fst_fast.test_update import config_of, data, rollouts, take_step
-from tests.integration.launch import REPO, one_thread, records
 
 models = test_update.models  # a fixture
 
@@ -177,61 +173,6 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(models
     config = with_lora(config_of(models), targets=["q_proj", "wq"])
     with pytest.raises(UserError, match=r"no linear layers named wq; it has down_proj, gate_proj, .*q_proj"):
         TrainedPolicy(config, trained.load(config))
-
-
-LORA = ["--policy.lora.rank=4", "--slow.lr=1e-3"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.integration.test_train import run
-
-    folder = tmp_path_factory.mktemp("lora") / "whole"
-    run(folder, *LORA)
-    return folder
-
-
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
-    from tests.integration.test_train import command, run
-
-    folder = tmp_path / "run"
-    with subprocess.Popen(
-        command(folder, *LORA), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=REPO, env=one_thread()
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step 4/"):
-                process.kill()
-                break
-    assert not (folder / "summary.json").exists()
-    run(folder, "--resume", *LORA)
-    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-
-
-def test_a_checkpoint_evaluates_exports_and_holds_no_second_copy_of_the_moments(
-    whole: Path, tmp_path: Path
-) -> None:
-    from fst_fast.commands.evaluate import evaluate_run
-    from fst_fast.commands.export import export
-
-    reported = json.loads((whole / "summary.json").read_text())
-    assert reported["kl_seed"] > 0
-    measured = evaluate_run(whole)
-    assert measured["channels"]["both"]["mean"] == pytest.approx(
-        reported["channels"]["both"]["mean"], abs=1e-9
-    )
-    assert measured["kl_evolved"] == pytest.approx(reported["kl_evolved"], rel=1e-2, abs=1e-9)
-    out = export(whole, tmp_path / "model")
-    assert (out / lora.FOLDER / "adapter_config.json").is_file()
-    assert not lora.has_adapters(AutoModelForCausalLM.from_pretrained(out))
-    newest = sorted((whole / "checkpoints").glob("step-*"))[-1]
-    assert State.load(newest / "state.json").step
-    size = {
-        n: sum(f.stat().st_size for f in (newest / n).rglob("*.safetensors"))
-        for n in ("optimiser", "adapter")
-    }
-    assert size["optimiser"] < 3.2 * size["adapter"]
-    assert [s for s in records(whole, "step") if s["grad_norm"] > 0]
 
 
 def test_without_peft_or_with_a_wrong_target_a_run_does_not_start(

@@ -95,6 +95,8 @@ def test_of_a_log_the_error_of_the_engine_is_shown_not_a_warning_and_not_what_fo
         "(EngineCore pid=2) ERROR 11-30 [core.py:9] ValueError: No available memory for the cache blocks.\n"
         "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n"
         "(APIServer pid=1) WARNING 11-30 [x.py:2] AnotherError: nothing\n"
+        + 10_000
+        * "(APIServer pid=1) ERROR 11-30 [x.py:3] EngineDeadError: EngineCore encountered an issue. See stack trace (above)\n"
     )
     assert hosts.managed.last_words().endswith("says: ValueError: No available memory for the cache blocks.")
     hosts.managed.log.write_text("")

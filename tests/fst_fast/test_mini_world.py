@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from fst_fast import mini
 from fst_fast.errors import UserError
 from fst_fast.fast.reflectors.mini import MAX_SENTENCES, SENTENCES, reflect, split_sentences
 from fst_fast.mini import documents, world
-from fst_fast.mini.build import RECIPES, build_base, mini_task
+from fst_fast.mini.build import build_base, mini_task
 from fst_fast.mini.evaluate import measure_contexts
 from fst_fast.mini.tokenizer import make_tokenizer
 from fst_fast.tasks.star_graph import judge
@@ -208,17 +208,6 @@ def test_neither_the_seed_context_nor_one_instruction_suffices(kind: world.Kind)
 
 
 # --- the build
-
-
-def test_the_same_seed_builds_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fst_fast.mini.build.measure_contexts", lambda *_, **__: {})
-    few = replace(RECIPES["mini"], documents=dict.fromkeys(world.KINDS, 2))
-    monkeypatch.setitem(RECIPES, "mini", few)
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        build_base(tmp_path / name, seed=seed, steps=6, threads=1, log=lambda line: None)
-    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
 
 
 def test_a_build_that_cannot_be_is_refused_before_it_starts(tmp_path: Path) -> None:

@@ -310,6 +310,7 @@ def test_what_is_no_list_of_contexts_is_refused(args: dict) -> None:
         ({"fast": {"evolver": "e_spl", "keep_seed": True}}, "fast.keep_seed=True has no effect"),
         ({"fast": {"keep_seed": True, "population": 1}}, "fast.population=1; at least 2"),
         ({"fast": {"rungs": 2, "proposals": 8}}, "set one of the two"),
+        ({"fast": {"proposals": 20}}, "fast.proposals=20 has no effect with fast.parents=thompson"),
         ({"fast": {"search_budget": 10}}, "fast.search_budget=10 is below fast.rollout_budget=960"),
     ],
 )  # fmt: skip

@@ -61,7 +61,7 @@ PARTS: dict[str, Any] = {
 
 @contextmanager
 def serving(
-    respond: Respond, retries: int = 0, **parts: Any
+    respond: Respond, retries: int = 0, processed_logprobs: bool = False, **parts: Any
 ) -> Iterator[tuple[ServerEngine, list[tuple[str, dict[str, Any]]]]]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.respond, server.asked = respond, []
@@ -69,7 +69,7 @@ def serving(
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     try:
-        args = ServerArgs(model="m", base_url=url, retries=retries)
+        args = ServerArgs(model="m", base_url=url, retries=retries, processed_logprobs=processed_logprobs)
         yield ServerEngine(args, **{**PARTS, **parts}), server.asked
     finally:
         server.shutdown()
@@ -115,6 +115,24 @@ def test_ids_and_logprobs_come_back_in_request_order() -> None:
     }, "what a request leaves out is filled from the model's generation config"  # fmt: skip
     assert sorted(b["prompt"] for _, b in asked[:5]) == [r.prompt_ids.tolist() for r in REQUESTS]
     assert len({b["seed"] for _, b in asked[:5]}) == 5
+
+
+def test_answers_in_the_shape_of_sglang_are_trained_on_at_any_temperature() -> None:
+    def sglang(body: dict[str, Any]) -> dict[str, Any]:
+        choice = {**echo(body), "matched_stop": EOS, "hidden_states": None}
+        choice["logprobs"] = {
+            **choice["logprobs"],
+            "text_offset": [-1, -1],
+            "top_logprobs": [{"a": -0.5}, {"b": -0.25}],
+        }
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "prompt_tokens_details": None}
+        return {"whole": {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice], "usage": usage, "metadata": {"weight_version": "default"}}}  # fmt: skip
+
+    with serving(sglang, processed_logprobs=True) as (engine, _):
+        engine.check_training(0.7)
+        rollouts = generate(engine)
+    assert [r.response_ids.tolist() for r in rollouts] == [[9 + i, EOS] for i in range(5)]
+    assert [r.logprobs.tolist() for r in rollouts] == [[-0.5, -0.25]] * 5
 
 
 def test_a_nucleus_of_one_and_stop_texts_are_said_too() -> None:

@@ -50,7 +50,7 @@ MAKERS: dict[str, tuple[Callable[[float], list[dict[str, Any]]], float]] = {  # 
     "mismatch_high": (lambda kl: steps(mismatch_kl=kl), 1e-6),
     "verify_timeouts": (lambda share: steps(verify_timeouts=round(100 * share)), 0.01),
     "responses_truncated": (lambda share: steps(length_stopped=share), 1e-6),
-    "reflector_useless": (lambda share: [{**CYCLE, "proposed": 100, "admitted": round(100 * (1 - share))}] * 3, 0.01),
+    "reflector_useless": (lambda share: [{**CYCLE, "proposed": 100, "admitted": 1, "refused": {"empty": round(100 * share)}}] * 3, 0.01),
     "contexts_long": (lambda share: [{**CYCLE, "refused": {"too_long": round(10 * share)}}] * 3, 0.1),
     "memory_high": (lambda share: [{**TIMING, "memory_share": share}] * 4, 1e-6),
     "rollouts_slow": (lambda share: [{**TIMING, "rollout_s": share, "verify_s": 0.1, "train_s": 0.9 - share}] * 8, 1e-6),

@@ -40,6 +40,7 @@ FLAGS = {
     "logprobs-mode": "processed_logprobs",
     "weight-transfer-config": '{"backend": "fst_file"}',
     "enable-lora": "",
+    "no-enable-chunked-prefill": "",
 }
 
 
@@ -297,10 +298,14 @@ def test_a_server_that_is_not_there_or_cannot_do_it_is_refused_at_the_start(
         ),
         (
             {},
-            "must be started with --dtype=float32 and --logprobs-mode=processed_logprobs and --weight-transfer-config="
-            """'{"backend": "fst_file"}'""",
+            "must be started with --dtype=float32 and --logprobs-mode=processed_logprobs and --no-enable-chunked-prefill and "
+            """--weight-transfer-config='{"backend": "fst_file"}'""",
         ),
         (FLAGS | {"max-model-len": "100"}, "must be started with --max-model-len=320 or more"),
+        (
+            {name: value for name, value in FLAGS.items() if name != "no-enable-chunked-prefill"},
+            "must be started with --no-enable-chunked-prefill$",
+        ),
     ):
         with (
             serving(flags) as (url, _),

@@ -72,6 +72,35 @@ def test_a_wait_for_all_products_and_missing_instructions_are_complained_of():
     assert any("cp.async.bulk.tensor" in c for c in report.complaints)
 
 
+def row_case(name, **changes):
+    return next(c for c in aot_report.layer_row_cases() if c.name == name)._replace(**changes)
+
+
+def test_row_operations_move_sixteen_bytes_at_a_time_and_a_stride_that_does_not_allow_it_is_complained_of():
+    assert aot_report.compile_case(row_case("norm_and_turn D=64"), 90).complaints == []
+    report = aot_report.compile_case(row_case("gate", unaligned=("width", "blocks")), 90)
+    assert any("24 of 2 bytes; 16 are wanted, but for 0 single numbers" in c for c in report.complaints)
+    slots = aot_report.compile_case(row_case("scatter 8 heads D=128", uniform=0), 90)
+    assert any("1 of 8 bytes" in c for c in slots.complaints)
+
+
+def test_a_multiprocessor_that_runs_too_few_warps_is_complained_of():
+    report = aot_report.compile_case(row_case("scatter 8 heads D=128", warps=1, occupancy=0.6), 90)
+    assert report.complaints == ["50% of the warps of a multiprocessor run at a time; 60% are wanted"]
+
+
+@pytest.mark.parametrize(
+    ("ptx", "found"),
+    [
+        ("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", {16: 1}),
+        ("st.global.L1::evict_last.b16 [ %rd1 ], { %rs1 };\nld.global.b64 { %rd2 }, [ %rd1 ];", {2: 1, 8: 1}),
+        ("ld.shared.b32 %r1, [%r2];\nst.global.v2.f32 [ %rd1 ], { %f1, %f2 };", {8: 1}),
+    ],
+)
+def test_accesses(ptx, found):
+    assert aot_inspect.accesses(ptx) == found
+
+
 @pytest.mark.parametrize(
     ("arch", "registers", "warps", "shared", "columns", "blocks"),
     [

@@ -144,7 +144,9 @@ def test_in_the_interpreter():
     assert "passed" in done.stdout
 
 
+@pytest.mark.emulated
 @outer
+@pytest.mark.parametrize("backend", ["reference"], indirect=True)
 def test_it_compiles_for_hopper_with_tensor_cores_and_without_spills():
     """One head size and architecture; scripts/aot_cascade_decode.py without arguments does all of them, in minutes."""
     pytest.importorskip("triton")

@@ -250,6 +250,33 @@ def test_identical_responses_get_identical_outputs() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("window", [None, 20])
+def test_only_blocks_with_a_query_that_is_read_are_computed(window: int | None) -> None:
+    """A prompt of 96 tokens whose last 20 are new, and one of 40 of which all are: as a second window of a prefill."""
+    ends = torch.cat([torch.full((96,), 96), torch.full((40,), 136)]).int()
+    read = torch.arange(136) >= 76
+    whole, some = (TreeMask.from_subtree_end(ends, read=r) for r in (None, read))
+    q, k, v = (x.detach() for x in trees.qkv(1, 136, F32))
+    tiles = tiling()
+    all_out, _ = triton_backend.forward(q, k, v, whole, 0.5, window, tiles)
+    out, _ = triton_backend.forward(q, k, v, some, 0.5, window, tiles)
+    assert torch.equal(out[:, :, read], all_out[:, :, read])
+    assert not out[:, :, :64].any(), "the blocks 0 to 3 have no query that is read"
+    counts = [triton_backend.lists(mask, tiles.forward, window).counts.sum((0, 1)) for mask in (whole, some)]
+    assert torch.equal(counts[1], torch.where(torch.arange(9) >= 4, counts[0], 0))
+    assert counts[0][:4].all()
+
+
+@interpreted
+def test_a_mask_with_queries_that_are_not_read_has_no_gradient() -> None:
+    mask = TreeMask.from_subtree_end(torch.full((20,), 20).int(), read=torch.arange(20) > 3)
+    q, k, v = trees.qkv(1, 20, F32)
+    out = tree_attention(q, k, v, mask)
+    with pytest.raises(ValueError, match="has no gradient"):
+        out.sum().backward()
+
+
+@interpreted
 def test_a_query_head_reads_the_key_head_of_its_group() -> None:
     tree = trees.random_forest(3, 20, 0.8)
     q, k, v = (x.detach() for x in trees.qkv(1, 20, F32, heads=4, kv_heads=2))

@@ -56,6 +56,7 @@ class TreeMask:
     subtree_end: Tensor  # [R, N] int32, on the device of q, k and v
     depth: Tensor  # [R, N] int32, likewise
     known: Segments | None  # None: made from a device tensor that nobody has looked at
+    read: Tensor | None = None  # [R, N] bool, likewise: queries whose output is read; None: all
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +64,12 @@ class TreeMask:
 
     @classmethod
     def from_subtree_end(
-        cls, subtree_end: Tensor, *, depth: Tensor | None = None, device: torch.device | str | None = None
+        cls,
+        subtree_end: Tensor,
+        *,
+        depth: Tensor | None = None,
+        device: torch.device | str | None = None,
+        read: Tensor | None = None,
     ) -> TreeMask:
         """Check and analyse subtree_end, int32 [N] or [R, N], for attention on `device` (None: where it lies).
 
@@ -73,6 +79,8 @@ class TreeMask:
 
         A host tensor is checked and analysed on the host, and sent to the device without waiting for it. A device tensor is looked at
         with FST_CHECK=1 only, because that waits for the device. `depth` (integer, of the same shape) is not needed; one that is given must agree.
+        read (bool, of the same shape, on the host): the queries whose output is wanted. What the others get is undefined, which spares a kernel the blocks of
+        queries without one, and there is no gradient.
 
         Raises ValueError where subtree_end is not int32 of one or two dimensions, not ascending (i < subtree_end[i] <= N), or not
         laminar (ranges that overlap without one holding the other), and where depth differs from the number of a token's ancestors.
@@ -85,13 +93,14 @@ class TreeMask:
         rows = subtree_end.detach()
         rows = (rows[None] if rows.ndim == 1 else rows).contiguous()  # as the kernels read it
         target = rows.device if device is None else torch.device(device)
+        wanted = None if read is None else _send(read.view_as(rows), target)
         if not look_at_values(rows.device):
-            mask = cls(rows.to(target, copy=True), _depth_on_device(rows).to(target), None)
+            mask = cls(rows.to(target, copy=True), _depth_on_device(rows).to(target), None, wanted)
         else:
             host = rows.cpu()
             segments = _segments(host)
             own_depth = _depth_of(segments, host.shape)
-            mask = cls(_send(host, target), _send(own_depth, target), segments)
+            mask = cls(_send(host, target), _send(own_depth, target), segments, wanted)
         if depth is not None:
             mask.check_depth(depth)
         return mask

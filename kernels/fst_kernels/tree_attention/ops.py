@@ -65,6 +65,8 @@ def _backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(subtree_end)
+    if mask.read is not None:
+        raise ValueError("a TreeMask with `read` has no gradient: the other queries' outputs are undefined")
     if choose_backend("tree_attention", backend, q.device, q.dtype) == "triton":
         from fst_kernels.tree_attention import triton
 

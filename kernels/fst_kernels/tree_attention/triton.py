@@ -109,6 +109,9 @@ def lists(mask: TreeMask, tile: Tile, window: int | None = None) -> blocks.Lists
             table, counts, n, rows, width, per_block.largest.shape[1], window or 0,
             BM=tile.queries, BN=tile.keys, SCAN=min(SCAN, padded(triton.cdiv(n, tile.keys))), WINDOW=window is not None,
         )  # fmt: skip
+        if mask.read is not None:
+            block = torch.nn.functional.pad(mask.read, (0, count * tile.queries - n))
+            counts *= block.view(rows, count, tile.queries).any(2)
         if window is not None:
             owner = torch.arange(count, dtype=torch.int32, device=table.device).repeat(rows, 1)
             ends = torch.arange(1, rows * count + 1, device=table.device) * width

@@ -32,7 +32,7 @@ def small(name, variant, size):
 
 @pytest.fixture(scope="module")
 def eager_bytes():
-    report = measure.in_child("tests.kernels.test_linear_memory", "small", "torch eager", "step", SIZE)
+    report = measure.in_child("tests.integration.test_linear_memory", "small", "torch eager", "step", SIZE)
     n, _, v = SIZE
     assert report.peak_bytes > 2 * 4 * n * v  # logits and their gradient at least: the measure works
     return report.peak_bytes
@@ -40,6 +40,6 @@ def eager_bytes():
 
 @pytest.mark.parametrize("name", ["ours, reference", "ours, mode A + policy_loss"])
 def test_forward_and_backward_take_less_than_an_eighth_of_eager_memory(name, eager_bytes):
-    report = measure.in_child("tests.kernels.test_linear_memory", "small", name, "step", SIZE)
+    report = measure.in_child("tests.integration.test_linear_memory", "small", name, "step", SIZE)
     _, h, v = SIZE
     assert 4 * v * h < report.peak_bytes < eager_bytes / 8  # the weight's gradient at least
