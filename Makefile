@@ -39,7 +39,7 @@ runs: $(STAMP)
 
 # The GPU kernels without a GPU: Triton's in its interpreter, CUDA's on host threads.
 emulated: $(STAMP)
-	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m emulated tests/kernels tests/fst_fast/test_kv_pool.py $(PYTEST_ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m emulated tests/kernels $(addprefix tests/fst_fast/test_,kv_pool.py gpu_forward.py) $(PYTEST_ARGS)
 
 # Every Triton kernel compiled for every GPU generation, head size and type, and what the compiler made of it: of which .ci/run does a sample.
 aot: $(STAMP)

@@ -7,8 +7,10 @@ The method is FST's fast channel (arXiv 2605.12484, Algorithm 1, line "evolve Ph
   problems and samples as its children, in one batch;
 - all reflections of a generation form one batch, and so do all its children, since a rollout engine is fast on many
   prompts at once;
-- a child is admitted by a paired test against its parent (`pareto.admits`), not by comparing two noisy sums;
-- the budget is a hard limit: a generation has only as many children as it can pay for in full.
+- children are scored as far as they deserve, and parents drawn, by Thompson sampling over all contexts of the phase (thompson.py,
+  `_step_by_step`); or, with fast.parents=front and improvement, every child in full (`_in_full`);
+- a child is admitted by a paired test against what it comes from (`pareto.admits`), not by comparing two noisy sums;
+- the budget is a hard limit: no batch is asked for that it does not pay for.
 
 Every decision is a pure function of the state, the anchor set, the scores and the replies, and all randomness derives
 from (seed, cycle, generation). So processes with the same scores and replies decide alike, and a resumed run repeats

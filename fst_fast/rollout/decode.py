@@ -144,25 +144,22 @@ class ForestDecoder:
         """Until no slot is left; sequences that have found no room by then still wait."""
         count = len(slots.sequence)
         suffixes = Suffixes(self.pool, count, self.response_tokens)
-        token = np.zeros(len(slots.sequence), dtype=np.int64)  # the last token of each slot
         plan: DecodePlan | None = None
         while True:
             if slots.should_refill():
                 self._suffix_tokens = len(slots.sequence) * self.response_tokens
                 if self.keep_responses:
                     self._keep_ended(slots, suffixes)
-                stay, fresh = slots.refill(self._ready)
+                stay, _ = slots.refill(self._ready)
                 who = slots.sequence
                 if not len(who):
                     return
-                if len(stay) < len(token):
+                if len(stay) < suffixes.slots:
                     suffixes.keep(torch.as_tensor(stay, device=self.device))
-                token = token[stay]
-                token[fresh] = self.responses.ids[who[fresh], 0]
                 self._give_back()
                 plan = DecodePlan(self.cache, self.tree.path[who], suffixes, device=self.device)
             assert plan is not None
-            token = self._step(slots, suffixes, plan, token)
+            self._step(slots, suffixes, plan)
             slots.live &= ~self.responses.ended(slots.sequence)
 
     def _ready(self, sequence: int) -> bool | None:
@@ -293,19 +290,12 @@ class ForestDecoder:
             count += len(sequences)
         return cache
 
-    def _step(
-        self,
-        slots: Slots,
-        suffixes: Suffixes,
-        plan: DecodePlan,
-        token: Ints,
-    ) -> Ints:
-        """Feed each slot's last token, draw its next one."""
+    def _step(self, slots: Slots, suffixes: Suffixes, plan: DecodePlan) -> None:
+        """Feed each slot's last token, draw its next one. An idle slot feeds the last one again that it has fed, so that its keys stay what they are."""
         who, live = slots.sequence, slots.live
-        seen = self.responses.length[
-            who
-        ]  # suffix tokens after this one is fed; an idle slot feeds its last one again
+        seen = self.responses.length[who]  # suffix tokens after this one is fed
         seen = np.where(live, seen, np.maximum(seen - 1, 1))
+        token = self.responses.ids[who, seen - 1]
         rows = suffixes.rows(seen - 1)
         depth = self.prompt_length[who] + seen - 1
         ids, positions, row, lengths = torch.as_tensor(np.stack([token, depth, rows, seen])).to(self.device)
@@ -315,4 +305,4 @@ class ForestDecoder:
         else:
             logits = self.graph.run(self.forward, ids, positions, plan)
         self.tokens_computed += len(who)
-        return self.responses.draw(logits, who, live)
+        self.responses.draw(logits, who, live)

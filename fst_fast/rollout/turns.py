@@ -48,7 +48,10 @@ def observation_ids(
     # A special token in front keeps a tokenizer from putting a blank there.
     front = "" if text.startswith(tuple(chat.special.words.values())) else str(chat.tokenizer.eos_token)
     ids = np.asarray(chat.encode(observation, lambda shown: front + behind(shown)), dtype=np.int64)
-    return ids[1:] if front or ids[0] == last else ids
+    if front:
+        ids = ids[1:]
+    ended = len(ids) and ids[0] == last and last in chat.special.words  # the response ended itself
+    return ids[1:] if ended else ids
 
 
 def _behind(chat: Chat, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:

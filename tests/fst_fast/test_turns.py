@@ -12,8 +12,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fst_fast.mini
 from fst_fast import distributed
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, Rollout, ScoredRollout, Turn, Verdict
@@ -71,6 +72,20 @@ def test_an_episode_has_the_ids_of_the_conversation_rendered_as_a_whole(name: st
     conversation = [(f"a{response}b", observation) for response, observation in conversation]
     ids, said = over_turns(chat, conversation)
     assert ids.tolist() == chat.ids([*OPENING, *said], TOOLS)
+
+
+def test_the_end_of_a_response_stands_once_where_the_template_writes_a_blank_before_it() -> None:
+    """As the mini world's template does; its tokenizer makes no token of the blank."""
+    chat = Chat.of(AutoTokenizer.from_pretrained(fst_fast.mini.path()), system="system")
+    end = chat.tokenizer.eos_token_id
+    opening = [{"role": "user", "content": "path from 1 to 2 ?"}]
+    own = [*chat.special.encode_text("7"), end]
+    observation = [{"role": "user", "content": "again ."}]
+    ids = [*chat.ids(opening), *own, *observation_ids(chat, opening, observation, (), end).tolist()]
+    said = [*opening, {"role": "assistant", "content": "7"}, *observation]
+    assert ids == chat.ids(said)
+    cut = observation_ids(chat, opening, observation, (), own[0]).tolist()
+    assert ids == [*chat.ids(opening), own[0], *cut], "a response that was cut is ended by the template"
 
 
 @given(conversation=CONVERSATION)
