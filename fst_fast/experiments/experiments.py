@@ -19,7 +19,6 @@ from fst_fast.experiments.runner import Runner
 
 EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "efficiency": efficiency,
-    "certainty": certainty,
     "drift": drift,
     "channels": channels,
     "generalisation": generalisation,
@@ -28,4 +27,5 @@ EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "distill": distill,
     "ablation": ablation,
     "rivals": rivals,
+    "certainty": certainty,
 }
