@@ -20,7 +20,6 @@ from fst_fast.experiments.tools import tools
 
 EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "efficiency": efficiency,
-    "certainty": certainty,
     "drift": drift,
     "channels": channels,
     "generalisation": generalisation,
@@ -30,4 +29,5 @@ EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "ablation": ablation,
     "rivals": rivals,
     "tools": tools,
+    "certainty": certainty,
 }
