@@ -120,7 +120,7 @@ def fast(fast: FastConfig) -> None:
         )
     if fast.evolver == "waves":
         return
-    only_waves = ["rungs", "proposals", "parents", "keep_seed", "adaptive", "components"]
+    only_waves = ["rungs", "search_budget", "proposals", "parents", "keep_seed", "adaptive", "components"]
     unused = [*only_waves, "crossover"] if fast.evolver == "gepa" else only_waves
     empty = type(fast).model_fields
     given = [k for k in unused if getattr(fast, k) != empty[k].get_default(call_default_factory=True)]

@@ -76,7 +76,7 @@ class FastConfig(Section):
     """Which contexts children come from, and how children are scored. `thompson`: of all contexts of the phase the one whose mean reward, drawn from
     what its rollouts say of it, is the highest; a child starts with two rollouts, and in every wave the most promising go on to twice as many,
     until they are scored in full. `front`: in proportion to the problems that they win; all children of a wave are scored in full. `improvement`:
-    in proportion to how much a child of theirs is expected to exceed the best mean; the same."""
+    in proportion to how much a child of theirs is expected to exceed the best mean, and scored as with `front`."""
     crossover: float = Field(0.0, ge=0, le=1)
     """How often a reflection also shows another context, the one that wins the most problems that the parent does not win, to take over what
     serves them. With evolver=e_spl: how often there is a recombination, besides the mutation; E-SPL's own value is 0.2."""

@@ -23,11 +23,7 @@ EQUAL = ("rollouts", "tokens")
 """The axes on which the methods are compared at equal cost."""
 EVOLUTION_SHARE = 0.3
 """Rollouts of evolution for each rollout of RL, where the contexts evolve once or twice."""
-GEPA: Changes = {
-    "fast.evolver": "gepa",
-    "fast.samples": 1,
-    "fast.reuse_rollouts": False,
-}
+GEPA: Changes = {"fast.evolver": "gepa", "fast.samples": 1, "fast.reuse_rollouts": False}
 DIFFERENCES = (0.05, 0.1, 0.2, 0.3)
 """The differences in reward of the power table."""
 
@@ -62,10 +58,7 @@ def arms(family: world.Kind, budget: Budget, tuned: Changes) -> dict[str, tuple[
         ),
         "e-spl": (
             "fst",
-            {
-                **{"fast.evolver": "e_spl", "fast.crossover": 0.2},
-                "slow.advantage_group": "context",
-            },
+            {"fast.evolver": "e_spl", "fast.crossover": 0.2, "slow.advantage_group": "context"},
         ),
         "fst, plain gepa": ("fst", GEPA),
         OURS: ("fst", {}),

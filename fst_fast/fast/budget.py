@@ -1,6 +1,6 @@
 """Budgets of the evolution besides rollouts (fast.budget): over the whole run, checked before a fast phase and before each of its waves.
 
-A wave that has begun is finished, so a budget can be exceeded by one wave. rollout_budget is the only one that is never exceeded.
+A wave that has begun is finished, then the best contexts are scored in full: so much a budget can be exceeded by. rollout_budget is the only one that is never exceeded.
 """
 
 from __future__ import annotations

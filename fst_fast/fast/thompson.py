@@ -28,7 +28,7 @@ LEAST = 0.02
 CLIMBING = 0.75
 """Unfinished contexts that go on in a wave, for each child of a full wave."""
 SPARE = 2
-"""More contexts than the population has that are to be scored in full at the end."""
+"""Contexts beyond the size of the population that may be scored in full at the end."""
 
 
 class Search:
@@ -74,7 +74,7 @@ class Search:
         return self._reach(goals)
 
     def finish(self, count: int, left: int) -> list[Context]:
-        """Score in full, one after the other, what is not yet among the `count` contexts with the best expected mean, as far as `left` rollouts go."""
+        """Of the `count` contexts with the best expected mean score the unfinished ones in full, best first, as far as `left` rollouts go."""
         finished: list[Context] = []
         while True:
             a, b = self.beliefs()

@@ -69,7 +69,8 @@ class Proposal(Event):
 
 @dataclass(frozen=True)
 class Admission(Event):
-    """A child has been compared with its parent. mean, parent_mean: over the judged rollouts of this phase, None where there is none."""
+    """A child has been compared with the context that it comes from, of those that may be kept, or was left unfinished: then with its parent. mean,
+    parent_mean: over the judged rollouts of this phase, None where there is none."""
 
     cycle: int
     context: Context

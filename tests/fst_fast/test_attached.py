@@ -34,10 +34,17 @@ time.sleep(1000)
 """
 
 
+def runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def gone(pids: list[int]) -> bool:
     """Whether all have ended, within ten seconds."""
     until = time.monotonic() + 10
-    while any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+    while any(map(runs, pids)):
         if time.monotonic() > until:
             return False
         time.sleep(0.02)

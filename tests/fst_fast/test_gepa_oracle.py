@@ -117,7 +117,13 @@ def accepted_one_at_a_time(texts):
 @given(proposals)
 def test_the_fast_phase_with_one_child_per_generation_accepts_by_the_same_rule(texts):
     config = FastConfig(
-        population=1, children=1, samples=1, first_generations=len(texts), admit_z=0, rollout_budget=10**4
+        parents="front",
+        population=1,
+        children=1,
+        samples=1,
+        first_generations=len(texts),
+        admit_z=0,
+        rollout_budget=10**4,
     )
     result = evolve(
         FastState.initial(SEED), anchor=PROBLEMS, score=score, reflect=Proposals(texts), config=config,
@@ -229,7 +235,7 @@ def test_a_gepa_adapter_scores_for_the_fast_phase():
 
     result = evolve(
         FastState.initial("go"), anchor=problems_of(WORDS), score=score_with(adapter, component="system", policy_version=0),
-        reflect=reflect, config=FastConfig(population=2, children=2, samples=1, failures_shown=3, first_generations=3),
+        reflect=reflect, config=FastConfig(parents="front", population=2, children=2, samples=1, failures_shown=3, first_generations=3),
         count_tokens=lambda text: len(text.split()), cycle=0, policy_version=0, seed=0, log=quiet,
     )  # fmt: skip
     assert sorted(result.population[0].text.split()[1:]) == sorted(WORDS)

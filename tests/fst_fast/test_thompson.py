@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import FIRST, Size, reserve
-from fst_fast.contracts import Context
+from fst_fast.contracts import Context, RolloutRequest
+from fst_fast.fast import phase
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.population import Scores
 from fst_fast.fast.thompson import LEAST, PRIOR, Search
@@ -159,6 +160,56 @@ def test_a_deeper_search_ends_where_the_reflector_has_no_more_to_say(parents):
     lost = run(start(), world, Scribe(lambda prompt, seed: prompt.context), config, anchor=problems(16))
     assert world.rollouts == 32
     assert lost.record["refused"] == {"duplicate": lost.record["proposed"]}
+
+
+def test_a_deeper_search_ends_with_a_context_that_solves_everything():
+    """Where the seed fails four of 32 problems nothing can be better than it by three standard errors."""
+    world = World(lambda text, problem: float(text != SEED or problem.answer >= 4))
+    config = FastConfig(
+        children=8, first_generations=4, generations=1, rollout_budget=400, search_budget=2000
+    )
+    result = run(start(), world, numbered(), config, anchor=problems(32))
+    assert result.record["best_mean"] == 1.0
+    assert world.rollouts <= 400
+
+
+def test_an_edit_that_was_given_up_early_may_be_proposed_again_under_the_same_weights():
+    state = start()
+    for cycle in range(3):
+        texts = Scribe(lambda prompt, seed: f"edit {seed % 40}")
+        world = World(lambda text, problem: 0.1 if text == SEED else 0.2, seed=cycle)
+        result = run(state, world, texts, FastConfig(children=8), anchor=problems(32), cycle=cycle)
+        assert len(result.record["contexts"]) > 4
+        whole = {line["text"] for line in result.record["contexts"] if line["n"] == 64}
+        before = {
+            line.context.text for line in state.contexts.values() if line.n == 64 and line.policy_version == 0
+        }
+        assert not whole & before, "what was scored in full is known"
+        state = result.state
+
+
+def test_where_a_budget_ends_the_phase_what_is_promising_is_scored_in_full():
+    world = World(lambda text, problem: 0.0 if text == SEED else 0.9)
+    config = FastConfig.model_validate(
+        {"children": 4, "reflector": "mine.py:reflect", "budget": {"tokens": 80}}
+    )
+    result = run(start(), world, numbered(), config, anchor=problems(32))
+    assert result.record["waves"] < 4
+    assert result.record["admitted"]
+
+
+def test_a_partner_is_chosen_by_problems_that_the_parent_has_met():
+    solved_by = {"a": {3}, "b": {0, 2, 3}, "c": set()}
+    found = Evaluations(
+        problems(4), 1, Scores(0), World(lambda text, problem: float(problem.answer in solved_by[text]))
+    )
+    contexts = [Context.of(text) for text in "abc"]
+    found.judge(contexts[:2])
+    found.sample([RolloutRequest(contexts[2], problems(4)[0], 0)])
+    [(partner, solved)] = phase._partners(
+        FastConfig(crossover=1.0), found, contexts[:2], contexts[2], np.random.default_rng(0)
+    )
+    assert (partner.text, solved) == ("b", ["problem number 0"])
 
 
 @settings(max_examples=60, deadline=None)
