@@ -16,6 +16,7 @@ AHEAD = (
     "--rollout.sampler_ranks=1",
     "--fast.cycle_steps=4",
     "--slow.dynamic_sampling=1",
+    "--fast.parents=front",
 )
 
 
