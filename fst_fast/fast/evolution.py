@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,11 +122,12 @@ def evolve(
     planned = config.first_generations if cycle == 0 else config.generations
     alone = [c.id for c in members] == [state.seed_id]
     deeper = max(config.search_budget or 0, config.rollout_budget) if alone else config.rollout_budget
+    waves = _Waves(size, planned, deeper, rng_of, over)
     if config.parents == "thompson":
         search = Search(evaluations, members, width=config.children, key=[seed, _STREAM, cycle])
-        _step_by_step(phase, search, size, planned, deeper, rng_of, over)
+        _step_by_step(phase, search, waves)
     else:
-        _in_full(phase, size, planned, deeper, rng_of, over)
+        _in_full(phase, waves)
     assert evaluations.spent <= max(config.rollout_budget, config.search_budget or 0)
 
     ids = [context.id for context in archive]
@@ -153,16 +155,19 @@ def evolve(
     )
 
 
-def _step_by_step(
-    phase: Phase,
-    search: Search,
-    size: Size,
-    planned: int,
-    deeper: int,
-    rng_of: Callable[[int], np.random.Generator],
-    over: Callable[[int], bool],
-) -> None:
+class _Waves(NamedTuple):
+    """How long a phase goes on. planned: waves. deeper: the most rollouts while nothing is found. over: whether a budget ends it before a wave."""
+
+    size: Size
+    planned: int
+    deeper: int
+    rng_of: Callable[[int], np.random.Generator]
+    over: Callable[[int], bool]
+
+
+def _step_by_step(phase: Phase, search: Search, waves: _Waves) -> None:
     """The waves of fast.parents=thompson: `planned`, and as long as nothing is found so many more as `deeper` rollouts pay for."""
+    size, planned, deeper, rng_of, over = waves
     config, evaluations, budget = phase.config, phase.evaluations, phase.config.rollout_budget
     before = evaluations.spent
 
@@ -193,15 +198,9 @@ def _step_by_step(
     phase.close()
 
 
-def _in_full(
-    phase: Phase,
-    size: Size,
-    planned: int,
-    deeper: int,
-    rng_of: Callable[[int], np.random.Generator],
-    over: Callable[[int], bool],
-) -> None:
+def _in_full(phase: Phase, waves: _Waves) -> None:
     """The waves in which every child is scored in full, or races: `planned`, and until one is admitted so many more as `deeper` rollouts pay for."""
+    size, planned, deeper, rng_of, over = waves
     config, evaluations, archive = phase.config, phase.evaluations, phase.archive
     carried = len(archive)
     for generation in itertools.count():
