@@ -20,6 +20,10 @@ from fst_fast.plan.memory import PREFILL, Setting, kv_pool
 from fst_fast.plan.workload import Ints, MicroBatch, Work
 from fst_fast.run.cores import MOST_SPARE_CORES, spare_cores
 
+PAGED, PAGED_FROM = (
+    4,
+    448,
+)  # rollout/decode.py: as many sequences run in pages for each that has room for a whole response; tokens of a long one
 SAMPLER_LAUNCHES = 100  # of a decode step: random numbers in plain PyTorch, what is drawn, slots and lengths
 
 
@@ -257,7 +261,10 @@ def decode(s: Setting, work: Work, m: Machine, room: int, known: dict[Any, StepR
     each = s.element * s.shape.kv_elements()
     slots = min(s.config.rollout.max_batch, work.sequences)
     if kv_pool(s, work) > room:
-        fits = (room // each - work.prompt_tokens) // max(work.longest - 1, 1)
+        tokens_left = room // each - work.prompt_tokens
+        fits = tokens_left // max(work.longest - 1, 1)
+        if work.longest - 1 > PAGED_FROM:
+            fits = min(PAGED * fits, int(tokens_left / (sum(work.responses) / work.sequences)))
         slots = int(max(1, min(slots, fits)))
     took, parts, tokens = 0.0, dict[str, float](), Counter[tuple[int, int]]()
     steps = Counter[tuple[int, int]]()

@@ -16,32 +16,66 @@ from fst_kernels.backends import choose_backend
 
 
 class Suffixes:
-    """A range of the pool with room for `limit` sampled tokens per slot."""
+    """The sampled tokens of each slot, in pages that lie in one range of the pool and are taken as a response grows.
 
-    def __init__(self, pool: KVPool, slots: int, limit: int) -> None:
-        self.limit, self.span = limit, pool.take(slots * limit)
-        self.slots = slots
+    page: tokens of a page. most: pages of the longest response. With most = 1 a page has room for a whole response. pages: how many there are.
+    held: [slots], the pages of each slot."""
 
-    @property
-    def first(self) -> Ints:
-        """[slots] pool index of each slot's first suffix token."""
-        return self.span.first + np.arange(self.slots) * self.limit
+    def __init__(self, pool: KVPool, slots: int, *, page: int, most: int, pages: int) -> None:
+        self.page, self.most, self.span = page, most, pool.take(pages * page)
+        self.table = np.full((slots, most), -1, dtype=np.int64)  # the numbers of their pages, in order
+        self.held = np.zeros(slots, dtype=np.int64)
+        self.free = list(range(pages - 1, -1, -1))
 
-    def rows(self, offset: Ints) -> Ints:
-        """[slots] pool index of the suffix token at `offset` [slots]."""
-        return self.first + offset
+    def first(self, page: Ints) -> Ints:
+        """Pool index of the first token of pages by number; any where there is none."""
+        return self.span.first + np.maximum(page, 0) * self.page
 
-    def keep(self, slots: Tensor) -> None:
-        """Keep only these slots, renumbered in this order."""
-        at = slots[:, None] * self.limit + torch.arange(self.limit, device=slots.device)
-        self.span.keep(at.flatten())
-        self.slots = len(slots)
+    def page_of(self, slots: Ints, offset: Ints) -> Ints:
+        """First pool index of the page that holds the token at `offset` of each slot."""
+        return self.first(self.table[slots, offset // self.page])
+
+    def rows(self, slots: Ints, offset: Ints) -> Ints:
+        """Pool index of the token at `offset` of each slot."""
+        return self.page_of(slots, offset) + offset % self.page
+
+    def lacking(self, tokens: Ints) -> Ints:
+        """[slots] how many pages each needs besides for so many tokens."""
+        return np.maximum(-(-tokens // self.page) - self.held, 0)
+
+    def grow(self, tokens: Ints) -> None:
+        """Take what is lacking for [slots] tokens; there must be enough."""
+        for slot in np.flatnonzero(self.lacking(tokens)):
+            for at in range(self.held[slot], -(-tokens[slot] // self.page)):
+                self.table[slot, at] = self.free.pop()
+                self.held[slot] += 1
+
+    def drop(self, slots: Ints) -> None:
+        """Take the pages of these slots back."""
+        mine = self.table[slots]
+        self.free += mine[mine >= 0][::-1].tolist()
+        self.table[slots], self.held[slots] = -1, 0
+
+    def keep(self, slots: Ints, device: torch.device) -> None:
+        """Keep only these slots, renumbered in this order, and no more pages than they can need."""
+        self.drop(np.setdiff1d(np.arange(len(self.held)), slots))
+        self.table, self.held = self.table[slots], self.held[slots]
+        pages = min(self.span.tokens // self.page, len(slots) * self.most)
+        if pages * self.page == self.span.tokens:
+            return
+        mine = self.table[self.table >= 0]
+        kept = np.concatenate([mine, np.array(sorted(self.free), dtype=np.int64)])[:pages]
+        rows = kept[:, None] * self.page + np.arange(self.page)
+        self.span.keep(torch.as_tensor(rows.ravel(), device=device))
+        self.table[self.table >= 0] = np.arange(len(mine))
+        self.free = list(range(pages - 1, len(mine) - 1, -1))
 
 
 class DecodePlan:
     """Attention of one new token per slot over its prompt path and its suffix, valid until the paths or the pool's ranges change.
 
-    rows, lengths: [slots], of the current step; fixed buffers, as CUDA graphs need (graphs.py). work: the work list,
+    rows, lengths: [slots], of the current step; suffix_slots: [slots, P], where each page of a suffix begins, or [slots] where a suffix is one.
+    These are fixed buffers, as CUDA graphs need (graphs.py), and written in place from step to step. work: the work list,
     rebuilt when suffixes outgrow it. Idle slots keep their last path. Layers with a sliding window (`window`) keep
     older keys but do not attend to them."""
 
@@ -50,18 +84,24 @@ class DecodePlan:
     def __init__(self, cache: TreeCache, paths: Ints, suffixes: Suffixes, *, device: torch.device) -> None:
         self.cache, self.paths, self.suffixes, self.pool = cache, paths, suffixes, cache.pool
         self.node_slots = cache.slots_of(np.unique(paths[paths >= 0]))
-        self.suffix_slots = torch.as_tensor(suffixes.first, device=device)
-        self.lengths = torch.zeros(suffixes.slots, dtype=torch.int32, device=device)
-        self.rows = torch.zeros(suffixes.slots, dtype=torch.int64, device=device)
+        slots = len(paths)
+        self.paged = suffixes.most > 1
+        first = suffixes.first(suffixes.table)
+        self.suffix_slots = torch.as_tensor(first if self.paged else first[:, 0], device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.rows = torch.zeros(slots, dtype=torch.int64, device=device)
         self.work: CascadePlan | None = None  # built by step() when needed
         self.backend = ""  # likewise; chosen once per work list, not per layer
 
-    def step(self, rows: Tensor, lengths: Tensor, longest: int, dtype: torch.dtype) -> None:
+    def step(self, rows: Tensor, lengths: Tensor, pages: Tensor, longest: int, dtype: torch.dtype) -> None:
         """Prepare a decode step. rows: [slots], pool index of each new token (Suffixes.rows). lengths: [slots], suffix
-        tokens visible to each slot, the new one included; longest: the largest of them. The work list has room for
-        suffixes up to a power of two and is rebuilt when one outgrows it."""
+        tokens visible to each slot, the new one included; longest: the largest of them. pages: [slots], where the page of the new token begins. The
+        work list has room for suffixes up to a power of two and is rebuilt when one outgrows it."""
         self.rows.copy_(rows)
         self.lengths.copy_(lengths)
+        if self.paged:
+            at = torch.div(lengths - 1, self.suffixes.page, rounding_mode="floor")
+            self.suffix_slots.scatter_(1, at[:, None], pages[:, None])
         if self.work is None or longest > self.work.suffix_capacity:
             tree = self.cache.tree
             self.backend = choose_backend("cascade_decode_attention", None, self.rows.device, dtype)
@@ -71,7 +111,10 @@ class DecodePlan:
                 node_lengths=tree.end - tree.start,
                 suffix_slots=self.suffix_slots,
                 suffix_lengths=self.lengths,
-                suffix_capacity=min(1 << max(longest, 64).bit_length(), self.suffixes.limit),
+                suffix_capacity=min(
+                    1 << max(longest, 64).bit_length(), self.suffixes.most * self.suffixes.page
+                ),
+                page_size=self.suffixes.page,
             )
 
     def tokens(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fst_fast.policy.packing import to_device
 from fst_fast.rollout.cascade import DecodePlan, Suffixes
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
@@ -30,6 +31,12 @@ from fst_fast.rollout.scheduler import Slots
 
 Forward = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]
 """(ids [N], positions [N], plan, rows [R] or None for all) -> logits [R, V]"""
+
+PAGE = 64
+"""Tokens of a page of a response's keys and values, where memory is short."""
+
+EXPECTED = 4
+"""Then as many sequences run at a time as have room for a quarter of the longest response each."""
 
 KEPT_FRACTION = 4
 """What no running sequence needs is held while all that is held stays below a quarter of the memory."""
@@ -50,8 +57,8 @@ def transformers_forward(model: Any) -> Forward:
     return forward
 
 
-def slots_that_fit(tree: PromptTree, order: Ints, *, response_tokens: int, kv_tokens: int, most: int) -> int:
-    """The most sequences, consecutive in `order`, whose prompts, each shared part once, and whole responses fit into `kv_tokens`."""
+def shared_tokens(tree: PromptTree, order: Ints) -> Callable[[int], int]:
+    """The most tokens that the prompts of so many sequences, consecutive in `order`, have, each shared part once."""
     length = tree.end - tree.start
     path = tree.path[order]
     sizes = np.where(path >= 0, length[path], 0)
@@ -60,12 +67,41 @@ def slots_that_fit(tree: PromptTree, order: Ints, *, response_tokens: int, kv_to
         1
     )  # tokens that the sequence before does not have
     behind = np.concatenate([[0], np.cumsum(new)])
-    low, high = 0, min(most, len(order))
-    while low < high:
-        n = (low + high + 1) // 2
-        union = int((whole[: len(order) - n + 1] + behind[n - 1 :] - behind[: len(order) - n + 1]).max())
-        low, high = (n, high) if union + n * response_tokens <= kv_tokens else (low, n - 1)
-    return low
+
+    def tokens(n: int) -> int:
+        return int((whole[: len(order) - n + 1] + behind[n - 1 :] - behind[: len(order) - n + 1]).max())
+
+    return tokens
+
+
+class Room(NamedTuple):
+    """slots: sequences that run at a time. pages, of `page` tokens each: for their responses together, the longest of which takes `most`."""
+
+    slots: int
+    page: int
+    most: int
+    pages: int
+
+
+def room_for(tree: PromptTree, order: Ints, *, response_tokens: int, kv_tokens: int, slots: int) -> Room:
+    """How at most `slots` sequences, consecutive in `order`, share `kv_tokens` with their prompts, each shared part of these once.
+
+    Where not all of them have room for a whole response, and that is long, responses are kept in pages."""
+    prompts, slots = shared_tokens(tree, order), min(slots, len(order))
+
+    def fit(one: int, together: int) -> int:
+        low, high = 0, slots
+        while low < high:
+            n = (low + high + 1) // 2
+            low, high = (n, high) if prompts(n) + max(n * one, together) <= kv_tokens else (low, n - 1)
+        return low
+
+    whole, most = fit(response_tokens, 0), -(-response_tokens // PAGE)
+    if whole < slots and most >= 2 * EXPECTED:
+        paged = fit(-(-most // EXPECTED) * PAGE, most * PAGE)
+        if paged > whole:
+            return Room(paged, PAGE, most, min((kv_tokens - prompts(paged)) // PAGE, paged * most))
+    return Room(whole, response_tokens, 1, whole)
 
 
 class ForestDecoder:
@@ -113,16 +149,20 @@ class ForestDecoder:
         self.order = np.argsort(self.tree.leaf, kind="stable")
         self.leaves = self.tree.leaf[self.order]
         self.response_tokens = max(responses.limit - 1, 1)  # the last token is never fed
-        self.max_batch = slots_that_fit(
-            self.tree, self.order, response_tokens=self.response_tokens, kv_tokens=kv_tokens, most=max_batch
+        self.room = room_for(
+            self.tree, self.order, response_tokens=self.response_tokens, kv_tokens=kv_tokens, slots=max_batch
         )
+        self.max_batch = self.room.slots
         assert self.max_batch, "a sequence that does not fit alone"
-        wanted = pool.tokens + len(self.tree.token_ids) + self.max_batch * self.response_tokens
+        self.fed = np.zeros(len(prompts), dtype=np.int64)  # tokens of each response whose keys are there
+        self.restarted = 0  # responses that gave their pages back and were fed again
+        wanted = pool.tokens + len(self.tree.token_ids) + self.room.pages * self.room.page
         pool.limit = kv_tokens
         pool.resize(min(kv_tokens, wanted))
         self.tokens_computed = 0
         self.most_tokens = 0  # ever held at a time
         self._suffix_tokens = 0
+        self._free = self._running = 0  # pages left, and sequences that run, while slots are refilled
         self._next = self._ahead = (
             0  # nodes before _next are in the cache or were; this call has computed none from _ahead on
         )
@@ -135,44 +175,74 @@ class ForestDecoder:
         while len(waiting):
             slots = Slots(waiting, self.max_batch)
             self._decode(slots)
-            waiting = waiting[slots.next :]
+            waiting = slots.order[slots.next :]
         self._give_back()
         self.prefixes.keep(self._with_responses(), self.logits)
         self.pool.resize(0)  # to what is held for later calls
 
     def _decode(self, slots: Slots) -> None:
         """Until no slot is left; sequences that have found no room by then still wait."""
-        count = len(slots.sequence)
-        suffixes = Suffixes(self.pool, count, self.response_tokens)
-        token = np.zeros(len(slots.sequence), dtype=np.int64)  # the last token of each slot
+        count, room = len(slots.sequence), self.room
+        suffixes = Suffixes(
+            self.pool, count, page=room.page, most=room.most, pages=min(room.pages, count * room.most)
+        )
         plan: DecodePlan | None = None
         while True:
-            if slots.should_refill():
-                self._suffix_tokens = len(slots.sequence) * self.response_tokens
+            while slots.should_refill() or self._lacking(slots, suffixes).sum() > len(suffixes.free):
+                if slots.live.all():
+                    self._put_back(slots, suffixes)
+                self._suffix_tokens = suffixes.span.tokens
                 if self.keep_responses:
                     self._keep_ended(slots, suffixes)
+                suffixes.drop(np.flatnonzero(~slots.live))
+                self._free, self._running = len(suffixes.free), int(slots.live.sum())
+                tokens = np.zeros_like(slots.sequence)
                 stay, fresh = slots.refill(self._ready)
-                who = slots.sequence
-                if not len(who):
+                if not len(stay):
                     return
-                if len(stay) < len(token):
-                    suffixes.keep(torch.as_tensor(stay, device=self.device))
-                token = token[stay]
-                token[fresh] = self.responses.ids[who[fresh], 0]
+                tokens[stay[fresh]] = self.responses.length[slots.sequence[fresh]]
+                suffixes.grow(
+                    tokens
+                )  # before slots move: where responses are one piece, these stay side by side
+                suffixes.keep(stay, self.device)
+                plan = None
+            if plan is None:
                 self._give_back()
-                plan = DecodePlan(self.cache, self.tree.path[who], suffixes, device=self.device)
-            assert plan is not None
-            token = self._step(slots, suffixes, plan, token)
+                plan = DecodePlan(self.cache, self.tree.path[slots.sequence], suffixes, device=self.device)
+            suffixes.grow(np.where(slots.live, self.fed[slots.sequence] + 1, 0))
+            self._step(slots, suffixes, plan)
             slots.live &= ~self.responses.ended(slots.sequence)
+
+    def _lacking(self, slots: Slots, suffixes: Suffixes) -> Ints:
+        """[slots] pages that each needs for its next token."""
+        return suffixes.lacking(np.where(slots.live, self.fed[slots.sequence] + 1, 0))
+
+    def _put_back(self, slots: Slots, suffixes: Suffixes) -> None:
+        """Let the sequences that are least far wait again, and give up their keys, until the others have a page each."""
+        free, others = len(suffixes.free), len(slots.sequence)
+        behind = np.argsort(self.fed[slots.sequence], kind="stable")
+        count = 0
+        while free < others and others > 1:
+            free, others, count = free + int(suffixes.held[behind[count]]), others - 1, count + 1
+        self.fed[slots.sequence[behind[:count]]] = 0
+        self.restarted += count
+        slots.put_back(behind[:count])
 
     def _ready(self, sequence: int) -> bool | None:
         """Prefill up to this sequence's prompt. Does it go on after its first token? None: there is no room for it now."""
+        pages = -(-max(int(self.responses.length[sequence]), 1) // self.room.page)
+        others = self._running + 1 if self.room.most > 1 else 0  # each of which may soon need a page
+        if self._running and self._free < pages + others:
+            return None
         while self._next <= self.tree.leaf[sequence]:
             if self.cache.filled[self._next]:
                 self._next += 1
             elif not self._prefill():
                 return None
-        return not self.responses.ended(np.array([sequence]))[0]
+        if self.responses.ended(np.array([sequence]))[0]:
+            return False
+        self._free, self._running = self._free - pages, self._running + 1
+        return True
 
     def _window(self) -> Ints:
         """The next nodes to compute, as many as `prefill_tokens` and the memory left allow."""
@@ -252,8 +322,8 @@ class ForestDecoder:
 
     def _keep_ended(self, slots: Slots, suffixes: Suffixes) -> None:
         """Copy the keys and values of responses that have ended out of their slots, while memory is plenty. The last token is not fed."""
-        fed = np.where(slots.live, 0, self.responses.length[slots.sequence] - 1)
-        ended = np.flatnonzero((slots.sequence >= 0) & (fed > 0))
+        fed = np.where(self.responses.ended(slots.sequence), self.fed[slots.sequence], 0)
+        ended = np.flatnonzero((slots.sequence >= 0) & ~slots.live & (fed > 0))
         if not len(ended):
             return
         longest = int(fed[ended].max())
@@ -261,7 +331,7 @@ class ForestDecoder:
             return
         block = Block(fed[ended], self.pool.take(len(ended) * longest))
         rows = torch.as_tensor(
-            (suffixes.first[ended][:, None] + np.arange(longest)).ravel(), device=self.device
+            suffixes.rows(ended[:, None], np.arange(longest)[None]).ravel(), device=self.device
         )
         for layer in range(len(self.pool.k)):
             block.span.put(layer, *(x[layer].index_select(0, rows) for x in (self.pool.k, self.pool.v)))
@@ -293,26 +363,22 @@ class ForestDecoder:
             count += len(sequences)
         return cache
 
-    def _step(
-        self,
-        slots: Slots,
-        suffixes: Suffixes,
-        plan: DecodePlan,
-        token: Ints,
-    ) -> Ints:
-        """Feed each slot's last token, draw its next one."""
-        who, live = slots.sequence, slots.live
-        seen = self.responses.length[
-            who
-        ]  # suffix tokens after this one is fed; an idle slot feeds its last one again
-        seen = np.where(live, seen, np.maximum(seen - 1, 1))
-        rows = suffixes.rows(seen - 1)
+    def _step(self, slots: Slots, suffixes: Suffixes, plan: DecodePlan) -> None:
+        """Feed each slot's next token and draw what follows its last one. An idle slot feeds the last one again that it has fed."""
+        who, every = slots.sequence, np.arange(len(slots.sequence))
+        seen = self.fed[who] + slots.live  # suffix tokens after this one is fed
+        token = self.responses.ids[who, seen - 1]
+        rows, pages = suffixes.rows(every, seen - 1), suffixes.page_of(every, seen - 1)
         depth = self.prompt_length[who] + seen - 1
-        ids, positions, row, lengths = torch.as_tensor(np.stack([token, depth, rows, seen])).to(self.device)
-        plan.step(row, lengths, int(seen.max()), self.dtype)
+        given = np.stack([token, depth, rows, seen, pages, *self.responses.streams(who)])
+        sent = to_device(torch.as_tensor(given), self.device)
+        ids, positions, row, lengths, page = sent[:5]
+        plan.step(row, lengths, page, int(seen.max()), self.dtype)
         if self.graph is None:
             logits = self.forward(ids, positions, plan, None)
         else:
             logits = self.graph.run(self.forward, ids, positions, plan)
         self.tokens_computed += len(who)
-        return self.responses.draw(logits, who, live)
+        self.fed[who] = seen
+        drawn = slots.live & (seen == self.responses.length[who])
+        self.responses.draw(logits, who, drawn, sent[5:])

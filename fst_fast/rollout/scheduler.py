@@ -24,7 +24,7 @@ class Slots:
 
     def __init__(self, order: Ints, slots: int) -> None:
         self.order = order
-        self.next = 0  # order[next:] is the queue
+        self.next = 0  # order[next:] is the queue; what is put back stands in `order` once more
         self.sequence = np.full(min(slots, len(order)), -1, dtype=np.int64)
         self.live = np.zeros(len(self.sequence), dtype=bool)
 
@@ -32,6 +32,13 @@ class Slots:
         idle = len(self.live) - int(self.live.sum())
         share = 8 if self.next < len(self.order) else 4
         return idle > 0 and share * idle >= len(self.live)
+
+    def put_back(self, slots: Ints) -> None:
+        """The sequences of these slots wait again, before all others; the slots are idle."""
+        again = self.sequence[slots]
+        place = [int(np.flatnonzero(self.order == sequence)[0]) for sequence in again]
+        self.order = np.insert(self.order, self.next, again[np.argsort(place)])
+        self.live[slots] = False
 
     def refill(self, ready: Callable[[int], bool | None]) -> tuple[Ints, Ints]:
         """Fill idle slots from the queue and drop the rest, so that every slot is live.

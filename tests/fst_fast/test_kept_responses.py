@@ -81,3 +81,26 @@ def test_without_room_responses_are_not_kept_and_nothing_changes(model: Any) -> 
         [r.response_ids.tolist() for r in turn] for turn in many
     ]
     assert sum(computed) > sum(less)
+
+
+def test_a_response_that_waits_for_others_to_end_keeps_its_own_keys(model: Any) -> None:
+    """Slots are refilled once a quarter is idle, so most responses here wait some steps before they are kept."""
+    rng = np.random.default_rng(1)
+    ends = tuple(range(0, 256, 16))
+
+    def second_turn(keep: bool) -> list[Rollout]:
+        engine = RolloutEngine(model, eos_ids=ends, pad_id=256, max_batch=32, packing="forest", join_tokens=0)
+
+        def turn(prompts: list[Any], seed: int, keep: bool) -> list[Rollout]:
+            requests = [Request("p", "c", i, ids, seed + i) for i, ids in enumerate(prompts)]
+            return engine.generate(
+                requests, max_response_tokens=24, temperature=1.0, policy_version=0, keep_responses=keep
+            )
+
+        first = turn([prompt] * 32, 0, keep)
+        return turn([np.concatenate([prompt, r.response_ids, observed]) for r in first], 1000, False)
+
+    prompt, observed = rng.integers(0, 200, 40), rng.integers(0, 200, OBSERVED)
+    for kept, computed in zip(second_turn(True), second_turn(False), strict=True):
+        assert kept.response_ids.tolist() == computed.response_ids.tolist()
+        np.testing.assert_allclose(kept.logprobs, computed.logprobs, atol=1e-5)
