@@ -17,7 +17,7 @@ from fst_kernels.cascade_decode import triton as op
 from fst_kernels.cascade_decode import triton_kernels as kernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PAGES = {"ranges": 0, "pages": 64}
+PAGES = {"ranges": (0, 0), "suffixes in pages": (0, 64), "pages": (64, 64)}  # of nodes, of suffixes
 TABLES = ("node_slots", "suffix_lengths", "ranked", "items", "above", "past", "parts", "part_count")
 PARTS = {"part_out": "*fp32", "part_lse2": "*fp32"}
 
@@ -42,6 +42,8 @@ def cascade_decode_cases() -> Iterator[aot_report.Case]:
             ]:
                 if kind == "pages" and (window or (dtype, dim) not in (("bf16", 128), ("bf16", 256))):
                     continue  # the loads differ, what surrounds them does not
+                if kind == "suffixes in pages" and (window or dtype != "bf16"):
+                    continue
                 yield aot_report.Case(
                     f"part {dtype} D={dim} {rows} rows x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages, {kind}{', window' * window}",
                     kernels.part_kernel,
@@ -52,7 +54,12 @@ def cascade_decode_cases() -> Iterator[aot_report.Case]:
                     | {"scale2": "fp32", "heads": "i32", "kv_heads": "i32", "window": "i32", "group": "i32"}
                     | strides(kernels.part_kernel),
                     {"D": dim, "DIM": wide, "ROWS": rows, "KEYS": tile.keys, "PRECISION": "ieee"}
-                    | {"NODE_PAGE": page, "SUFFIX_PAGE": page, "WINDOW": window},
+                    | {
+                        "NODE_PAGE": page[0],
+                        "SUFFIX_PAGE": page[1],
+                        "WHOLE": page == (0, 64),
+                        "WINDOW": window,
+                    },
                     unaligned=("heads", "kv_heads", "window", "group"),
                     archs=tuple(arch for arch, own in tiles.items() if own == tile),
                     warps=tile.warps,

@@ -193,9 +193,10 @@ private:
         const int padded = (count + LANES - 1) / LANES * LANES;
         keys_.count = count;
         const float *k = a_.k + head_ * a_.k_head, *v = a_.v + head_ * a_.v_head;
-        if (!page) {
-            k += (first(0) + key) * a_.k_slot;
-            v += (first(0) + key) * a_.v_slot;
+        if (!page || page % KEYS == 0) {  // one piece
+            const int64_t slot = page ? first(key / page) + key % page : first(0) + key;
+            k += slot * a_.k_slot;
+            v += slot * a_.v_slot;
             for (int i = 0; i < count; ++i) keys_.k[i] = k + i * a_.k_slot;
             for (int i = 0; i < count; ++i) keys_.v[i] = v + i * a_.v_slot;
         } else {

@@ -20,6 +20,10 @@ from fst_fast.plan.memory import PREFILL, Setting, kv_pool
 from fst_fast.plan.workload import Ints, MicroBatch, Work
 from fst_fast.run.cores import MOST_SPARE_CORES, spare_cores
 
+PAGE, EXPECTED = (
+    64,
+    4,
+)  # rollout/room.py: tokens of a page; the part of the longest response that a sequence is given room for
 SAMPLER_LAUNCHES = 100  # of a decode step: random numbers in plain PyTorch, what is drawn, slots and lengths
 
 
@@ -257,7 +261,15 @@ def decode(s: Setting, work: Work, m: Machine, room: int, known: dict[Any, StepR
     each = s.element * s.shape.kv_elements()
     slots = min(s.config.rollout.max_batch, work.sequences)
     if kv_pool(s, work) > room:
-        fits = (room // each - work.prompt_tokens) // max(work.longest - 1, 1)
+        tokens_left = room // each - work.prompt_tokens
+        fits = tokens_left // max(work.longest - 1, 1)
+        most = -(-(work.longest - 1) // PAGE)
+        if most >= 2 * EXPECTED:  # in pages, as many as these hold when all responses are whole
+            in_pages = min(
+                tokens_left // (-(-most // EXPECTED) * PAGE),
+                tokens_left * work.sequences // work.response_tokens,
+            )
+            fits = max(fits, in_pages)
         slots = int(max(1, min(slots, fits)))
     took, parts, tokens = 0.0, dict[str, float](), Counter[tuple[int, int]]()
     steps = Counter[tuple[int, int]]()

@@ -4,8 +4,9 @@ The forward is the transformers one of any model whose attention is "fst" (fst_f
 does the attention and keeps the keys and values in a pool (prefill.py, cascade.py, kv_pool.py). On the CPU the fused forward takes its
 place where it can (policy/cpu_forward.py).
 
-All memory that grows with the prompts and responses is counted in tokens of keys and values and stays within `kv_tokens`: first slots are
-taken away, then windows become smaller, then sequences wait. What nobody needs any more is held for later calls while there is plenty of room.
+All memory that grows with the prompts and responses is counted in tokens of keys and values and stays within `kv_tokens`: first responses are
+kept in pages (room.py) and slots taken away, then windows become smaller, then sequences wait, those that are least far last of all. What nobody
+needs any more is held for later calls while there is plenty of room.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fst_fast.policy.packing import to_device
 from fst_fast.rollout.cascade import DecodePlan, Suffixes
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.kv_tree import Block, TreeCache
 from fst_fast.rollout.prefill import PrefillPlan
 from fst_fast.rollout.prefixes import PrefixCache, adopt
-from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, PromptTree, forest_of, prompt_tree
+from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, forest_of, prompt_tree
 from fst_fast.rollout.responses import Responses
+from fst_fast.rollout.room import room_for
 from fst_fast.rollout.scheduler import Slots
 
 Forward = Callable[[Tensor, Tensor, Any, Tensor | None], Tensor]
@@ -48,24 +51,6 @@ def transformers_forward(model: Any) -> Forward:
         return logits[:, -1] if decoding else logits[0]
 
     return forward
-
-
-def slots_that_fit(tree: PromptTree, order: Ints, *, response_tokens: int, kv_tokens: int, most: int) -> int:
-    """The most sequences, consecutive in `order`, whose prompts, each shared part once, and whole responses fit into `kv_tokens`."""
-    length = tree.end - tree.start
-    path = tree.path[order]
-    sizes = np.where(path >= 0, length[path], 0)
-    whole = sizes.sum(1)
-    new = np.where(path[1:] != path[:-1], sizes[1:], 0).sum(
-        1
-    )  # tokens that the sequence before does not have
-    behind = np.concatenate([[0], np.cumsum(new)])
-    low, high = 0, min(most, len(order))
-    while low < high:
-        n = (low + high + 1) // 2
-        union = int((whole[: len(order) - n + 1] + behind[n - 1 :] - behind[: len(order) - n + 1]).max())
-        low, high = (n, high) if union + n * response_tokens <= kv_tokens else (low, n - 1)
-    return low
 
 
 class ForestDecoder:
@@ -113,16 +98,20 @@ class ForestDecoder:
         self.order = np.argsort(self.tree.leaf, kind="stable")
         self.leaves = self.tree.leaf[self.order]
         self.response_tokens = max(responses.limit - 1, 1)  # the last token is never fed
-        self.max_batch = slots_that_fit(
-            self.tree, self.order, response_tokens=self.response_tokens, kv_tokens=kv_tokens, most=max_batch
+        self.room = room_for(
+            self.tree, self.order, response_tokens=self.response_tokens, kv_tokens=kv_tokens, slots=max_batch
         )
+        self.max_batch = self.room.slots
         assert self.max_batch, "a sequence that does not fit alone"
-        wanted = pool.tokens + len(self.tree.token_ids) + self.max_batch * self.response_tokens
+        self.fed = np.zeros(len(prompts), dtype=np.int64)  # tokens of each response whose keys are there
+        self.restarted = 0  # responses that gave their pages back and were fed again
+        wanted = pool.tokens + len(self.tree.token_ids) + self.room.pages * self.room.page
         pool.limit = kv_tokens
         pool.resize(min(kv_tokens, wanted))
         self.tokens_computed = 0
         self.most_tokens = 0  # ever held at a time
         self._suffix_tokens = 0
+        self._free = self._running = 0  # pages left, and sequences that run, while slots are refilled
         self._next = self._ahead = (
             0  # nodes before _next are in the cache or were; this call has computed none from _ahead on
         )
@@ -133,43 +122,83 @@ class ForestDecoder:
             self._first_tokens_at(leaves, torch.stack([self.logits[leaf] for leaf in leaves.tolist()]))
         waiting = self.order
         while len(waiting):
-            slots = Slots(waiting, self.max_batch)
+            slots = Slots(waiting, self.max_batch, regrow=self.room.most > 1)
             self._decode(slots)
-            waiting = waiting[slots.next :]
+            waiting = slots.order[slots.next :]
         self._give_back()
         self.prefixes.keep(self._with_responses(), self.logits)
         self.pool.resize(0)  # to what is held for later calls
 
     def _decode(self, slots: Slots) -> None:
         """Until no slot is left; sequences that have found no room by then still wait."""
-        count = len(slots.sequence)
-        suffixes = Suffixes(self.pool, count, self.response_tokens)
+        page, most = self.room.page, self.room.most
+        pages = min(self.room.pages, slots.limit * most)
+        self._suffix_tokens = pages * page
+        if self._held() + pages * page > self.kv_tokens:
+            self.prefixes.forget()
+        if self._held() + pages * page > self.kv_tokens:
+            self._make_room()
+        suffixes = Suffixes(self.pool, slots.limit, page=page, most=most, pages=pages)
         plan: DecodePlan | None = None
         while True:
-            if slots.should_refill():
-                self._suffix_tokens = len(slots.sequence) * self.response_tokens
-                if self.keep_responses:
-                    self._keep_ended(slots, suffixes)
-                stay, _ = slots.refill(self._ready)
-                who = slots.sequence
-                if not len(who):
+            while slots.should_refill() or not self._grow(slots, suffixes):
+                if slots.live.all():  # too few pages, and none that somebody has done with
+                    self._put_back(slots, suffixes)
+                if not self._refill(slots, suffixes):
                     return
-                if len(stay) < suffixes.slots:
-                    suffixes.keep(torch.as_tensor(stay, device=self.device))
+                plan = None
+            if plan is None:
                 self._give_back()
-                plan = DecodePlan(self.cache, self.tree.path[who], suffixes, device=self.device)
-            assert plan is not None
+                plan = DecodePlan(self.cache, self.tree.path[slots.sequence], suffixes, device=self.device)
             self._step(slots, suffixes, plan)
             slots.live &= ~self.responses.ended(slots.sequence)
 
+    def _refill(self, slots: Slots, suffixes: Suffixes) -> bool:
+        """Let waiting sequences take the place of those that have ended; False if no slot is left."""
+        if self.keep_responses:
+            self._keep_ended(slots, suffixes)
+        suffixes.drop(np.flatnonzero(~slots.live))
+        self._free, self._running = len(suffixes.free), int(slots.live.sum())
+        stay, fresh = slots.refill(self._ready)
+        if not len(stay):
+            return False
+        # Before slots move: whole responses then stay side by side.
+        suffixes.grow(stay[fresh], self.responses.length[slots.sequence[fresh]])
+        suffixes.keep(stay, slots.limit, self.device)
+        self._suffix_tokens = suffixes.span.tokens
+        return True
+
+    def _grow(self, slots: Slots, suffixes: Suffixes) -> bool:
+        """Let each response have room for its next token; False if there is none for all of them."""
+        live = np.flatnonzero(slots.live)
+        return suffixes.grow(live, self.fed[slots.sequence[live]] + 1)
+
+    def _put_back(self, slots: Slots, suffixes: Suffixes) -> None:
+        """Let the sequences that are least far wait again, and give up their keys, until the others have a page each."""
+        free, others = len(suffixes.free), len(slots.sequence)
+        behind = np.argsort(self.fed[slots.sequence], kind="stable")
+        count = 0
+        while free < others and others > 1:
+            free, others, count = free + int(suffixes.held[behind[count]]), others - 1, count + 1
+        self.fed[slots.sequence[behind[:count]]] = 0
+        self.restarted += count
+        slots.put_back(behind[:count])
+
     def _ready(self, sequence: int) -> bool | None:
         """Prefill up to this sequence's prompt. Does it go on after its first token? None: there is no room for it now."""
+        pages = -(-max(int(self.responses.length[sequence]), 1) // self.room.page)
+        others = self._running + 1 if self.room.most > 1 else 0  # each of which may soon need a page
+        if self._running and self._free < pages + others:
+            return None
         while self._next <= self.tree.leaf[sequence]:
             if self.cache.filled[self._next]:
                 self._next += 1
             elif not self._prefill():
                 return None
-        return not self.responses.ended(np.array([sequence]))[0]
+        if self.responses.ended(np.array([sequence]))[0]:
+            return False
+        self._free, self._running = self._free - pages, self._running + 1
+        return True
 
     def _window(self) -> Ints:
         """The next nodes to compute, as many as `prefill_tokens` and the memory left allow."""
@@ -194,6 +223,10 @@ class ForestDecoder:
     def _prompt_tokens(self) -> int:
         kept = sum(block.tokens for _, block in self._kept)
         return self.cache.tokens + self.prefixes.tokens + kept + self.logits_tokens * len(self.logits)
+
+    def _held(self) -> int:
+        """Tokens of everything that is held, of the responses too."""
+        return self.pool.tokens + self.logits_tokens * len(self.logits)
 
     def _prefill(self) -> bool:
         """Compute a window of nodes and draw the first token of every sequence whose prompt ends in it; False: there was no room."""
@@ -249,16 +282,18 @@ class ForestDecoder:
 
     def _keep_ended(self, slots: Slots, suffixes: Suffixes) -> None:
         """Copy the keys and values of responses that have ended out of their slots, while memory is plenty. The last token is not fed."""
-        fed = np.where(slots.live, 0, self.responses.length[slots.sequence] - 1)
-        ended = np.flatnonzero((slots.sequence >= 0) & (fed > 0))
+        fed = np.where(self.responses.ended(slots.sequence), self.fed[slots.sequence], 0)
+        ended = np.flatnonzero((slots.sequence >= 0) & ~slots.live & (fed > 0))
         if not len(ended):
             return
         longest = int(fed[ended].max())
-        if KEPT_FRACTION * (self._prompt_tokens() + len(ended) * longest) > self.kv_tokens:
+        tokens = len(ended) * longest
+        many = KEPT_FRACTION * (self._prompt_tokens() + tokens) > self.kv_tokens
+        if many or self._held() + tokens > self.kv_tokens:
             return
-        block = Block(fed[ended], self.pool.take(len(ended) * longest))
+        block = Block(fed[ended], self.pool.take(tokens))
         rows = torch.as_tensor(
-            (suffixes.first[ended][:, None] + np.arange(longest)).ravel(), device=self.device
+            suffixes.rows(ended[:, None], np.arange(longest)[None]).ravel(), device=self.device
         )
         for layer in range(len(self.pool.k)):
             block.span.put(layer, *(x[layer].index_select(0, rows) for x in (self.pool.k, self.pool.v)))
@@ -291,18 +326,24 @@ class ForestDecoder:
         return cache
 
     def _step(self, slots: Slots, suffixes: Suffixes, plan: DecodePlan) -> None:
-        """Feed each slot's last token, draw its next one. An idle slot feeds the last one again that it has fed, so that its keys stay what they are."""
+        """Feed each slot's next token and draw what follows its last one. An idle slot feeds the last one again that it has fed, so that its keys stay
+        what they are; a response that has been put back feeds its tokens one a step and draws none until it has fed all."""
         who, live = slots.sequence, slots.live
-        seen = self.responses.length[who]  # suffix tokens after this one is fed
-        seen = np.where(live, seen, np.maximum(seen - 1, 1))
+        seen = self.fed[who] + live  # suffix tokens after this one is fed
         token = self.responses.ids[who, seen - 1]
-        rows = suffixes.rows(seen - 1)
+        number, at = np.divmod(seen - 1, suffixes.page)
+        page = suffixes.first(suffixes.table[np.arange(len(who)), number])
         depth = self.prompt_length[who] + seen - 1
-        ids, positions, row, lengths = torch.as_tensor(np.stack([token, depth, rows, seen])).to(self.device)
-        plan.step(row, lengths, int(seen.max()), self.dtype)
+        given = np.stack([token, depth, page + at, seen, number, page, *self.responses.streams(who)])
+        sent = to_device(torch.as_tensor(given), self.device)  # one copy, for which the host does not wait
+        ids, positions, row, lengths, *pages = sent[:6]
+        plan.step(row, lengths, pages, int(seen.max()), self.dtype)
         if self.graph is None:
             logits = self.forward(ids, positions, plan, None)
         else:
             logits = self.graph.run(self.forward, ids, positions, plan)
         self.tokens_computed += len(who)
-        self.responses.draw(logits, who, live)
+        self.fed[who] = seen
+        drawn = live & (seen == self.responses.length[who])
+        if drawn.any():
+            self.responses.draw(logits, who, drawn, sent[6:])

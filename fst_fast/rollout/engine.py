@@ -212,10 +212,13 @@ class RolloutEngine:
             keep_responses=keep_responses,
         )
         wanted = min(max_batch, len(prompts))
-        if decoder.max_batch < wanted and (decoder.max_batch, wanted) not in self._noted:
-            self._noted.add((decoder.max_batch, wanted))
+        slots, page, most, pages = decoder.room
+        if (slots < wanted or most > 1) and (slots, wanted) not in self._noted:
+            self._noted.add((slots, wanted))
+            number = f"{slots} instead of {wanted}" if slots < wanted else str(slots)
+            shared = f", whose responses share {pages} pages of {page} tokens" if most > 1 else ""
             self.note(
-                f"rollouts: {decoder.max_batch} instead of {wanted} sequences at a time, since keys and values of {each} bytes per token "
+                f"rollouts: {number} sequences at a time{shared}, since keys and values of {each} bytes per token "
                 f"must stay within {decoder.kv_tokens * each} bytes (rollout.kv_memory_bytes)"
             )
         decoder.run()

@@ -67,13 +67,20 @@ class Responses:
         )
         self.stop, self.watch = stop, watch
 
-    def draw(self, logits: Tensor, sequences: Ints, live: NDArray[np.bool_]) -> Ints:
-        """Sample and record the next token of each sequence from logits [S, V]. Rows that are not live are sampled and discarded.
+    def streams(self, sequences: Ints) -> Ints:
+        """[2, S], of each sequence's next token: the seed and the offset that determine its random number."""
+        return np.stack([self.seeds[sequences], self.length[sequences]])
+
+    def draw(
+        self, logits: Tensor, sequences: Ints, live: NDArray[np.bool_], streams: Tensor | None = None
+    ) -> Ints:
+        """Sample and record the next token of each sequence from logits [S, V]. Rows that are not live are sampled and discarded. streams: what the
+        method gives, where the logits lie; None: send it there, for which a GPU is waited for.
 
         Returns the ids [S]. Raises FloatingPointError if a live row's logits contain NaN or Inf."""
         reach("rollout")
         offset = self.length[sequences]
-        where = torch.as_tensor(np.stack([self.seeds[sequences], offset])).to(logits.device)
+        where = torch.as_tensor(self.streams(sequences)).to(logits.device) if streams is None else streams
         how = self.sampling
         try:
             drawn = sample_tokens(

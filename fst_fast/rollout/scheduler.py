@@ -20,28 +20,40 @@ class Slots:
     """At most `slots` of the sequences in `order` at a time.
 
     sequence: [slots], the sequence in each slot; an idle slot keeps its last one, -1 before the first. live: [slots],
-    whether the slot is being decoded."""
+    whether the slot is being decoded. limit: how many there can be. regrow: what is dropped while
+    others wait can be filled again later."""
 
-    def __init__(self, order: Ints, slots: int) -> None:
+    def __init__(self, order: Ints, slots: int, *, regrow: bool = False) -> None:
         self.order = order
-        self.next = 0  # order[next:] is the queue
-        self.sequence = np.full(min(slots, len(order)), -1, dtype=np.int64)
-        self.live = np.zeros(len(self.sequence), dtype=bool)
+        self.next = 0  # order[next:] is the queue; what is put back stands in `order` once more
+        self.limit, self.regrow = min(slots, len(order)), regrow
+        self.sequence = np.full(self.limit, -1, dtype=np.int64)
+        self.live = np.zeros(self.limit, dtype=bool)
 
     def should_refill(self) -> bool:
         idle = len(self.live) - int(self.live.sum())
         share = 8 if self.next < len(self.order) else 4
         return idle > 0 and share * idle >= len(self.live)
 
+    def put_back(self, slots: Ints) -> None:
+        """The sequences of these slots wait again, before all others and in their order; the slots are idle."""
+        again = self.sequence[slots]
+        place = [int(np.flatnonzero(self.order == sequence)[0]) for sequence in again]
+        self.order = np.insert(self.order, self.next, again[np.argsort(place)])
+        self.live[slots] = False
+
     def refill(self, ready: Callable[[int], bool | None]) -> tuple[Ints, Ints]:
-        """Fill idle slots from the queue and drop the rest, so that every slot is live.
+        """Fill idle slots from the queue, and dropped ones up to the limit, and drop the rest, so that every slot is live.
 
         ready(sequence) is called for the head of the queue. True: it takes a slot. False: it needs no decoding (it
         ended with its first token). None: there is no memory for it now, so it waits and the remaining idle slots are
         dropped. Returns (stay, fresh): the old indices of the remaining slots in their new order, and the new indices
         of the refilled ones."""
+        dropped = self.limit - len(self.live)
+        sequences = np.append(self.sequence, np.full(dropped, -1))
+        live = np.append(self.live, np.zeros(dropped, dtype=bool))
         admitted: list[int] = []
-        idle = np.flatnonzero(~self.live)
+        idle = np.flatnonzero(~live)
         while len(admitted) < len(idle) and self.next < len(self.order):
             sequence = int(self.order[self.next])
             goes_on = ready(sequence)
@@ -51,8 +63,10 @@ class Slots:
             if goes_on:
                 admitted.append(sequence)
         filled = idle[: len(admitted)]
-        self.sequence[filled] = admitted
-        self.live[filled] = True
-        stay = np.flatnonzero(self.live)
-        self.sequence, self.live = self.sequence[stay], self.live[stay]
+        sequences[filled] = admitted
+        live[filled] = True
+        stay = np.flatnonzero(live)
+        self.sequence, self.live = sequences[stay], live[stay]
+        if not self.regrow or self.next == len(self.order):
+            self.limit = len(stay)
         return stay, np.searchsorted(stay, filled)

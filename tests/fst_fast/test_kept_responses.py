@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 from fst_fast import distributed
 from fst_fast.contracts import Rollout
 from fst_fast.policy import trained
+from fst_fast.rollout import decode
 from fst_fast.rollout.engine import Request, RolloutEngine
+from fst_fast.rollout.room import Room
 from tests.fst_fast.agents import config_of, save_model
 
 TURNS, SAMPLES, OBSERVED = 4, 6, 5
@@ -70,6 +73,18 @@ def test_a_turn_computes_neither_its_past_nor_the_response_again(model: Any) -> 
         assert recomputed[turn] - computed[turn] == read - SAMPLES
         assert computed[turn] - (recomputed[turn] - read - SAMPLES * OBSERVED) == new
     assert sum(unshared) > sum(recomputed) > sum(computed)
+
+
+def test_what_is_kept_of_responses_in_pages_is_what_is_kept_of_whole_ones(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, computed = episodes(make_engine(model), keep=True)
+    monkeypatch.setattr(decode, "room_for", lambda *_, **__: Room(8, 3, 4, 32))
+    paged, same = episodes(make_engine(model), keep=True)
+    assert same == computed
+    for x, y in zip(chain(*whole), chain(*paged), strict=True):
+        assert x.response_ids.tolist() == y.response_ids.tolist()
+        np.testing.assert_allclose(x.logprobs, y.logprobs, atol=1e-5)
 
 
 def test_without_room_responses_are_not_kept_and_nothing_changes(model: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from fst_fast.policy import head
 from fst_fast.policy.attention import NAME
 from fst_fast.policy.gpu_forward import GpuForward
 from fst_fast.rollout.cascade import DecodePlan
-from fst_fast.rollout.decode import transformers_forward
+from fst_fast.rollout.decode import ForestDecoder, transformers_forward
 from fst_fast.rollout.kv_pool import KVPool
 from fst_fast.rollout.logits import float32_logits
+from fst_fast.rollout.prefixes import PrefixCache
+from fst_fast.rollout.responses import Responses, Sampling
 from fst_kernels import CascadePlan, PolicyObjective, TreeMask, gpu, linear_policy_loss
 from fst_kernels.cascade_decode.plan import Work
 from fst_kernels.tree_attention import triton as tree_attention
@@ -122,6 +125,53 @@ def test_a_layer_of_a_decode_step_is_at_most_twelve_launches(kind: str) -> None:
     assert counted.waits == []
     assert counted.launches["part_kernel"] == 2 * 2, "tiles of 16 and of 64 rows"
     assert counted.total <= 2 * GOAL + 20, "embedding, rotary embedding, last norm and head"
+
+
+def rollout_waits(
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[ForestDecoder, Tensor], Tensor] = lambda _, logits: logits,
+) -> list[tuple[bool, list[str]]]:
+    """For each decode step of a rollout of four sequences: whether it built a work list, and what the host waited for. Every token drawn is 0."""
+    model = model_of("qwen3", 1)
+    prompts = [np.arange(40), np.concatenate([np.arange(30), np.arange(9)])] * 2
+    responses = Responses([0, 1, 2, 3], limit=20, eos_ids=(), sampling=Sampling(1.0, None, None), name=str)
+    found: list[tuple[bool, list[str]]] = []
+    step = ForestDecoder._step
+    with on_a_gpu() as counter:
+        monkeypatch.setattr(
+            "fst_fast.rollout.decode.to_device", lambda host, _: stand_in(host)
+        )  # it pins what it sends
+        forward = GpuForward(model)
+
+        def noted(self: ForestDecoder, slots: Any, suffixes: Any, plan: DecodePlan) -> None:
+            before, work = len(counter.waits), plan.work
+            step(self, slots, suffixes, plan)
+            found.append((plan.work is not work, counter.waits[before:]))
+
+        monkeypatch.setattr(ForestDecoder, "_step", noted)
+        decoder = ForestDecoder(
+            lambda *given: change(decoder, forward(*given)), prompts, responses, layers=1, dtype=torch.bfloat16, device=DEVICE, max_batch=4,
+            prefill_tokens=64, kv_tokens=10_000, logits_tokens=1, prefixes=PrefixCache(), pool=KVPool(),
+        )  # fmt: skip
+        with float32_logits(model), torch.inference_mode():
+            decoder.run()
+    assert (responses.length == 20).all()
+    assert len(found) == 19
+    return found
+
+
+def test_the_host_waits_once_in_a_decode_step_to_read_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rollout_waits(monkeypatch)
+    assert [waits for built, waits in found if not built] == [["_to_copy"]] * 18
+
+
+def test_a_number_asked_for_in_a_decode_step_is_one_wait_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks(decoder: ForestDecoder, logits: Tensor) -> Tensor:
+        assert not logits.amax().cpu()
+        return logits
+
+    found = rollout_waits(monkeypatch, asks)
+    assert [waits for built, waits in found if not built] == [["_to_copy"] * 2] * 18
 
 
 def test_eager_layers_are_several_times_as_many() -> None:

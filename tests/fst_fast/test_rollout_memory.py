@@ -8,9 +8,10 @@ import torch
 
 from fst_fast.errors import UserError
 from fst_fast.rollout import engine as engine_module
-from fst_fast.rollout.decode import ForestDecoder, slots_that_fit
+from fst_fast.rollout.decode import ForestDecoder
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.prompt_tree import prompt_tree
+from fst_fast.rollout.room import room_for
 from tests.compiler import needs_a_compiler
 from tests.fst_fast.test_rollout import assert_same, forest, ids, make_model, padded, requests_of, sample
 
@@ -113,8 +114,9 @@ def test_the_number_of_slots_leaves_room_for_prompts_and_whole_responses():
     order = np.argsort(tree.leaf, kind="stable")
     for slots in range(1, 7):
         enough = 10 + slots * (5 + 7)
-        assert slots_that_fit(tree, order, response_tokens=7, kv_tokens=enough, most=6) == slots
-        assert slots_that_fit(tree, order, response_tokens=7, kv_tokens=enough - 1, most=6) == slots - 1
+        room = room_for(tree, order, response_tokens=7, kv_tokens=enough, slots=6)
+        assert room == (slots, 7, 1, slots)
+        assert room_for(tree, order, response_tokens=7, kv_tokens=enough - 1, slots=6).slots == slots - 1
 
 
 def test_what_cannot_fit_alone_is_refused_with_the_numbers(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,64 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(models: tuple[Path, P
     torch.testing.assert_close(
         weights[0][0], weights[1][0], rtol=0, atol=1e-4
     )  # Adam's first step has size lr = 1e-2
+
+
+READS = (
+    "tolist",
+    "item",
+    "cpu",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+)  # for which the host waits on a GPU
+
+
+def waits_of_a_step(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, budget: int, read: Any = None
+) -> list[tuple[str, str]]:
+    """Where the trainer's own code reads tensors in a step, but for numbers that `_means` has brought to the host. read: of each micro-batch's loss."""
+    found: list[tuple[str, str]] = []
+
+    def noting(name: str) -> Any:
+        method = getattr(Tensor, name)
+
+        def noted(self: Tensor, *given: Any) -> Any:
+            code = sys._getframe(1).f_code
+            if "fst_fast/policy" in code.co_filename or "fst_fast/slow" in code.co_filename:
+                found.append((code.co_name, name))
+            return method(self, *given)
+
+        return noted
+
+    config = config_of(models, tokens_per_micro_batch=budget)
+    policy, reference = TrainedPolicy(config), trained.load(config, models[1])
+    batch = data(config, *rollouts())
+    if read is not None:
+        backward = policy.engine.backward
+        policy.engine.backward = lambda loss, **how: (read(loss), backward(loss, **how))
+    with monkeypatch.context() as patch:
+        for name in READS:
+            patch.setattr(Tensor, name, noting(name))
+        take_step(config, policy, reference, batch)
+    return [(where, how) for where, how in found if where != "_means" or how == "cpu"]
+
+
+def test_a_step_waits_four_times_however_many_micro_batches_it_has(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the losses, the gradients that are not finite, the norm, and the statistics. What DeepSpeed does inside `step` is not counted."""
+    once = [
+        ("forward_backward", "tolist"),
+        ("forward_backward", "__int__"),
+        ("step", "__float__"),
+        ("_means", "cpu"),
+    ]
+    assert waits_of_a_step(models, monkeypatch, 8192) == once
+    assert waits_of_a_step(models, monkeypatch, 16) == once
+    asks: dict[str, Any] = {}
+    exec(compile("def asks(loss): return float(loss.detach())", "fst_fast/policy/planted.py", "exec"), asks)
+    assert waits_of_a_step(models, monkeypatch, 16, asks["asks"]) == [("asks", "__float__")] * 5 + once
 
 
 def gradient(

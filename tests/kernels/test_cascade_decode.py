@@ -194,6 +194,33 @@ def test_through_a_window_a_sequence_sees_the_last_keys_of_its_past(window):
     case.check()
 
 
+@pytest.mark.parametrize("page", [16] if INTERPRETED else [3, 16, 64])
+@pytest.mark.parametrize("window", [None, 37])
+def test_suffixes_in_pages_give_the_bits_of_suffixes_in_ranges(page, window):
+    """Nodes in ranges, as the engine has them; with pages that a tile of keys fits into, and others."""
+    lengths = [1 + i * 23 % 70 for i in range(len(UNEVEN_SUFFIXES))]
+    case = Case(*UNEVEN, lengths, capacity=80, shuffle=True, window=window)
+    nodes, suffixes = case.plan.node_slots[:, 0], case.plan.suffix_slots[:, 0]
+    plain = case.run()
+    pages = -(-80 // page)
+    used = len(case.k)
+    table = used + torch.randperm(pages * len(suffixes), generator=torch.Generator().manual_seed(1)) * page
+    table = table.view(-1, pages)
+    for name in ("k", "v"):
+        pool = torch.cat([getattr(case, name), torch.zeros(table.numel() * page, *case.k.shape[1:])])
+        for s, first in enumerate(suffixes.tolist()):
+            rows = (table[s, :, None] + torch.arange(page)).flatten()[:80]
+            pool[rows] = pool[first : first + 80].clone()
+            pool[first : first + 80] = 1e3  # must not be read
+        setattr(case, name, pool)
+    case.plan = CascadePlan.build(
+        case.paths, node_slots=nodes, node_lengths=case.lengths, suffix_slots=table, suffix_lengths=case.suffixes,
+        suffix_capacity=80, page_size=page, chunk=16,
+    )  # fmt: skip
+    for one, other in zip(case.run(), plain, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("page", [None, 4])
 def test_a_window_over_pages_and_many_queries_of_different_depth(page):
     paths, lengths = nested(1, 2, 17 if INTERPRETED else 40, (70, 9))

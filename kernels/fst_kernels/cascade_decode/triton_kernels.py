@@ -29,6 +29,13 @@ def _slot(table, first_slot, key, inside, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _start(suffix_slots, entry, first_slot, first, sequence, PAGE: tl.constexpr):
+    """Slot of a tile's first key, where a tile lies within a page: of a suffix by its page, of a node, which is one range, by `first_slot`."""
+    page = tl.load(suffix_slots + entry + first // PAGE, mask=sequence >= 0, other=0).to(tl.int64)
+    return tl.where(sequence >= 0, page + first % PAGE, first_slot + first)
+
+
+@triton.jit
 def _finite(top, WINDOW: tl.constexpr):
     """What exponents are taken from: a largest score of -inf, of rows that have seen no key yet, would give NaN."""
     if WINDOW:
@@ -53,7 +60,8 @@ def part_kernel(
     stride_ks, stride_kh,
     stride_vs, stride_vh,
     D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    NODE_PAGE: tl.constexpr, SUFFIX_PAGE: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
+    NODE_PAGE: tl.constexpr, SUFFIX_PAGE: tl.constexpr, WHOLE: tl.constexpr,  # WHOLE: nodes are ranges, and no tile crosses a page
+    PRECISION: tl.constexpr, WINDOW: tl.constexpr,
 ):
     program = tl.program_id(0)
     kv_head = program % kv_heads
@@ -87,12 +95,19 @@ def part_kernel(
         else:
             if NODE_PAGE == 0:
                 first_slot = tl.load(node_slots + entry).to(tl.int64)
+        upcoming = first_slot
+        if WHOLE:
+            upcoming = _start(suffix_slots, entry, first_slot, begin, sequence, SUFFIX_PAGE)
         k_head, v_head = k_pool + kv_head.to(tl.int64) * stride_kh, v_pool + kv_head.to(tl.int64) * stride_vh
         for first in range(begin, end, KEYS):
             key = first + tl.arange(0, KEYS)
             inside = key < end
             if NODE_PAGE == 0 and SUFFIX_PAGE == 0:
                 slot = first_slot + key
+            elif WHOLE:
+                slot = upcoming + tl.arange(0, KEYS)
+                # Loaded in its own iteration it would go through the pipeline and take a buffer.
+                upcoming = _start(suffix_slots, entry, first_slot, tl.minimum(first + KEYS, end - 1), sequence, SUFFIX_PAGE)
             elif sequence >= 0:
                 slot = _slot(suffix_slots + entry, first_slot, key, inside, SUFFIX_PAGE)
             else:
