@@ -57,7 +57,7 @@ def cascade_decode_cases() -> Iterator[aot_report.Case]:
                     | {
                         "NODE_PAGE": page[0],
                         "SUFFIX_PAGE": page[1],
-                        "WHOLE": page == (0, 64),
+                        "WHOLE": page == (0, 64) and rows == op.TILES[0],
                         "WINDOW": window,
                     },
                     unaligned=("heads", "kv_heads", "window", "group"),

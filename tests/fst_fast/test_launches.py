@@ -70,7 +70,9 @@ def host_work() -> CascadePlan:
 def device_work(work: CascadePlan) -> CascadePlan:
     prepared: dict[Any, Any] = {"parts": tuple(map(stand_in, work.parts()))}
     key = ("work", HEADS // KV_HEADS, (16, 64))
-    prepared[key] = [Work(w.rows, stand_in(w.items), stand_in(w.above)) for w in work.prepared[key]]
+    prepared[key] = [
+        Work(w.rows, stand_in(w.items), stand_in(w.above), w.suffixes) for w in work.prepared[key]
+    ]
     names = ("ranked", "past", "node_slots", "suffix_slots", "suffix_lengths")
     return replace(work, prepared=prepared, **{name: stand_in(getattr(work, name)) for name in names})
 

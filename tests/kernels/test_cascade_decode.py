@@ -155,7 +155,7 @@ def test_it_compiles_for_hopper_with_tensor_cores_and_without_spills():
         [sys.executable, str(script), "--arch", "90", "--only", "bf16 D=128 64 rows"], capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("sm_90 part bf16 D=128") == 3
+    assert done.stdout.count("sm_90 part bf16 D=128") == 4
 
 
 # Suffix lengths around chunk and tile, one node with many chunks, a lonely sequence, one at an inner node, one without a prompt.

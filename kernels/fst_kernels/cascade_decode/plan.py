@@ -41,6 +41,7 @@ class Work(NamedTuple):
     items: Tensor  # [I, ITEM] int32: first entry in the slot table, first key, last key + 1, sequence whose suffix it is (-1: a node),
     # first ranked query of the segment, first row in the tile (row = query * group + head of the group), rows of the segment, first part
     above: Tensor  # [I] int32: keys that lie above the segment on its path
+    suffixes: bool  # whether there are any among them
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,12 +253,14 @@ class CascadePlan:
                 [entry, begin, end, nobody, self.first[run], first_row, rows[run], first_part], 1
             )
             above = self.above[run]
-            if tile == (tiles[0] if group <= tiles[0] else tiles[-1]):
+            own = tile == (tiles[0] if group <= tiles[0] else tiles[-1])
+            if own:
                 suffixes = self._suffix_items(group, tile)
                 items = torch.cat([items, suffixes])
                 above = torch.cat([above, self.past.cpu()[suffixes[:, 3]]])
             if len(items):
-                lists.append(Work(tile, *(x.int().to(self.suffix_lengths.device) for x in (items, above))))
+                items, above = (x.int().to(self.suffix_lengths.device) for x in (items, above))
+                lists.append(Work(tile, items, above, own))
         return lists
 
     def _suffix_items(self, group: int, tile: int) -> Tensor:

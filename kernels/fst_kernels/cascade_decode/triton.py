@@ -92,16 +92,18 @@ def cascade_decode(
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         for work in plan.work(heads // kv_heads, tuple(tiles)):
             taken = tiles[work.rows]
+            page = plan.suffix_page if work.suffixes else 0
             whole = (
-                not plan.node_page
-                and plan.suffix_page > 0
-                and plan.suffix_page % taken.keys == plan.chunk % taken.keys == 0
+                page > 0
+                and not plan.node_page
+                and work.rows == TILES[0]
+                and page % taken.keys == plan.chunk % taken.keys == 0
             )
             triton_kernels.part_kernel[(len(work.items) * kv_heads,)](
                 q, k_pool, v_pool, plan.node_slots, plan.suffix_slots, plan.suffix_lengths, plan.ranked, work.items, work.above, plan.past,
                 part_out, part_lse2, scale * LOG2E, heads, kv_heads, window or 0, heads // kv_heads,
                 *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
-                D=dim, DIM=wide, ROWS=work.rows, KEYS=taken.keys, NODE_PAGE=plan.node_page, SUFFIX_PAGE=plan.suffix_page, WHOLE=whole,
+                D=dim, DIM=wide, ROWS=work.rows, KEYS=taken.keys, NODE_PAGE=plan.node_page, SUFFIX_PAGE=page, WHOLE=whole,
                 PRECISION="ieee", WINDOW=window is not None, num_warps=taken.warps, num_stages=taken.stages,
             )  # fmt: skip
         triton_kernels.merge_kernel[(sequences, triton.cdiv(heads, MERGED_HEADS))](
