@@ -33,6 +33,7 @@ from fst_kernels.backends import choose_backend
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CHUNK_ROWS = 1024  # of one matrix product, so that intermediate results stay in a core's cache
+WIDE = 2**18  # numbers in the weight of gate and up from which on it is the left factor: MKL divides that product better among threads
 # their frequencies do not depend on the sequence length
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -204,14 +205,18 @@ class CpuForward:
         """The attention's output projection and the MLP, added to x in place."""
         for rows, attended_rows in _row_chunks(x, attended):
             rows.addmm_(attended_rows, layer.out)
-            rows.addmm_(self._swiglu(F.linear(self._rms_norm(rows), layer.gate_up)), layer.down)
+            rows.addmm_(self._gated(layer, self._rms_norm(rows)), layer.down)
 
-    def _swiglu(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up"""
-        if self.compiled:
-            return cpu.gate(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+    def _gated(self, layer: _Layer, x: Tensor) -> Tensor:
+        """silu(gate) * up of x [N, H]: [N, I]"""
+        if layer.gate_up.numel() < WIDE:
+            both = F.linear(x, layer.gate_up)
+            if self.compiled:
+                return cpu.gate(both)
+            gate, up = both.chunk(2, -1)
+            return F.silu(gate).mul_(up)
+        gate, up = torch.mm(layer.gate_up, x.t()).chunk(2)
+        return (cpu.swiglu(gate, up) if self.compiled else F.silu(gate).mul_(up)).t()
 
 
 def _row_chunks(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
