@@ -46,7 +46,11 @@ EPISODES: dict[str, Any] = {
     "slow": {**CONFIG["slow"], "steps": 2},
     "fast": {
         "population": 2, "cycle_steps": 2, "anchor_size": 2, "children": 1, "samples": 1, "rollout_budget": 8, "reflector": "mini",
-        "components": {"system": "solve the problem .", "protocol": "work in turns .", "tool:lookup": "look up a fact ."},
+        "components": {  # with which the base calls the tool
+            "system": "solve the problem . put the final answer in the box .",
+            "protocol": "work in turns . ask again until you have the city .",
+            "tool:lookup": "look up a fact . call the tool for every fact .",
+        },
     },
     "rollout": {**CONFIG["rollout"], "max_response_tokens": 24, "max_turns": 4, "max_episode_tokens": 384},
 }  # fmt: skip
@@ -123,9 +127,8 @@ def test_every_turn_of_an_episode_is_sampled_by_the_server_and_trained_on(tmp_pa
     assert max(s["turns"] for s in steps) > 1
     assert max(s["observed_tokens"] for s in steps) > 0
     assert any(s["grad_norm"] > 0 for s in steps)
-    for step in steps:
-        assert step["probe_mismatch"] < 1e-4
-        assert step["mismatch_kl"] is None or abs(step["mismatch_kl"]) < 1e-6
+    assert all(s["probe_mismatch"] < 1e-4 for s in steps)
+    assert abs(steps[0]["mismatch_kl"]) < 1e-6, "all its rollouts were sampled by these very weights"
     assert not servers()
 
 
