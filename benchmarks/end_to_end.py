@@ -217,8 +217,9 @@ def main() -> None:
         )
         return
 
-    tried = {micro: child("trl", args, 2, micro) for micro in args.micros}
-    best = min(tried, key=lambda m: tried[m]["cpu_seconds"])
+    several = len(args.micros) > 1
+    tried = {micro: child("trl", args, 2, micro) for micro in args.micros} if several else {}
+    best = min(tried, key=lambda m: tried[m]["cpu_seconds"]) if several else args.micros[0]
     sides = {"ours": child("ours", args, args.steps), "trl": child("trl", args, args.steps, best)}
     a, b, batch = sides["ours"], sides["trl"], CONTEXTS * args.problems * SAMPLES
     result = {

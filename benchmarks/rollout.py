@@ -55,6 +55,7 @@ RESULTS = Path(__file__).parent / "results"
 PRODUCTS = (
     "aten::mm",
     "aten::addmm",
+    "aten::addmm_",
     "aten::bmm",
     "aten::linear",
     "aten::_addmm_activation",
@@ -415,7 +416,9 @@ def main() -> None:
             continue
         line = f"{name:11s} {f['seconds']:7.2f} s {f['samples_per_s']:7.1f} samples/s {f['tokens_per_s']:8.0f} tokens/s"
         if f["samples_per_cpu_s"]:
-            line += f" {f['cpu_seconds']:7.2f} s CPU {f['peak_bytes_added'] / 2**20:7.0f} MiB"
+            line += f" {f['cpu_seconds']:7.2f} s CPU"
+        if "peak_bytes_added" in f:
+            line += f" {f['peak_bytes_added'] / 2**20:7.0f} MiB"
         if name in ratios:
             line += f"   engine: {ratios[name]['by_wall_clock']:.2f}x"
             if ratios[name]["by_cpu_seconds"]:

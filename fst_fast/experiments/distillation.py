@@ -12,10 +12,13 @@ from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, per_c
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import Run
 
+REACHED = 0.95
+"""Share of the reward of weights and contexts together that the weights alone are to reach."""
+
 
 def distill(runner: Runner) -> Result:
     """Can what the contexts know be moved into the weights, and what is it worth there?"""
-    steps = runner.budget.steps // DISTIL_SHARE // 2
+    steps = runner.budget.steps // DISTIL_SHARE
     arms = {
         family: {
             "rl": methods["rl"],
@@ -40,7 +43,9 @@ def distill(runner: Runner) -> Result:
         kl = mean_stderr([float(c.seed_kl[-1]) for c in methods["fst, distilled"]])
         numbers[family] = {**rewards, "kl": kl}
         table.rows.append([family, *map(per_cent, rewards.values()), plus_minus(kl, 1, 3)])
-        if np.mean(alone["fst, distilled"]) >= 0.9 * np.mean(both):
+        if np.mean(alone["fst, distilled"]) >= REACHED * np.mean(both):
             good.append(family)
-    text = "after distillation the weights alone reach 90 % of weights and contexts together"
+    text = (
+        f"after distillation the weights alone reach {100 * REACHED:.0f} % of weights and contexts together"
+    )
     return Result(numbers, [table], [Claim.counted(text, good, len(curves), len(curves))])

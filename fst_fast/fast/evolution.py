@@ -34,9 +34,9 @@ from fst_fast.config.derived import FIRST, Size, affordable, reserve, screening,
 from fst_fast.contracts import Context, Problem
 from fst_fast.fast import pareto, racing
 from fst_fast.fast.budget import budget_over
+from fst_fast.fast.candidates import Candidates
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.outcome import FastResult, Log, Rules, carried_unscored, conclude
-from fst_fast.fast.phase import Phase
 from fst_fast.fast.population import FastState, Lineage
 from fst_fast.fast.reflection import Reflector
 from fst_fast.fast.scoring import ScoreFn
@@ -104,11 +104,11 @@ def evolve(
     )
     evaluations.judge(members)
 
-    phase = Phase(config, cycle, evaluations, list(members), dict(state.contexts), reflect, log, emit,
+    candidates = Candidates(config, cycle, evaluations, list(members), dict(state.contexts), reflect, log, emit,
         Rules(count_tokens, config.max_context_tokens, fits, spells_special),
         {c.text for c in members} | _tested(state, policy_version, size if config.parents == "thompson" else Size(0, 0)),
     )  # fmt: skip
-    archive, lineage, tally = phase.archive, phase.lineage, phase.tally
+    archive, lineage, tally = candidates.archive, candidates.lineage, candidates.tally
 
     def rng_of(generation: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence([seed, _STREAM, cycle, generation]))
@@ -125,9 +125,9 @@ def evolve(
     waves = _Waves(size, planned, deeper, rng_of, over)
     if config.parents == "thompson":
         search = Search(evaluations, members, width=config.children, key=[seed, _STREAM, cycle])
-        _step_by_step(phase, search, waves)
+        _step_by_step(candidates, search, waves)
     else:
-        _in_full(phase, waves)
+        _in_full(candidates, waves)
     assert evaluations.spent <= max(config.rollout_budget, config.search_budget or 0)
 
     ids = [context.id for context in archive]
@@ -165,10 +165,10 @@ class _Waves(NamedTuple):
     over: Callable[[int], bool]
 
 
-def _step_by_step(phase: Phase, search: Search, waves: _Waves) -> None:
+def _step_by_step(candidates: Candidates, search: Search, waves: _Waves) -> None:
     """The waves of fast.parents=thompson: `planned`, and as long as nothing is found so many more as `deeper` rollouts pay for."""
     size, planned, deeper, rng_of, over = waves
-    config, evaluations, budget = phase.config, phase.evaluations, phase.config.rollout_budget
+    config, evaluations, budget = candidates.config, candidates.evaluations, candidates.config.rollout_budget
     before = evaluations.spent
 
     def left() -> int:
@@ -178,13 +178,13 @@ def _step_by_step(phase: Phase, search: Search, waves: _Waves) -> None:
         return min(config.children, max(left() - reserve(size, left()), 0) // FIRST)
 
     def finish() -> None:
-        phase.decide(search.finish(config.population + SPARE, min(left(), reserve(size, budget))))
+        candidates.decide(search.finish(config.population + SPARE, min(left(), reserve(size, budget))))
 
     for generation in itertools.count():
         if generation >= planned or not width():
             finish()
             nothing_came = generation and evaluations.spent == before
-            if deeper == config.rollout_budget or phase.found() or nothing_came:
+            if deeper == config.rollout_budget or candidates.found() or nothing_came:
                 break
             before = evaluations.spent
             budget, planned = deeper, generation + config.generations
@@ -193,15 +193,15 @@ def _step_by_step(phase: Phase, search: Search, waves: _Waves) -> None:
         if not parents:  # a budget is used up, or no context fails anywhere
             finish()
             break
-        children = phase.propose(parents, generation, rng)
-        phase.decide(search.score(children, rng, left() - reserve(size, left())))
-    phase.close()
+        children = candidates.propose(parents, generation, rng)
+        candidates.decide(search.score(children, rng, left() - reserve(size, left())))
+    candidates.close()
 
 
-def _in_full(phase: Phase, waves: _Waves) -> None:
+def _in_full(candidates: Candidates, waves: _Waves) -> None:
     """The waves in which every child is scored in full, or races: `planned`, and until one is admitted so many more as `deeper` rollouts pay for."""
     size, planned, deeper, rng_of, over = waves
-    config, evaluations, archive = phase.config, phase.evaluations, phase.archive
+    config, evaluations, archive = candidates.config, candidates.evaluations, candidates.archive
     carried = len(archive)
     for generation in itertools.count():
         searching = deeper > config.rollout_budget and len(archive) == carried
@@ -211,19 +211,19 @@ def _in_full(phase: Phase, waves: _Waves) -> None:
         wanted = config.proposals or config.children
         drawn = wanted * (width > 0) if screening(config) else min(width, wanted)
         rng = rng_of(generation)
-        weights = _weights(config, evaluations, archive, phase.lineage)
+        weights = _weights(config, evaluations, archive, candidates.lineage)
         parents = _choose_parents(evaluations, archive, drawn, rng, weights)
         if not parents:  # the budget is used up, or no context fails anywhere
             break
-        children = phase.propose(parents, generation, rng)
+        children = candidates.propose(parents, generation, rng)
         if not children and generation >= planned:  # a reflector that has no more to say
             break
         if len(children) > width:
             evaluations.judge([child for child, _ in children], problems=config.screen_problems, samples=1)
             children.sort(key=lambda pair: -(evaluations.mean(pair[0].id)[0] or 0.0))
             del children[width:]
-        phase.decide([child for child, _ in racing.race(evaluations, children, config.rungs)])
-        phase.close()
+        candidates.decide([child for child, _ in racing.race(evaluations, children, config.rungs)])
+        candidates.close()
 
 
 def _weights(

@@ -33,6 +33,10 @@ from fst_kernels.backends import choose_backend
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CHUNK_ROWS = 1024  # of one matrix product, so that intermediate results stay in a core's cache
+WIDE = 2**18
+"""Numbers in a weight from which on it may be the left factor of its product, whose result is [features, rows]: MKL divides that better among threads.
+The product of gate and up always is, as what follows works in either layout; the others for up to FEW_ROWS rows, whose results cost little to turn."""
+FEW_ROWS = 64
 # their frequencies do not depend on the sequence length
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -183,10 +187,15 @@ class CpuForward:
         for (rows, rotation_rows), out in zip(
             _row_chunks(x, rotation), torch.split(qkv, CHUNK_ROWS), strict=True
         ):
-            if layer.qkv_bias is None:
-                torch.mm(self._rms_norm(rows), layer.qkv.t(), out=out.flatten(1))
+            normed, flat = self._rms_norm(rows), out.flatten(1)
+            if _left(layer.qkv, rows):
+                flat.copy_(torch.mm(layer.qkv, normed.t()).t())
+                if layer.qkv_bias is not None:
+                    flat.add_(layer.qkv_bias)
+            elif layer.qkv_bias is None:
+                torch.mm(normed, layer.qkv.t(), out=flat)
             else:
-                torch.addmm(layer.qkv_bias, self._rms_norm(rows), layer.qkv.t(), out=out.flatten(1))
+                torch.addmm(layer.qkv_bias, normed, layer.qkv.t(), out=flat)
             self._norm_and_rotate(out[:, :both], layer.norms, rotation_rows)
         return qkv[:, : self.heads], qkv[:, self.heads : both], qkv[:, both:]
 
@@ -203,15 +212,32 @@ class CpuForward:
     def _output_and_mlp(self, layer: _Layer, x: Tensor, attended: Tensor) -> None:
         """The attention's output projection and the MLP, added to x in place."""
         for rows, attended_rows in _row_chunks(x, attended):
-            rows.addmm_(attended_rows, layer.out)
-            rows.addmm_(self._swiglu(F.linear(self._rms_norm(rows), layer.gate_up)), layer.down)
+            _add_product(rows, attended_rows, layer.out)
+            _add_product(rows, self._gated(layer, self._rms_norm(rows)), layer.down)
 
-    def _swiglu(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up"""
-        if self.compiled:
-            return cpu.gate(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+    def _gated(self, layer: _Layer, x: Tensor) -> Tensor:
+        """silu(gate) * up of x [N, H]: [N, I]"""
+        if layer.gate_up.numel() < WIDE:
+            both = F.linear(x, layer.gate_up)
+            if self.compiled:
+                return cpu.gate(both)
+            gate, up = both.chunk(2, -1)
+            return F.silu(gate).mul_(up)
+        gate, up = torch.mm(layer.gate_up, x.t()).chunk(2)
+        return (cpu.swiglu(gate, up) if self.compiled else F.silu(gate).mul_(up)).t()
+
+
+def _left(weight: Tensor, rows: Tensor) -> bool:
+    """Whether the weight is the left factor of its product with so many rows."""
+    return len(rows) <= FEW_ROWS and weight.numel() >= WIDE
+
+
+def _add_product(to: Tensor, x: Tensor, weight: Tensor) -> None:
+    """to [N, H] += x [N, I] @ weight [I, H]"""
+    if _left(weight, to):
+        to.add_(torch.mm(weight.t(), x.t()).t())
+    else:
+        to.addmm_(x, weight)
 
 
 def _row_chunks(x: Tensor, other: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

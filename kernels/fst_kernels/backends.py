@@ -1,6 +1,7 @@
 """Which backend runs an operation: the argument `backend=`, else the environment variable FST_KERNELS, else the best one there is.
 
-A backend asked for by name either runs or raises; it is never replaced by another one.
+FST_KERNELS is a backend's name, for all operations, or a list such as `tree_attention=flash,sample_tokens=reference`. A backend asked for by
+name either runs or raises; it is never replaced by another one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 
 from fst_kernels.library import missing, why_not_compiled
 
-NAMES = ("reference", "triton", "cpu", "cuda", "host")
+NAMES = ("reference", "triton", "cpu", "cuda", "host", "flex", "flash")
 
 # Operation -> the backends it has, best first.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "linear_logprob": ("triton", "reference"),
     "linear_policy_loss": ("triton", "reference"),
-    "tree_attention": ("triton", "cpu", "reference"),
+    "tree_attention": ("triton", "cpu", "reference", "flex", "flash"),
     "cascade_decode_attention": ("triton", "cpu", "reference"),
     "sample_tokens": ("cuda", "cpu", "reference", "host"),
 }
@@ -79,6 +80,27 @@ def _cpu_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
     return why_not_compiled("cpu")
 
 
+def _flex_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return "FlexAttention sums in float32, the tensors are float64"
+    return None if device.type == "cpu" else _triton_cannot(device, dtype)
+
+
+def _flash_cannot(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if device.type != "cuda":
+        return f"it needs a CUDA device, the tensors are on {device.type}"
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        return f"FlashAttention-4 is for bfloat16 and float16, the tensors are {dtype}"
+    if not _installed("flash_attn") or not _installed("flash_attn.cute"):
+        return "the package flash-attn-4 is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        None
+        if major in (9, 10, 11)
+        else f"it needs compute capability 9 to 11, this device has {major}.{minor}"
+    )
+
+
 # Backend -> why it cannot run on tensors of this device and dtype (None: any); None if it can.
 CANNOT: dict[str, Callable[[torch.device, torch.dtype | None], str | None]] = {
     "reference": lambda device, dtype: None,
@@ -86,6 +108,8 @@ CANNOT: dict[str, Callable[[torch.device, torch.dtype | None], str | None]] = {
     "cpu": _cpu_cannot,
     "cuda": _cuda_cannot,
     "host": _host_cannot,
+    "flex": _flex_cannot,
+    "flash": _flash_cannot,
 }
 
 
@@ -103,7 +127,23 @@ def _unfit(op: str, name: str, device: torch.device, dtype: torch.dtype | None) 
         return "full float32 products are faster in cuBLAS"
     if name == "host":
         return "CPU threads play the GPU's there: for tests"
+    if name in ("flex", "flash"):
+        return "torch's FlexAttention is taken by name only"
     return None
+
+
+def _forced(op: str) -> str | None:
+    """What FST_KERNELS asks for `op`. ValueError: a list that names an operation there is not."""
+    value = os.environ.get("FST_KERNELS", "")
+    if "=" not in value:
+        return value or None
+    asked = dict(entry.strip().partition("=")[::2] for entry in value.split(","))
+    unknown = [name for name in asked if name not in IMPLEMENTED]
+    if unknown:
+        raise ValueError(
+            f"FST_KERNELS={value!r} names the operation {unknown[0]!r}; there are {', '.join(IMPLEMENTED)}"
+        )
+    return asked.get(op)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # asked once, at tracing
@@ -115,9 +155,7 @@ def choose_backend(
     ValueError: no such name. RuntimeError: that backend cannot run `op` here.
     """
     device = torch.device("cpu") if device is None else device
-    wanted, source = (
-        (backend, "backend") if backend is not None else (os.environ.get("FST_KERNELS"), "FST_KERNELS")
-    )
+    wanted, source = (backend, "backend") if backend is not None else (_forced(op), "FST_KERNELS")
     if not wanted:
         return next(
             name

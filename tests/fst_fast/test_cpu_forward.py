@@ -15,6 +15,7 @@ from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.packing import forest_batch, model_inputs
 from fst_fast.policy.scoring import Batching, MicroBatch, Scorer
 from fst_fast.rollout.engine import fingerprint
+from tests.compiler import needs_a_compiler
 from tests.fst_fast.test_rollout import (
     CLASSES,
     SHAPE,
@@ -39,9 +40,13 @@ def batch():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in WINDOWED])
-@pytest.mark.parametrize("rows", [1024, 7])
-def test_logits_are_those_of_the_transformers_forward(kind, rows, monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("rows", "wide"), [(1024, cpu_forward.WIDE), (7, cpu_forward.WIDE), (7, 1)])
+def test_logits_are_those_of_the_transformers_forward(kind, rows, wide, backend, monkeypatch):
+    needs_a_compiler(backend)
+    monkeypatch.setenv("FST_KERNELS", f"cascade_decode_attention={backend}")
     monkeypatch.setattr(cpu_forward, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(cpu_forward, "WIDE", wide)
     model, b = make_model(kind), batch()
     for norm in (m for name, m in model.named_modules() if "norm" in name):  # trained norms are no ones
         nn.init.uniform_(norm.weight, 0.5, 1.5)

@@ -38,10 +38,34 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
+EPISODES: dict[str, Any] = {
+    **CONFIG,
+    "task": "hidden_facts",
+    "task_args": {"level": "easy"},
+    "model": {"path": "mini_tools"},
+    "slow": {**CONFIG["slow"], "steps": 2},
+    "fast": {
+        "population": 2, "cycle_steps": 2, "anchor_size": 2, "children": 1, "samples": 1, "rollout_budget": 8, "reflector": "mini",
+        "components": {  # with which the base calls the tool
+            "system": "solve the problem . put the final answer in the box .",
+            "protocol": "work in turns . ask again until you have the city .",
+            "tool:lookup": "look up a fact . call the tool for every fact .",
+        },
+    },
+    "rollout": {**CONFIG["rollout"], "max_response_tokens": 24, "max_turns": 4, "max_episode_tokens": 384},
+}  # fmt: skip
+
+
 def run(
-    folder: Path, *, resume: bool = False, kill_after: int = 0, fault: str = "", ahead: int = 0
+    folder: Path,
+    *,
+    config: dict[str, Any] = CONFIG,
+    resume: bool = False,
+    kill_after: int = 0,
+    fault: str = "",
+    ahead: int = 0,
 ) -> subprocess.CompletedProcess[str]:
-    config = {**CONFIG, "rollout": {**CONFIG["rollout"], "ahead": ahead}}
+    config = {**config, "rollout": {**config["rollout"], "ahead": ahead}}
     script = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), str(folder), json.dumps(config)]
     path = os.pathsep.join([str(REPO), str(REPO / "kernels")])
     env = {**one_thread(), "PYTHONPATH": path, **({"FST_FAULT": fault} if fault else {})}
@@ -92,6 +116,19 @@ def test_what_the_server_samples_has_the_trainers_log_probs_at_every_step(whole:
     assert set(final["channels"]) == {"neither", "context", "weights", "both"}
     assert final["kl_seed"] > 0
     assert (whole / "vllm.log").is_file()
+    assert not servers()
+
+
+def test_every_turn_of_an_episode_is_sampled_by_the_server_and_trained_on(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", config=EPISODES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = records(tmp_path / "run", "step")
+    assert [s["step"] for s in steps] == [1, 2]
+    assert max(s["turns"] for s in steps) > 1
+    assert max(s["observed_tokens"] for s in steps) > 0
+    assert any(s["grad_norm"] > 0 for s in steps)
+    assert all(s["probe_mismatch"] < 1e-4 for s in steps)
+    assert abs(steps[0]["mismatch_kl"]) < 1e-6, "all its rollouts were sampled by these very weights"
     assert not servers()
 
 

@@ -37,7 +37,7 @@ Run = Callable[[dict[str, Tensor], str], dict[str, Tensor | None]]
 
 
 def backends_of(op: str) -> list[str]:
-    names = [name for name in IMPLEMENTED[op] if name != "cuda"]
+    names = [name for name in IMPLEMENTED[op] if name not in ("cuda", "flex", "flash")]
     return [name for name in names if (name == "triton") == INTERPRETED]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fst_kernels.backends import choose_backend
 from fst_kernels.checks import FLOATS
 from fst_kernels.tree_attention import ops
-from fst_kernels.tree_attention.mask import TreeMask, check_subtree_end
+from fst_kernels.tree_attention.mask import TreeMask, check_subtree_end, mask_of
 
 
 @overload
@@ -89,6 +89,13 @@ def tree_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if not torch.compiler.is_compiling():
         backend = choose_backend("tree_attention", backend, q.device, q.dtype)
+        if backend in ("flex", "flash"):
+            from fst_kernels.tree_attention import (
+                flex,
+            )  # only here: it takes torch's compiler a second to import
+
+            out, lse = flex.attention(q, k, v, mask_of(ends), scale, window, backend)
+            return (out, lse) if return_lse else out
     out, lse, _ = ops.forward(q, k, v, ends, window, scale, backend)
     return (out, lse) if return_lse else out
 

@@ -39,6 +39,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = mask_of(subtree_end)
     taken = choose_backend("tree_attention", backend, q.device, q.dtype)
+    if taken in ("flex", "flash"):
+        raise RuntimeError(
+            f"tree_attention: backend={taken} compiles itself and cannot run within torch.compile"
+        )
     if taken == "triton":
         from fst_kernels.tree_attention import triton  # only here: it is not installed everywhere
 

@@ -30,8 +30,8 @@ FOUND_Z = 3.0
 
 
 @dataclass
-class Phase:
-    """What one phase knows: its scores, the contexts that may be kept (archive: carried and admitted), and where every context comes from."""
+class Candidates:
+    """The contexts of one phase: their scores, the contexts that may be kept (archive: carried and admitted), and where every context comes from."""
 
     config: FastConfig
     cycle: int
@@ -133,14 +133,14 @@ class Phase:
             admitted = pareto.admits(rewards[child.id], rewards[before.id], self.config.admit_z)
             if admitted:
                 self.archive.append(child)
-            self._say(child, before, admitted)
+            self._note_decision(child, before, admitted)
 
     def close(self) -> None:
         """The children that were not scored in full are not admitted."""
         for child, parent in list(self.undecided.items()):
-            self._say(child, parent, admitted=False)
+            self._note_decision(child, parent, admitted=False)
 
-    def _say(self, child: Context, parent: Context, admitted: bool) -> None:
+    def _note_decision(self, child: Context, parent: Context, admitted: bool) -> None:
         del self.undecided[child]
         self.lineage[child.id] = dataclasses.replace(self.lineage[child.id], admitted=admitted)
         means = [self.evaluations.mean(context.id)[0] for context in (child, parent)]

@@ -11,11 +11,7 @@ import pytest
 from fst_fast.contracts import Context, RolloutRequest
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.tasks.registry import load_task
-from tests.fst_fast.agents import Scripted, config_of
-
-pytest.importorskip("verifiers")
-pytest.importorskip("textarena")
-pytest.importorskip("nltk")
+from tests.fst_fast.agents import Scripted, config_of, save_model
 
 WORDS = ("apple", "grape", "lemon", "mango", "peach")
 WORDLE = """
@@ -55,10 +51,10 @@ def wordle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "verifiers:small-wordle"
 
 
-def test_a_game_of_textarena_is_played_to_its_end(wordle: str) -> None:
+def test_a_game_of_textarena_is_played_to_its_end(wordle: str, tmp_path: Path) -> None:
     config = config_of(
-        "mini", wordle, verify={"memory_mib": 8192, "timeout_s": 60}, rollout={"max_prompt_tokens": 300, "max_response_tokens": 60}
-    )  # fmt: skip
+        save_model(tmp_path / "model", "qwen"), wordle, verify={"memory_mib": 8192, "timeout_s": 60}
+    )
     guesses = ["lemon", "mango", "grape", "apple", "peach"]
     with Sampler.open(config) as sampler:
         task = load_task(config.task, config.task_args)
