@@ -123,7 +123,7 @@ def init(timeout_s: float = 1800.0, *, samplers: int = 0) -> None:
     missing = [name for name in ("deepspeed", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"training and fst eval need the package {missing[0]}: pip install 'fst-fast[train]' (docs/install.md)"
+            f"training and fst eval need the package {missing[0]}: pip install --no-build-isolation 'fst-fast[train]', after torch (docs/install.md)"
         )
     where = device()
     backend = "nccl" if where.type == "cuda" else "gloo"

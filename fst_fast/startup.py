@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from fst_fast import distributed
+from fst_fast import distributed, mini
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
 from fst_fast.contracts import Context, Problem
@@ -43,7 +43,7 @@ from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
 from fst_fast.run.console import Console
 from fst_fast.run.environment import grow_segments, wall_clock
 from fst_fast.run.faults import arm, reach
-from fst_fast.run.folder import RunFolder, changed_keys, disk_errors, open_run
+from fst_fast.run.folder import RunFolder, changed_keys, check_config, check_folder, disk_errors, open_run
 from fst_fast.run.identity import identity, versions, writer
 from fst_fast.run.liveness import Liveness, describe_missing
 from fst_fast.run.metrics import MetricsWriter
@@ -196,6 +196,7 @@ def build_run(
     is_main = distributed.rank() == 0
     watchers = Callbacks(callbacks, run_dir, is_main=is_main)
     console = Console(total_steps=config.slow.steps, enabled=is_main)
+    distributed.on_rank_zero(lambda: check_folder(run_dir, resume=resume))
     task = load_task(*task_spec(config))
     found = _newest_checkpoint(run_dir) if resume else None
     began = distributed.broadcast(wall_clock().isoformat(timespec="seconds"))
@@ -206,6 +207,11 @@ def build_run(
         config, console.note, run_dir=run_dir if state else None, expected=state.base_weights if state else ""
     )
     moved = ("model.path", "model.revision") if state and state.base_weights else ()
+    kept = {
+        "config_yaml": dump(config), "config_hash": config_hash(config), "defaults": Config().model_dump(mode="json"), "moved": moved,
+    }  # fmt: skip
+    if resume:  # before anything large is loaded
+        distributed.on_rank_zero(lambda: check_config(run_dir, allow_change=allow_config_change, **kept))
     check_kernels(config)
     sampler = Sampler.open(
         config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
@@ -234,8 +240,13 @@ def build_run(
             )
         check_trackers(config.track)
         seed_context = Context.of(config.fast.seed_context)
+        if config.method != "rl" and config.fast.reflector == "mini" and not mini.speaks(sampler.tokenizer):
+            console.note(
+                f"warning: fast.reflector=mini writes sentences of the mini world only, and {config.model.path} is not its model; self or openai write others"
+            )
         stages = make_stages(config, task)
         for stage in stages:
+            console.note(f"{len(stage.train):,} training and {len(stage.validation):,} validation problems")
             first = minibatch(stage.train, 0, config.slow.problems_per_step, config.seed)
             evaluated = stage.validation[: config.eval.final_problems]
             check_lengths(config, base, sampler, seed_context, [*first, *evaluated])
@@ -250,11 +261,8 @@ def build_run(
             lambda: open_run(
                 run_dir,
                 resume=resume,
-                config_yaml=dump(config),
-                config_hash=config_hash(config),
                 allow_config_change=allow_config_change,
-                defaults=Config().model_dump(mode="json"),
-                moved=moved,
+                **kept,
             )
         )
         if sampler.hosts:
@@ -370,6 +378,7 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
         state.ahead = []
     state.data = data
     if run.folder:
+        run.folder.accept()
         recorder.metrics = MetricsWriter(
             run.run_dir, resume_at_step=state.step if found else None, track=config.track, note=recorder.note
         )

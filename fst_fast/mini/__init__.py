@@ -10,7 +10,9 @@ data/          the shipped base model, a Hugging Face folder; data_tools/ the on
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 BASES = {"mini": "data", "mini_tools": "data_tools"}
 """The shipped base models by the name that `model.path` gives them: their folders."""
@@ -19,6 +21,13 @@ BASES = {"mini": "data", "mini_tools": "data_tools"}
 def path(base: str = "mini") -> Path:
     """The folder of a shipped base model, for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained."""
     return Path(__file__).parent / BASES[base]
+
+
+def speaks(tokenizer: Any) -> bool:
+    """Whether this is the tokenizer of a shipped base, whatever its weights have learnt since."""
+    words = [json.loads((path(base) / "tokenizer.json").read_text())["model"]["vocab"] for base in BASES]
+    vocabulary = tokenizer.get_vocab()
+    return any(known.keys() <= vocabulary.keys() for known in words)
 
 
 def default_config() -> Path:

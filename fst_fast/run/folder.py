@@ -44,12 +44,19 @@ NEW_DEFAULTS = (
 
 @dataclass
 class RunFolder:
-    """An open run folder; keep it open while the run writes. resumed: the run existed before."""
+    """An open run folder; keep it open while the run writes. resumed: the run existed before. changes: of the configuration, permitted by
+    allow_config_change and not written before `accept`."""
 
     path: Path
     resumed: bool
     _lock: int
-    changes: list[str] = field(default_factory=list)  # of the configuration, accepted by allow_config_change
+    changes: list[str] = field(default_factory=list)
+    _config: tuple[str, str] = ("", "")  # the text and its hash
+
+    def accept(self) -> None:
+        """From now on the run has the changed configuration: everything else about the resume has been checked."""
+        if self.changes:
+            _write_config(self.path, *self._config)
 
     def close(self) -> None:
         """Release the lock. Idempotent."""
@@ -62,6 +69,27 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_folder(path: Path, *, resume: bool) -> bool:
+    """Whether a run is there. Raises UserError where that is not what `resume` asks for, or where something else is there. Writes nothing."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
+    with disk_errors(f"--run-dir {path} cannot be written"):
+        names = sorted(os.listdir(path)) if path.exists() else []
+    is_run = MARKER in names
+    if not is_run and not set(names) <= {LOCK, CONFIG, _PROBE}:
+        raise UserError(
+            f"--run-dir {path} is not empty and not a run of fst (it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
+            "choose a new folder"
+        )
+    if is_run and not resume:
+        raise UserError(
+            f"--run-dir {path} already holds a run; continue it with --resume, or choose another --run-dir"
+        )
+    if resume and not is_run:
+        raise UserError(f"--resume: there is no run in {path}; without --resume a new one is started there")
+    return is_run
 
 
 def open_run(
@@ -81,22 +109,7 @@ def open_run(
     are missing from the run's configuration because they were introduced later.
     moved: keys that name the same thing at another place, whose change needs no permission."""
     path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--run-dir {path} is a file; it must be a folder or not exist")
-    with disk_errors(f"--run-dir {path} cannot be written"):
-        names = sorted(os.listdir(path)) if path.exists() else []
-    is_run = MARKER in names
-    if not is_run and not set(names) <= {LOCK, CONFIG, _PROBE}:
-        raise UserError(
-            f"--run-dir {path} is not empty and not a run of fst (it holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
-            "choose a new folder"
-        )
-    if is_run and not resume:
-        raise UserError(
-            f"--run-dir {path} already holds a run; continue it with --resume, or choose another --run-dir"
-        )
-    if resume and not is_run:
-        raise UserError(f"--resume: there is no run in {path}; without --resume a new one is started there")
+    is_run = check_folder(path, resume=resume)
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         with disk_errors(f"--run-dir {path} cannot be written"):
@@ -106,7 +119,7 @@ def open_run(
         changes: list[str] = []
         try:
             if is_run:
-                changes = _check_config(
+                changes = check_config(
                     path, config_yaml, config_hash, allow_config_change, defaults or {}, moved
                 )
             elif (path / MARKER).exists():
@@ -121,7 +134,7 @@ def open_run(
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    return RunFolder(path, resumed=is_run, _lock=lock, changes=changes)
+    return RunFolder(path, resumed=is_run, _lock=lock, changes=changes, _config=(config_yaml, config_hash))
 
 
 def _check_writable(file: Path) -> None:
@@ -170,14 +183,15 @@ def _take_lock(path: Path) -> int:
     return lock
 
 
-def _check_config(
+def check_config(
     path: Path,
     config_yaml: str,
     config_hash: str,
     allow_change: bool,
     defaults: Mapping[str, Any],
-    moved: Collection[str],
+    moved: Collection[str] = (),
 ) -> list[str]:
+    """What of the configuration is not as the run in `path` knows it. Raises UserError where that may not be. Writes nothing."""
     try:
         marker = json.loads((path / MARKER).read_text())
         old_text = (path / CONFIG).read_text()
@@ -197,11 +211,6 @@ def _check_config(
     changes = changed_keys(_with_defaults(defaults, old), read_yaml(config_yaml))
     harmless = tuple(f"{key} " for key in moved)
     real = [c for c in changes if not (harmless and c.startswith(harmless)) and c not in NEW_DEFAULTS]
-    if real and not allow_change:
-        raise UserError(
-            f"--resume: the configuration is not that of the run in {path}: {'; '.join(real)}; "
-            "--allow-config-change continues with the new one"
-        )
     fixed = [change for change in real if change.startswith(FIXED)]
     now = read_yaml(config_yaml).get("stages") or []
     before = _with_defaults(defaults, old).get("stages") or []
@@ -210,10 +219,13 @@ def _check_config(
         fixed += [change for change in changes if change.startswith("stages ")]
     if fixed:
         raise UserError(
-            f"--allow-config-change: what the checkpoints hold depends on {'; '.join(fixed)}; start a new run for it"
+            f"--resume: what the checkpoints in {path} hold depends on {'; '.join(fixed)}; start a new run for it in another --run-dir"
         )
-    if changes:
-        _write_config(path, config_yaml, config_hash)
+    if real and not allow_change:
+        raise UserError(
+            f"--resume: the configuration is not that of the run in {path}: {'; '.join(real)}; "
+            "--allow-config-change continues with the new one"
+        )
     return changes
 
 

@@ -104,6 +104,7 @@ def test_a_changed_configuration_is_taken_when_allowed_and_named(tmp_path: Path)
         tmp_path, resume=True, config_yaml=other, config_hash="h2", allow_config_change=True
     ) as run:
         assert run.changes == ["slow.lr was 1e-06, is 1e-05"]
+        run.accept()
     assert (tmp_path / "config.yaml").read_text() == other
     with start(tmp_path, resume=True, config=other, config_hash="h2") as run:  # it is the run's own now
         assert run.changes == []
@@ -170,7 +171,7 @@ def test_what_the_checkpoints_depend_on_cannot_be_changed(
     other = config.replace(old, new).replace("1.0e-06", "1.0e-05")
     with pytest.raises(
         UserError,
-        match=f"--allow-config-change: what the checkpoints hold depends on {key} was [^;]*; start a new",
+        match=f"--resume: what the checkpoints in .* hold depends on {key} was [^;]*; start a new",
     ):
         open_run(tmp_path, resume=True, config_yaml=other, config_hash="h2", allow_config_change=True)
     assert snapshot(tmp_path) == before
@@ -285,3 +286,17 @@ def test_other_system_errors_from_safetensors_are_reported_verbatim() -> None:
 def test_errors_unrelated_to_the_disk_are_not_translated() -> None:
     with pytest.raises(RuntimeError, match="something else"), disk_errors("x cannot be written"):
         raise RuntimeError("something else")
+
+
+def test_a_changed_configuration_is_written_once_the_rest_of_the_resume_is_accepted(tmp_path: Path) -> None:
+    with open_run(tmp_path, resume=False, config_yaml="slow: {lr: 1}\n", config_hash="a"):
+        pass
+    before = (tmp_path / "config.yaml").read_text(), (tmp_path / "fst-run.json").read_text()
+    now = {"config_yaml": "slow: {lr: 2}\n", "config_hash": "b", "allow_config_change": True}
+    with open_run(tmp_path, resume=True, **now) as folder:  # type: ignore[arg-type]
+        assert folder.changes == ["slow.lr was 1, is 2"]
+    assert before == ((tmp_path / "config.yaml").read_text(), (tmp_path / "fst-run.json").read_text())
+    with open_run(tmp_path, resume=True, **now) as folder:  # type: ignore[arg-type]
+        folder.accept()
+    with open_run(tmp_path, resume=True, config_yaml="slow: {lr: 2}\n", config_hash="b") as folder:
+        assert folder.changes == []
