@@ -207,7 +207,7 @@ def build_run(
         config, console.note, run_dir=run_dir if state else None, expected=state.base_weights if state else ""
     )
     moved = ("model.path", "model.revision") if state and state.base_weights else ()
-    kept = {
+    kept: dict[str, Any] = {
         "config_yaml": dump(config), "config_hash": config_hash(config), "defaults": Config().model_dump(mode="json"), "moved": moved,
     }  # fmt: skip
     if resume:  # before anything large is loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def model_card(
     config: Config, state: State, run_dir: Path, *, system: System, usage: str, versions: Mapping[str, str]
 ) -> str:
     """The text. system, usage: where a context goes. versions: of the packages that wrote the checkpoint."""
+    population = Counter(context.text for context in state.population)
     return "\n".join(
         [
             *_front_matter(config),
@@ -44,7 +46,7 @@ def model_card(
             "",
             "The population, the best first.",
             "",
-            *(line for context in state.population for line in (*_fenced(context.text), "")),
+            *(line for text, places in population.items() for line in (*_times(places), *_fenced(text), "")),
             "The evolution began with",
             "",
             *_fenced(config.fast.seed_context),
@@ -123,6 +125,10 @@ def _base(config: Config) -> str:
     if config.model.revision:
         return f"{_code(config.model.path)} of the Hugging Face Hub, commit `{config.model.revision}`"
     return _code(Path(config.model.path).name)
+
+
+def _times(places: int) -> list[str]:
+    return [f"In {places} places of the population:", ""] if places > 1 else []
 
 
 def _fenced(text: str, language: str = "text") -> list[str]:

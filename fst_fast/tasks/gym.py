@@ -12,6 +12,8 @@ question is also in the validation split, or was drawn before, is left out, so n
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
 import os
 import re
@@ -186,6 +188,7 @@ def _create(name: str, *, size: int, seed: int, config: Mapping[str, Any]) -> An
             f"task={PREFIX}{name} needs the package reasoning-gym; install it with: pip install 'fst-fast[gym]'"
         ) from None
     try:
+        _check_names(name, config)
         if name != "composite":
             return reasoning_gym.create_dataset(name, size=size, seed=seed, **_arguments(name, config))
         parts = config.get("datasets")
@@ -202,6 +205,21 @@ def _create(name: str, *, size: int, seed: int, config: Mapping[str, Any]) -> An
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **{**config, "datasets": specs})
     except (ValueError, TypeError, AssertionError, LookupError) as error:
         raise UserError(f"task={PREFIX}{name}: {error}") from None
+
+
+def _check_names(name: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a set, or an argument of one, that there is not."""
+    from reasoning_gym.factory import DATASETS
+
+    if name == "composite":
+        return
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        raise ValueError(f"there is no such set{f'; did you mean {near[0]}?' if near else ''}")
+    known = {f.name for f in dataclasses.fields(DATASETS[name][1])} - {"size", "seed"}
+    unknown = sorted(config.keys() - known - {"curriculum"})
+    if unknown:
+        raise ValueError(f"there is no argument {unknown[0]}; allowed: {', '.join(sorted(known))}")
 
 
 def _arguments(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

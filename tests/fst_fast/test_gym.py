@@ -108,8 +108,8 @@ def test_a_last_line_is_refused_where_answers_have_several() -> None:
 @pytest.mark.parametrize(
     ("name", "args", "sentence"),
     [
-        ("chain_smu", {}, "task=reasoning_gym:chain_smu: Dataset 'chain_smu' not registered"),
-        ("chain_sum", {"sze": 3}, "unexpected keyword argument 'sze'"),
+        ("chain_smu", {}, "task=reasoning_gym:chain_smu: there is no such set; did you mean chain_sum?"),
+        ("chain_sum", {"sze": 3}, "there is no argument sze; allowed: "),
         ("chain_sum", {"min_terms": 9, "max_terms": 3}, "max_terms must be >= min_terms"),
         ("chain_sum", {"train": 0}, "task_args.train=0 must be a whole number of at least 1"),
         ("chain_sum", {"read": "end"}, "allowed: last_line, all, box, tag"),
