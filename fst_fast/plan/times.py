@@ -20,10 +20,7 @@ from fst_fast.plan.memory import PREFILL, Setting, kv_pool
 from fst_fast.plan.workload import Ints, MicroBatch, Work
 from fst_fast.run.cores import MOST_SPARE_CORES, spare_cores
 
-PAGE, EXPECTED = (
-    64,
-    4,
-)  # rollout/room.py: tokens of a page; the part of the longest response that a sequence is given room for
+PAGE, EXPECTED = 64, 4  # as in rollout/room.py, with which a test compares them
 SAMPLER_LAUNCHES = 100  # of a decode step: random numbers in plain PyTorch, what is drawn, slots and lengths
 
 
