@@ -115,7 +115,7 @@ CANNOT: dict[str, Callable[[torch.device, torch.dtype | None], str | None]] = {
 
 def _cannot(op: str, name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
     if name not in IMPLEMENTED[op]:
-        return f"this installation has no {name} implementation of {op}"
+        return f"there is no {name} implementation of {op}"
     return CANNOT[name](device, dtype)
 
 
@@ -174,7 +174,7 @@ def choose_backend(
 
 
 def backends() -> dict[str, BackendReport]:
-    """Operation -> the backend taken on this machine, bf16 on its GPU, float32 where it has none, and, for every other one, why it is not."""
+    """Operation -> the backend taken on this machine, bf16 on its GPU, float32 where it has none, and, for every other one that the operation has, why it is not."""
     device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         device, dtype = torch.device("cuda"), torch.bfloat16
@@ -185,7 +185,7 @@ def backends() -> dict[str, BackendReport]:
             name: _cannot(op, name, device, dtype)
             or _unfit(op, name, device, dtype)
             or f"{taken} is preferred"
-            for name in NAMES
+            for name in IMPLEMENTED[op]
             if name != taken
         }
         report[op] = {"taken": taken, "others": others}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fst_fast.config import FastConfig
 from fst_fast.config.derived import FIRST, Size, reserve
 from fst_fast.contracts import Context, RolloutRequest
-from fst_fast.fast import phase
+from fst_fast.fast import candidates
 from fst_fast.fast.evaluations import Evaluations
 from fst_fast.fast.population import Scores
 from fst_fast.fast.thompson import LEAST, PRIOR, Search
@@ -206,7 +206,7 @@ def test_a_partner_is_chosen_by_problems_that_the_parent_has_met():
     contexts = [Context.of(text) for text in "abc"]
     found.judge(contexts[:2])
     found.sample([RolloutRequest(contexts[2], problems(4)[0], 0)])
-    [(partner, solved)] = phase._partners(
+    [(partner, solved)] = candidates._partners(
         FastConfig(crossover=1.0), found, contexts[:2], contexts[2], np.random.default_rng(0)
     )
     assert (partner.text, solved) == ("b", ["problem number 0"])
