@@ -135,6 +135,6 @@ def test_kernels_and_doctor_run_with_what_it_asks_for_and_train_names_the_extra(
     ):
         assert line in done.stdout.splitlines(), done.stdout + done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "fst: training and fst eval need the package deepspeed: pip install 'fst-fast[train]' (docs/install.md)"
+        "fst: training and fst eval need the package deepspeed: pip install --no-build-isolation 'fst-fast[train]', after torch (docs/install.md)"
     )
     assert not (tmp_path / "run").exists()
