@@ -122,6 +122,8 @@ def test_cpu_and_transformers_forwards_apply_the_adapters(models: tuple[Path, Pa
         CpuForward(model)(IDS, torch.arange(len(IDS)), plan), want, rtol=1e-4, atol=1e-4
     )
     lora.save(model, tmp_path)
+    readable = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(readable) == 1, "all who may read the configuration may read the weights"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert not lora.has_adapters(plain)
     torch.testing.assert_close(plain(IDS[None]).logits[0], want, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ from fst_fast.mini import world
 from fst_fast.mini.build import mini_task
 from fst_fast.mini.evaluate import measure_contexts
 from fst_fast.mini.tokenizer import make_tokenizer
+from tests.fst_fast.agents import tokenizer_of
 
 KIND: world.Kind = "hidden_facts"
 
@@ -28,6 +29,11 @@ def test_both_shipped_bases_together_stay_small_and_say_how_they_were_built() ->
     shipped = AutoTokenizer.from_pretrained(mini.path("mini_tools"))
     assert shipped.get_vocab() == tokenizer.get_vocab()
     assert shipped.chat_template == tokenizer.chat_template
+
+
+def test_the_tokenizers_of_the_bases_are_known_and_no_others() -> None:
+    assert all(mini.speaks(AutoTokenizer.from_pretrained(mini.path(base))) for base in mini.BASES)
+    assert not any(mini.speaks(tokenizer_of(name)) for name in ("qwen", "llama"))
 
 
 def test_no_component_suffices_alone_and_all_of_them_do_better() -> None:

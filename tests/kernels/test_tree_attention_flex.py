@@ -147,14 +147,13 @@ def test_the_environment_may_name_a_backend_for_one_operation(monkeypatch: pytes
 @pytest.mark.parametrize("backend", ["flex", "flash"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_on_a_gpu_output_and_gradients_are_those_of_the_reference(backend: str, window: int | None) -> None:
+    if backend == "flash":
+        pytest.importorskip("flash_attn.cute", reason="the package flash-attn-4 is not installed")
     ends = LONG["contexts, problems, samples"].cuda()
     q, k, v = (
         x.detach().cuda().bfloat16().requires_grad_() for x in qkv(1, len(ends), torch.float32, dim=64)
     )
-    try:
-        out = tree_attention(q, k, v, ends, window=window, backend=backend)
-    except RuntimeError as cannot:
-        pytest.skip(str(cannot))
+    out = tree_attention(q, k, v, ends, window=window, backend=backend)
     weight = torch.randn_like(out)
     found = (out, *torch.autograd.grad((out * weight).sum(), (q, k, v)))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
