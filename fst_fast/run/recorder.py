@@ -54,6 +54,7 @@ class StepReport:
     skipped: bool  # the update was left out (on_nonfinite=skip)
     numbers: dict[str, Any]  # of slow.update.optimise
     reused: int  # over all processes
+    reused_tokens: int  # of their responses
     seconds: float
     prompt_text: PromptText
 
@@ -148,11 +149,12 @@ class Recorder:
             "grad_norm_spike": spike,
             **asdict(counters),
         }
+        passed = tokens - report.reused_tokens + computed  # sampled or trained on in this step
         timing = {
             "step": step,
             "seconds": self.stopwatch.total(),
             **self.stopwatch.take(),
-            "tokens_per_s": (tokens + computed) / max(report.seconds, 1e-9),
+            "tokens_per_s": passed / max(report.seconds, 1e-9) if passed else None,
             "memory_share": memory_share(),
         }
         if spike:
