@@ -27,12 +27,14 @@ from fst_fast.run.folder import write_json
 from fst_fast.run.liveness import Liveness
 from fst_fast.run.memory import memory_share
 from fst_fast.run.metrics import METRICS, MetricsWriter
+from fst_fast.run.metrics_schema import Channels
 from fst_fast.run.problems import write_problems
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.troubles import SOURCES, Recent, Source, find, news
 
 T = TypeVar("T")
 
+SUMMARY = "summary.json"
 SPIKE = 10.0  # times the median of the steps before
 SPIKE_STEPS = 32  # of which the median is taken; at least SPIKE_STEPS / 4 of them
 
@@ -233,7 +235,7 @@ class Recorder:
         if self.metrics:
             self.metrics.write("end", step=step)
             reach("summary")
-            write_json(self.run_dir / "summary.json", summary)
+            write_json(self.run_dir / SUMMARY, summary)
         self.console.final_table(summary["channels"])
 
     def close(self) -> None:
@@ -304,6 +306,16 @@ def last_grad_norms(run_dir: Path) -> deque[float]:
             if record["kind"] == "step" and record["grad_norm"]:
                 norms.append(record["grad_norm"])
     return norms
+
+
+def read_summary(run_dir: Path, config_hash: str) -> dict[str, Any] | None:
+    """What summary.json holds; None where there is none of this configuration, or a damaged one."""
+    try:
+        summary: dict[str, Any] = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+        Channels.model_validate(summary["channels"])
+        return summary if summary["config_hash"] == config_hash else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Spikes of the gradient norm: seen against the steps before, and the same after a resume. The rate of tokens."""
+"""Spikes of the gradient norm: seen against the steps before, and the same after a resume. The rate of tokens. A summary read back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fst_fast.contracts import Rollout, ScoredRollout, Verdict
 from fst_fast.run.callbacks import Callback, Callbacks
 from fst_fast.run.console import Console
 from fst_fast.run.counters import Counters, Stopwatch
+from fst_fast.run.folder import write_json
 from fst_fast.run.liveness import Liveness
 from fst_fast.run.recorder import (
     SPIKE_STEPS,
@@ -22,6 +23,7 @@ from fst_fast.run.recorder import (
     deviation,
     grad_norm_spike,
     last_grad_norms,
+    read_summary,
 )
 from fst_fast.slow.update import unmeasured
 
@@ -93,3 +95,16 @@ def test_a_step_that_sampled_and_trained_nothing_has_no_rate(tmp_path: Path) -> 
     assert rate is None
     assert "step 4/9" in said
     assert "tokens/s" not in said
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"config_hash": HASH}', '{"config_hash": HASH, "channels": {"both": 1}}']
+)
+def test_a_summary_that_is_damaged_or_of_another_configuration_is_no_summary(
+    damage: str, tmp_path: Path
+) -> None:
+    (tmp_path / "summary.json").write_text(damage.replace("HASH", '"h"'))
+    assert read_summary(tmp_path, "h") is None
+    write_json(tmp_path / "summary.json", {"config_hash": "h", "channels": {}})
+    assert read_summary(tmp_path, "h") is not None
+    assert read_summary(tmp_path, "other") is None
