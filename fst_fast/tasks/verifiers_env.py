@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import signal
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -193,8 +194,10 @@ def _load(name: str, args: dict[str, Any]) -> Any:
 def _reward_range(name: str, rubric: Any, given: Any) -> tuple[float, float]:
     if given is not None:
         numbers = isinstance(given, list | tuple) and all(isinstance(x, int | float) for x in given)
-        if not numbers or len(given) != 2 or not given[0] < given[1]:
-            raise UserError(f"task_args.reward_range={given!r} must be two numbers, the lower one first")
+        if not numbers or len(given) != 2 or not -math.inf < given[0] < given[1] < math.inf:
+            raise UserError(
+                f"task_args.reward_range={given!r} must be two finite numbers, the lower one first"
+            )
         return float(given[0]), float(given[1])
     weights = _weights(rubric)
     low, high = sum(w for w in weights if w < 0), sum(w for w in weights if w > 0)

@@ -240,6 +240,44 @@ def test_certainty_counts_the_seeds_on_which_fst_is_sooner_and_its_first_phase_f
     ]
 
 
+def test_a_level_that_nobody_reaches_is_never_and_not_cheap(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RL that is at its best untrained: it does not come back to its peak, and FST either does, or does not."""
+
+    def curve(method: str, seed: int, later: float) -> Curve:
+        found = planted(method, seed, 60.0, 0.6, 100.0)
+        return replace(found, reward=np.where(found.cost["steps"] > 0, later, 0.8))
+
+    curves = {
+        f: {
+            "rl": [curve("rl", s, 0.1) for s in range(3)],
+            "fst": [curve("fst", s, 0.9 if s == later else 0.1) for s in range(3)],
+            "gepa": [curve("gepa", s, 0.1) for s in range(3)],
+        }
+        for f, later in zip(SHOWN, (0, 1, 9), strict=True)
+    }
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: curves)
+    found = page.run(["efficiency", "drift"], suite)
+    assert [row[2] for row in found["efficiency"].tables[0].rows] == ["never [0.00, never]"] * 2 + [
+        "never [never, never]"
+    ]
+    assert [row[1:] for row in found["drift"].tables[0].rows] == [
+        ["never", "0.007 (1 of 3 seeds)", "never [never, never]"],
+        ["never", "0.007 (1 of 3 seeds)", "never [never, never]"],
+        ["never", "never", "never [never, never]"],
+    ]
+    assert not any(claim.holds for result in found.values() for claim in result.claims)
+    json.loads((suite.out / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_one_seed_has_no_interval_and_proves_nothing(suite: Runner) -> None:
+    suite.budget = replace(SMALL, seeds=1)
+    results = page.run(["efficiency", "drift", "channels"], suite)
+    assert {claim.holds for result in results.values() for claim in result.claims} == {None}
+    assert statistics.bootstrap([0.5], statistics.mean).text() == "0.50"
+
+
 def test_generalisation_shows_every_method_on_both_splits(
     suite: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
