@@ -110,10 +110,8 @@ def evaluate(
     if seen is not None:
         seen.update({name: by_cell[name] for name in wanted})
     held_out = list(problems[: config.eval.kl_problems])
-    under = {
-        "weights": [seed_context],
-        "both": list(population),
-    }  # cells whose weights are trained ones; the others have not moved
+    # cells whose weights are trained ones; the others have not moved
+    under = {"weights": [seed_context], "both": list(population)}
     drift = {
         name: kl(config, sampler, models, held_out, under[name], policy_version) if name in under else 0.0
         for name in dict.fromkeys(same_as[name] for name in wanted if name in ("weights", "both"))

@@ -156,10 +156,8 @@ def layer_row_cases() -> Iterator[Case]:
     from fst_kernels import gpu
     from fst_kernels import gpu_kernels as kernels
 
-    wide: dict[str, Any] = {
-        "access_bytes": 16,
-        "occupancy": 0.6,
-    }  # bound by bytes: 16 an access, and many of these under way
+    # bound by bytes: 16 an access, and many of these under way
+    wide: dict[str, Any] = {"access_bytes": 16, "occupancy": 0.6}
     for width in (896, 4096, 5120):
         block = triton.next_power_of_2(width)
         yield Case(

@@ -50,12 +50,8 @@ INT_POINTERS = (
 LONG_POINTERS = ("ends",)
 FLOAT_POINTERS = ("lse2", "delta", "partials")
 TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-TILED = {
-    "q": "queries",
-    "dout": "queries",
-    "k": "keys",
-    "v": "keys",
-}  # read through descriptors where there is TMA
+# read through descriptors where there is TMA
+TILED = {"q": "queries", "dout": "queries", "k": "keys", "v": "keys"}
 
 
 def passes(tiles: op.Tiling, window: bool) -> Iterator[tuple[str, Any, op.Tile, bool, dict[str, Any]]]:

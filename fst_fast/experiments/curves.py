@@ -30,9 +30,8 @@ class Curve:
     seed_kl: Floats  # under the seed context; NaN where it was not measured (eval.cells)
     cells: dict[str, Cell]  # of the last evaluation
     reflections: float = 0.0  # asked of the reflector in the whole run
-    first_search: float | None = (
-        None  # best mean reward on the anchor problems of the first fast phase that sampled; None without one
-    )
+    # best mean reward on the anchor problems of the first fast phase that sampled; None without one
+    first_search: float | None = None
 
     def smooth(self) -> Floats:
         """Centred mean of three evaluations, of two at the ends: the error of one is as large as a step of the curve. What was not measured is

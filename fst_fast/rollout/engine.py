@@ -273,17 +273,15 @@ class RolloutEngine:
         config = self.model.config.get_text_config()
         hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
         forward = self.prefill_tokens * (8 * hidden + 3 * inner) * head.dtype.itemsize
-        logits = (
-            3 * self.max_batch * head.shape[0] * torch.float32.itemsize
-        )  # and what the sampler makes of them
+        # and what the sampler makes of them
+        logits = 3 * self.max_batch * head.shape[0] * torch.float32.itemsize
         return _room_on_device(head.device, self._pool.bytes, forward + logits)
 
     def _check(self, requests: Sequence[Request], max_response_tokens: int, room: int) -> None:
         if max_response_tokens < 1:
             raise UserError(f"max_response_tokens={max_response_tokens}; at least 1 is needed")
-        positions = getattr(
-            self.model.config.get_text_config(), "max_position_embeddings", None
-        )  # None: no limit of its own
+        # None: no limit of its own
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for request in requests:
             length = len(request.prompt_ids)
             if not length:

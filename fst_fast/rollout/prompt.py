@@ -60,9 +60,8 @@ def load_tokenizer(
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    if not tokenizer.encode(
-        "user", add_special_tokens=False
-    ):  # what is made where a folder has no tokenizer.json
+    # what is made where a folder has no tokenizer.json
+    if not tokenizer.encode("user", add_special_tokens=False):
         raise UserError(
             f"{where}: its tokenizer makes no token of a text; is tokenizer.json missing? model.tokenizer can name another"
         )

@@ -105,9 +105,8 @@ def leaves_of(prompt: Ints, rollout: Rollout) -> list[tuple[Leaf, NDArray[np.flo
     if not rollout.turns:
         whole = Leaf(prompt, rollout.response_ids), rollout.logprobs.astype(np.float32)
         return [whole] if len(rollout.response_ids) else []
-    pieces: list[
-        tuple[Ints, list[Ints], list[NDArray[np.float32]]]
-    ] = []  # prompt, then added and sampled in turn
+    # prompt, then added and sampled in turn
+    pieces: list[tuple[Ints, list[Ints], list[NDArray[np.float32]]]] = []
     ids = np.empty(0, np.int64)
     at = 0
     for turn in rollout.turns:

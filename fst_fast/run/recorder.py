@@ -70,9 +70,8 @@ class Recorder:
     callbacks: Callbacks
     stopwatch: Stopwatch
     liveness: Liveness
-    limits: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of troubles, where they are not the usual ones
+    # of troubles, where they are not the usual ones
+    limits: Mapping[str, float] = field(default_factory=dict)
     metrics: MetricsWriter | None = None  # [rank 0]
     recent: dict[Source, Recent] = field(default_factory=lambda: {source: Recent() for source in SOURCES})
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_STEPS))

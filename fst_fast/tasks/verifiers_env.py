@@ -176,10 +176,8 @@ def _load(name: str, args: dict[str, Any]) -> Any:
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {said(error)}") from error
     finally:
-        for (
-            number,
-            handler,
-        ) in handlers.items():  # environments take the signals; a run has handlers of its own
+        # environments take the signals; a run has handlers of its own
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     if env.message_type != "chat":
         raise UserError(f"{where} has prompts of the type {env.message_type}; only chat is supported")

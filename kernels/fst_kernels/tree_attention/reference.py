@@ -83,9 +83,8 @@ class Block:
     keys: Rows
     own: bool
     key_bias: Tensor | None = None  # [count, 1, 1, nk]: 0, and -inf at padded keys
-    nearness: Tensor | None = (
-        None  # [count, 1, nq, 1] int32, with `limit`: key visible where nearness < limit
-    )
+    # [count, 1, nq, 1] int32, with `limit`: key visible where nearness < limit
+    nearness: Tensor | None = None
     limit: Tensor | None = None  # [count, 1, 1, nk] int32: the key's depth + window; lowest at padded keys
 
     def bias(self) -> Tensor | None:
@@ -308,9 +307,8 @@ class Matmul:
         kind, kv_heads = lse.dtype, k.shape[1]
         dq, dk, dv = (torch.zeros_like(x, dtype=kind) for x in (q, k, v))
         for part, score in self._scores(q, k, causal, bias, scale):
-            queries, go, o = (
-                _grouped(x[:, :, part], kv_heads).to(kind) for x in (q, dout, out)
-            )  # [b,Hkv,G,n,D]
+            # [b,Hkv,G,n,D]
+            queries, go, o = (_grouped(x[:, :, part], kv_heads).to(kind) for x in (q, dout, out))
             weight = (score - _grouped(lse[:, :, part, None], kv_heads)).exp()
             dv += (weight.mT @ go).sum(2)
             dscore = weight * (go @ v[:, :, None].to(kind).mT - (go * o).sum(-1, keepdim=True)) * scale
