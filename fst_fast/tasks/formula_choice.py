@@ -85,28 +85,6 @@ def question(choice: Choice) -> str:
     return f"{given} . {choice.asked} ? {options}"
 
 
-class FormulaChoice(MiniTask[Choice]):
-    """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
-
-    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
-
-    def _sample(self, rng: np.random.Generator, size: int) -> Choice:
-        return draw_choice(rng, size)
-
-    def _question(self, choice: Choice) -> str:
-        return question(choice)
-
-    def _answer(self, choice: Choice) -> str:
-        return choice.letter
-
-    def _judge(self, choice: Choice, response: str) -> Verdict:
-        return judge(choice, response)
-
-    def _key(self, choice: Choice) -> Hashable:
-        given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
-        return given, list(FORMULAS).index(choice.asked), choice.options
-
-
 def judge(choice: Choice, response: str) -> Verdict:
     """Compare the last \\boxed{} with the letter. Metrics: boxed, formula (the formula is written out), numbers (its numbers too)."""
     a, b, value = choice.values()
@@ -139,3 +117,17 @@ def judge(choice: Choice, response: str) -> Verdict:
     return verdict(
         0.0, f"the value {value} is right, but it stands at option {choice.letter}, not {content}."
     )
+
+
+class FormulaChoice(MiniTask[Choice]):
+    """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
+
+    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
+    _sample, _question, _judge = staticmethod(draw_choice), staticmethod(question), staticmethod(judge)
+
+    def _answer(self, choice: Choice) -> str:
+        return choice.letter
+
+    def _key(self, choice: Choice) -> Hashable:
+        given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
+        return given, list(FORMULAS).index(choice.asked), choice.options

@@ -182,6 +182,14 @@ def check_fraction(value: Any) -> None:
         )
 
 
+def checked_range(given: Any) -> tuple[float, float]:
+    """task_args.reward_range. Raises UserError."""
+    numbers = isinstance(given, list | tuple) and all(isinstance(x, int | float) for x in given)
+    if not numbers or len(given) != 2 or not given[0] < given[1]:
+        raise UserError(f"task_args.reward_range={given!r} must be two numbers, the lower one first")
+    return float(given[0]), float(given[1])
+
+
 def divide(problems: Sequence[Problem], fraction: float, name: str) -> dict[str, list[Problem]]:
     """Training and validation problems by the hash of their messages and answer; of each at least one. Raises UserError for fewer than two."""
     if len(problems) < 2:
