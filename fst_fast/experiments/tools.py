@@ -58,21 +58,11 @@ def tools(runner: Runner) -> Result:
         pair = {OURS: arms[method], "one text": arms[f"{method}, one text"]}
         at_cost[method] = statistics.bootstrap(paired_gain(pair, "one text", "rollouts"), statistics.mean)
     claims = [
-        Claim(
-            f"FST ends above {name} (95 % interval over seeds)",
-            interval.text(),
-            interval.low > 0,
-        )
-        for name, interval in higher.items()
+        Claim(f"FST ends above {name} (95 % interval over seeds)", gap.text(), gap.low > 0)
+        for name, gap in higher.items()
     ]
-    claims += [
-        Claim(
-            f"{method}: the mean reward of components on the way to equal rollouts is at least that of one text",
-            interval.text(),
-            interval.value >= 0,
-        )
-        for method, interval in at_cost.items()
-    ]
+    equal = "the mean reward of components on the way to equal rollouts is at least that of one text"
+    claims += [Claim(f"{method}: {equal}", gap.text(), gap.value >= 0) for method, gap in at_cost.items()]
     numbers: dict[str, Any] = {
         "final": final,
         "fst_minus": {name: interval.json() for name, interval in higher.items()},
