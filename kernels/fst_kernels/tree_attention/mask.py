@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fst_kernels.checks import INTS, look_at_values
+from fst_kernels.checks import INTS, look_at_values, once
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,8 @@ class TreeMask:
         if len(self.subtree_end) == batch:
             return self
         assert len(self.subtree_end) == 1
-        if batch not in self.prepared:
-            self.prepared[batch] = TreeMask.from_subtree_end(self.subtree_end.expand(batch, -1))
-        repeated: TreeMask = self.prepared[batch]
-        return repeated
+        rows = self.subtree_end.expand(batch, -1)
+        return once(self.prepared, batch, lambda: TreeMask.from_subtree_end(rows))
 
 
 _LIVE: WeakValueDictionary[Any, TreeMask] = WeakValueDictionary()  # by the place and version of subtree_end

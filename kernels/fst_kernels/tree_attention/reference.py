@@ -32,7 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fst_kernels.checks import adjacent
+from fst_kernels.checks import adjacent, once
 from fst_kernels.tree_attention.mask import TreeMask
 
 LAUNCH_PAIRS = 2048  # (query, key) pairs that cost about as much as launching one block more
@@ -98,11 +98,8 @@ class Block:
 def blocks(mask: TreeMask, window: int | None = None) -> list[Block]:
     """All blocks of a mask, own blocks first, then by level: computed once, kept in the mask."""
     window = mask.binding(window)
-    key = ("blocks", window)
-    if key not in mask.prepared:
-        mask.prepared[key] = list(_blocks(mask) if window is None else _windowed_blocks(mask, window))
-    prepared: list[Block] = mask.prepared[key]
-    return prepared
+    made = _blocks(mask) if window is None else _windowed_blocks(mask, window)
+    return once(mask.prepared, ("blocks", window), lambda: list(made))
 
 
 def _blocks(mask: TreeMask) -> Iterator[Block]:
