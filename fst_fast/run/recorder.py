@@ -106,21 +106,8 @@ class Recorder:
             numbers.pop("tokens"), numbers.pop("unshared"), sum(report.shaped_rewards), len(report.shaped_rewards),
             *episode_counts([x.rollout for x in rollouts]),
         ]  # fmt: skip
-        (
-            n,
-            judged,
-            total,
-            squares,
-            groups,
-            kept,
-            tokens,
-            cut,
-            computed,
-            unshared,
-            shaped,
-            shaped_n,
-            *episodes,
-        ) = distributed.all_reduce_sum(local)
+        n, judged, total, squares, groups, kept, *rest = distributed.all_reduce_sum(local)
+        tokens, cut, computed, unshared, shaped, shaped_n, *episodes = rest
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
         counters.skipped_steps += report.skipped
