@@ -85,15 +85,9 @@ def evaluate(
     memory = {} if base_rewards is None else base_rewards
     for gone in set(memory) - {c.id for c in (seed_context, *population)}:
         del memory[gone]
-    same_as = {"neither": "neither"}
-    same_as["context"] = "context" if evolved else "neither"
-    same_as["weights"] = "weights" if trained else "neither"
-    same_as["both"] = {
-        (True, True): "both",
-        (True, False): "weights",
-        (False, True): "context",
-        (False, False): "neither",
-    }[(trained, evolved)]
+    context, weights = ("context" if evolved else "neither"), ("weights" if trained else "neither")
+    both = "both" if trained and evolved else weights if trained else context
+    same_as = {"neither": "neither", "context": context, "weights": weights, "both": both}
     wanted = [name for name in CELLS if name in cells]
     for name in wanted:
         origin = same_as[name]
@@ -136,10 +130,9 @@ def _judge(
     known = {} if memory is None else {(c, key): r for c, of in memory.items() for key, r in of.items()}
     keys = [(context.id, f"{problem.id}/{sample}") for context, problem, sample in requests]
     fresh = [request for request, key in zip(requests, keys, strict=True) if key not in known]
-    sampled = (
-        []
-        if not fresh
-        else sampler.spread(
+    sampled = []
+    if fresh:
+        sampled = sampler.spread(
             models.trained if memory is None else models.base,
             fresh,
             stream=(config.seed, "eval"),
@@ -148,7 +141,6 @@ def _judge(
             top_p=config.eval.top_p,
             paired=True,
         )
-    )
     new = iter(sampled)
     judged = []
     for key, (context, problem, _) in zip(keys, requests, strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy import gpu_forward
+from fst_fast.policy.base_model import first_line
 from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.gpu_forward import GpuForward
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
@@ -234,7 +235,7 @@ class RolloutEngine:
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            reason = _first_line(error)
+            reason = first_line(error)
         self.forget()
         gc.collect()
         if torch.cuda.is_available():
@@ -249,7 +250,7 @@ class RolloutEngine:
             if not _out_of_memory(error):
                 raise
             raise UserError(
-                f"out of memory while sampling, with {batch} sequences at a time and again with {half}: {_first_line(error)}; lower "
+                f"out of memory while sampling, with {batch} sequences at a time and again with {half}: {first_line(error)}; lower "
                 f"rollout.max_batch={self.max_batch} or rollout.kv_memory_bytes, or free memory"
             ) from error
 
@@ -293,15 +294,14 @@ class RolloutEngine:
                     f"{request}: {length} prompt tokens + {max_response_tokens} response tokens are more than the model's "
                     f"{positions} positions; the prompt may have at most {positions - max_response_tokens}"
                 )
-        if len({(r.problem_id, r.context_id, r.sample, r.seed) for r in requests}) < len(requests):
-            seen: set[tuple[str, str, int, int]] = set()
-            for r in requests:
-                key = (r.problem_id, r.context_id, r.sample, r.seed)
-                if key in seen:
-                    raise UserError(
-                        f"{r} is asked for twice with the same seed {r.seed}; it would count as two samples and be one"
-                    )
-                seen.add(key)
+        seen: set[tuple[str, str, int, int]] = set()
+        for r in requests:
+            key = (r.problem_id, r.context_id, r.sample, r.seed)
+            if key in seen:
+                raise UserError(
+                    f"{r} is asked for twice with the same seed {r.seed}; it would count as two samples and be one"
+                )
+            seen.add(key)
         if self.packing == "forest":
             longest = max(requests, key=lambda r: len(r.prompt_ids))
             each = self.token_bytes()
@@ -354,10 +354,6 @@ def _room_on_device(device: torch.device, held_bytes: int, other_bytes: int) -> 
 def _out_of_memory(error: BaseException) -> bool:
     """torch raises a type of its own on a GPU and a plain RuntimeError on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
