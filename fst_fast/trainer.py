@@ -49,52 +49,58 @@ def train(
     """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None if a signal stopped it.
 
     Raises UserError on bad input."""
-    with (
-        signals.stop_on_signals(announce=distributed.rank() == 0),
-        build_run(
+    with signals.stop_on_signals(announce=distributed.rank() == 0):
+        opened = build_run(
             config,
             run_dir,
             resume=resume,
             allow_config_change=allow_config_change,
             allow_data_change=allow_data_change,
             callbacks=callbacks,
-        ) as run,
-    ):
-        config, state, send = run.config, run.state, run.recorder.callbacks.send
-        if signals.remove_stop_file(run_dir):
-            run.recorder.note(f"{run_dir / signals.STOP_FILE} was there from an earlier stop; it is removed")
-        send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
-        if state.step == 0 and config.eval.every and not run.resumed:
-            evaluate_now(run, run.stages[0], final=False)
-        while state.step < config.slow.steps and not signals.stop_requested(run_dir):
-            stage, step_before = advance_stage(run), state.step
-            run.models.forget_prefixes()
-            distilling = stage.distils(state.step)
-            if not distilling and evolves_before(config, stage, state.step):
-                run_fast_phase(run, stage)
-            if config.method == "gepa":
-                spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
-                state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)
-            elif config.rollout.ahead:
-                run_ahead(run, stage, functools.partial(meets_after, config))
-            else:
-                run_slow_step(run, stage, distilling)
-            if config.fast.phases == "first_and_last" and config.method == "fst" and state.step == stage.end:
-                run_fast_phase(run, stage)
-            done = state.step >= config.slow.steps
-            if not done and due(step_before, state.step, config.eval.every):
-                evaluate_now(run, stage, final=False)
-            if not done and config.stages and state.step == stage.end:
-                evaluate_stages(run, stage)
-            if not done and due(step_before, state.step, config.checkpoint.every):
-                run.save_checkpoint()
-        run.save_checkpoint()  # before the final evaluation: a run that resumes after a crash repeats it with the same results
-        signals.remove_stop_file(run_dir)
-        summary = finish(run) if state.step >= config.slow.steps else None
-        if summary is None:
-            run.recorder.note(how_to_continue(run))
-        send(RunEnd, step=state.step, summary=summary)
-        return summary
+        )
+        if not isinstance(opened, Run):
+            return opened
+        with opened as run:
+            return take_steps(run)
+
+
+def take_steps(run: Run) -> dict[str, Any] | None:
+    """From where the run is to its last step, or to the one in which it is asked to stop; returns what `train` returns."""
+    config, state, send = run.config, run.state, run.recorder.callbacks.send
+    if signals.remove_stop_file(run.run_dir):
+        run.recorder.note(f"{run.run_dir / signals.STOP_FILE} was there from an earlier stop; it is removed")
+    send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
+    if state.step == 0 and config.eval.every and not run.resumed:
+        evaluate_now(run, run.stages[0], final=False)
+    while state.step < config.slow.steps and not signals.stop_requested(run.run_dir):
+        stage, step_before = advance_stage(run), state.step
+        run.models.forget_prefixes()
+        distilling = stage.distils(state.step)
+        if not distilling and evolves_before(config, stage, state.step):
+            run_fast_phase(run, stage)
+        if config.method == "gepa":
+            spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
+            state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)
+        elif config.rollout.ahead:
+            run_ahead(run, stage, functools.partial(meets_after, config))
+        else:
+            run_slow_step(run, stage, distilling)
+        if config.fast.phases == "first_and_last" and config.method == "fst" and state.step == stage.end:
+            run_fast_phase(run, stage)
+        done = state.step >= config.slow.steps
+        if not done and due(step_before, state.step, config.eval.every):
+            evaluate_now(run, stage, final=False)
+        if not done and config.stages and state.step == stage.end:
+            evaluate_stages(run, stage)
+        if not done and due(step_before, state.step, config.checkpoint.every):
+            run.save_checkpoint()
+    run.save_checkpoint()  # before the final evaluation: a run that resumes after a crash repeats it with the same results
+    signals.remove_stop_file(run.run_dir)
+    summary = finish(run) if state.step >= config.slow.steps else None
+    if summary is None:
+        run.recorder.note(how_to_continue(run))
+    send(RunEnd, step=state.step, summary=summary)
+    return summary
 
 
 def evolves_before(config: Config, stage: Stage, step: int) -> bool:

@@ -77,7 +77,7 @@ def _reward_by_step(curves: Sequence[Curve]) -> list[tuple[Floats, Floats]]:
 def cost_ratios(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> list[float]:
     """FST's cost to reach RL's peak over RL's own, seed by seed; infinity where it does not."""
     costs = [[c.cost_to_reach(axis, peak_level(a)) for c in (a, b)] for a, b in zip(rl, fst, strict=True)]
-    return [other / own for own, other in costs]
+    return [other / own if np.isfinite(other) else float("inf") for own, other in costs]
 
 
 def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
@@ -113,14 +113,14 @@ def drift(runner: Runner) -> Result:
     good = []
     for family, methods in curves.items():
         pairs = [_kl_at_peak(a, b) for a, b in zip(methods["rl"], methods["fst"], strict=True)]
-        ratio = statistics.bootstrap([b / a if a > 0 else float("inf") for a, b in pairs], statistics.median)
+        ratio = statistics.bootstrap(
+            [b / a if 0 < a < np.inf else float("inf") for a, b in pairs], statistics.median
+        )
         numbers[family] = {
-            "pairs": [[a, None if np.isinf(b) else b] for a, b in pairs],
+            "pairs": [[None if np.isinf(kl) else kl for kl in pair] for pair in pairs],
             "ratio": ratio.json(),
         }
-        reached = [b for _, b in pairs if np.isfinite(b)]
-        fst = f"{np.mean(reached):.3f} ({len(reached)} of {len(pairs)} seeds)" if reached else "never"
-        table.rows.append([family, f"{np.mean([a for a, _ in pairs]):.3f}", fst, ratio.text()])
+        table.rows.append([family, *(_where_reached(kls) for kls in zip(*pairs, strict=True)), ratio.text()])
         if ratio.value <= 0.3:
             good.append(family)
     text = "KL at matched accuracy is at most 0.3 of RL's on two families"
@@ -136,6 +136,11 @@ def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
         return float(curve.kl[curve.cost["steps"] == step][0]) if np.isfinite(step) else float("inf")
 
     return kl(rl), kl(fst)
+
+
+def _where_reached(kls: Sequence[float]) -> str:
+    reached = [kl for kl in kls if np.isfinite(kl)]
+    return f"{np.mean(reached):.3f} ({len(reached)} of {len(kls)} seeds)" if reached else "never"
 
 
 def channels(runner: Runner) -> Result:

@@ -163,9 +163,9 @@ def plasticity(curves: Curves) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def continual(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) -> Figure:
+def stages(curves: dict[str, list[Curve]], names: Sequence[str], each: int) -> Figure:
     """Reward on the task of the stage that a run is in, against steps; a panel for each stage. each: steps of a stage."""
-    figure, panels = _row(stages, 3.2, 3.4, 0.6, AXES["steps"], "validation reward, own task")
+    figure, panels = _row(names, 3.2, 3.4, 0.6, AXES["steps"], "validation reward, own task")
     for i, ax in enumerate(panels):
         for arm, runs in curves.items():
             steps = runs[0].cost["steps"]

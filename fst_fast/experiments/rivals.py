@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fst_fast.errors import UserError
 from fst_fast.experiments import figures, statistics
 from fst_fast.experiments.certainty import good_level
 from fst_fast.experiments.comparison import end_table, final_figures
@@ -75,6 +76,10 @@ def hand_written(family: world.Kind) -> dict[str, str]:
 
 def rivals(runner: Runner) -> Result:
     """Is FST better than its rivals at equal cost?"""
+    if runner.budget.seeds > statistics.MOST_SIGNS:
+        raise UserError(
+            f"--seeds {runner.budget.seeds}: the sign-flip test of rivals takes at most {statistics.MOST_SIGNS}"
+        )
     tuned = strongest_rl(runner)
     runs: Runs = {}
     for family in runner.families[: runner.budget.rival_families]:

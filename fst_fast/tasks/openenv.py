@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,8 +93,8 @@ class OpenEnv:
         for name, mapping in (("action", action), ("reset", reset)):
             if mapping is not None and not isinstance(mapping, Mapping):
                 raise UserError(f"task_args.{name}={mapping!r} must be a mapping")
-        if action is not None and "{response" not in json.dumps(action, default=str):
-            raise UserError(f"task_args.action={dict(action)} does not hold {{response}}")
+        if action is not None:
+            _check_template(action)
         if isinstance(observation, str):
             observation = [observation]
         if observation is not None and not all(isinstance(name, str) for name in observation):
@@ -286,6 +287,41 @@ def _checked(answer: Any) -> Result:
         raise ValueError(f"the server's answer is not a step's result: {where}: {first['msg']}") from None
 
 
+def _check_template(action: Mapping[str, Any]) -> None:
+    """Raises UserError where an action does not take the response, or has a placeholder that would be sent as it is."""
+    places = list(_texts(action))
+    if not any("{response" in text for text in places):
+        raise UserError(f"task_args.action={dict(action)} does not hold {{response}}")
+    for text in places:
+        if "{response" in text.replace("{response}", "") and not _TYPED.fullmatch(text):
+            raise UserError(
+                f"task_args.action has the value {text!r}; allowed are {{response}} in a text, and as the whole value "
+                "{response:int}, {response:float} and {response:json}"
+            )
+
+
+def _texts(template: Any) -> Iterator[str]:
+    """The texts among the values of a template."""
+    if isinstance(template, Mapping):
+        template = list(template.values())
+    if isinstance(template, list):
+        for value in template:
+            yield from _texts(value)
+    elif isinstance(template, str):
+        yield template
+
+
+def _finite(text: str) -> float:
+    """The number that a text spells; NaN and infinity are not JSON. Raises ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
 def _filled(template: Any, response: str) -> Any:
     """The template with the response in it. Raises ValueError, a sentence for the policy, where it is not of the type that is asked for."""
     if isinstance(template, Mapping):
@@ -296,7 +332,7 @@ def _filled(template: Any, response: str) -> Any:
         return template
     if typed := _TYPED.fullmatch(template):
         kind = typed[1]
-        readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "json": json.loads}
+        readers: dict[str, Callable[[str], Any]] = {"int": int, "float": _finite, "json": _json}
         try:
             return readers[kind](response)
         except (ValueError, RecursionError):
