@@ -80,6 +80,12 @@ def cost_ratios(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> list[fl
     return [other / own if np.isfinite(other) else float("inf") for own, other in costs]
 
 
+def end_gap(ours: Sequence[Curve], others: Sequence[Curve]) -> Interval:
+    """By how much `ours` end above `others` of the same seeds: mean difference of the final rewards."""
+    gains = [a.cell("both") - b.cell("both") for a, b in zip(ours, others, strict=True)]
+    return statistics.bootstrap(gains, statistics.mean)
+
+
 def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
     """At the end of the runs, over their seeds: reward, KL and cost on every axis."""
     return {

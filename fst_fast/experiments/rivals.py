@@ -8,7 +8,7 @@ from typing import Any
 from fst_fast.errors import UserError
 from fst_fast.experiments import figures, statistics
 from fst_fast.experiments.certainty import good_level
-from fst_fast.experiments.comparison import end_table, final_figures
+from fst_fast.experiments.comparison import end_gap, end_table, final_figures
 from fst_fast.experiments.curves import AXES, Curve
 from fst_fast.experiments.methods import Runs, strongest_rl, train_and_load
 from fst_fast.experiments.result import Claim, Result, Table, mean_stderr
@@ -114,11 +114,8 @@ def rivals(runner: Runner) -> Result:
         gaps[family] = {axis: {} for axis in EQUAL}
         for rival in names:
             by_axis = {axis: paired_gain(methods, rival, axis) for axis in EQUAL}
-            last = [
-                a.cell("both") - b.cell("both") for a, b in zip(methods[OURS], methods[rival], strict=True)
-            ]
             found = {axis: statistics.bootstrap(v, statistics.mean) for axis, v in by_axis.items()}
-            at_end = statistics.bootstrap(last, statistics.mean)
+            at_end = end_gap(methods[OURS], methods[rival])
             p = statistics.sign_flip_test(by_axis["rollouts"])
             spread = statistics.standard_deviation(by_axis["rollouts"])
             for axis in EQUAL:
