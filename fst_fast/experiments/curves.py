@@ -32,9 +32,8 @@ class Curve:
     reflections: float = 0.0  # asked of the reflector in the whole run
     fast_rollouts: int = 0  # of all fast phases
     admitted: int = 0  # contexts, of all fast phases
-    first_search: float | None = (
-        None  # best mean reward on the anchor problems of the first fast phase that sampled; None without one
-    )
+    # best mean reward on the anchor problems of the first fast phase that sampled; None without one
+    first_search: float | None = None
 
     def smooth(self) -> Floats:
         """Centred mean of three evaluations, of two at the ends: the error of one is as large as a step of the curve. What was not measured is

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fst_fast.experiments import statistics
-from fst_fast.experiments.comparison import cost_ratios, final_figures
+from fst_fast.experiments.comparison import cost_ratios, end_gap, final_figures
 from fst_fast.experiments.curves import AXES, Curve
 from fst_fast.experiments.methods import Runs, train_and_load
 from fst_fast.experiments.result import Claim, Result, Table, per_cent, plus_minus
@@ -78,10 +78,7 @@ def no_help(runner: Runner) -> Result:
 def _claims(arms: dict[str, list[Curve]]) -> list[Claim]:
     claims = []
     for arm in ("fst", "fst, adaptive"):
-        gap = statistics.bootstrap(
-            [a.cell("both") - b.cell("both") for a, b in zip(arms[arm], arms["rl"], strict=True)],
-            statistics.mean,
-        )
+        gap = end_gap(arms[arm], arms["rl"])
         claims.append(
             Claim(
                 f"at equal steps {arm} does not end below RL by more than the interval",

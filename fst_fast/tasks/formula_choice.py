@@ -91,42 +91,6 @@ def question(choice: Choice) -> str:
     return f"{given} . {choice.asked} ? {options}"
 
 
-class FormulaChoice(MiniTask[Choice]):
-    """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
-
-    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
-
-    def __init__(
-        self,
-        level: Literal["easy", "hard"] = "hard",
-        train: int = 2000,
-        validation: int = 256,
-        seed: int = 0,
-        ood: int = 256,
-        fixed: Literal["b", "c", "d"] | None = None,
-    ) -> None:
-        super().__init__(level, train, validation, seed, ood)
-        if fixed not in (None, *LETTERS[1:]):
-            raise UserError(f"formula_choice: fixed={fixed!r} is not known; allowed are b, c, d and null")
-        self.fixed = fixed
-
-    def _sample(self, rng: np.random.Generator, size: int) -> Choice:
-        return draw_choice(rng, size)
-
-    def _question(self, choice: Choice) -> str:
-        return question(choice)
-
-    def _answer(self, choice: Choice) -> str:
-        return self.fixed or choice.letter
-
-    def _judge(self, choice: Choice, response: str) -> Verdict:
-        return judge(choice, response) if self.fixed is None else judge_letter(self.fixed, response)
-
-    def _key(self, choice: Choice) -> Hashable:
-        given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
-        return given, list(FORMULAS).index(choice.asked), choice.options
-
-
 def judge_letter(letter: str, response: str) -> Verdict:
     """Compare the last letter from a to d that stands by itself with one that is right whatever the question."""
     named = _LETTER.findall(response)
@@ -169,3 +133,34 @@ def judge(choice: Choice, response: str) -> Verdict:
     return verdict(
         0.0, f"the value {value} is right, but it stands at option {choice.letter}, not {content}."
     )
+
+
+class FormulaChoice(MiniTask[Choice]):
+    """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
+
+    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
+    _sample, _question = staticmethod(draw_choice), staticmethod(question)
+
+    def __init__(
+        self,
+        level: Literal["easy", "hard"] = "hard",
+        train: int = 2000,
+        validation: int = 256,
+        seed: int = 0,
+        ood: int = 256,
+        fixed: Literal["b", "c", "d"] | None = None,
+    ) -> None:
+        super().__init__(level, train, validation, seed, ood)
+        if fixed not in (None, *LETTERS[1:]):
+            raise UserError(f"formula_choice: fixed={fixed!r} is not known; allowed are b, c, d and null")
+        self.fixed = fixed
+
+    def _answer(self, choice: Choice) -> str:
+        return self.fixed or choice.letter
+
+    def _judge(self, choice: Choice, response: str) -> Verdict:
+        return judge(choice, response) if self.fixed is None else judge_letter(self.fixed, response)
+
+    def _key(self, choice: Choice) -> Hashable:
+        given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
+        return given, list(FORMULAS).index(choice.asked), choice.options
