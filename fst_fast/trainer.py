@@ -243,7 +243,8 @@ def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
     """Evaluate on validation problems and record the result: all four cells in the final evaluation, eval.cells in the others."""
     config = run.config
     seen: dict[str, list[Judged]] = {}
-    problems, cells = config.eval.problems, config.eval.cells
+    problems: int = config.eval.problems
+    cells: Sequence[str] = config.eval.cells
     if final:
         problems, cells = config.eval.final_problems, list(CELLS)
     result = _evaluate(run, stage, problems, cells, seen)

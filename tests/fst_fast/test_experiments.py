@@ -520,12 +520,12 @@ def test_components_and_one_text_are_compared_at_equal_rollouts(
 def test_where_no_context_helps_fst_may_cost_its_fast_phases_and_no_more(
     suite: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def curves(top: float, mid: float, fast: int) -> dict[str, dict[str, list[Curve]]]:
-        arms = {"rl": (1.0, 30.0, 0), "fst": (top, mid, 800), "fst, adaptive": (1.0, 30.0, fast)}
+    def curves(top: float, mid: float, later: int) -> dict[str, dict[str, list[Curve]]]:
+        arms = {"rl": (1.0, 30.0, 0), "fst": (top, mid, 800), "fst, adaptive": (1.0, 30.0, later)}
         return {
             no_help.FAMILY: {
-                arm: [replace(planted("rl", s, mid, top, 100.0), fast_rollouts=fast) for s in range(4)]
-                for arm, (top, mid, fast) in arms.items()
+                arm: [replace(planted("rl", s, mid, top, 100.0), fast_rollouts=(900, n)) for s in range(4)]
+                for arm, (top, mid, n) in arms.items()
             }
         }
 
