@@ -333,7 +333,9 @@ def test_an_adaptive_phase_rests_longer_the_longer_nothing_is_admitted_and_not_a
 
 
 def test_while_there_is_only_the_seed_an_adaptive_phase_looks_once_more_before_it_rests():
-    config = front(population=2, children=1, samples=1, first_generations=1, generations=1, adaptive=True)
+    config = front(
+        population=2, children=1, samples=1, first_generations=1, generations=1, admit_z=9, adaptive=True
+    )
     state, looked = start(), []
     for cycle in range(9):
         world = World(half, version=cycle)
