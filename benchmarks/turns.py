@@ -14,13 +14,13 @@ where it reads each turn's whole prompt again. Samples share their prompts in bo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +101,12 @@ def steps(turns: int, tokens: int, count: int, *, keeps: bool = True) -> list[di
     return clock.rows
 
 
-def fixed_length(tokens: int, clock: Clock, keeps: bool) -> Any:
+@contextmanager
+def fixed_length(tokens: int, clock: Clock, keeps: bool) -> Iterator[None]:
     """Every response ends after exactly `tokens` tokens, whatever they are. clock: counts what engines compute."""
     from unittest.mock import patch
 
     from fst_fast.rollout import engine
-
-    class After:
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def __call__(self, ids: Any) -> bool:
-            return len(ids) >= tokens
 
     original = engine.RolloutEngine.__init__
 
@@ -129,21 +123,9 @@ def fixed_length(tokens: int, clock: Clock, keeps: bool) -> Any:
         clock.sampled += self.tokens_computed - before
         return rollouts
 
-    class All:
-        def __enter__(self) -> None:
-            self.patches = [
-                patch.object(engine, "StopTexts", After),
-                patch.object(engine.RolloutEngine, "__init__", init),
-                patch.object(engine.RolloutEngine, "generate", counted),
-            ]
-            for each in self.patches:
-                each.start()
-
-        def __exit__(self, *_: object) -> None:
-            for each in self.patches:
-                each.stop()
-
-    return All()
+    stops = patch.object(engine, "StopTexts", lambda *_: lambda ids: len(ids) >= tokens)
+    with stops, patch.multiple(engine.RolloutEngine, __init__=init, generate=counted):
+        yield
 
 
 def per_token(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -165,9 +147,7 @@ def per_token(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def main() -> None:
     from benchmarks import measure
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.arguments(__doc__)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=16, help="of one turn")
     parser.add_argument("--steps", type=int, default=4)
@@ -206,7 +186,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if args.out:
-        (args.out / "turns_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        measure.write(args.out / "turns_cpu.json", result)
 
 
 if __name__ == "__main__":

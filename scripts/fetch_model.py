@@ -151,9 +151,8 @@ def convert(file: Path, folder: Path) -> None:
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers refuses to save what it calls quantised
-    config.tie_word_embeddings = (
-        True  # as published; a GGUF may hold the shared matrix twice, the head's copy with more bits
-    )
+    # as published; a GGUF may hold the shared matrix twice, the head's copy with more bits
+    config.tie_word_embeddings = True
     weights = read.state_dict()
     if "lm_head.weight" in weights:
         weights["model.embed_tokens.weight"] = weights["lm_head.weight"]

@@ -30,8 +30,6 @@ def efficiency(runner: Runner) -> Result:
     )
     title = "Ceiling of the fitted sigmoid against steps (95 % interval)"
     ceilings = Table(title, ["family", "RL", "FST", "FST - RL"])
-    head = ["family", "method", "reward, %", *AXES.values(), "KL(train‖base)"]
-    ends = Table("At the end: mean over seeds ± standard error", head)
     ratios: dict[str, dict[str, Interval]] = {}
     higher = []
     for family, methods in curves.items():
@@ -55,9 +53,6 @@ def efficiency(runner: Runner) -> Result:
         ceilings.rows.append([family, *shown])
         if fits and fits["difference"].low > 0:
             higher.append(family)
-        for method, end in final.items():
-            spent = [plus_minus(end[axis]) for axis in AXES]
-            ends.rows.append([family, method, per_cent(end["reward"]), *spent, plus_minus(end["kl"], 1, 3)])
 
     def sooner(text: str, axis: str, most: float, needed: int) -> Claim:
         good = [family for family, by_axis in ratios.items() if by_axis[axis].value <= most]
@@ -71,7 +66,8 @@ def efficiency(runner: Runner) -> Result:
         sooner(in_rollouts, "rollouts", 1 / 2, 2),
         Claim.counted(ceiling, higher, 2, len(curves)),
     ]
-    return Result(numbers, [costs, ceilings, ends], claims, {"efficiency": figures.efficiency(curves)})
+    tables = [costs, ceilings, end_table({family: of["final"] for family, of in numbers.items()})]
+    return Result(numbers, tables, claims, {"efficiency": figures.efficiency(curves)})
 
 
 def _reward_by_step(curves: Sequence[Curve]) -> list[tuple[Floats, Floats]]:
@@ -81,7 +77,13 @@ def _reward_by_step(curves: Sequence[Curve]) -> list[tuple[Floats, Floats]]:
 def cost_ratios(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> list[float]:
     """FST's cost to reach RL's peak over RL's own, seed by seed; infinity where it does not."""
     costs = [[c.cost_to_reach(axis, peak_level(a)) for c in (a, b)] for a, b in zip(rl, fst, strict=True)]
-    return [other / own for own, other in costs]
+    return [other / own if np.isfinite(other) else float("inf") for own, other in costs]
+
+
+def end_gap(ours: Sequence[Curve], others: Sequence[Curve]) -> Interval:
+    """By how much `ours` end above `others` of the same seeds: mean difference of the final rewards."""
+    gains = [a.cell("both") - b.cell("both") for a, b in zip(ours, others, strict=True)]
+    return statistics.bootstrap(gains, statistics.mean)
 
 
 def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
@@ -91,6 +93,17 @@ def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
         **{axis: mean_stderr([float(c.cost[axis][-1]) for c in curves]) for axis in AXES},
         "kl": mean_stderr([float(c.kl[-1]) for c in curves]),
     }
+
+
+def end_table(ends: dict[str, dict[str, dict[str, Any]]], *more: str) -> Table:
+    """A table of final figures. ends: family -> method -> final_figures. more: what else they tell."""
+    head = ["family", "method", "reward, %", *AXES.values(), *more, "KL(train‖base)"]
+    table = Table("At the end: mean over seeds ± standard error", head)
+    for family, methods in ends.items():
+        for method, end in methods.items():
+            spent = [plus_minus(end[name]) for name in (*AXES, *more)]
+            table.rows.append([family, method, per_cent(end["reward"]), *spent, plus_minus(end["kl"], 1, 3)])
+    return table
 
 
 def drift(runner: Runner) -> Result:
@@ -106,14 +119,14 @@ def drift(runner: Runner) -> Result:
     good = []
     for family, methods in curves.items():
         pairs = [_kl_at_peak(a, b) for a, b in zip(methods["rl"], methods["fst"], strict=True)]
-        ratio = statistics.bootstrap([b / a if a > 0 else float("inf") for a, b in pairs], statistics.median)
+        ratio = statistics.bootstrap(
+            [b / a if 0 < a < np.inf else float("inf") for a, b in pairs], statistics.median
+        )
         numbers[family] = {
-            "pairs": [[a, None if np.isinf(b) else b] for a, b in pairs],
+            "pairs": [[None if np.isinf(kl) else kl for kl in pair] for pair in pairs],
             "ratio": ratio.json(),
         }
-        reached = [b for _, b in pairs if np.isfinite(b)]
-        fst = f"{np.mean(reached):.3f} ({len(reached)} of {len(pairs)} seeds)" if reached else "never"
-        table.rows.append([family, f"{np.mean([a for a, _ in pairs]):.3f}", fst, ratio.text()])
+        table.rows.append([family, *(_where_reached(kls) for kls in zip(*pairs, strict=True)), ratio.text()])
         if ratio.value <= 0.3:
             good.append(family)
     text = "KL at matched accuracy is at most 0.3 of RL's on two families"
@@ -129,6 +142,11 @@ def _kl_at_peak(rl: Curve, fst: Curve) -> tuple[float, float]:
         return float(curve.kl[curve.cost["steps"] == step][0]) if np.isfinite(step) else float("inf")
 
     return kl(rl), kl(fst)
+
+
+def _where_reached(kls: Sequence[float]) -> str:
+    reached = [kl for kl in kls if np.isfinite(kl)]
+    return f"{np.mean(reached):.3f} ({len(reached)} of {len(kls)} seeds)" if reached else "never"
 
 
 def channels(runner: Runner) -> Result:

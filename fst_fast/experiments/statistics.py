@@ -19,11 +19,12 @@ from fst_fast.report.curves import Series, fit_sigmoid
 Floats = NDArray[np.float64]
 DRAWS = 2000
 FIT_DRAWS = 200  # each is a fit
+MOST_SIGNS = 20
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95 % percentile bootstrap interval; `n` seeds. Infinity: not reached."""
+    """A figure and its 95 % percentile bootstrap interval; `n` seeds, of a single one the figure thrice. Infinity: not reached."""
 
     value: float
     low: float
@@ -39,7 +40,7 @@ class Interval:
         def one(x: float) -> str:
             return f"{x:.{digits}f}" if np.isfinite(x) else "never"
 
-        return f"{one(self.value)} [{one(self.low)}, {one(self.high)}]"
+        return one(self.value) + (f" [{one(self.low)}, {one(self.high)}]" if self.n > 1 else "")
 
 
 def bootstrap(values: Sequence[float], of: Callable[[Floats], Any], seed: int = 0) -> Interval:
@@ -102,10 +103,10 @@ def standard_deviation(values: Sequence[float]) -> float:
 
 def sign_flip_test(differences: Sequence[float]) -> float:
     """Two-sided p of paired differences under the hypothesis that their signs are chance: the share of all sign patterns whose mean is at
-    least as far from 0. Exact, so with n seeds never below 2 / 2^n. Raises ValueError with more than 20 values."""
+    least as far from 0. Exact, so with n seeds never below 2 / 2^n. Raises ValueError with more than MOST_SIGNS values."""
     x = np.asarray(differences, dtype=float)
-    if len(x) > 20:
-        raise ValueError(f"{len(x)} differences have too many sign patterns; at most 20")
+    if len(x) > MOST_SIGNS:
+        raise ValueError(f"{len(x)} differences have too many sign patterns; at most {MOST_SIGNS}")
     signs = 1.0 - 2.0 * ((np.arange(2 ** len(x))[:, None] >> np.arange(len(x))) & 1)  # [2^n, n]
     means = np.abs(signs @ x)
     return float((means >= abs(x.sum()) - 1e-12).mean())
@@ -135,5 +136,4 @@ def _power(n: int, effect: float) -> float:
 
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean; infinite for a single value, which says nothing of its spread."""
-    x = np.asarray(values, dtype=float)
-    return float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("inf")
+    return float(standard_deviation(values) / np.sqrt(len(values)))

@@ -58,6 +58,12 @@ class Candidates:
             if config.merge
             else None
         )
+        if merged and (
+            reason := self.rules.refuses(merged[2])
+        ):  # two long components from different contexts
+            self.tried.add(merged[2])
+            self.emit(Proposal, cycle=self.cycle, parent=merged[0], context=None, refused=reason)
+            merged = None
         if merged:
             parents, shown = parents[:-1], shown[:-1]
         turn = (self.cycle + generation) * (config.proposals or config.children)

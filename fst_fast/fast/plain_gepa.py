@@ -1,7 +1,7 @@
 """GEPA's own loop (arXiv 2507.19457), as FST's description uses it: fast.evolver=gepa, a rival of evolution.py.
 
 One candidate at a time: draw a parent from the per-problem front, sample it on a few problems, reflect on those, sample the child on the same
-problems, and if its sum is strictly higher, score it on the whole anchor set and take it in. There is no test against noise. Until the budget is
+problems, and if its sum is strictly higher (over the problems judged both times), score it on the whole anchor set and take it in. There is no test against noise. Until the budget is
 used up; then the K best of the front are kept. Carried contexts are scored anew first. The decisions are those of gepa 0.1.4
 (tests/test_gepa_oracle.py); the anchor set serves as its training and validation set. Where the budget does not pay for the next step, the
 phase ends.
@@ -74,10 +74,10 @@ def evolve(
         parent = pool[int(rng.choice(len(pool), p=weights))]
         batch = batches.draw()
         before = extra.sample(parent, batch)
-        if all(r.verdict.reward is not None and r.verdict.reward >= FULL_REWARD for r in before):
+        failed = [r for r in before if r.verdict.reward is not None and r.verdict.reward < FULL_REWARD]
+        if not failed:
             continue  # nothing to learn from (gepa's skip_perfect_score)
-        judged = [r for r in before if r.verdict.reward is not None]
-        prompt = ReflectionPrompt(parent.text, [evaluations.failure(r) for r in judged])
+        prompt = ReflectionPrompt(parent.text, [evaluations.failure(r) for r in failed])
         said = functools.partial(_log_iteration, log, cycle, tally.waves)
         replies = ask(reflect, [prompt], [int(rng.integers(0, 2**31))], said)
         tally.waves += 1
@@ -88,12 +88,12 @@ def evolve(
             tally.refused[reason] += 1
             emit(Proposal, cycle=cycle, parent=parent, context=None, refused=reason)
             continue
-        line = child_lineage(Context.of(text, parent=parent.id, born=cycle), judged, replies)
+        line = child_lineage(Context.of(text, parent=parent.id, born=cycle), failed, replies)
         line = lineage.setdefault(line.context.id, line)
         child = line.context
         emit(Proposal, cycle=cycle, parent=parent, context=child, refused="")
         after = extra.sample(child, batch)
-        admitted = _total(after) > _total(before) + pareto.TIE
+        admitted = _gain(before, after) > pareto.TIE
         if admitted:
             evaluations.judge([child])
             pool.append(child)
@@ -163,8 +163,11 @@ class _Extra:
         return answers
 
 
-def _total(rollouts: Sequence[ScoredRollout]) -> float:
-    return sum(r.verdict.reward or 0.0 for r in rollouts)
+def _gain(before: Sequence[ScoredRollout], after: Sequence[ScoredRollout]) -> float:
+    """What the sum of rewards gains on the problems that were judged both times."""
+    rewards = [(a.verdict.reward, b.verdict.reward) for a, b in zip(before, after, strict=True)]
+    both = [(a, b) for a, b in rewards if a is not None and b is not None]
+    return sum(b for _, b in both) - sum(a for a, _ in both)
 
 
 def _mean(rollouts: Sequence[ScoredRollout]) -> float | None:

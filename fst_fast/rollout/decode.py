@@ -11,6 +11,7 @@ needs any more is held for later calls while there is plenty of room.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from fst_fast.policy.packing import to_device
 from fst_fast.rollout.cascade import DecodePlan, Suffixes
 from fst_fast.rollout.graphs import StepGraph
 from fst_fast.rollout.kv_pool import KVPool
-from fst_fast.rollout.kv_tree import Block, TreeCache
+from fst_fast.rollout.kv_tree import Block, TreeCache, group_blocks
 from fst_fast.rollout.prefill import PrefillPlan
 from fst_fast.rollout.prefixes import PrefixCache, adopt
 from fst_fast.rollout.prompt_tree import JOIN_TOKENS, Ints, forest_of, prompt_tree
@@ -112,9 +113,8 @@ class ForestDecoder:
         self.most_tokens = 0  # ever held at a time
         self._suffix_tokens = 0
         self._free = self._running = 0  # pages left, and sequences that run, while slots are refilled
-        self._next = self._ahead = (
-            0  # nodes before _next are in the cache or were; this call has computed none from _ahead on
-        )
+        # nodes before _next are in the cache or were; this call has computed none from _ahead on
+        self._next = self._ahead = 0
 
     def run(self) -> None:
         if self.logits:  # of prompts that an earlier call has ended
@@ -203,13 +203,21 @@ class ForestDecoder:
     def _window(self) -> Ints:
         """The next nodes to compute, as many as `prefill_tokens` and the memory left allow."""
         missing, tokens, count = self._missing()
-        if 2 * tokens[count - 1] > self._room():  # padding may double it
+        if self._taken(missing[:count]) > self._room():
             self._make_room()
             missing, tokens, count = self._missing()
             room = self._room()
-            count = int(np.searchsorted(2 * tokens[:count], room, side="right")) or int(tokens[0] <= room)
+            fitting = bisect_right(range(1, count + 1), room, key=lambda n: self._taken(missing[:n]))
+            count = fitting or int(tokens[0] <= room)
         window: Ints = missing[:count]
         return window
+
+    def _taken(self, nodes: Ints) -> int:
+        """Tokens that these nodes take once they are computed: with the padding of their blocks and the logits at the ends of prompts."""
+        lengths = self.tree.end[nodes] - self.tree.start[nodes]
+        blocks = group_blocks(self.tree.level[nodes], lengths)
+        ends = np.isin(nodes, self.leaves).sum()
+        return sum(len(own) * int(lengths[own].max()) for own in blocks) + self.logits_tokens * int(ends)
 
     def _missing(self) -> tuple[Ints, Ints, int]:
         """The nodes that are to be computed, their tokens summed up, and how many of them make one forward."""

@@ -86,9 +86,6 @@ class TreeCache:
         self.block_of[nodes], self.row_of[nodes] = number, rows
         self.filled[nodes] = True
 
-    def block(self, number: int) -> Block:
-        return self.blocks[number]
-
     def slots_of(self, nodes: Ints) -> Ints:
         """[all nodes] pool index of the first token of each of `nodes`, which must be cached; 0 for other nodes.
         Allocations can move ranges, so do not store the result."""
@@ -127,14 +124,18 @@ def length_bucket(length: int) -> int:
     return max(int(length) - 1, 31).bit_length()
 
 
-def allocate_blocks(levels: Ints, lengths: Ints, *, pool: KVPool) -> list[tuple[Ints, Block]]:
-    """Allocate blocks for nodes of these levels and lengths; returns (indices of the nodes, their block) per block."""
+def group_blocks(levels: Ints, lengths: Ints) -> list[Ints]:
+    """Which of the nodes of these levels and lengths make a block each: their indices."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (level, length) in enumerate(zip(levels.tolist(), lengths.tolist(), strict=True)):
         groups.setdefault((level, length_bucket(length)), []).append(i)
+    return [np.asarray(members, dtype=np.int64) for members in groups.values()]
+
+
+def allocate_blocks(levels: Ints, lengths: Ints, *, pool: KVPool) -> list[tuple[Ints, Block]]:
+    """Allocate blocks for nodes of these levels and lengths; returns (indices of the nodes, their block) per block."""
     out = []
-    for members in groups.values():
-        own = np.asarray(members, dtype=np.int64)
+    for own in group_blocks(levels, lengths):
         span = pool.take(len(own) * int(lengths[own].max()))
         out.append((own, Block(lengths[own], span)))
     return out

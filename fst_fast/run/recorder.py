@@ -73,9 +73,8 @@ class Recorder:
     callbacks: Callbacks
     stopwatch: Stopwatch
     liveness: Liveness
-    limits: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of troubles, where they are not the usual ones
+    # of troubles, where they are not the usual ones
+    limits: Mapping[str, float] = field(default_factory=dict)
     metrics: MetricsWriter | None = None  # [rank 0]
     recent: dict[Source, Recent] = field(default_factory=lambda: {source: Recent() for source in SOURCES})
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_STEPS))
@@ -110,21 +109,8 @@ class Recorder:
             numbers.pop("tokens"), numbers.pop("unshared"), sum(report.shaped_rewards), len(report.shaped_rewards),
             *episode_counts([x.rollout for x in rollouts]),
         ]  # fmt: skip
-        (
-            n,
-            judged,
-            total,
-            squares,
-            groups,
-            kept,
-            tokens,
-            cut,
-            computed,
-            unshared,
-            shaped,
-            shaped_n,
-            *episodes,
-        ) = distributed.all_reduce_sum(local)
+        n, judged, total, squares, groups, kept, *rest = distributed.all_reduce_sum(local)
+        tokens, cut, computed, unshared, shaped, shaped_n, *episodes = rest
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
         counters.skipped_steps += report.skipped

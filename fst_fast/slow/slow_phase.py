@@ -109,7 +109,7 @@ def train_groups(
         metrics = nonfinite.skip_or_stop(error, dump, config.on_nonfinite, policy, step, recorder.note)
     policy.hand_over()
     recorder.stopwatch.add("train_s", time.perf_counter() - update_started)
-    return _report(sampled, metrics, started, _prompt_text(sampler, prompt_of))
+    return _report(sampled, metrics, started, prompt_text(sampler, prompt_of))
 
 
 @dataclass
@@ -276,7 +276,7 @@ def distillation_step(
     recorder.stopwatch.add("train_s", time.perf_counter() - update_started)
     metrics["distilled"] = True
     sampled = StepGroups(list(problems), rollouts, groups)
-    return _report(sampled, metrics, started, _prompt_text(sampler, prompt_of))
+    return _report(sampled, metrics, started, prompt_text(sampler, prompt_of))
 
 
 def objective_of(slow: SlowConfig) -> PolicyObjective:
@@ -329,7 +329,6 @@ def _report(
     )
 
 
-def _prompt_text(
-    sampler: Sampler, prompt: Callable[[Rollout], NDArray[np.int64]]
-) -> Callable[[Rollout], str]:
+def prompt_text(sampler: Sampler, prompt: Callable[[Rollout], NDArray[np.int64]]) -> Callable[[Rollout], str]:
+    """The text of the prompt whose ids `prompt` gives."""
     return lambda rollout: str(sampler.tokenizer.decode(prompt(rollout)))

@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from fst_fast.contracts import EpisodeState, Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.background import in_background
 from fst_fast.tasks.readers import import_package
-from fst_fast.tasks.rows import check_count
+from fst_fast.tasks.rows import check_count, checked_range
 
 PREFIX = "openenv:"
 ANSWER_LIMIT = 4 << 20  # bytes
@@ -92,21 +93,13 @@ class OpenEnv:
         for name, mapping in (("action", action), ("reset", reset)):
             if mapping is not None and not isinstance(mapping, Mapping):
                 raise UserError(f"task_args.{name}={mapping!r} must be a mapping")
-        if action is not None and "{response" not in json.dumps(action, default=str):
-            raise UserError(f"task_args.action={dict(action)} does not hold {{response}}")
+        if action is not None:
+            _check_template(action)
         if isinstance(observation, str):
             observation = [observation]
         if observation is not None and not all(isinstance(name, str) for name in observation):
             raise UserError(f"task_args.observation={observation!r} must be the names of fields")
-        numbers = (
-            [x for x in reward_range if isinstance(x, int | float)]
-            if isinstance(reward_range, Sequence)
-            else []
-        )
-        if len(numbers) != 2 or len(reward_range) != 2 or not numbers[0] < numbers[1]:
-            raise UserError(
-                f"task_args.reward_range={reward_range!r} must be two numbers, the lower one first"
-            )
+        self._low, self._high = checked_range(reward_range)
         if not isinstance(timeout_s, int | float) or not timeout_s > 0:
             raise UserError(f"task_args.timeout_s={timeout_s!r} must be a positive number of seconds")
         check_count("train", train, 1)
@@ -115,7 +108,6 @@ class OpenEnv:
             import_package("websockets", self._where, "openenv")
         self._action, self._shown, self._reset = action, observation, dict(reset or {})
         self._transport, self._timeout_s, self._sums = transport, float(timeout_s), reward == "sum"
-        self._low, self._high = float(numbers[0]), float(numbers[1])
         train, validation = train or 64, validation or 16  # null: the defaults
         self._seeds = {"train": range(train), "validation": range(train, train + validation)}
 
@@ -195,22 +187,19 @@ class OpenEnv:
     async def _action_of_schema(self) -> Mapping[str, Any]:
         """{name: "{response}"} where the server's actions have one field that must be given, a text."""
         schema = (await _http("GET", f"{self.url}/schema")).get("action")
-        needed = (
-            [n for n in schema.get("required", ()) if n != "metadata"] if isinstance(schema, Mapping) else []
-        )
-        kinds = schema.get("properties", {}) if isinstance(schema, Mapping) else {}
+        schema = schema if isinstance(schema, Mapping) else {}
+        needed = [name for name in schema.get("required", ()) if name != "metadata"]
+        kinds = schema.get("properties", {})
         if (
-            len(needed) != 1
-            or not isinstance(kinds, Mapping)
-            or kinds.get(needed[0], {}).get("type") != "string"
+            len(needed) == 1
+            and isinstance(kinds, Mapping)
+            and kinds.get(needed[0], {}).get("type") == "string"
         ):
-            asked = (
-                f"its actions need {', '.join(needed)}"
-                if needed
-                else "its schema does not say what an action needs"
-            )
-            raise ValueError(f"what a response is sent as is not clear, {asked}; task_args.action says it")
-        return {needed[0]: "{response}"}
+            return {needed[0]: "{response}"}
+        asked = f"its actions need {', '.join(needed)}"
+        if not needed:
+            asked = "its schema does not say what an action needs"
+        raise ValueError(f"what a response is sent as is not clear, {asked}; task_args.action says it")
 
 
 class _WebSocket:
@@ -298,6 +287,41 @@ def _checked(answer: Any) -> Result:
         raise ValueError(f"the server's answer is not a step's result: {where}: {first['msg']}") from None
 
 
+def _check_template(action: Mapping[str, Any]) -> None:
+    """Raises UserError where an action does not take the response, or has a placeholder that would be sent as it is."""
+    places = list(_texts(action))
+    if not any("{response" in text for text in places):
+        raise UserError(f"task_args.action={dict(action)} does not hold {{response}}")
+    for text in places:
+        if "{response" in text.replace("{response}", "") and not _TYPED.fullmatch(text):
+            raise UserError(
+                f"task_args.action has the value {text!r}; allowed are {{response}} in a text, and as the whole value "
+                "{response:int}, {response:float} and {response:json}"
+            )
+
+
+def _texts(template: Any) -> Iterator[str]:
+    """The texts among the values of a template."""
+    if isinstance(template, Mapping):
+        template = list(template.values())
+    if isinstance(template, list):
+        for value in template:
+            yield from _texts(value)
+    elif isinstance(template, str):
+        yield template
+
+
+def _finite(text: str) -> float:
+    """The number that a text spells; NaN and infinity are not JSON. Raises ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
 def _filled(template: Any, response: str) -> Any:
     """The template with the response in it. Raises ValueError, a sentence for the policy, where it is not of the type that is asked for."""
     if isinstance(template, Mapping):
@@ -308,7 +332,7 @@ def _filled(template: Any, response: str) -> Any:
         return template
     if typed := _TYPED.fullmatch(template):
         kind = typed[1]
-        readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "json": json.loads}
+        readers: dict[str, Callable[[str], Any]] = {"int": int, "float": _finite, "json": _json}
         try:
             return readers[kind](response)
         except (ValueError, RecursionError):

@@ -75,7 +75,7 @@ class _Rollout:
         self.problem_answer = row.get("answer")
         self._asked: asyncio.Queue[Any] = asyncio.Queue()  # conversations that the policy is to continue
         self._answer: asyncio.Future[Any] | None = None
-        self._known = 0  # messages of the conversation, the last response included
+        self._known: list[Any] = []  # the conversation so far, the last response as None
         self.task = asyncio.create_task(self._run(environment, row))
 
     async def _run(self, environment: Any, row: Mapping[str, Any]) -> Any:
@@ -107,7 +107,7 @@ class _Rollout:
         await asyncio.wait({request, self.task}, return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             asked = request.result()
-            self._known = self._known or len(asked[0])
+            self._known = self._known or list(asked[0])
             return asked
         request.cancel()
         self.task.result()
@@ -115,13 +115,14 @@ class _Rollout:
 
     def new(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
         """What the environment has added to the conversation since the last response."""
-        if len(messages) <= self._known or messages[self._known - 1]["role"] != "assistant":
+        n = len(self._known)
+        kept = all(k is None or k == m for k, m in zip(self._known, messages, strict=False))
+        if len(messages) <= n or messages[n - 1]["role"] != "assistant" or not kept:
             raise ValueError(
                 "the environment rewrites its conversation; only those that append to it can be played"
             )
-        said = list(messages[self._known :])
-        self._known = len(messages)
-        return said
+        self._known = list(messages)
+        return list(messages[n:])
 
     def answer(self, text: str, calls: Sequence[tuple[str, str]]) -> None:
         """Answer the waiting client with a response and the tool calls (name, JSON of the arguments) in it."""
@@ -134,7 +135,7 @@ class _Rollout:
             finish_reason="tool_calls" if made else "stop",
             is_truncated=False,
         )
-        self._known += 1
+        self._known.append(None)
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(Response(id="policy", created=0, model="policy", message=message))
 

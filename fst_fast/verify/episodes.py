@@ -236,14 +236,16 @@ class Episodes:
         live.state.messages.append({"role": "assistant", "content": response})
         said: Any = await self._tool_messages(live, response) if live.tools else []
         if not said:
-            task = live.task
+            task, plays = live.task, is_environment(live.task)
             said = await (
                 self._call(task.step, live.state, response)
-                if is_environment(task)
+                if plays
                 else self._call(task.verify, live.state.problem, response)
             )
             if isinstance(said, Verdict):
                 return said
+            if not plays:
+                raise EpisodeError(f"verify returned a {type(said).__name__}; it must return a Verdict")
             said = self._messages(said)
         messages: list[Message] = [{key: self._cut(text) for key, text in m.items()} for m in said]
         live.state.messages += messages

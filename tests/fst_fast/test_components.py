@@ -125,6 +125,32 @@ def test_merges_happen_in_the_evolution_and_cost_no_reflection() -> None:
     assert all("good" in components_of(result.population[0].text)[name] for name in ("system", "tool:search"))
 
 
+def test_a_merge_of_long_components_that_leaves_no_room_for_a_problem_is_not_scored() -> None:
+    """Its prompts would be longer than allowed, which ends a run."""
+    config = settings(merge=True, children=3, rollout_budget=2000, first_generations=6)
+
+    def split(text: str, problem: Any) -> float:
+        return (
+            0.9 if "good" in components_of(text)["system" if problem.answer % 2 else "tool:search"] else 0.1
+        )
+
+    def fits(context: Context) -> bool:
+        parts = components_of(context.text)
+        return not ("good" in parts["system"] and "good" in parts["tool:search"])
+
+    world = World(split)
+    refused = []
+    result = evolve(
+        FastState.initial(config.seed_context), anchor=problems(8), score=world, config=config,
+        reflect=Scribe(lambda prompt, seed: f"good {seed % 1000}"), count_tokens=lambda text: len(text.split()),
+        cycle=0, policy_version=0, seed=0, log=lambda line: None, fits=fits,
+        emit=lambda kind, **fields: refused.append(fields) if fields.get("refused") else None,
+    )  # fmt: skip
+    assert all(fits(context) for call in world.calls for context, _, _ in call)
+    asked = result.record["refused"]["too_long"]  # refused replies
+    assert sum(fields["refused"] == "too_long" for fields in refused) > asked, "merges were refused, too"
+
+
 @pytest.mark.parametrize(
     ("fast", "reason"),
     [

@@ -58,6 +58,10 @@ class Tools:
     def verify(self, problem, response):
         return Verdict(float(problem.answer in response), "checked")
 
+class Careless(Tools):
+    def verify(self, problem, response):
+        return "well done"
+
 class Steps(Tools):
     """The response says what step returns."""
     tools = []
@@ -251,6 +255,13 @@ def test_what_an_environment_must_not_say_ends_the_episode_unjudged(
     assert good.verdict.reward == 1.0
     assert said  # the first of a kind
     assert sampler.unverified()["verify_failures"] == 1
+
+
+def test_what_the_verifier_of_a_task_with_tools_returns_is_no_further_turn(folder: Path) -> None:
+    with opened(folder, "Careless") as (sampler, _, config):
+        [bad] = played(sampler, config, lambda p, turn, sample: "5")
+    assert (bad.rollout.finish, bad.verdict.reward, len(bad.rollout.turns)) == ("error", None, 1)
+    assert bad.verdict.feedback == "verify returned a str; it must return a Verdict"
 
 
 def test_an_environment_that_changes_the_problem_or_never_ends(folder: Path) -> None:

@@ -20,6 +20,7 @@ from fst_fast.experiments import (
     comparison,
     experiments,
     figures,
+    no_help,
     page,
     plasticity,
     rivals,
@@ -239,6 +240,44 @@ def test_certainty_counts_the_seeds_on_which_fst_is_sooner_and_its_first_phase_f
     ]
 
 
+def test_a_level_that_nobody_reaches_is_never_and_not_cheap(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RL that is at its best untrained: it does not come back to its peak, and FST either does, or does not."""
+
+    def curve(method: str, seed: int, later: float) -> Curve:
+        found = planted(method, seed, 60.0, 0.6, 100.0)
+        return replace(found, reward=np.where(found.cost["steps"] > 0, later, 0.8))
+
+    curves = {
+        f: {
+            "rl": [curve("rl", s, 0.1) for s in range(3)],
+            "fst": [curve("fst", s, 0.9 if s == later else 0.1) for s in range(3)],
+            "gepa": [curve("gepa", s, 0.1) for s in range(3)],
+        }
+        for f, later in zip(SHOWN, (0, 1, 9), strict=True)
+    }
+    monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: curves)
+    found = page.run(["efficiency", "drift"], suite)
+    assert [row[2] for row in found["efficiency"].tables[0].rows] == ["never [0.00, never]"] * 2 + [
+        "never [never, never]"
+    ]
+    assert [row[1:] for row in found["drift"].tables[0].rows] == [
+        ["never", "0.007 (1 of 3 seeds)", "never [never, never]"],
+        ["never", "0.007 (1 of 3 seeds)", "never [never, never]"],
+        ["never", "never", "never [never, never]"],
+    ]
+    assert not any(claim.holds for result in found.values() for claim in result.claims)
+    json.loads((suite.out / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_one_seed_has_no_interval_and_proves_nothing(suite: Runner) -> None:
+    suite.budget = replace(SMALL, seeds=1)
+    results = page.run(["efficiency", "drift", "channels"], suite)
+    assert {claim.holds for result in results.values() for claim in result.claims} == {None}
+    assert statistics.bootstrap([0.5], statistics.mean).text() == "0.50"
+
+
 def test_generalisation_shows_every_method_on_both_splits(
     suite: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +370,7 @@ def test_the_other_figures_can_be_drawn(suite: Runner) -> None:
     draw = figures
     for figure in (
         draw.plasticity({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
-        draw.continual({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
+        draw.stages({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
         draw.ablation({"as configured": some, "never there": some}, 0.9),
     ):
         assert png(figure).startswith(b"\x89PNG")
@@ -473,3 +512,39 @@ def test_components_and_one_text_are_compared_at_equal_rollouts(
     found = page.run(["tools"], suite)["tools"]
     assert [claim.holds for claim in found.claims] == [True, True, True, True, False]
     assert found.numbers["components_minus_one_text"]["gepa"]["value"] > 0
+
+
+# --- problems on which no context helps, and a right context that turns around
+
+
+def test_where_no_context_helps_fst_may_cost_its_fast_phases_and_no_more(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def curves(top: float, mid: float, later: int) -> dict[str, dict[str, list[Curve]]]:
+        arms = {"rl": (1.0, 30.0, 0), "fst": (top, mid, 800), "fst, adaptive": (1.0, 30.0, later)}
+        return {
+            no_help.FAMILY: {
+                arm: [replace(planted("rl", s, mid, top, 100.0), fast_rollouts=(900, n)) for s in range(4)]
+                for arm, (top, mid, n) in arms.items()
+            }
+        }
+
+    monkeypatch.setattr(no_help, "train_and_load", lambda runner, runs: curves(1.0, 30.0, 300))
+    assert [claim.holds for claim in no_help.no_help(suite).claims] == [True] * 5
+    monkeypatch.setattr(no_help, "train_and_load", lambda runner, runs: curves(0.7, 60.0, 500))
+    assert [claim.holds for claim in no_help.no_help(suite).claims] == [False, False, True, True, False]
+
+
+def test_every_stage_of_a_reversal_is_a_configuration_and_asks_for_its_own_order(suite: Runner) -> None:
+    suite.dry_run, suite.rl_settings = True, {family: {} for family in FAMILIES}
+    experiments.EXPERIMENTS["reversal"](suite)
+    assert [run.method for run in suite.planned[:: suite.budget.seeds]] == ["rl", "fst"]
+    for run in suite.planned:
+        stages = run.config(suite.budget, None).stages
+        assert [stage.task_args["order"] for stage in stages] == ["forward", "backward", "forward"]
+
+
+def test_every_arm_of_the_control_is_a_configuration() -> None:
+    for method, changes in no_help.ARMS.values():
+        config = Run(no_help.FAMILY, method, 0, {**no_help.FIXED, **changes}).config(SMALL, None)
+        assert config.task_args["fixed"] == "c"

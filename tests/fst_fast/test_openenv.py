@@ -216,6 +216,25 @@ def test_a_response_is_sent_as_the_template_says_or_the_policy_is_told_what_is_w
 
 
 @pytest.mark.parametrize(
+    ("kind", "responses", "asked_for"),
+    [
+        ("float", ["nan", "-Infinity", "1e999"], "a number"),
+        ("json", ["NaN", '{"x": [Infinity]}', "1e999"], "valid JSON"),
+    ],
+)
+def test_a_number_that_json_does_not_have_is_told_to_the_policy_and_not_sent(
+    kind: str, responses: list[str], asked_for: str
+) -> None:
+    game = Game(lambda action: observed(observation={"prompt": str(action)}))
+    with serving(game) as url:
+        env = OpenEnv(url, train=1, action={"x": f"{{response:{kind}}}"})
+        [said] = play(env, list(env.problems("train")), [*responses, "1.5"])
+    *refused, taken = [heard["observation"][0]["content"] for heard in said[1:]]
+    assert refused == [f"error: the response must be {asked_for} and nothing else"] * 3
+    assert taken == "{'x': 1.5}"
+
+
+@pytest.mark.parametrize(
     ("schema", "reason"),
     [
         (None, "its schema does not say what an action needs; task_args.action says it"),
@@ -295,8 +314,21 @@ def test_over_http_episodes_are_told_apart_by_their_id() -> None:
         ("http://host", {"reward": "mean"}, "reward='mean' is not known"),
         ("http://host", {"action": {"move": "x"}}, "does not hold {response}"),
         ("http://host", {"action": "x"}, "must be a mapping"),
-        ("http://host", {"reward_range": [1, 0]}, "must be two numbers"),
-        ("http://host", {"reward_range": 5}, "must be two numbers"),
+        ("http://host", {"action": {"move": "{responses}"}}, "has the value '{responses}'"),
+        (
+            "http://host",
+            {"action": {"a": "{response}", "b": ["{response:str}"]}},
+            "has the value '{response:str}'",
+        ),
+        (
+            "http://host",
+            {"action": {"a": "n={response:int}"}},
+            "has the value 'n={response:int}'; allowed are",
+        ),
+        ("http://host", {"action": {"{response}": 1}}, "does not hold {response}"),
+        ("http://host", {"reward_range": [1, 0]}, "must be two finite numbers"),
+        ("http://host", {"reward_range": 5}, "must be two finite numbers"),
+        ("http://host", {"reward_range": [0, float("inf")]}, "must be two finite numbers"),
         ("http://host", {"timeout_s": 0}, "must be a positive number"),
         ("http://host", {"train": 0}, "whole number of at least 1"),
         ("http://host", {"observation": [1]}, "must be the names of fields"),

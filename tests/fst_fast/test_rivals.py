@@ -16,6 +16,7 @@ from fst_fast.config import Config, FastConfig
 from fst_fast.contracts import Context
 from fst_fast.errors import UserError
 from fst_fast.experiments import rivals
+from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import FAMILIES, FULL, QUICK, Run
 from fst_fast.fast import e_spl, pareto, plain_gepa
 from fst_fast.fast.gepa_adapter import GepaBridge
@@ -266,6 +267,24 @@ def test_plain_gepa_holds_its_budget_gives_k_contexts_and_repeats_itself(
     assert once() == once()
 
 
+def test_plain_gepa_counts_what_could_not_be_judged_neither_as_a_failure_nor_as_0() -> None:
+    """Every child is as its parent, but for problems on which the seed context could not be judged."""
+
+    def quality(text, problem):
+        return None if text == SEED and problem.answer % 2 else float(problem.answer != 0)
+
+    scribe = numbered()
+    result = plain_gepa.evolve(
+        FastState.initial(SEED), anchor=problems(6), score=World(quality), reflect=scribe,
+        config=FastConfig(evolver="gepa", samples=1, rollout_budget=300), count_tokens=len, cycle=0, policy_version=0, seed=0,
+        log=lambda line: None,
+    )  # fmt: skip
+    assert result.record["contexts"]
+    assert result.record["admitted"] == 0
+    shown = [failure for batch, _ in scribe.batches for prompt in batch for failure in prompt.failures]
+    assert {(failure.problem, failure.reward) for failure in shown} == {("problem number 0", 0.0)}
+
+
 def test_plain_gepa_has_no_defence_against_noise_which_waves_have() -> None:
     config = FastConfig(evolver="gepa", samples=1, rollout_budget=960)
     result = plain_gepa.evolve(
@@ -276,6 +295,13 @@ def test_plain_gepa_has_no_defence_against_noise_which_waves_have() -> None:
 
 
 # --- contexts by hand
+
+
+def test_more_seeds_than_the_sign_flip_test_takes_are_refused_before_anything_is_trained(tmp_path) -> None:
+    runner = Runner(tmp_path, replace(QUICK, seeds=21), ["star_graph"], 1)
+    with pytest.raises(UserError, match="--seeds 21: the sign-flip test of rivals takes at most 20"):
+        rivals.rivals(runner)
+    assert not list(tmp_path.iterdir())
 
 
 def test_given_contexts_are_proposed_in_order_whatever_they_hold() -> None:

@@ -191,6 +191,27 @@ def test_other_errors_are_not_mistaken_for_out_of_memory(model, monkeypatch):
         sample(forest(model), requests_of())
 
 
+@pytest.mark.parametrize("seed", [0, 17])
+def test_a_window_of_short_nodes_counts_their_padding_and_their_logits(model, monkeypatch, seed):
+    """One block holds nodes of 1 to 32 tokens, each as long as the longest, and a prompt's end has logits that are held."""
+    rng = np.random.default_rng(seed)
+    prompts = [ids(rng, 1 + 28 * (i % 12 == 0)) for i in range(36)]
+    requests = [Request(f"p{i}", "", 0, np.append(p, i + 6), i) for i, p in enumerate(prompts)]
+    held = []
+    prefill = ForestDecoder._prefill
+
+    def watched(self):
+        done = prefill(self)
+        held.append(self._prompt_tokens() + self._suffix_tokens)
+        return done
+
+    monkeypatch.setattr(ForestDecoder, "_prefill", watched)
+    engine = forest(model, max_batch=4, kv_bytes=150 * TOKEN_BYTES)
+    assert_same(sample(engine, requests, 6), sample(forest(model), requests, 6))
+    assert max(held[: len(held) // 2]) <= 150
+    assert engine.most_kv_bytes <= 150 * TOKEN_BYTES
+
+
 def test_duplicate_requests_are_refused(model):
     requests = requests_of()
     with pytest.raises(

@@ -150,7 +150,7 @@ def test_it_judges_in_a_verifying_process_without_torch(environment: str) -> Non
         ({"args": 3}, "task_args.args=3 must be the keyword arguments"),
         ({"kind": "good"}, "'kind'"),
         ({"train": 0}, "task_args.train=0 must be a whole number of at least 1"),
-        ({"reward_range": [1, 0]}, "task_args.reward_range=[1, 0] must be two numbers"),
+        ({"reward_range": [1, 0]}, "task_args.reward_range=[1, 0] must be two finite numbers"),
         ({"validation_fraction": 1}, "task_args.validation_fraction=1 must be a number between 0 and 1"),
     ],
 )

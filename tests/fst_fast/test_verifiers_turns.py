@@ -40,9 +40,16 @@ def right(completion, answer, state):
         raise KeyError("no three")
     return float(completion[-1].content == "right") * 2 - 1
 
+class Rewriting(Guessing):
+    """Says in its first message how often the policy has spoken."""
+
+    async def get_prompt_messages(self, state):
+        first, *others = await super().get_prompt_messages(state)
+        return [vf.SystemMessage(content=f"Guess. {len(state['trajectory'])}"), *others]
+
 def load_environment(rewrites=False):
     rows = [{"question": f"guess {i}", "answer": str(i)} for i in range(10)]
-    return Guessing(dataset=Dataset.from_list(rows), rubric=vf.Rubric(funcs=[right]), system_prompt="Guess.", max_turns=4)
+    return (Rewriting if rewrites else Guessing)(dataset=Dataset.from_list(rows), rubric=vf.Rubric(funcs=[right]), system_prompt="Guess.", max_turns=4)
 '''
 
 TOOLS = '''
@@ -102,6 +109,18 @@ def test_an_environment_of_several_turns_runs_unchanged(folder: Path) -> None:
     assert "no three" in three.verdict.feedback
     assert "user\ntoo small<|im_end|>" in one.response
     assert two.verdict.metrics == {"reward/right": 1.0}
+
+
+def test_an_environment_that_changes_what_it_has_said_is_not_played(folder: Path) -> None:
+    """The policy would be trained on a conversation that the environment does not have."""
+    config = config_of(
+        folder, "verifiers:guessing-game", verify={"memory_mib": 8192},
+        task_args={"reward_range": [-1, 1], "args": {"rewrites": True}},
+    )  # fmt: skip
+    zero, one = played(config, lambda problem, turn, sample: str(turn), count=2)
+    assert zero.verdict.reward == 1.0
+    assert one.verdict.reward is None
+    assert "the environment rewrites its conversation" in one.verdict.feedback
 
 
 def test_its_tools_are_called_in_the_syntax_of_the_template(folder: Path) -> None:
