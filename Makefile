@@ -21,12 +21,11 @@ train: $(STAMP)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
 	@$(PY) -m fst_fast.cli report $(RUN)
 
-# A real language model on a CPU: fetched and checked, trained, its four cells and its contexts shown. MODEL and CONFIG belong together.
-laptop: MODEL = qwen2.5-coder-0.5b
+# A real language model on a CPU: fetched and checked where the configuration's is one of ours, trained, its four cells and its contexts shown.
 laptop: CONFIG = configs/laptop/short_answers.yaml
 laptop: RUN = runs/laptop
 laptop: $(STAMP)
-	@$(PY) scripts/fetch_model.py $(MODEL)
+	@$(PY) scripts/fetch_model.py --config $(CONFIG) $(ARGS)
 	@$(PY) train.py $(CONFIG) --run-dir $(RUN) $$(test ! -e $(RUN)/fst-run.json || echo --resume) $(ARGS)
 	@$(PY) scripts/show_contexts.py $(RUN)
 

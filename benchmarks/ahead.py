@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.measure import ROOT, arguments, cpu_environment, ranks, records, write
+
 LEFT_OUT = 2  # first steps
 SIDES = {"ahead=0": [], "ahead=1": ["--rollout.ahead=1", "--rollout.sampler_ranks=1"]}
 SPREAD, STEPS = 0.1, 600  # of the simulation: standard deviation of the logarithm of a phase's seconds
@@ -31,44 +31,34 @@ SPREAD, STEPS = 0.1, 600  # of the simulation: standard deviation of the logarit
 
 def run(folder: Path, args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """One run on two processes: seconds of its steps, and of their halves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     argv = [
         sys.executable, "train.py", "--run-dir", str(folder), "--method=rl", "--task=list_programs", f"--slow.steps={args.steps}",
         f"--slow.problems_per_step={args.problems}", f"--slow.group_size={args.samples}", "--slow.lr=1e-5", "--slow.warmup_steps=0",
         f"--rollout.max_response_tokens={args.response}", "--eval.every=0", "--eval.final_problems=1", "--eval.samples=1",
         "--eval.kl_problems=1", "--checkpoint.every=0", f"--seed={args.seed}", *more,
     ]  # fmt: skip
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            argv, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(argv, cwd=ROOT, env=cpu_environment(1) | rank, stdout=subprocess.DEVNULL)
+        for rank in ranks(2)
+    ]
     try:
-        if any(process.wait() for process in ranks):
+        if any(process.wait() for process in processes):
             raise SystemExit(f"a run with {more} failed")
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
-    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
-    steps = [row for row in timing if "tokens_per_s" in row]
+    steps = [row for row in records(folder, "timing") if "tokens_per_s" in row]
     took = np.diff([row["seconds"] for row in steps])[LEFT_OUT - 1 :]
     halves = {
         name: statistics.median(row[f"{name}_s"] for row in steps[LEFT_OUT:])
         for name in ("rollout", "verify", "train")
     }
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in records(folder, "metrics") if row["kind"] == "step"]
     return {
         "step_s": statistics.median(took),
         "all_steps_s": [round(float(s), 4) for s in took],
         **{f"{name}_s": value for name, value in halves.items()},
-        "staleness": [m.get("rollout_staleness") for m in metrics if m["kind"] == "step"][-1],
+        "staleness": trained[-1].get("rollout_staleness"),
     }
 
 
@@ -162,9 +152,7 @@ def simulate(devices: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--devices", type=int, default=8, metavar="N", help="of --simulate; a multiple of 8")
     for name, default in (("steps", 12), ("rounds", 2), ("problems", 16), ("samples", 8), ("response", 48), ("seed", 0)):  # fmt: skip
@@ -172,10 +160,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args()
     result = simulate(args.devices) if args.simulate else measure(args)
-    text = json.dumps(result, indent=1)
     if args.out:
-        args.out.write_text(text + "\n")
-    print(text)
+        write(args.out, result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

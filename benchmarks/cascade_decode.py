@@ -15,23 +15,24 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import measure
 from fst_kernels import CascadePlan, backends, cascade_decode_attention
 
 BANDWIDTH = 4.3e12  # bytes/s of an H200, measured
 PAGE = 16  # FlashInfer's page size, in tokens
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = measure.device()
 SIZES = {
     "cuda": {"contexts": 4, "context": 1536, "problems": 64, "problem": 300, "samples": 2, "suffix": 256, "heads": 32, "kv_heads": 8, "dim": 128},
     "cpu": {"contexts": 4, "context": 256, "problems": 16, "problem": 48, "samples": 4, "suffix": 32, "heads": 8, "kv_heads": 4, "dim": 64},
@@ -93,18 +94,43 @@ def milliseconds(run: Callable[[], object]) -> float:
     return begin_event.elapsed_time(end_event)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def start(about: str | None, name: str) -> argparse.Namespace:
+    """The options of this benchmark and of sampling.py, and threads and seed by them."""
+    parser = measure.arguments(about)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--out", type=Path, help="folder for cascade_decode_cpu.json or cascade_decode_cuda.json"
-    )
+    parser.add_argument("--out", type=Path, help=f"folder for {name}_cpu.json or {name}_cuda.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    return args
+
+
+def reached(ms: float, size: int, floor_ms: float | None) -> dict[str, float | None]:
+    """What a row says of its time. size: bytes that the peer must read."""
+    share = None if floor_ms is None else floor_ms / ms
+    return {"median_ms": ms, "tb_per_s": size / ms / 1e9, "of_byte_floor": share}
+
+
+def shown(row: dict[str, Any]) -> str:
+    share = "" if row["of_byte_floor"] is None else f"{row['of_byte_floor']:6.1%} of the floor"
+    return f"{row['median_ms']:9.3f} ms {row['tb_per_s']:8.4f} TB/s {share}"
+
+
+def write(args: argparse.Namespace, name: str, **result: Any) -> None:
+    gpu = DEVICE.type == "cuda"
+    about = {
+        "benchmark": name,
+        "device": torch.cuda.get_device_name() if gpu else measure.cpu_name(),
+        "threads": args.threads,
+        "clock": "CUDA events" if gpu else "CPU seconds of all threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    measure.write(args.out / f"{name}_{DEVICE.type}.json", about | result)
+
+
+def main() -> None:
+    args = start(__doc__, "cascade_decode")
     s = SIZES[DEVICE.type]
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     paths, lengths = tree(s)
@@ -182,35 +208,14 @@ def main() -> None:
     floor_ms = volume.unique / BANDWIDTH * 1e3 if DEVICE.type == "cuda" else None
     rows = {}
     for name, (_, required) in runs.items():
-        ms = statistics.median(times[name][3:])
-        share = None if floor_ms is None else floor_ms / ms
-        rows[name] = {"median_ms": ms, "tb_per_s": required / ms / 1e9, "of_byte_floor": share}
-        print(
-            f"{name:48s} {ms:9.3f} ms {required / ms / 1e9:8.4f} TB/s {'' if share is None else f'{share:6.1%} of the floor'}"
-        )
+        rows[name] = reached(statistics.median(times[name][3:]), required, floor_ms)
+        print(f"{name:48s} {shown(rows[name])}")
     for name, why in skipped.items():
         print(f"{name:48s} SKIPPED: {why}")
     print(f"bytes: unique {volume.unique:,}, read by tiles {volume.read:,}, unshared {volume.unshared:,}")
     if args.out:
-        result = {
-            "benchmark": "cascade_decode", "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu_name(), "threads": args.threads,
-            "clock": "CUDA events" if DEVICE.type == "cuda" else "CPU seconds of all threads", "dtype": str(dtype).removeprefix("torch."),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "sizes": s, "bytes": volume._asdict(), "floor_ms": floor_ms, "rows": rows, "skipped": skipped,
-        }  # fmt: skip
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"cascade_decode_{torch.device(DEVICE).type}.json").write_text(
-            json.dumps(result, indent=1) + "\n"
-        )
-
-
-def cpu_name() -> str:
-    models = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return models[0] if models else platform.processor()
+        name = str(dtype).removeprefix("torch.")
+        write(args, "cascade_decode", dtype=name, sizes=s, bytes=volume._asdict(), floor_ms=floor_ms, rows=rows, skipped=skipped)  # fmt: skip
 
 
 if __name__ == "__main__":

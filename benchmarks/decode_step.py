@@ -14,7 +14,6 @@ TB/s (an H200, measured) as a share of a step, peak memory. Without eos, so all 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from pathlib import Path
@@ -114,9 +113,7 @@ def measured(model: Any, side: str, some: list[Request], steps: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.arguments(__doc__)
     device = measure.device()
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--steps", type=int, default=STEPS[device.type])

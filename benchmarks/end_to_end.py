@@ -18,19 +18,19 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import measure
+from benchmarks.rollout import surroundings
 from fst_fast.config import Config
 from fst_fast.contracts import Context, Problem, ScoredRollout, Verdict
 from fst_fast.policy.base_model import model_folder
@@ -163,17 +163,9 @@ def trl(model: str, steps: int, each: int, micro: int) -> list[tuple[float, floa
 
 
 def child(name: str, args: argparse.Namespace, steps: int, micro: int = 0) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        __file__,
-        "--side",
-        name,
-        f"--model={args.model}",
-        f"--problems={args.problems}",
-        f"--steps={steps}",
-        f"--threads={args.threads}",
-        f"--micro={micro}",
-    ]
+    options = {key: getattr(args, key) for key in ("model", "problems", "threads")}
+    options |= {"side": name, "steps": steps, "micro": micro}
+    command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
@@ -202,19 +194,11 @@ def main() -> None:
             if args.side == "ours"
             else trl(args.model, args.steps, args.problems, args.micro)
         )
-        rest = np.array(steps[1:])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(
-            json.dumps(
-                {
-                    "seconds": rest[:, 0].mean(),
-                    "cpu_seconds": rest[:, 1].mean(),
-                    "sampling_seconds": rest[:, 2].mean() if args.side == "ours" else None,
-                    "steps": steps,
-                    "peak_bytes": peak,
-                }
-            )
-        )
+        means = np.array(steps[1:]).mean(axis=0).tolist()
+        names = ("seconds", "cpu_seconds", "sampling_seconds")  # TRL does not tell the last
+        found = {**dict.fromkeys(names), **dict(zip(names, means, strict=False))}
+        print(json.dumps({**found, "steps": steps, "peak_bytes": peak}))
         return
 
     several = len(args.micros) > 1
@@ -232,11 +216,9 @@ def main() -> None:
         "speedup": b["seconds"] / a["seconds"],
         "speedup_cpu": b["cpu_seconds"] / a["cpu_seconds"],
         "threads": args.threads,
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(), "load_average_1min": os.getloadavg()[0]},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "trl")}},
+        **surroundings("trl"),
     }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    measure.write(args.out, result)
     for name, s in sides.items():
         print(
             f"{name:5s} {s['seconds']:7.2f} s {s['cpu_seconds']:7.2f} s CPU per step, {batch / s['seconds']:6.1f} samples/s"

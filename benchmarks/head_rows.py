@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -130,8 +131,8 @@ def product_rate(size: Size) -> float:
 
 def run_row(
     work: Work, variant: str, name: str, unable: str | None, *, benchmark: Any, results: measure.Results, size: Size, rounds: int
-) -> str | None:  # fmt: skip
-    """Measure and record one row; returns the reason if it is skipped."""
+) -> None:  # fmt: skip
+    """Measure and record one row; it is skipped if its implementation is unable."""
     rate = product_rate(size)
     results.about |= {"dtype": str(dtype()).removeprefix("torch."), "matmul_tflop_per_s": rate / 1e12}
     row: measure.Row = {"variant": variant, "name": name}
@@ -145,7 +146,8 @@ def run_row(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     results.add(row | {"skipped": unable})
-    return unable
+    if unable is not None:
+        pytest.skip(f"{name}: {unable}")
 
 
 def _measured(

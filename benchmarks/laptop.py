@@ -6,12 +6,13 @@ part of fast_s).
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+
+from benchmarks.measure import arguments, records
 
 SECONDS = ("fast_s", "reflect_s", "rollout_s", "train_s", "eval_s")
 CELLS = ("neither", "context", "weights", "both")
@@ -20,11 +21,8 @@ CELLS = ("neither", "context", "weights", "both")
 def collect(run: Path) -> dict[str, Any]:
     """What the files of a run folder say. Cells are null where the run has not ended."""
     config = YAML(typ="safe").load((run / "config.yaml").read_text())
-    records, timing = (
-        [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("metrics", "timing")
-    )
-    steps, cycles, evals = ([r for r in records if r["kind"] == kind] for kind in ("step", "cycle", "eval"))
+    lines, timing = records(run, "metrics"), records(run, "timing")
+    steps, cycles, evals = ([r for r in lines if r["kind"] == kind] for kind in ("step", "cycle", "eval"))
     final = next((r for r in evals if r["final"]), None)
     last: dict[str, Any] = (evals or steps or cycles)[-1]
     return {
@@ -54,9 +52,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -9,6 +9,7 @@ CPU and torch's allocated memory on a GPU, both relative to the value before the
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,12 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Row = dict[str, Any]
 Run = Callable[[], object]
+
+
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """A parser that shows a module's docstring as it is written."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
 
 # ------------------------------------------------------------------------------------------------------------------------- clocks
 
@@ -141,43 +149,62 @@ def in_child(module: str, function: str, *arguments: Any, for_time: bool = False
     return ChildReport(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _resident(field: str) -> int | None:
-    if not _STATUS.exists():
-        return None
-    lines = (line.split() for line in _STATUS.read_text().splitlines())
-    return next(int(line[1]) * 1024 for line in lines if line and line[0] == f"{field}:")
+def resident() -> dict[str, int]:
+    """VmRSS, VmHWM, RssAnon, ... of this process, in bytes; empty where the system does not report them."""
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    fields = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(value) * 1024 for name, value, _ in fields}
+
+
+def reset_peak() -> None:
+    """Begin VmHWM anew, where the system reports it."""
+    if _STATUS.exists():
+        _CLEAR.write_text("5")
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """The environment variables of each of `count` processes of one run on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    world = size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """The environment of a process that trains on the CPU with the code of this tree."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), **own}
 
 
 def _child(module: str, function: str, arguments: str) -> None:
     warm_up, run = getattr(importlib.import_module(module), function)(*json.loads(arguments))
     warm_up()
     gc.collect()
-    before = _resident("VmRSS")
-    if before is not None:
-        _CLEAR.write_text("5")  # reset the peak
+    before = resident().get("VmRSS")
+    reset_peak()
     begin, cpu_begin = time.perf_counter(), time.process_time()
     run()
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
-    peak = _resident("VmHWM")
-    difference = None if before is None or peak is None else peak - before
+    difference = None if before is None else resident()["VmHWM"] - before
     print(json.dumps(ChildReport(difference, seconds, cpu_seconds)._asdict()))
 
 
 # -------------------------------------------------------------------------------------------------------------- what ran, and results
 
 
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if _STATUS.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
 def hardware() -> Row:
     """The machine's hardware, without its host name. load_average: runnable processes over the last minute."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in (Path("/proc/cpuinfo").read_text().splitlines() if _STATUS.exists() else [])
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     about: Row = {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
@@ -207,6 +234,19 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
+def write(path: Path, result: Any) -> None:
+    """As JSON; the file is whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def records(run: Path, name: str) -> list[Row]:
+    """The lines of a run folder's `metrics` or `timing`."""
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
 class Results:
     """Rows of one benchmark, saved after every row, so that an interrupted run keeps them."""
 
@@ -218,13 +258,9 @@ class Results:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        if self.path is None:
-            return
-        result = {"benchmark": self.benchmark, **self.about, "hardware": hardware(), "versions": versions()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(result | {"rows": self.rows}, indent=1) + "\n")
-        scratch.replace(self.path)
+        if self.path is not None:
+            made = {"hardware": hardware(), "versions": versions(), "rows": self.rows}
+            write(self.path, {"benchmark": self.benchmark, **self.about, **made})
 
     def table(self) -> str:
         """The rows as text; skipped rows show the reason."""

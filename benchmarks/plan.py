@@ -196,12 +196,10 @@ QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
     "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False,
 }  # fmt: skip
-KV_SECOND_STEP = (
-    20 * 10**9
-)  # bytes for keys and values from the second step on, when the allocator's reserve counted as used
-HEAD_BYTES_PER_ROW = (
-    80e9 / 16384 + 1.29e6
-)  # hidden states streamed again for every column tile; dW summed every 2,632 rows, not 8,192
+# bytes for keys and values from the second step on, when the allocator's reserve counted as used
+KV_SECOND_STEP = 20 * 10**9
+# hidden states streamed again for every column tile; dW summed every 2,632 rows, not 8,192
+HEAD_BYTES_PER_ROW = 80e9 / 16384 + 1.29e6
 
 
 def eight() -> list[tuple[str, Any, float]]:

@@ -51,8 +51,7 @@ def add_row(path: Path, name: str, model: str, row: dict[str, Any]) -> None:
     found = read_results(path)
     found["models"][model] = json.loads((folder_of(model) / "config.json").read_text())
     found["rows"][name] = row
-    found |= {"hardware": measure.hardware(), "versions": measure.versions()}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    measure.write(path, found | {"hardware": measure.hardware(), "versions": measure.versions()})
 
 
 def configure(model: str, load: Load, keys: dict[str, Any]) -> Config:

@@ -40,9 +40,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import GenerationConfig
 
+from benchmarks import measure
 from fst_fast.policy.attention import NAME, load_model
 from fst_fast.policy.base_model import model_folder, read_config
 from fst_fast.rollout import cascade
@@ -259,13 +259,14 @@ def three_loads(args: argparse.Namespace) -> None:
                 print(f"{name:17s} {kind:11s} engine {statistics.median(figures[kind]['engine']):6.2f}, vLLM {statistics.median(figures[kind]['vllm']):6.2f}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)  # fmt: skip
             figures |= {key: rounds[0][0][key] for key in ("tokens_computed", "tokens_unshared")}
             result["loads"][name] = {**figures, "load_average_1min": os.getloadavg()[0]}
-            out.write_text(json.dumps(result, indent=1) + "\n")
+            measure.write(out, result)
 
 
-def surroundings() -> dict[str, Any]:
+def surroundings(*packages: str) -> dict[str, Any]:
+    """Machine and versions, as the results of this benchmark and of end_to_end.py have them."""
     return {
         "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability(), "load_average_1min": os.getloadavg()[0]},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": measure.versions(("torch", "transformers", *packages)),
     }  # fmt: skip
 
 
@@ -407,9 +408,7 @@ def main() -> None:
         "threads": args.threads,
         **surroundings(),
     }  # fmt: skip
-    out = args.out or RESULTS / "rollout.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    measure.write(args.out or RESULTS / "rollout.json", result)
     for name, f in figures.items():
         if "skipped" in f:
             print(f"{name:11s} skipped: {f['skipped']}")

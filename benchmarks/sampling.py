@@ -8,19 +8,15 @@ CPU, CPU seconds of all threads), TB/s for reading the logits once, and the floo
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import platform
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.cascade_decode import BANDWIDTH, DEVICE, cpu_name, milliseconds
+from benchmarks.cascade_decode import BANDWIDTH, DEVICE, milliseconds, reached, shown, start, write
 from fst_kernels import library, sample_tokens
 
 RULES: dict[str, dict[str, float]] = {
@@ -79,15 +75,7 @@ def flashinfer(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="folder for sampling_cpu.json or sampling_cuda.json")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    args = start(__doc__, "sampling")
     gpu = DEVICE.type == "cuda"
     rows, vocabulary = (512, 151936) if gpu else (32, 32000)
     seeds, positions = torch.arange(rows, device=DEVICE), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
@@ -99,22 +87,17 @@ def main() -> None:
         "reference": ours("reference"),
         "torch multinomial": torch_multinomial,
     }
-    skipped = {}
-    if not gpu:
-        skipped["cuda"] = skipped["FlashInfer"] = "it needs a GPU"
-        if (reason := library.why_not_compiled("cpu")) is None:
-            peers["cpu"] = ours("cpu")
-        else:
-            skipped["cpu"] = reason
+    skipped = {} if gpu else {"cuda": "it needs a GPU", "FlashInfer": "it needs a GPU"}
+    backend = "cuda" if gpu else "cpu"
+    reason = library.missing("cuda") if gpu else library.why_not_compiled("cpu")
+    if reason is None:
+        peers[backend] = ours(backend)
     else:
-        if (reason := library.missing("cuda")) is None:
-            peers["cuda"] = ours("cuda")
-        else:
-            skipped["cuda"] = reason
-        if importlib.util.find_spec("flashinfer"):
-            peers["FlashInfer"] = flashinfer
-        else:
-            skipped["FlashInfer"] = "flashinfer is not installed"
+        skipped[backend] = reason
+    if gpu and importlib.util.find_spec("flashinfer"):
+        peers["FlashInfer"] = flashinfer
+    elif gpu:
+        skipped["FlashInfer"] = "flashinfer is not installed"
     found = []
     for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
         batches = [(3 * torch.randn(rows, vocabulary, device=DEVICE)).to(dtype) for _ in range(ROTATED)]
@@ -127,33 +110,14 @@ def main() -> None:
                     times[name].append(milliseconds(partial(run, x, **rules)))
             for name in peers:
                 ms = statistics.median(times[name][2:])
-                share = size / BANDWIDTH * 1e3 / ms if gpu else None
                 short = str(dtype).removeprefix("torch.")
-                found.append(
-                    {
-                        "rules": what,
-                        "dtype": short,
-                        "name": name,
-                        "median_ms": ms,
-                        "tb_per_s": size / ms / 1e9,
-                        "of_byte_floor": share,
-                    }
-                )
-                print(
-                    f"{short:9s} {what:22s} {name:18s} {ms:9.3f} ms {size / ms / 1e9:8.4f} TB/s {'' if share is None else f'{share:6.1%} of the floor'}"
-                )
+                row = reached(ms, size, size / BANDWIDTH * 1e3 if gpu else None)
+                found.append({"rules": what, "dtype": short, "name": name, **row})
+                print(f"{short:9s} {what:22s} {name:18s} {shown(row)}")
     for name, why in skipped.items():
         print(f"{name:18s} SKIPPED: {why}")
     if args.out:
-        result = {
-            "benchmark": "sampling", "device": torch.cuda.get_device_name() if gpu else cpu_name(), "threads": args.threads, "shape": [rows, vocabulary],
-            "clock": "CUDA events" if gpu else "CPU seconds of all threads",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "rows": found, "skipped": skipped,
-        }  # fmt: skip
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"sampling_{torch.device(DEVICE).type}.json").write_text(
-            json.dumps(result, indent=1) + "\n"
-        )
+        write(args, "sampling", shape=[rows, vocabulary], rows=found, skipped=skipped)
 
 
 if __name__ == "__main__":

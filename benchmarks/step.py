@@ -10,7 +10,6 @@ times stated shares: this is what they are to be corrected by.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -58,9 +57,7 @@ def predicted(config: Any, shape: dict[str, Any], load: Load) -> tuple[str, dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder for step_cpu.json or step_cuda.json")
     args = parser.parse_args()

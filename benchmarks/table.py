@@ -8,11 +8,11 @@ A row is a case of a benchmark with its time, and what it reached: TFLOP/s, TB/s
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import measure
 from fst_fast.plan.machines import Machine, found_here, machine
 
 ORDER = ("linear_policy_loss", "linear_logprob", "tree_attention", "decode_step", "sampling", "step", "training_step", "cascade_decode")  # fmt: skip
@@ -52,9 +52,7 @@ def lines(folder: Path, m: Machine) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.arguments(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--machine", help="default: the GPU that the driver reports, else H200")
     args = parser.parse_args()

@@ -21,8 +21,6 @@ for the forest and the padded batch at once; on a GPU by torch's allocator for a
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import time
@@ -36,23 +34,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from benchmarks import measure
+from benchmarks.plan_step import Load
 from fst_fast.forest import Leaf, pack, split
 from fst_fast.policy import head
 from fst_fast.policy.attention import NAME, TreePlan
 from fst_fast.policy.packing import PackedBatch, forest_batch, model_inputs, padded_batch
 from fst_kernels import PolicyObjective
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`contexts` x `problems` x `samples` sequences; the other fields are in tokens."""
-
-    contexts: int
-    context: int
-    problems: int
-    problem: int
-    samples: int
-    response: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ class Shape:
     dtype: str
 
 
-BATCH = {"cpu": Batch(4, 256, 8, 48, 4, 32), "cuda": Batch(1, 1536, 64, 300, 2, 512)}
+BATCH = {"cpu": Load(4, 256, 8, 48, 4, 32), "cuda": Load(1, 1536, 64, 300, 2, 512)}
 SHAPE = {
     "cpu": Shape(256, 4, 8, 4, 32, 768, 512, "float32"),
     "cuda": Shape(2048, 28, 16, 8, 128, 6144, 151936, "bfloat16"),
@@ -82,7 +69,7 @@ FOREST, ONE_LEVEL, PADDED = (
 LARGEST_PADDED = 16384  # largest padded micro-batch tried on a CPU, in tokens: larger ones were only slower
 
 
-def make_leaves(batch: Batch, vocabulary: int) -> list[Leaf]:
+def make_leaves(batch: Load, vocabulary: int) -> list[Leaf]:
     rng = np.random.default_rng(0)
     contexts = [rng.integers(0, vocabulary, batch.context) for _ in range(batch.contexts)]
     problems = [rng.integers(0, vocabulary, batch.problem) for _ in range(batch.problems)]
@@ -233,7 +220,7 @@ def in_child(side: str, name: str, batch: dict[str, int]) -> tuple[measure.Run, 
     """One side in its own process, for its peak memory: (warm-up on a small part, the step)."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     shape = SHAPE[measure.device().type]
-    leaves = make_leaves(Batch(**batch), shape.vocabulary)
+    leaves = make_leaves(Load(**batch), shape.vocabulary)
     model = make_model(shape, attention_of(side))
     small = leaves[: batch["samples"]]
     warm = (
@@ -249,9 +236,7 @@ def in_child(side: str, name: str, batch: dict[str, int]) -> tuple[measure.Run, 
 
 def main() -> None:
     kind = measure.device().type
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.arguments(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--context", type=int, default=BATCH[kind].context, help="tokens of a context")
@@ -350,10 +335,9 @@ def main() -> None:
             "largest_gradient_difference": gradient,
             "sides": rows,
         }
-        args.out.mkdir(parents=True, exist_ok=True)
         threads = f"_{args.threads}threads" if kind == "cpu" else ""
         name = f"training_step_{kind}_{batch.contexts}x{batch.context}{threads}.json"
-        (args.out / name).write_text(json.dumps(result, indent=1) + "\n")
+        measure.write(args.out / name, result)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ wall clock and, which is to be trusted on a shared machine, in CPU seconds of th
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,38 +95,21 @@ def steps(turns: int, tokens: int, count: int) -> list[dict[str, float]]:
     return clock.rows
 
 
-def fixed_length(tokens: int) -> Any:
+@contextmanager
+def fixed_length(tokens: int) -> Iterator[None]:
     """Every response ends after exactly `tokens` tokens, whatever they are."""
     from unittest.mock import patch
 
     from fst_fast.rollout import engine
-
-    class After:
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def __call__(self, ids: Any) -> bool:
-            return len(ids) >= tokens
 
     original = engine.RolloutEngine.__init__
 
     def init(self: Any, *args: Any, **more: Any) -> None:
         original(self, *args, **{**more, "eos_ids": ()})
 
-    class Both:
-        def __enter__(self) -> None:
-            self.patches = [
-                patch.object(engine, "StopTexts", After),
-                patch.object(engine.RolloutEngine, "__init__", init),
-            ]
-            for each in self.patches:
-                each.start()
-
-        def __exit__(self, *_: object) -> None:
-            for each in self.patches:
-                each.stop()
-
-    return Both()
+    stops = patch.object(engine, "StopTexts", lambda *_: lambda ids: len(ids) >= tokens)
+    with stops, patch.object(engine.RolloutEngine, "__init__", init):
+        yield
 
 
 def per_token(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -148,9 +131,7 @@ def per_token(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def main() -> None:
     from benchmarks import measure
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.arguments(__doc__)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=16, help="of one turn")
     parser.add_argument("--steps", type=int, default=4)
@@ -181,7 +162,7 @@ def main() -> None:
     }
     print(json.dumps(result, indent=1))
     if args.out:
-        (args.out / "turns_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        measure.write(args.out / "turns_cpu.json", result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.measure import ROOT, arguments, cpu_environment, records, write
+
 OUT = ROOT / "benchmarks/results/vllm_runs.json"
 LAST = 10  # steps whose mean is a run's training reward
 CELLS = ("neither", "context", "weights", "both")
@@ -63,12 +64,9 @@ def command(args: argparse.Namespace, world: str, side: str, seed: int, folder: 
 
 def collect(folder: Path) -> dict[str, Any]:
     """What the files of a run that has ended say."""
-    records, timing = (
-        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("metrics", "timing")
-    )
-    steps = [r for r in records if r["kind"] == "step"]
-    (final,) = (r for r in records if r["kind"] == "eval" and r["final"])
+    lines, timing = records(folder, "metrics"), records(folder, "timing")
+    steps = [r for r in lines if r["kind"] == "step"]
+    (final,) = (r for r in lines if r["kind"] == "eval" and r["final"])
     curves = ("reward", "mismatch_kl", "mismatch_weight", "mismatch_cut", "probe_mismatch", "grad_norm", "reused_rollouts")  # fmt: skip
     return {
         "reward_last_steps": statistics.mean(r["reward"] for r in steps[-LAST:]),
@@ -85,13 +83,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     found = json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(args.threads),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
+    environment = cpu_environment(args.threads)
     for seed in args.seeds:
         for world in args.only:
             for side in WORLDS[world]:
@@ -116,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
                 found["hardware"] = (
                     f"{os.cpu_count()} cores of {platform.machine()}, {args.threads} threads each for trainer and server"
                 )
-                args.out.write_text(json.dumps(found, indent=1) + "\n")
+                write(args.out, found)
 
 
 def table(args: argparse.Namespace) -> None:
@@ -162,9 +154,7 @@ def table(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--vllm", default="vllm", metavar="PROGRAM")
     parser.add_argument("--model", default="models/smollm2-135m", metavar="FOLDER", help="of smollm2")

@@ -49,7 +49,7 @@ def run_ahead(run: Run, stage: Stage, meets: Callable[[int], bool]) -> None:
     """Take steps until the segment ends, `meets` says that all processes meet after a step, or a signal stops the run. All processes call it."""
     link = run.link
     assert link is not None
-    state, end = run.state, segment_end(run.config, stage, run.state.step)
+    state, end, started = run.state, segment_end(run.config, stage, run.state.step), time.perf_counter()
     if not state.ahead:
         sample = _Sampling(run, stage, run.models, state.reusable)
         state.ahead = [sample(state.step, state.step)]
@@ -71,7 +71,7 @@ def run_ahead(run: Run, stage: Stage, meets: Callable[[int], bool]) -> None:
             with link.sampling(
                 lambda: _sample_ahead(link, sample, first, version, run.config.rollout.ahead, end)
             ):
-                _train(run, link, stage, end, meets)
+                _train(run, link, stage, end, meets, started)
     if split is not None:
         state.counters, state.ahead = distributed.broadcast((state.counters, state.ahead))
     elif run.sampler.hosts:
@@ -123,14 +123,16 @@ def _sample_ahead(link: Link, sample: _Sampling, step: int, version: int, ahead:
             return version
 
 
-def _train(run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], bool]) -> None:
-    """Train batch after batch, until all processes meet."""
+def _train(
+    run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], bool], started: float
+) -> None:
+    """Train batch after batch, until all processes meet and what is being sampled has arrived. started: when the first step began, by
+    time.perf_counter."""
     config, state = run.config, run.state
     assert run.policy is not None
     arrived = state.step + len(state.ahead) - 1  # the last batch that has
     pause = False
     while not pause:
-        started = time.perf_counter()
         if not state.ahead:
             run.recorder.begin("rollouts", state.step)
             _receive(run, link, stage)
@@ -157,17 +159,19 @@ def _train(run: Run, link: Link, stage: Stage, end: int, meets: Callable[[int], 
         state.counters.add_tokens(*batch.tokens)
         for kind, seconds in batch.seconds.items():
             run.recorder.stopwatch.add(kind, seconds)
+        while pause and arrived < last_sampled(state.step - 1, config.rollout.ahead, end):
+            _receive(run, link, stage)
+            arrived += 1
+        ended = time.perf_counter()
         run.recorder.step(
-            report,
+            replace(report, seconds=ended - started),
             step=state.step,
             cycle=state.current_cycle,
             counters=state.counters,
             unverified=batch.unverified,
             served=run.models.served(),
         )
-    while arrived < last_sampled(state.step - 1, config.rollout.ahead, end):
-        _receive(run, link, stage)
-        arrived += 1
+        started = ended
 
 
 def _receive(run: Run, link: Link, stage: Stage) -> None:

@@ -24,38 +24,14 @@ from fst_fast.errors import UserError, one_line
 from fst_fast.run.cores import usable_cores
 from fst_fast.run.environment import prepare_environment
 
-# Options of the commands that take dotted keys; every other `--word` there is an override. True: the option takes a value.
-OPTIONS = {
-    "--run-dir": True,
-    "--resume": False,
-    "--allow-config-change": False,
-    "--allow-data-change": False,
-    "--dry-run": False,
-    "--debug": False,
-    "--help": False,
-    "--local_rank": True,  # appended by the deepspeed launcher; the rank itself comes from the environment
-    "--context": True,
-    "--problems": True,
-    "--samples": True,
-    "--split": True,
-    "--template": False,
-    "--gpus": True,
-    "--machine": True,
-    "--memory": True,
-    "--context-tokens": True,
-    "--problem-tokens": True,
-    "--response-tokens": True,
-    "--spread": True,
-    "--verify-ms": True,
-    "--scale": False,
-    "--json": False,
-}
-
-
+KEYED = ("train", "probe", "plan")
+"""The commands that take dotted keys: every `--word` there that none of them knows as an option is an override."""
 PATIENCE_S = 20.0
 
 
 class _Parser(argparse.ArgumentParser):
+    commands: dict[str, _Parser]
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
@@ -97,42 +73,45 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that are the command's own, and those that are `--dotted.key value` pairs for the configuration."""
     own: list[str] = []
     overrides: list[str] = []
+    commands = _parser().commands
+    known = [action for name in KEYED for action in commands[name]._actions]
+    takes_value = {option: action.nargs != 0 for action in known for option in action.option_strings}
     words = list(argv)
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
-        if argv[0] not in ("train", "probe", "plan") or not name.startswith("--"):
+        if argv[0] not in KEYED or not name.startswith("--"):
             own.append(word)
             continue
-        mine = name in OPTIONS
-        target = own if mine else overrides
+        target = own if name in takes_value else overrides
         target.append(word)
-        takes_value = OPTIONS[name] if mine else True
-        if takes_value and not equals and words and not words[0].startswith("--"):
+        if takes_value.get(name, True) and not equals and words and not words[0].startswith("--"):
             target.append(words.pop(0))
     return own, overrides
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = _Parser(prog="fst", description="Fast-Slow Training of language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fst-fast {_version()}")
+    parser.commands = {}
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(
         name: str, function: Callable[[argparse.Namespace], None], text: str
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        parser.commands[name] = sub
         sub.set_defaults(run=function)
         sub.add_argument("--debug", action="store_true", help="show the traceback of a refusal")
+        if name in KEYED:
+            default = "default: the mini star graph"
+            sub.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help=default)
         return sub
 
     train = command(
         "train",
         _train,
         "train weights and contexts; any key of the configuration can follow as --dotted.key=value",
-    )
-    train.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
     train.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the run")
     train.add_argument(
@@ -155,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the resolved configuration and its batch numbers, do nothing",
     )
+    # appended by the deepspeed launcher; the rank itself comes from the environment
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     evaluate = command("eval", _eval, "measure the four cells of a run's last checkpoint")
@@ -179,9 +159,6 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     probe = command("probe", _probe, "show what the model answers under one context")
-    probe.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
-    )
     probe.add_argument("--context", type=arguments.text, metavar="TEXT", help="default: fast.seed_context")
     probe.add_argument("--problems", type=arguments.count, default=3, metavar="N", help="default: 3")
     probe.add_argument("--samples", type=arguments.count, default=2, metavar="K", help="default: 2")
@@ -196,9 +173,6 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         _plan,
         "predict memory and time of a step, say whether it fits and what to change; keys can follow as --dotted.key=value",
-    )
-    plan.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="default: the mini star graph"
     )
     plan.add_argument(
         "--gpus", type=arguments.count, metavar="N", help="devices (processes); default: WORLD_SIZE, or 1"

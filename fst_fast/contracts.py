@@ -92,9 +92,8 @@ class Rollout:
     finish: Finish
     policy_version: int
     temperature: float
-    turns: tuple[
-        Turn, ...
-    ] = ()  # of an episode; () for a task, whose prompt is that of its problem and context
+    # of an episode; () for a task, whose prompt is that of its problem and context
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,8 @@ class Judged:
 class Task(Protocol):
     """A source of problems and their verifier. `verify` must be a pure function of its arguments: it runs in child processes."""
 
-    def problems(
-        self, split: str
-    ) -> Sequence[Problem]: ...  # split: "train" or "validation"; a task may offer more
+    # split: "train" or "validation"; a task may offer more
+    def problems(self, split: str) -> Sequence[Problem]: ...
 
     def verify(self, problem: Problem, response: str) -> Verdict: ...
 

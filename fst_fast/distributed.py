@@ -14,7 +14,7 @@ import importlib.util
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -56,23 +56,22 @@ def split() -> Split | None:
 
 
 @contextmanager
-def part() -> Iterator[None]:
+def _inside(scope: Literal["part", "alone"]) -> Iterator[None]:
+    token = _scope.set(scope)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def part() -> AbstractContextManager[None]:
     """Inside, the functions of this module are about the processes of this part only. Without parts nothing changes."""
-    token = _scope.set("part")
-    try:
-        yield
-    finally:
-        _scope.reset(token)
+    return _inside("part")
 
 
-@contextmanager
-def alone() -> Iterator[None]:
+def alone() -> AbstractContextManager[None]:
     """Inside, the functions of this module are about this process only. Holds for the thread that enters it."""
-    token = _scope.set("alone")
-    try:
-        yield
-    finally:
-        _scope.reset(token)
+    return _inside("alone")
 
 
 def _joined() -> Any:

@@ -85,15 +85,9 @@ def evaluate(
     memory = {} if base_rewards is None else base_rewards
     for gone in set(memory) - {c.id for c in (seed_context, *population)}:
         del memory[gone]
-    same_as = {"neither": "neither"}
-    same_as["context"] = "context" if evolved else "neither"
-    same_as["weights"] = "weights" if trained else "neither"
-    same_as["both"] = {
-        (True, True): "both",
-        (True, False): "weights",
-        (False, True): "context",
-        (False, False): "neither",
-    }[(trained, evolved)]
+    context, weights = ("context" if evolved else "neither"), ("weights" if trained else "neither")
+    both = "both" if trained and evolved else weights if trained else context
+    same_as = {"neither": "neither", "context": context, "weights": weights, "both": both}
     wanted = [name for name in CELLS if name in cells]
     for name in wanted:
         origin = same_as[name]
@@ -110,10 +104,8 @@ def evaluate(
     if seen is not None:
         seen.update({name: by_cell[name] for name in wanted})
     held_out = list(problems[: config.eval.kl_problems])
-    under = {
-        "weights": [seed_context],
-        "both": list(population),
-    }  # cells whose weights are trained ones; the others have not moved
+    # cells whose weights are trained ones; the others have not moved
+    under = {"weights": [seed_context], "both": list(population)}
     drift = {
         name: kl(config, sampler, models, held_out, under[name], policy_version) if name in under else 0.0
         for name in dict.fromkeys(same_as[name] for name in wanted if name in ("weights", "both"))
@@ -138,10 +130,9 @@ def _judge(
     known = {} if memory is None else {(c, key): r for c, of in memory.items() for key, r in of.items()}
     keys = [(context.id, f"{problem.id}/{sample}") for context, problem, sample in requests]
     fresh = [request for request, key in zip(requests, keys, strict=True) if key not in known]
-    sampled = (
-        []
-        if not fresh
-        else sampler.spread(
+    sampled = []
+    if fresh:
+        sampled = sampler.spread(
             models.trained if memory is None else models.base,
             fresh,
             stream=(config.seed, "eval"),
@@ -150,7 +141,6 @@ def _judge(
             top_p=config.eval.top_p,
             paired=True,
         )
-    )
     new = iter(sampled)
     judged = []
     for key, (context, problem, _) in zip(keys, requests, strict=True):

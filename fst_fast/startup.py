@@ -20,7 +20,7 @@ from fst_fast import distributed, mini
 from fst_fast.config import Config
 from fst_fast.config.load import config_hash, dump
 from fst_fast.contracts import Context, Problem
-from fst_fast.data.fingerprint import Fingerprint, fingerprint
+from fst_fast.data.fingerprint import Fingerprint, shared_fingerprint
 from fst_fast.data.fingerprint import changes as data_changes
 from fst_fast.data.stages import Stage, make_stages
 from fst_fast.data.stream import minibatch
@@ -39,7 +39,7 @@ from fst_fast.rollout.prompt import read_template
 from fst_fast.rollout.sampler import Sampler
 from fst_fast.rollout.template import missing_messages, turn_end
 from fst_fast.run import checkpoint
-from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten
+from fst_fast.run.callbacks import Callback, Callbacks, CheckpointWritten, RunEnd, RunStart
 from fst_fast.run.console import Console
 from fst_fast.run.environment import grow_segments, wall_clock
 from fst_fast.run.faults import arm, reach
@@ -48,7 +48,7 @@ from fst_fast.run.identity import identity, versions, writer
 from fst_fast.run.liveness import Liveness, describe_missing
 from fst_fast.run.metrics import MetricsWriter
 from fst_fast.run.randomness import seed_globals
-from fst_fast.run.recorder import Recorder, last_grad_norms
+from fst_fast.run.recorder import SUMMARY, Recorder, last_grad_norms, read_summary
 from fst_fast.run.track import check_trackers
 from fst_fast.run.troubles import read_back
 from fst_fast.slow.rewards import load_shaping
@@ -184,8 +184,9 @@ def build_run(
     allow_config_change: bool = False,
     allow_data_change: bool = False,
     callbacks: Sequence[Callback] = (),
-) -> Run:
-    """Build the run, or continue it from its newest whole checkpoint. Raises UserError on bad input, the same on every process."""
+) -> Run | dict[str, Any]:
+    """Build the run, or continue it from its newest whole checkpoint; the summary where the run has ended and nothing has changed since.
+    Raises UserError on bad input, the same on every process."""
     arm(distributed.rank())
     seed_globals(config.seed, "opening", distributed.rank())
     if config.slow.reward_shaping is not None:
@@ -212,6 +213,12 @@ def build_run(
     }  # fmt: skip
     if resume:  # before anything large is loaded
         distributed.on_rank_zero(lambda: check_config(run_dir, allow_change=allow_config_change, **kept))
+        if state and (summary := _summary_of_ended(config, run_dir, state, task)):
+            console.note(f"the run in {run_dir} has ended; --slow.steps=N --allow-config-change adds steps")
+            console.final_table(summary["channels"])
+            watchers.send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=True)
+            watchers.send(RunEnd, step=state.step, summary=summary)
+            return summary
     check_kernels(config)
     sampler = Sampler.open(
         config, console.note, saved=found / "model" if found else None, date=datetime.fromisoformat(began)
@@ -325,6 +332,17 @@ def build_run(
     return run
 
 
+def _summary_of_ended(config: Config, run_dir: Path, state: State, task: Any) -> dict[str, Any] | None:
+    """What summary.json holds; None where steps are left, or it is of another configuration or other data. All processes call it."""
+    if state.step < config.slow.steps or state.data is None:
+        return None
+    summary: dict[str, Any] | None = distributed.broadcast_result(
+        lambda: read_summary(run_dir, config_hash(config))
+    )
+    same = summary and not data_changes(state.data, shared_fingerprint(make_stages(config, task)))
+    return summary if same else None
+
+
 def _open_link(config: Config, reference: nn.Module) -> Link:
     """Between those who sample ahead and those who train; with a copy of the model where one is sampled from. All processes call it."""
     split = distributed.split()
@@ -382,6 +400,7 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
         recorder.metrics = MetricsWriter(
             run.run_dir, resume_at_step=state.step if found else None, track=config.track, note=recorder.note
         )
+        (run.run_dir / SUMMARY).unlink(missing_ok=True)  # the run goes on
         recorder.stopwatch.before = recorder.metrics.last_seconds
         if changes:
             recorder.note(f"changed since the run was last started: {'; '.join(changes)}")
@@ -394,18 +413,6 @@ def _start_or_resume(run: Run, found: Path | None, data: Fingerprint, allow_data
     if found:
         past = distributed.broadcast_result(lambda: (last_grad_norms(run.run_dir), read_back(run.run_dir)))
         recorder.grad_norms, recorder.recent = past
-
-
-def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:
-    """The fingerprint of the data. Raises UserError where another process has been given other problems. All processes call it."""
-    everywhere = distributed.all_gather(fingerprint(stages))
-    for rank, other in enumerate(everywhere):
-        if other != everywhere[0]:
-            raise UserError(
-                f"process {rank} has been given other problems than process 0 ({'; '.join(data_changes(everywhere[0], other))}); "
-                "a task must give the same problems in every process"
-            )
-    return everywhere[0]
 
 
 def _check_data(run: Run, now: Fingerprint, allowed: bool) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 from fst_fast import distributed
 from fst_fast.ahead import run_ahead
 from fst_fast.config import Config
-from fst_fast.contracts import CELLS, Judged, Problem, Rollout
+from fst_fast.contracts import CELLS, Judged, Problem
 from fst_fast.data.stages import Stage, stage_at, step_problems
 from fst_fast.data.stream import lookahead
 from fst_fast.evaluate import evaluate
@@ -33,8 +33,7 @@ from fst_fast.run import signals
 from fst_fast.run.callbacks import Callback, RunEnd, RunStart
 from fst_fast.run.faults import reach
 from fst_fast.run.identity import identity
-from fst_fast.run.recorder import StepReport
-from fst_fast.slow.slow_phase import distillation_step, slow_step
+from fst_fast.slow.slow_phase import distillation_step, prompt_text, slow_step
 from fst_fast.startup import Run, build_run
 
 
@@ -50,52 +49,58 @@ def train(
     """Run `config` in `run_dir` to its last step; returns what is written to summary.json (on every process), None if a signal stopped it.
 
     Raises UserError on bad input."""
-    with (
-        signals.stop_on_signals(announce=distributed.rank() == 0),
-        build_run(
+    with signals.stop_on_signals(announce=distributed.rank() == 0):
+        opened = build_run(
             config,
             run_dir,
             resume=resume,
             allow_config_change=allow_config_change,
             allow_data_change=allow_data_change,
             callbacks=callbacks,
-        ) as run,
-    ):
-        config, state, send = run.config, run.state, run.recorder.callbacks.send
-        if signals.remove_stop_file(run_dir):
-            run.recorder.note(f"{run_dir / signals.STOP_FILE} was there from an earlier stop; it is removed")
-        send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
-        if state.step == 0 and config.eval.every and not run.resumed:
-            evaluate_now(run, run.stages[0], final=False)
-        while state.step < config.slow.steps and not signals.stop_requested(run_dir):
-            stage, step_before = advance_stage(run), state.step
-            run.models.forget_prefixes()
-            distilling = stage.distils(state.step)
-            if not distilling and evolves_before(config, stage, state.step):
-                run_fast_phase(run, stage)
-            if config.method == "gepa":
-                spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
-                state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)
-            elif config.rollout.ahead:
-                run_ahead(run, stage, functools.partial(meets_after, config))
-            else:
-                run_slow_step(run, stage, distilling)
-            if config.fast.phases == "first_and_last" and config.method == "fst" and state.step == stage.end:
-                run_fast_phase(run, stage)
-            done = state.step >= config.slow.steps
-            if not done and due(step_before, state.step, config.eval.every):
-                evaluate_now(run, stage, final=False)
-            if not done and config.stages and state.step == stage.end:
-                evaluate_stages(run, stage)
-            if not done and due(step_before, state.step, config.checkpoint.every):
-                run.save_checkpoint()
-        run.save_checkpoint()  # before the final evaluation: a run that resumes after a crash repeats it with the same results
-        signals.remove_stop_file(run_dir)
-        summary = finish(run) if state.step >= config.slow.steps else None
-        if summary is None:
-            run.recorder.note(how_to_continue(run))
-        send(RunEnd, step=state.step, summary=summary)
-        return summary
+        )
+        if not isinstance(opened, Run):
+            return opened
+        with opened as run:
+            return take_steps(run)
+
+
+def take_steps(run: Run) -> dict[str, Any] | None:
+    """From where the run is to its last step, or to the one in which it is asked to stop; returns what `train` returns."""
+    config, state, send = run.config, run.state, run.recorder.callbacks.send
+    if signals.remove_stop_file(run.run_dir):
+        run.recorder.note(f"{run.run_dir / signals.STOP_FILE} was there from an earlier stop; it is removed")
+    send(RunStart, step=state.step, config=config.model_dump(mode="json"), resumed=run.resumed)
+    if state.step == 0 and config.eval.every and not run.resumed:
+        evaluate_now(run, run.stages[0], final=False)
+    while state.step < config.slow.steps and not signals.stop_requested(run.run_dir):
+        stage, step_before = advance_stage(run), state.step
+        run.models.forget_prefixes()
+        distilling = stage.distils(state.step)
+        if not distilling and evolves_before(config, stage, state.step):
+            run_fast_phase(run, stage)
+        if config.method == "gepa":
+            spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
+            state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)
+        elif config.rollout.ahead:
+            run_ahead(run, stage, functools.partial(meets_after, config))
+        else:
+            run_slow_step(run, stage, distilling)
+        if config.fast.phases == "first_and_last" and config.method == "fst" and state.step == stage.end:
+            run_fast_phase(run, stage)
+        done = state.step >= config.slow.steps
+        if not done and due(step_before, state.step, config.eval.every):
+            evaluate_now(run, stage, final=False)
+        if not done and config.stages and state.step == stage.end:
+            evaluate_stages(run, stage)
+        if not done and due(step_before, state.step, config.checkpoint.every):
+            run.save_checkpoint()
+    run.save_checkpoint()  # before the final evaluation: a run that resumes after a crash repeats it with the same results
+    signals.remove_stop_file(run.run_dir)
+    summary = finish(run) if state.step >= config.slow.steps else None
+    if summary is None:
+        run.recorder.note(how_to_continue(run))
+    send(RunEnd, step=state.step, summary=summary)
+    return summary
 
 
 def evolves_before(config: Config, stage: Stage, step: int) -> bool:
@@ -165,16 +170,11 @@ def take_contexts(run: Run, result: FastResult, problems: Sequence[Problem]) -> 
     state.counters.rollouts += len(result.sampled)
     state.counters.fast_rollouts += len(result.sampled)
     state.counters.add_tokens(*run.models.new_tokens())
-    prompt = run.sampler.prompts.of_rollouts(
-        [line.context for line in state.fast.contexts.values()], problems
-    )
-
-    def prompt_text(rollout: Rollout) -> str:
-        return str(run.sampler.tokenizer.decode(prompt(rollout)))
-
+    contexts = [line.context for line in state.fast.contexts.values()]
+    shown = prompt_text(run.sampler, run.sampler.prompts.of_rollouts(contexts, problems))
     lineage = {context_id: line.to_json() for context_id, line in state.fast.contexts.items()}
     run.recorder.cycle(
-        result.record, result.sampled, state.population, lineage, step=state.step, cycle=state.cycle, prompt_text=prompt_text
+        result.record, result.sampled, state.population, lineage, step=state.step, cycle=state.cycle, prompt_text=shown
     )  # fmt: skip
     state.cycle += 1
 
@@ -185,7 +185,6 @@ def run_slow_step(run: Run, stage: Stage, distilling: bool) -> None:
     assert run.policy is not None
     problems, spare = step_problems(config, stage, state.step)
     reference = run.kl_reference()
-    report: StepReport
     if distilling:
         report = distillation_step(
             problems,
@@ -244,11 +243,11 @@ def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
     """Evaluate on validation problems and record the result: all four cells in the final evaluation, eval.cells in the others."""
     config = run.config
     seen: dict[str, list[Judged]] = {}
-    result = (
-        _evaluate(run, stage, config.eval.final_problems, list(CELLS), seen)
-        if final
-        else _evaluate(run, stage, config.eval.problems, config.eval.cells, seen)
-    )
+    problems: int = config.eval.problems
+    cells: Sequence[str] = config.eval.cells
+    if final:
+        problems, cells = config.eval.final_problems, list(CELLS)
+    result = _evaluate(run, stage, problems, cells, seen)
     stage_fields = {"stage": stage.number, "task": stage.task} if config.stages else {}
     run.recorder.evaluation(
         result, stage.validation, seen, step=run.state.step, final=final, counters=run.state.counters, stage_fields=stage_fields
@@ -259,11 +258,8 @@ def evaluate_now(run: Run, stage: Stage, *, final: bool) -> dict[str, Any]:
 def evaluate_stages(run: Run, stage: Stage, own: dict[str, Any] | None = None) -> None:
     """At the end of `stage`: the four cells on its task and on those of all stages before. own: the result on its own task, if already computed."""
     for past in run.stages[: stage.number + 1]:
-        result = (
-            own
-            if past is stage and own
-            else _evaluate(run, past, run.config.eval.final_problems, list(CELLS))
-        )
+        result = own if past is stage else None
+        result = result or _evaluate(run, past, run.config.eval.final_problems, list(CELLS))
         run.recorder.stage_end(
             result, step=run.state.step, after_stage=stage.number, stage=past.number, task=past.task
         )

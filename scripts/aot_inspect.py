@@ -45,12 +45,10 @@ class Loop(NamedTuple):
     products: int
     buffers: int  # of the operand that has the fewest; 0: operands are loaded where they are used
     pendings: tuple[int, ...]  # products still running behind each wait (wgmma only)
-    copies_left: tuple[
-        int, ...
-    ]  # groups of asynchronous copies still running behind each wait (cp.async only)
-    indices: (
-        int  # single numbers that are copied through shared memory: an index that the pipeline loads as well
-    )
+    # groups of asynchronous copies still running behind each wait (cp.async only)
+    copies_left: tuple[int, ...]
+    # single numbers that are copied through shared memory: an index that the pipeline loads as well
+    indices: int
 
 
 class Usage(NamedTuple):

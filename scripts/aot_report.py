@@ -156,10 +156,8 @@ def layer_row_cases() -> Iterator[Case]:
     from fst_kernels import gpu
     from fst_kernels import gpu_kernels as kernels
 
-    wide: dict[str, Any] = {
-        "access_bytes": 16,
-        "occupancy": 0.6,
-    }  # bound by bytes: 16 an access, and many of these under way
+    # bound by bytes: 16 an access, and many of these under way
+    wide: dict[str, Any] = {"access_bytes": 16, "occupancy": 0.6}
     for width in (896, 4096, 5120):
         block = triton.next_power_of_2(width)
         yield Case(
@@ -213,7 +211,8 @@ def layer_row_cases() -> Iterator[Case]:
 CASES: list[Callable[[], Iterator[Case]]] = [linear_logprob_cases, layer_row_cases]
 
 
-def compile_case(case: Case, arch: int) -> aot_inspect.Report:
+def compile_case(case: Case, arch: int, spill: int = 0) -> aot_inspect.Report:
+    """spill: bytes of local memory per thread that are accepted."""
     names = case.kernel.arg_names
     missing = [n for n in names if n not in case.signature and n not in case.constants]
     assert not missing, f"{case.name}: no type and no value for {', '.join(missing)}"
@@ -236,15 +235,29 @@ def compile_case(case: Case, arch: int) -> aot_inspect.Report:
     )
     return aot_inspect.judge(
         compiled, arch, warps=case.warps, stages=case.stages, tensor_cores=case.tensor_cores, tma=case.tma,
-        pendings=case.pendings, access_bytes=case.access_bytes, uniform=case.uniform, occupancy=case.occupancy,
+        pendings=case.pendings, spill=spill, access_bytes=case.access_bytes, uniform=case.uniform, occupancy=case.occupancy,
     )  # fmt: skip
 
 
-def main() -> int:
+def compile_and_print(case: Case, arch: int, spill: int = 0) -> aot_inspect.Report:
+    one = compile_case(case, arch, spill)
+    print(f"{one.line()}  sm_{arch} {case.name}", flush=True)
+    for complaint in one.complaints:
+        print(f"          !! {complaint}", flush=True)
+    return one
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """With --arch, which all reports have."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", type=int, nargs="+", default=ALL, choices=ALL)
+    return parser
+
+
+def main() -> int:
+    parser = options(__doc__)
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     given = parser.parse_args()
@@ -252,13 +265,10 @@ def main() -> int:
     found = []
     for case in (case for cases in CASES for case in cases() if given.only in case.name):
         for arch in sorted(set(case.archs) & set(given.arch)):
-            one = compile_case(case, arch)
+            one = compile_and_print(case, arch)
             found.append(
                 {"case": case.name, "arch": arch, "complaints": one.complaints} | one.usage._asdict()
             )
-            print(f"{one.line()}  sm_{arch} {case.name}", flush=True)
-            for complaint in one.complaints:
-                print(f"          !! {complaint}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     if not found:

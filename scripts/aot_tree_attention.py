@@ -9,53 +9,28 @@ than a block has, lacks tensor cores (16-bit types) or TMA where asked for, or h
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-os.environ.pop("TRITON_INTERPRET", None)  # kernels defined under it cannot be compiled
-
 import aot_inspect
+import aot_report
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fst_kernels.tree_attention import list_kernels
 from fst_kernels.tree_attention import triton as op
 from fst_kernels.tree_attention import triton_kernels as kernels
 
-ALL = tuple(aot_inspect.MACHINES)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INT_POINTERS = (
-    *(
-        "end",
-        "depth",
-        "lists",
-        "counts",
-        "order",
-        "units",
-        "splits",
-        "block_max",
-        "block_min",
-        "key_low",
-        "key_high",
-    ),
-    *("query_low", "query_high", "tiles", "bounds", "entries", "owner"),
+TABLES = (
+    "end depth lists counts order units splits block_max block_min key_low key_high query_low query_high "
+    "tiles bounds entries owner"
 )
-LONG_POINTERS = ("ends",)
-FLOAT_POINTERS = ("lse2", "delta", "partials")
+TYPES = {"ends": "*i64"} | dict.fromkeys(TABLES.split(), "*i32")
+TYPES |= dict.fromkeys(("lse2", "delta", "partials"), "*fp32")
 TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-TILED = {
-    "q": "queries",
-    "dout": "queries",
-    "k": "keys",
-    "v": "keys",
-}  # read through descriptors where there is TMA
+# read through descriptors where there is TMA
+TILED = {"q": "queries", "dout": "queries", "k": "keys", "v": "keys"}
 
 
 def passes(tiles: op.Tiling, window: bool) -> Iterator[tuple[str, Any, op.Tile, bool, dict[str, Any]]]:
@@ -79,9 +54,9 @@ def passes(tiles: op.Tiling, window: bool) -> Iterator[tuple[str, Any, op.Tile, 
         yield "reduce", kernels.reduce_kernel, op.Tile(64, tiles.dkdv.keys, 8, 3), False, {}
 
 
-def compile_one(
-    kernel: Any, tile: op.Tile, tma: bool, own: dict[str, Any], dim: int, dtype: str, arch: int
-) -> Any:
+def case_of(
+    name: str, kernel: Any, tile: op.Tile, tma: bool, own: dict[str, Any], dim: int, dtype: str
+) -> aot_report.Case:
     wide = op.padded(dim)
     constants = {
         "D": dim,
@@ -91,37 +66,29 @@ def compile_one(
         "TMA": tma,
         "PRECISION": "ieee",
     } | own
-    signature, aligned = {}, []
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif tma and name in TILED:
-            signature[name] = f"tensordesc<{dtype}[1,1,{getattr(tile, TILED[name])},{wide}]>"
-        else:
-            pointer = (
-                "i32"
-                if name in INT_POINTERS
-                else "i64"
-                if name in LONG_POINTERS
-                else "fp32"
-                if name in FLOAT_POINTERS
-                else dtype
-                if name in TENSORS
-                else ""
-            )
-            signature[name] = "*" + pointer if pointer else "fp32" if name.startswith("scale") else "i32"
-            if pointer or name.startswith("stride"):
-                aligned.append(position)
-    values = {(kernel.arg_names.index(n),): value for n, value in constants.items() if n in kernel.arg_names}
-    source = ASTSource(kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=tile.launch)
+    types = TYPES | dict.fromkeys(TENSORS, "*" + dtype)
+    if tma:
+        types |= {n: f"tensordesc<{dtype}[1,1,{getattr(tile, of)},{wide}]>" for n, of in TILED.items()}
+    signature = {
+        n: types.get(n, "fp32" if n.startswith("scale") else "i32")
+        for n in kernel.arg_names
+        if n not in constants
+    }
+    return aot_report.Case(
+        f"{dtype} D={dim} {name} {tile.queries}x{tile.keys} {tile.warps} warps {tile.stages} stages",
+        kernel,
+        signature,
+        {n: value for n, value in constants.items() if n in kernel.arg_names},
+        unaligned=tuple(n for n in signature if not n.startswith("stride")),
+        warps=tile.warps,
+        stages=tile.stages,
+        tensor_cores=dtype != "fp32" and "PRECISION" in kernel.arg_names,
+        tma=tma,
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", type=int, nargs="+", default=ALL, choices=ALL)
+    parser = aot_report.options(__doc__)
     parser.add_argument("--dim", type=int, nargs="+", default=[64, 80, 96, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
     parser.add_argument("--window", nargs="+", default=["no", "yes"], choices=["no", "yes"])
@@ -137,17 +104,9 @@ def main() -> int:
             for window in (w == "yes" for w in given.window)
             for part in passes(op.tiling(dim, DTYPES[dtype], (arch // 10, arch % 10), window), window)
         ]
-        for name, kernel, tile, tma, own in variants:
-            compiled = compile_one(kernel, tile, tma, own, dim, dtype, arch)
-            multiplies = dtype != "fp32" and "PRECISION" in kernel.arg_names
-            one = aot_inspect.judge(
-                compiled, arch, warps=tile.warps, stages=tile.stages, tensor_cores=multiplies, tma=tma, spill=given.spill
-            )  # fmt: skip
-            failed += bool(one.complaints)
-            shape = f"{tile.queries}x{tile.keys} {tile.warps} warps {tile.stages} stages"
-            print(f"{one.line()}  sm_{arch} {dtype} D={dim} {name} {shape}", flush=True)
-            for complaint in one.complaints:
-                print(f"          !! {complaint}", flush=True)
+        for variant in variants:
+            case = case_of(*variant, dim, dtype)
+            failed += bool(aot_report.compile_and_print(case, arch, spill=given.spill).complaints)
     return int(failed > 0)
 
 

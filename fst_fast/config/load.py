@@ -298,9 +298,8 @@ def _sentence(item: ErrorDetails, where: _Where) -> str:
         speaks = allowed(field)
     elif texts := texts_at(".".join(map(str, item["loc"][:-1]))):
         speaks = texts.values
-    elif texts := texts_at(
-        above := ".".join(map(str, item["loc"][:-2]))
-    ):  # refused is a name, before "[key]"
+    elif texts := texts_at(above := ".".join(map(str, item["loc"][:-2]))):
+        # refused is a name, before "[key]"
         return f"{where.name(above)} has the key {_shown(item['loc'][-2])}; allowed: {texts.names}"
     else:  # an element of a list: the field speaks for it
         field = field_at(key.partition("[")[0])

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fst_fast import distributed
 from fst_fast.contracts import Problem
 from fst_fast.data.stages import Stage
 from fst_fast.errors import UserError
@@ -31,6 +32,18 @@ Fingerprint = list[dict[str, dict[str, Any]]]
 def fingerprint(stages: Sequence[Stage]) -> Fingerprint:
     """The fingerprint of what every stage trains and evaluates on."""
     return [{"train": of_problems(s.train), "validation": of_problems(s.validation)} for s in stages]
+
+
+def shared_fingerprint(stages: Sequence[Stage]) -> Fingerprint:
+    """The fingerprint of the data. Raises UserError where another process has been given other problems. All processes call it."""
+    everywhere = distributed.all_gather(fingerprint(stages))
+    for rank, other in enumerate(everywhere):
+        if other != everywhere[0]:
+            raise UserError(
+                f"process {rank} has been given other problems than process 0 ({'; '.join(changes(everywhere[0], other))}); "
+                "a task must give the same problems in every process"
+            )
+    return everywhere[0]
 
 
 def of_problems(problems: Sequence[Problem]) -> dict[str, Any]:

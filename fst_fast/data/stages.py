@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fst_fast.config import Config
+from fst_fast.config import Config, StageConfig
 from fst_fast.contracts import Problem, Task
 from fst_fast.data.stream import minibatch, spare_problems
 from fst_fast.errors import UserError
@@ -39,17 +39,13 @@ class Stage:
 
 def make_stages(config: Config, task: Task) -> list[Stage]:
     """The stages of a run whose task is `task`, as `task_spec` says."""
-    distil = config.slow.distill_steps
-    if not config.stages:
-        steps = config.slow.steps
-        train, validation = (_split(config, task, 0, name) for name in ("train", "validation"))
-        return [Stage(0, config.task, 0, steps, steps - distil, train, list(validation))]
     stages: list[Stage] = []
-    for i, stage in enumerate(config.stages):
+    for i, stage in enumerate(config.stages or [StageConfig(task=config.task, steps=config.slow.steps)]):
         first = stages[-1].end if stages else 0
         end = first + stage.steps
         train, validation = (_split(config, task, i, name) for name in ("train", "validation"))
-        stages.append(Stage(i, stage.task, first, end, end - distil, train, list(validation)))
+        distils_from = end - config.slow.distill_steps
+        stages.append(Stage(i, stage.task, first, end, distils_from, train, list(validation)))
     return stages
 
 

@@ -30,8 +30,6 @@ def efficiency(runner: Runner) -> Result:
     )
     title = "Ceiling of the fitted sigmoid against steps (95 % interval)"
     ceilings = Table(title, ["family", "RL", "FST", "FST - RL"])
-    head = ["family", "method", "reward, %", *AXES.values(), "KL(train‖base)"]
-    ends = Table("At the end: mean over seeds ± standard error", head)
     ratios: dict[str, dict[str, Interval]] = {}
     higher = []
     for family, methods in curves.items():
@@ -55,9 +53,6 @@ def efficiency(runner: Runner) -> Result:
         ceilings.rows.append([family, *shown])
         if fits and fits["difference"].low > 0:
             higher.append(family)
-        for method, end in final.items():
-            spent = [plus_minus(end[axis]) for axis in AXES]
-            ends.rows.append([family, method, per_cent(end["reward"]), *spent, plus_minus(end["kl"], 1, 3)])
 
     def sooner(text: str, axis: str, most: float, needed: int) -> Claim:
         good = [family for family, by_axis in ratios.items() if by_axis[axis].value <= most]
@@ -71,7 +66,8 @@ def efficiency(runner: Runner) -> Result:
         sooner(in_rollouts, "rollouts", 1 / 2, 2),
         Claim.counted(ceiling, higher, 2, len(curves)),
     ]
-    return Result(numbers, [costs, ceilings, ends], claims, {"efficiency": figures.efficiency(curves)})
+    tables = [costs, ceilings, end_table({family: of["final"] for family, of in numbers.items()})]
+    return Result(numbers, tables, claims, {"efficiency": figures.efficiency(curves)})
 
 
 def _reward_by_step(curves: Sequence[Curve]) -> list[tuple[Floats, Floats]]:
@@ -84,6 +80,12 @@ def cost_ratios(rl: Sequence[Curve], fst: Sequence[Curve], axis: str) -> list[fl
     return [other / own if np.isfinite(other) else float("inf") for own, other in costs]
 
 
+def end_gap(ours: Sequence[Curve], others: Sequence[Curve]) -> Interval:
+    """By how much `ours` end above `others` of the same seeds: mean difference of the final rewards."""
+    gains = [a.cell("both") - b.cell("both") for a, b in zip(ours, others, strict=True)]
+    return statistics.bootstrap(gains, statistics.mean)
+
+
 def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
     """At the end of the runs, over their seeds: reward, KL and cost on every axis."""
     return {
@@ -91,6 +93,17 @@ def final_figures(curves: Sequence[Curve]) -> dict[str, Any]:
         **{axis: mean_stderr([float(c.cost[axis][-1]) for c in curves]) for axis in AXES},
         "kl": mean_stderr([float(c.kl[-1]) for c in curves]),
     }
+
+
+def end_table(ends: dict[str, dict[str, dict[str, Any]]], *more: str) -> Table:
+    """A table of final figures. ends: family -> method -> final_figures. more: what else they tell."""
+    head = ["family", "method", "reward, %", *AXES.values(), *more, "KL(train‖base)"]
+    table = Table("At the end: mean over seeds ± standard error", head)
+    for family, methods in ends.items():
+        for method, end in methods.items():
+            spent = [plus_minus(end[name]) for name in (*AXES, *more)]
+            table.rows.append([family, method, per_cent(end["reward"]), *spent, plus_minus(end["kl"], 1, 3)])
+    return table
 
 
 def drift(runner: Runner) -> Result:

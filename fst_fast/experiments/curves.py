@@ -30,9 +30,10 @@ class Curve:
     seed_kl: Floats  # under the seed context; NaN where it was not measured (eval.cells)
     cells: dict[str, Cell]  # of the last evaluation
     reflections: float = 0.0  # asked of the reflector in the whole run
-    first_search: float | None = (
-        None  # best mean reward on the anchor problems of the first fast phase that sampled; None without one
-    )
+    fast_rollouts: tuple[int, ...] = ()  # of each cycle's fast phase
+    admitted: int = 0  # contexts, of all fast phases
+    # best mean reward on the anchor problems of the first fast phase that sampled; None without one
+    first_search: float | None = None
 
     def smooth(self) -> Floats:
         """Centred mean of three evaluations, of two at the ends: the error of one is as large as a step of the curve. What was not measured is
@@ -86,6 +87,8 @@ def load_curve(folder: Path) -> Curve:
         seed_kl=np.array([line.kl_seed for line in run.evals], dtype=float),
         cells=final[-1] if final else {},
         reflections=float(sum(line.proposed or 0 for line in run.cycles)),
+        fast_rollouts=tuple(line.fast_rollouts or 0 for line in run.cycles),
+        admitted=sum(line.admitted or 0 for line in run.cycles),
         first_search=searches[0] if searches else None,
     )
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from fst_fast.experiments.ablations import ablation
 from fst_fast.experiments.certainty import certainty
 from fst_fast.experiments.comparison import channels, drift, efficiency, generalisation
-from fst_fast.experiments.continual import continual
+from fst_fast.experiments.continual import continual, reversal
 from fst_fast.experiments.distillation import distill
+from fst_fast.experiments.no_help import no_help
 from fst_fast.experiments.plasticity import plasticity
 from fst_fast.experiments.result import Result
 from fst_fast.experiments.rivals import rivals
@@ -25,6 +26,8 @@ EXPERIMENTS: dict[str, Callable[[Runner], Result]] = {
     "generalisation": generalisation,
     "plasticity": plasticity,
     "continual": continual,
+    "reversal": reversal,
+    "no_help": no_help,
     "distill": distill,
     "ablation": ablation,
     "rivals": rivals,

@@ -78,21 +78,26 @@ def _legend(figure: Figure, labels: dict[str, str], columns: int, **line: Any) -
     figure.legend(handles=handles, loc="outside upper center", ncols=columns)
 
 
-@mpl.rc_context(STYLE)
-def efficiency(curves: Curves) -> Figure:
-    """Rows: families; columns: steps, rollouts, tokens, seconds."""
-    figure = blank(3.0 * len(FIGURE_AXES), 2.3 * len(curves) + 0.6)
-    panels = figure.subplots(len(curves), len(FIGURE_AXES), squeeze=False, sharey=True)
+def _grid(figure: Figure, curves: Curves, axes: Sequence[str], colours: dict[str, str]) -> None:
+    """Rows: families; columns: axes. A line for each method."""
+    panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
     for row, (family, methods) in zip(panels, curves.items(), strict=True):
-        for ax, axis in zip(row, FIGURE_AXES, strict=True):
+        for ax, axis in zip(row, axes, strict=True):
             for method, each in methods.items():
                 if (method, axis) != ("gepa", "steps"):  # it takes none
-                    _mean_curve(ax, each, axis, COLOUR[method])
+                    _mean_curve(ax, each, axis, colours[method])
             format_x(ax, axis, (5, 4))
             ax.set_ylim(0, 1.02)
         row[0].set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
-    for ax, axis in zip(panels[-1], FIGURE_AXES, strict=True):
+    for ax, axis in zip(panels[-1], axes, strict=True):
         ax.set_xlabel(AXES[axis])
+
+
+@mpl.rc_context(STYLE)
+def efficiency(curves: Curves) -> Figure:
+    """By family, against steps, rollouts, tokens, seconds."""
+    figure = blank(3.0 * len(FIGURE_AXES), 2.3 * len(curves) + 0.6)
+    _grid(figure, curves, FIGURE_AXES, COLOUR)
     _legend(figure, METHODS, 3, lw=2)
     return figure
 
@@ -158,9 +163,9 @@ def plasticity(curves: Curves) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def continual(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) -> Figure:
+def stages(curves: dict[str, list[Curve]], names: Sequence[str], each: int) -> Figure:
     """Reward on the task of the stage that a run is in, against steps; a panel for each stage. each: steps of a stage."""
-    figure, panels = _row(stages, 3.2, 3.4, 0.6, AXES["steps"], "validation reward, own task")
+    figure, panels = _row(names, 3.2, 3.4, 0.6, AXES["steps"], "validation reward, own task")
     for i, ax in enumerate(panels):
         for arm, runs in curves.items():
             steps = runs[0].cost["steps"]
@@ -174,22 +179,13 @@ def continual(curves: dict[str, list[Curve]], stages: Sequence[str], each: int) 
 
 @mpl.rc_context(STYLE)
 def rivals(curves: Curves) -> Figure:
-    """Rows: families; columns: rollouts, tokens. A line for each method."""
+    """By family, against rollouts and tokens."""
     axes = ("rollouts", "tokens")
     figure = blank(3.4 * len(axes) + 0.6, 2.3 * len(curves) + 1.2)
-    panels = figure.subplots(len(curves), len(axes), squeeze=False, sharey=True)
-    names = list(next(iter(curves.values())))
+    names = next(iter(curves.values()))
     colours = {name: to_hex(mpl.colormaps["tab10"](i)) for i, name in enumerate(names)}
-    for row, (family, methods) in zip(panels, curves.items(), strict=True):
-        for ax, axis in zip(row, axes, strict=True):
-            for method, each in methods.items():
-                _mean_curve(ax, each, axis, colours[method])
-            format_x(ax, axis, (5, 4))
-            ax.set_ylim(0, 1.02)
-        row[0].set_ylabel(f"{family.replace('_', ' ')}\nvalidation reward")
-    for ax, axis in zip(panels[-1], axes, strict=True):
-        ax.set_xlabel(AXES[axis])
-    handles = [Line2D([], [], color=colours[name], label=name, lw=2) for name in names]
+    _grid(figure, curves, axes, colours)
+    handles = [Line2D([], [], color=colour, label=name, lw=2) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure
 

@@ -8,10 +8,10 @@ from typing import Any
 from fst_fast.errors import UserError
 from fst_fast.experiments import figures, statistics
 from fst_fast.experiments.certainty import good_level
-from fst_fast.experiments.comparison import final_figures
+from fst_fast.experiments.comparison import end_gap, end_table, final_figures
 from fst_fast.experiments.curves import AXES, Curve
 from fst_fast.experiments.methods import Runs, strongest_rl, train_and_load
-from fst_fast.experiments.result import Claim, Result, Table, mean_stderr, per_cent, plus_minus
+from fst_fast.experiments.result import Claim, Result, Table, mean_stderr
 from fst_fast.experiments.runner import Runner
 from fst_fast.experiments.runs import Budget, Changes, Run
 from fst_fast.experiments.statistics import Interval
@@ -92,17 +92,13 @@ def rivals(runner: Runner) -> Result:
     if runner.dry_run:
         return Result({})
     names = [name for name in next(iter(curves.values())) if name not in (OURS, CEILING)]
-    ends = Table(
-        "At the end: mean over seeds ± standard error",
-        ["family", "method", "reward, %", *AXES.values(), "reflections", "KL(train‖base)"],
-    )
     differences = Table(
         "Mean reward of FST over a rival's on the way to the same cost, seed by seed: difference and 95 % interval; p of a sign-flip test",
-        ["family", "rival", *(f"{AXES[axis]}" for axis in EQUAL), "p, rollouts", "reward at the end"],
+        ["family", "rival", *(AXES[axis] for axis in EQUAL), "p, rollouts", "reward at the end"],
     )
     first = Table(
         "Runs whose first fast phase found a good context: half of the best context's gain over the seed context, on its anchor problems",
-        ["family", *(name for name in _searching(curves))],
+        ["family", *_searching(curves)],
     )
     power = Table(
         "Seeds for a power of 80 % (two-sided paired t-test at 5 %), by the difference in mean reward at equal rollouts",
@@ -115,16 +111,11 @@ def rivals(runner: Runner) -> Result:
         for name, each in methods.items():
             end = {**final_figures(each), "reflections": mean_stderr([c.reflections for c in each])}
             numbers[family]["methods"][name] = end
-            spent = [plus_minus(end[axis]) for axis in (*AXES, "reflections")]
-            ends.rows.append([family, name, per_cent(end["reward"]), *spent, plus_minus(end["kl"], 1, 3)])
         gaps[family] = {axis: {} for axis in EQUAL}
         for rival in names:
             by_axis = {axis: paired_gain(methods, rival, axis) for axis in EQUAL}
-            last = [
-                a.cell("both") - b.cell("both") for a, b in zip(methods[OURS], methods[rival], strict=True)
-            ]
             found = {axis: statistics.bootstrap(v, statistics.mean) for axis, v in by_axis.items()}
-            at_end = statistics.bootstrap(last, statistics.mean)
+            at_end = end_gap(methods[OURS], methods[rival])
             p = statistics.sign_flip_test(by_axis["rollouts"])
             spread = statistics.standard_deviation(by_axis["rollouts"])
             for axis in EQUAL:
@@ -147,6 +138,7 @@ def rivals(runner: Runner) -> Result:
             [family, *(f"{sum(hits[name])} of {len(hits[name])}" for name in _searching(curves))]
         )
     picture = figures.rivals(curves)
+    ends = end_table({family: of["methods"] for family, of in numbers.items()}, "reflections")
     return Result(numbers, [ends, differences, first, power], _claims(gaps, numbers), {"rivals": picture})
 
 
@@ -174,13 +166,8 @@ def _claims(gaps: dict[str, dict[str, dict[str, Interval]]], numbers: dict[str, 
             for rival, gap in by_axis[axis].items()
             if gap.high < 0
         ]
-        claims.append(
-            Claim(
-                f"at equal {AXES[axis]} FST is below no rival on any family by more than the interval",
-                ", ".join(behind) or "none",
-                not behind,
-            )
-        )
+        text = f"at equal {AXES[axis]} FST is below no rival on any family by more than the interval"
+        claims.append(Claim(text, ", ".join(behind) or "none", not behind))
         ahead = [f for f, by_axis in gaps.items() if all(gap.low > 0 for gap in by_axis[axis].values())]
         text = f"... and above every rival, the interval included, on at least three families ({AXES[axis]})"
         claims.append(Claim.counted(text, ahead, 3, len(gaps)))

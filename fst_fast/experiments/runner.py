@@ -134,13 +134,8 @@ class Runner:
                         failed.append(f"{job.name} ({_outcome(ended)}): {self._log(job)}")
                     seconds = time.monotonic() - began
                     self._seconds, self._cost = self._seconds + seconds, self._cost + job.cost
-                    minutes = (
-                        sum(job.cost for job in [*waiting, *running])
-                        * self._seconds
-                        / self._cost
-                        / self.workers
-                        / 60
-                    )
+                    left = sum(job.cost for job in [*waiting, *running])
+                    minutes = left * self._seconds / self._cost / self.workers / 60
                     count = f"{len(jobs) - len(waiting) - len(running)}/{len(jobs)}"
                     self.say(
                         f"[{count}] {job.name} {_outcome(ended)} in {seconds:.0f} s, about {minutes:.0f} min left"

@@ -136,5 +136,4 @@ def _power(n: int, effect: float) -> float:
 
 def standard_error(values: Sequence[float]) -> float:
     """Of the mean; infinite for a single value, which says nothing of its spread."""
-    x = np.asarray(values, dtype=float)
-    return float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("inf")
+    return float(standard_deviation(values) / np.sqrt(len(values)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fst_fast.experiments import statistics
-from fst_fast.experiments.comparison import final_figures
-from fst_fast.experiments.curves import AXES, Curve
+from fst_fast.experiments.comparison import end_gap, final_figures
+from fst_fast.experiments.curves import AXES
 from fst_fast.experiments.methods import Runs, train_and_load
 from fst_fast.experiments.result import Claim, Result, Table, per_cent, plus_minus
 from fst_fast.experiments.rivals import OURS, paired_gain
@@ -52,35 +52,20 @@ def tools(runner: Runner) -> Result:
     for name, end in final.items():
         spent = [plus_minus(end[axis]) for axis in AXES]
         ends.rows.append([name, per_cent(end["reward"]), *spent, plus_minus(end["kl"], 1, 3)])
-    higher = {name: _difference(arms["fst"], arms[name]) for name in ALONE}
+    higher = {name: end_gap(arms["fst"], arms[name]) for name in ALONE}
     at_cost = {}
     for method in ("gepa", "fst"):
         pair = {OURS: arms[method], "one text": arms[f"{method}, one text"]}
         at_cost[method] = statistics.bootstrap(paired_gain(pair, "one text", "rollouts"), statistics.mean)
     claims = [
-        Claim(
-            f"FST ends above {name} (95 % interval over seeds)",
-            interval.text(),
-            interval.low > 0,
-        )
-        for name, interval in higher.items()
+        Claim(f"FST ends above {name} (95 % interval over seeds)", gap.text(), gap.low > 0)
+        for name, gap in higher.items()
     ]
-    claims += [
-        Claim(
-            f"{method}: the mean reward of components on the way to equal rollouts is at least that of one text",
-            interval.text(),
-            interval.value >= 0,
-        )
-        for method, interval in at_cost.items()
-    ]
+    equal = "the mean reward of components on the way to equal rollouts is at least that of one text"
+    claims += [Claim(f"{method}: {equal}", gap.text(), gap.value >= 0) for method, gap in at_cost.items()]
     numbers: dict[str, Any] = {
         "final": final,
         "fst_minus": {name: interval.json() for name, interval in higher.items()},
         "components_minus_one_text": {name: interval.json() for name, interval in at_cost.items()},
     }
     return Result(numbers, [ends], claims)
-
-
-def _difference(ours: list[Curve], others: list[Curve]) -> statistics.Interval:
-    at_end = [a.cell("both") - b.cell("both") for a, b in zip(ours, others, strict=True)]
-    return statistics.bootstrap(at_end, statistics.mean)

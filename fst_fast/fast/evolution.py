@@ -151,7 +151,7 @@ def evolve(
         cycle=cycle,
         spent=tally.spent(state.spent, evaluations, clock),
         idle=idle,
-        rest=min(idle, MAX_REST) if config.adaptive and found else 0,
+        rest=min(idle if found else max(idle - 1, 0), MAX_REST) if config.adaptive else 0,
     )
 
 

@@ -18,10 +18,8 @@ from fst_fast.plan.times import StepTime, step_time, verifiers
 from fst_fast.plan.workload import Assumed, Work, longest, works
 
 Change = Mapping[str, Any]  # dotted key -> value
-DEVICE_FRACTION, HOST_FRACTION = (
-    0.9,
-    0.5,
-)  # of the free memory that the rollout engine takes for keys and values
+# of the free memory that the rollout engine takes for keys and values
+DEVICE_FRACTION, HOST_FRACTION = 0.9, 0.5
 MOST_ROLLOUTS = 200_000
 LIGER_TYPES = ("llama", "qwen2", "qwen3")
 SCALES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -18,11 +18,8 @@ PHASES = ("sampling", "scoring", "forward and backward", "optimiser step", "hand
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size, elements
 SUB_GROUP = 1_000_000_000  # sub_group_size of ZeRO-3, elements that a step takes at a time
 LIVE = 1_000_000_000  # stage3_max_live_parameters, elements
-FUSED_TYPES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-)  # model types that policy/cpu_forward.py, cpu_layers.py and gpu_forward.py know
+# model types that policy/cpu_forward.py, cpu_layers.py and gpu_forward.py know
+FUSED_TYPES = ("llama", "qwen2", "qwen3")
 PERSISTENT = 100_000  # stage3_param_persistence_threshold: smaller tensors are not partitioned
 GATHER_BUCKET = 64 * 2**20  # of policy/trained.py
 PREFILL = 8192  # rollout/engine.py: prompt tokens of one forward
@@ -172,9 +169,8 @@ def layer_activations(s: Setting) -> int:
     mlp = x.active * (4 * e * x.inner + (e * x.hidden if x.experts > 1 else 0))
     norm = x.hidden * (4 + (e if frozen else 2 * e))
     qk_norm = (x.q_width + x.kv_width) * (4 + (0 if frozen else e)) if x.qk_norm else 0
-    if (
-        s.config.policy.liger or s.one_pass_layers
-    ):  # each norm keeps its input, SwiGLU its two inputs and its result
+    # each norm keeps its input, SwiGLU its two inputs and its result
+    if s.config.policy.liger or s.one_pass_layers:
         norm, qk_norm, mlp = 2 * e * x.hidden, e * (x.q_width + x.kv_width) if x.qk_norm else 0, mlp * 3 // 4
     attention = 2 * e * (x.q_width + x.kv_width) + 4 * x.heads
     lora = s.config.policy.lora
@@ -325,9 +321,8 @@ def memory(s: Setting, work: Work) -> list[Phase]:
     device, host = held(s)
     if s.config.method == "gepa":
         return [Phase("sampling", {"weights": device["reference"], **sampling(s, work)})]
-    idle = {
-        name: size for name, size in device.items() if name != "replica"
-    }  # released while nothing samples
+    # released while nothing samples
+    idle = {name: size for name, size in device.items() if name != "replica"}
     parts = [
         sampling(s, work), scoring(s, micro), forward_backward(s, micro), optimiser_step(s, len(micro)), hand_over(s),
     ]  # fmt: skip

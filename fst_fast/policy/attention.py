@@ -158,12 +158,8 @@ def load_model(
         raise UserError(
             f"policy.attention={attention} cannot run here: {first_line(error)}; sdpa runs everywhere"
         ) from error
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # RuntimeError: weights of another shape
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # RuntimeError: weights of another shape
         raise UserError(f"model.path={str(path)!r} cannot be loaded: {first_line(error)}") from error
     refuse_missing(loading, f"model.path={str(path)!r}")
     found: PreTrainedModel = model

@@ -91,9 +91,8 @@ def pin(config: Config, note: Callable[[str], None] = lambda _: None, *, weights
     machine once. All processes call it. weights: see `find`. Raises UserError, the same on all of them."""
     model: ModelConfig = distributed.broadcast_result(lambda: _pinned(config.model, note, weights))
     trouble = None
-    if (
-        distributed.rank() and os.environ.get("LOCAL_RANK", "0") == "0"
-    ):  # the first process of another machine
+    # the first process of another machine
+    if distributed.rank() and os.environ.get("LOCAL_RANK", "0") == "0":
         try:
             _pinned(model, lambda _: None, weights)
         except UserError as error:

@@ -65,9 +65,8 @@ def _digest(file: Path, size: int, mtime_ns: int) -> str:
 def _convert(file: Path, out: Path, where: str) -> None:
     how: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     more: dict[str, Any] = {}
-    if hasattr(
-        transformers, "GgufConfig"
-    ):  # newer versions can keep the weights packed, which cannot be trained
+    # newer versions can keep the weights packed, which cannot be trained
+    if hasattr(transformers, "GgufConfig"):
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         read, loading = AutoModelForCausalLM.from_pretrained(

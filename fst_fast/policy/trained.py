@@ -31,8 +31,6 @@ from fst_fast.policy.attention import load_model
 from fst_fast.run.faults import reach
 
 GATHER_BUCKET = 64 * 2**20  # elements of partitioned weights gathered at a time
-
-
 LARGEST_NORM = 1e17  # of one gradient tensor; the sum of squares over a model of them still fits into fp32
 
 
@@ -93,23 +91,21 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if policy.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
+    bf16 = config.model.dtype == "bfloat16"
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "optimizer": {"type": "AdamW", "params": optimiser.parameters(config)},
         "gradient_clipping": config.slow.max_grad_norm,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        **(
-            {"data_types": {"grad_accum_dtype": "fp32"}}
-            if config.model.dtype == "bfloat16" and policy.zero_stage
-            else {}
-        ),
+        "bf16": {"enabled": bf16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if bf16 and policy.zero_stage:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(settings, policy.deepspeed)
 
 

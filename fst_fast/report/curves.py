@@ -66,24 +66,21 @@ class Series:
 
 def position(run: Run, line: Step | Eval, axis: str) -> float | None:
     """Where a line of metrics.jsonl lies on an axis. Seconds come from timing.jsonl: the last row written by then."""
-    match axis:
-        case "steps":
-            return line.step
-        case "rollouts":
-            return line.rollouts
-        case "tokens":
-            return line.tokens_computed
-        case "unshared":
-            return line.tokens_unshared
-        case "seconds":
-            at = [row.step for row in run.timing]
-            first, after = bisect_left(at, line.step), bisect_right(at, line.step)
-            if isinstance(line, Step) and first < after:
-                return run.timing[first].seconds  # its own row, not that of the evaluation after it
-            if after:
-                return run.timing[after - 1].seconds
-            return 0.0 if run.timing and line.step == 0 else None
-    raise AssertionError(axis)
+    if axis != "seconds":
+        counted: dict[str, float | None] = {
+            "steps": line.step,
+            "rollouts": line.rollouts,
+            "tokens": line.tokens_computed,
+            "unshared": line.tokens_unshared,
+        }
+        return counted[axis]
+    at = [row.step for row in run.timing]
+    first, after = bisect_left(at, line.step), bisect_right(at, line.step)
+    if isinstance(line, Step) and first < after:
+        return run.timing[first].seconds  # its own row, not that of the evaluation after it
+    if after:
+        return run.timing[after - 1].seconds
+    return 0.0 if run.timing and line.step == 0 else None
 
 
 def validation(run: Run, cell: str, axis: str) -> Series:

@@ -282,9 +282,7 @@ class Follower:
     def _status(self) -> Json:
         total = self._total_steps()
         step = max((int(r["step"]) for r in self._last.values()), default=0)
-        running = self._is_running()
-        seconds = self._last_seconds()
-        state = "finished" if self._ended else "running" if running else "stopped"
+        state = "finished" if self._ended else "running" if self._is_running() else "stopped"
         says = {
             "finished": "The run has finished.",
             "running": "The run is going on.",
@@ -299,15 +297,12 @@ class Follower:
             "steps": total,
             "phase": phase,
             "phase_s": since,
-            "seconds": seconds,
+            "seconds": self._clock[-1][1] if self._clock else None,
             "left_s": self._time_left(step, total) if state == "running" else None,
             "start": {key: self._start.get(key) for key in ("method", "task", "model", "seed")},
             "troubles": self._troubles(),
             "damaged": sum(tail.damaged for tail in self._tails.values()),
         }
-
-    def _last_seconds(self) -> float | None:
-        return self._clock[-1][1] if self._clock else None
 
     def _time_left(self, step: int, total: int | None) -> float | None:
         """At the rate of the last steps, evaluations and fast phases between them included; None while that is not known."""

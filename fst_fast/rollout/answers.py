@@ -8,12 +8,16 @@ one sentence. Nothing is repaired.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fst_fast.contracts import Rollout
+from fst_fast.rollout.engine import Request
 
 SPELT = "token_id:"
 GIVEN_UP = ("abort", "error", "content_filter")
@@ -81,6 +85,34 @@ def read_answer(answer: Any, expected: Expected) -> Answer:
         return Answer(array, _unknown(len(ids)), finish, "log-probs")
     _check_logprobs(values, len(ids))
     return Answer(array, np.array(values, dtype=np.float32), finish)
+
+
+def rollouts_of(
+    requests: Sequence[Request], answers: Sequence[Answer], *, policy_version: int, temperature: float
+) -> list[Rollout]:
+    """The answers to the requests as rollouts, in their order."""
+    return [
+        Rollout(
+            problem_id=request.problem_id,
+            context_id=request.context_id,
+            sample=request.sample,
+            response_ids=answer.ids,
+            logprobs=answer.logprobs,
+            finish=answer.finish,
+            policy_version=policy_version,
+            temperature=temperature,
+        )
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def given_up(answers: Sequence[Answer], tries: int) -> str | None:
+    """What is to be said, behind the server's name, of responses that it gave up in every try; None where there is none."""
+    reasons = Counter(answer.reason for answer in answers if answer.finish == "abort")
+    if not reasons:
+        return None
+    each = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items()))
+    return f"gave up {reasons.total()} of {len(answers)} responses ({each}), each {tries} times; they are not judged"
 
 
 def _check_prompt(answer: Any, choice: Any, expected: Expected) -> None:

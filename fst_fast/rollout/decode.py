@@ -113,9 +113,8 @@ class ForestDecoder:
         self.most_tokens = 0  # ever held at a time
         self._suffix_tokens = 0
         self._free = self._running = 0  # pages left, and sequences that run, while slots are refilled
-        self._next = self._ahead = (
-            0  # nodes before _next are in the cache or were; this call has computed none from _ahead on
-        )
+        # nodes before _next are in the cache or were; this call has computed none from _ahead on
+        self._next = self._ahead = 0
 
     def run(self) -> None:
         if self.logits:  # of prompts that an earlier call has ended

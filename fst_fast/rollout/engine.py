@@ -23,6 +23,7 @@ from torch import Tensor
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
 from fst_fast.policy import gpu_forward
+from fst_fast.policy.base_model import first_line
 from fst_fast.policy.cpu_forward import CpuForward, unsupported_reason
 from fst_fast.policy.gpu_forward import GpuForward
 from fst_fast.rollout.decode import ForestDecoder, Forward, transformers_forward
@@ -234,7 +235,7 @@ class RolloutEngine:
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            reason = _first_line(error)
+            reason = first_line(error)
         self.forget()
         gc.collect()
         if torch.cuda.is_available():
@@ -249,7 +250,7 @@ class RolloutEngine:
             if not _out_of_memory(error):
                 raise
             raise UserError(
-                f"out of memory while sampling, with {batch} sequences at a time and again with {half}: {_first_line(error)}; lower "
+                f"out of memory while sampling, with {batch} sequences at a time and again with {half}: {first_line(error)}; lower "
                 f"rollout.max_batch={self.max_batch} or rollout.kv_memory_bytes, or free memory"
             ) from error
 
@@ -273,17 +274,15 @@ class RolloutEngine:
         config = self.model.config.get_text_config()
         hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
         forward = self.prefill_tokens * (8 * hidden + 3 * inner) * head.dtype.itemsize
-        logits = (
-            3 * self.max_batch * head.shape[0] * torch.float32.itemsize
-        )  # and what the sampler makes of them
+        # and what the sampler makes of them
+        logits = 3 * self.max_batch * head.shape[0] * torch.float32.itemsize
         return _room_on_device(head.device, self._pool.bytes, forward + logits)
 
     def _check(self, requests: Sequence[Request], max_response_tokens: int, room: int) -> None:
         if max_response_tokens < 1:
             raise UserError(f"max_response_tokens={max_response_tokens}; at least 1 is needed")
-        positions = getattr(
-            self.model.config.get_text_config(), "max_position_embeddings", None
-        )  # None: no limit of its own
+        # None: no limit of its own
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for request in requests:
             length = len(request.prompt_ids)
             if not length:
@@ -295,15 +294,14 @@ class RolloutEngine:
                     f"{request}: {length} prompt tokens + {max_response_tokens} response tokens are more than the model's "
                     f"{positions} positions; the prompt may have at most {positions - max_response_tokens}"
                 )
-        if len({(r.problem_id, r.context_id, r.sample, r.seed) for r in requests}) < len(requests):
-            seen: set[tuple[str, str, int, int]] = set()
-            for r in requests:
-                key = (r.problem_id, r.context_id, r.sample, r.seed)
-                if key in seen:
-                    raise UserError(
-                        f"{r} is asked for twice with the same seed {r.seed}; it would count as two samples and be one"
-                    )
-                seen.add(key)
+        seen: set[tuple[str, str, int, int]] = set()
+        for r in requests:
+            key = (r.problem_id, r.context_id, r.sample, r.seed)
+            if key in seen:
+                raise UserError(
+                    f"{r} is asked for twice with the same seed {r.seed}; it would count as two samples and be one"
+                )
+            seen.add(key)
         if self.packing == "forest":
             longest = max(requests, key=lambda r: len(r.prompt_ids))
             each = self.token_bytes()
@@ -356,10 +354,6 @@ def _room_on_device(device: torch.device, held_bytes: int, other_bytes: int) -> 
 def _out_of_memory(error: BaseException) -> bool:
     """torch raises a type of its own on a GPU and a plain RuntimeError on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

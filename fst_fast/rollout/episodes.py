@@ -31,7 +31,8 @@ from fst_fast.errors import UserError
 from fst_fast.rollout.engine import Request, RolloutEngine
 from fst_fast.rollout.models import Engine
 from fst_fast.rollout.prompt import Opening, messages_with_context, response_text
-from fst_fast.rollout.turns import Ints, common, observation_ids, rendered_ids, rewritten_turns
+from fst_fast.rollout.prompt_tree import common
+from fst_fast.rollout.turns import Ints, observation_ids, rendered_ids, rewritten_turns
 from fst_fast.rollout.vllm import VllmEngine
 from fst_fast.run.faults import reach
 from fst_fast.run.randomness import stream_seed

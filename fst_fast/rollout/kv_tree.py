@@ -86,9 +86,6 @@ class TreeCache:
         self.block_of[nodes], self.row_of[nodes] = number, rows
         self.filled[nodes] = True
 
-    def block(self, number: int) -> Block:
-        return self.blocks[number]
-
     def slots_of(self, nodes: Ints) -> Ints:
         """[all nodes] pool index of the first token of each of `nodes`, which must be cached; 0 for other nodes.
         Allocations can move ranges, so do not store the result."""

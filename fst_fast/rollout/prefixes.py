@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fst_fast.forest import Forest
 from fst_fast.rollout.kv_tree import Block, TreeCache, allocate_blocks
-from fst_fast.rollout.prompt_tree import Ints
+from fst_fast.rollout.prompt_tree import Ints, common
 
 KEEP_CALLS = 4
 """A stored call is dropped after this many calls in a row that reused nothing of it."""
@@ -79,7 +79,7 @@ class CachedCall:
                 same = self._common(node, offset, ids)
                 if not same:
                     break
-            block = self.cache.block(int(self.cache.block_of[node]))
+            block = self.cache.blocks[int(self.cache.block_of[node])]
             segments.append(Segment(block, int(self.cache.row_of[node]), offset, offset + same))
             ids, offset = ids[same:], offset + same
         return segments, (node, offset)
@@ -87,10 +87,7 @@ class CachedCall:
     def _common(self, node: int, offset: int, ids: Ints) -> int:
         """How many of `ids` match the node's tokens from `offset` on."""
         tree = self.cache.tree
-        begin = int(tree.start[node]) + offset
-        stored = tree.token_ids[begin : min(begin + len(ids), int(tree.end[node]))]
-        differs = stored != ids[: len(stored)]
-        return int(differs.argmax()) if differs.any() else len(stored)
+        return common(tree.token_ids[int(tree.start[node]) + offset : int(tree.end[node])], ids)
 
 
 class PrefixCache:

@@ -60,9 +60,8 @@ def load_tokenizer(
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
-    if not tokenizer.encode(
-        "user", add_special_tokens=False
-    ):  # what is made where a folder has no tokenizer.json
+    # what is made where a folder has no tokenizer.json
+    if not tokenizer.encode("user", add_special_tokens=False):
         raise UserError(
             f"{where}: its tokenizer makes no token of a text; is tokenizer.json missing? model.tokenizer can name another"
         )
@@ -87,13 +86,10 @@ def read_template(path: str | Path) -> str:
 
 def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """The token ids that end a response: the tokenizer's eos and those of the model's generation config, ascending."""
-    found = [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)]
-    ids = {
-        i
-        for entry in found
-        if entry is not None
-        for i in (entry if isinstance(entry, list | tuple) else [entry])
-    }
+    ids: set[int] = set()
+    for found in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
+        if found is not None:
+            ids.update(found if isinstance(found, list | tuple) else [found])
     if not ids:
         raise UserError(
             f"model {tokenizer.name_or_path} has no eos token, in its tokenizer or its generation config; responses need one to end"

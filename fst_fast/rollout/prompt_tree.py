@@ -40,6 +40,13 @@ class PromptTree:
         return _paths(nodes, self.parent, self.level)
 
 
+def common(a: Ints, b: Ints) -> int:
+    """Tokens at the beginning that two sequences share."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    return int(differs.argmax()) if differs.any() else n
+
+
 def forest_of(prompts: Sequence[Ints], *, join_tokens: int = JOIN_TOKENS) -> Forest:
     """Merge equal prefixes, except those too short to be worth a node: a node at which no prompt ends is copied into
     its children if that adds at most `join_tokens` tokens."""

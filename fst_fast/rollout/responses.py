@@ -59,12 +59,8 @@ class Responses:
         self.logprobs = np.zeros((len(seeds), limit), dtype=np.float32)
         self.length = np.zeros(len(seeds), dtype=np.int64)
         self.finish = np.full(len(seeds), "", dtype="<U6")
-        self.limit, self.eos, self.sampling, self.name = (
-            limit,
-            np.asarray(list(eos_ids), dtype=np.int64),
-            sampling,
-            name,
-        )
+        self.eos = np.asarray(list(eos_ids), dtype=np.int64)
+        self.limit, self.sampling, self.name = limit, sampling, name
         self.stop, self.watch = stop, watch
 
     def streams(self, sequences: Ints) -> Ints:

@@ -24,9 +24,8 @@ def shared_tokens(tree: PromptTree, order: Ints) -> Callable[[int], int]:
     path = tree.path[order]
     sizes = np.where(path >= 0, length[path], 0)
     whole = sizes.sum(1)
-    new = np.where(path[1:] != path[:-1], sizes[1:], 0).sum(
-        1
-    )  # tokens that the sequence before does not have
+    # tokens that the sequence before does not have
+    new = np.where(path[1:] != path[:-1], sizes[1:], 0).sum(1)
     behind = np.concatenate([[0], np.cumsum(new)])
 
     def tokens(n: int) -> int:

@@ -84,11 +84,9 @@ class Sampler:
         chat, findings = configured_chat(config.model, saved=saved, date=date)
         tokenizer = chat.tokenizer
         prompts = PromptCache(chat, max_prompt_tokens=config.rollout.max_prompt_tokens)
-        generation = (
-            GenerationConfig.from_pretrained(saved)
-            if saved and (saved / "generation_config.json").is_file()
-            else None
-        )
+        generation = None
+        if saved and (saved / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(saved)
         spec, args = task_spec(config)
         syntax = config.rollout.tool_calls
         pool = VerifierPool(

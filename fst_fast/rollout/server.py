@@ -12,7 +12,6 @@ that returns text alone can still evaluate: the text is then tokenised here and 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,15 @@ import numpy as np
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
-from fst_fast.rollout.answers import Answer, Expected, Ints, NonsenseError, read_answer
+from fst_fast.rollout.answers import (
+    Answer,
+    Expected,
+    Ints,
+    NonsenseError,
+    given_up,
+    read_answer,
+    rollouts_of,
+)
 from fst_fast.rollout.engine import Request
 from fst_fast.run.openai_client import Endpoint, EndpointArgs, check_args
 
@@ -107,36 +114,20 @@ class ServerEngine:
         """Rollouts in request order. One that the server gave up in every try has finish `abort` and no tokens: it is not to be judged.
 
         Raises UserError where the server fails after all tries, and where an answer is nonsense."""
-        given_up: Counter[str] = Counter()
 
-        def one(request: Request) -> Rollout:
+        def one(request: Request) -> Answer:
             answer = self._ask(request, max_tokens=max_response_tokens, temperature=temperature, top_p=top_p)
-            if answer.finish == "abort":
-                given_up[answer.reason] += 1
-            elif self._trained_on:
+            if self._trained_on and answer.finish != "abort":
                 self._check_trained_on(answer)
-            return Rollout(
-                problem_id=request.problem_id,
-                context_id=request.context_id,
-                sample=request.sample,
-                response_ids=answer.ids,
-                logprobs=answer.logprobs,
-                finish=answer.finish,
-                policy_version=policy_version,
-                temperature=temperature,
-            )
+            return answer
 
-        rollouts = self.endpoint.map(one, requests)
-        if given_up:
-            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(given_up.items()))
-            self.note(
-                f"{USER}: {self.args.base_url} gave up {given_up.total()} of {len(requests)} responses ({reasons}), each {1 + self.args.retries} "
-                "times; they are not judged"
-            )
-        tokens = sum(len(r.prompt_ids) for r in requests) + sum(len(r.response_ids) for r in rollouts)
+        answers = self.endpoint.map(one, requests)
+        if said := given_up(answers, 1 + self.args.retries):
+            self.note(f"{USER}: {self.args.base_url} {said}")
+        tokens = sum(len(r.prompt_ids) for r in requests) + sum(len(a.ids) for a in answers)
         self.tokens_computed += tokens
         self.tokens_unshared += tokens
-        return rollouts
+        return rollouts_of(requests, answers, policy_version=policy_version, temperature=temperature)
 
     def _ask(self, request: Request, *, max_tokens: int, temperature: float, top_p: float | None) -> Answer:
         """The answer to a request; one that the server gives up is asked for again. Raises UserError."""

@@ -39,9 +39,8 @@ class SpecialTokens:
             if word.strip() and (token.special or word not in own or word in template):
                 self.words[int(number)] = word
         ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
-        self.unknown: int | None = (
-            tokenizer.unk_token_id if tokenizer.unk_token_id not in ends else None
-        )  # the id of any word that is not in the vocabulary
+        # the id of any word that is not in the vocabulary
+        self.unknown: int | None = tokenizer.unk_token_id if tokenizer.unk_token_id not in ends else None
         self._heads = {word[:n] for word in self.words.values() for n in range(1, len(word))}
         self._tails = {word[n:] for word in self.words.values() for n in range(1, len(word))}
         self._longest = max((len(word) for word in self.words.values()), default=0)

@@ -92,22 +92,14 @@ def rewritten_turns(chat: Chat, opening: Sequence[Message], tools: Sequence[Mapp
     return ""
 
 
-def common(a: Ints, b: Ints) -> int:
-    """Tokens at the beginning that two sequences share."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    return int(differs.argmax()) if differs.any() else n
-
-
 def leaves_of(prompt: Ints, rollout: Rollout) -> list[tuple[Leaf, NDArray[np.float32]]]:
     """The training sequences of a rollout with the log-probs of their response tokens, 0 for those that were not sampled; every sampled
     token is a label once. One sequence, unless an episode's past was rewritten; none without a token. prompt: of a rollout without turns."""
     if not rollout.turns:
         whole = Leaf(prompt, rollout.response_ids), rollout.logprobs.astype(np.float32)
         return [whole] if len(rollout.response_ids) else []
-    pieces: list[
-        tuple[Ints, list[Ints], list[NDArray[np.float32]]]
-    ] = []  # prompt, then added and sampled in turn
+    # prompt, then added and sampled in turn
+    pieces: list[tuple[Ints, list[Ints], list[NDArray[np.float32]]]] = []
     ids = np.empty(0, np.int64)
     at = 0
     for turn in rollout.turns:

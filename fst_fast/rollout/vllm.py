@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from types import SimpleNamespace
@@ -18,7 +17,16 @@ from torch import nn
 
 from fst_fast.contracts import Rollout
 from fst_fast.errors import UserError
-from fst_fast.rollout.answers import SPELT, Answer, Expected, Ints, NonsenseError, read_answer
+from fst_fast.rollout.answers import (
+    SPELT,
+    Answer,
+    Expected,
+    Ints,
+    NonsenseError,
+    given_up,
+    read_answer,
+    rollouts_of,
+)
 from fst_fast.rollout.engine import Request
 from fst_fast.rollout.vllm_args import USER
 from fst_fast.rollout.vllm_client import GoneError, RefusedError, VllmClient
@@ -95,32 +103,14 @@ class VllmEngine:
                     reused += found[1]
             if lost := [found for found in said if isinstance(found, GoneError)]:
                 self.hosts.recover(weights, seen, str(lost[0]))
-        given_up = Counter(a.reason for a in answers.values() if a.finish == "abort")
-        if given_up:
-            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(given_up.items()))
-            self.hosts.note(
-                f"{USER}: {self.hosts.named} gave up {given_up.total()} of {len(requests)} responses ({reasons}), each "
-                f"{1 + self.hosts.args.retries} times; they are not judged"
-            )
-        tokens = sum(len(request.prompt_ids) for request in requests) + sum(
-            len(a.ids) for a in answers.values()
-        )
+        made = [answers[i] for i in range(len(requests))]
+        if words := given_up(made, 1 + self.hosts.args.retries):
+            self.hosts.note(f"{USER}: {self.hosts.named} {words}")
+        tokens = sum(len(r.prompt_ids) for r in requests) + sum(len(a.ids) for a in made)
         self.tokens_reused += reused
         self.tokens_computed += tokens - reused
         self.tokens_unshared += tokens
-        return [
-            Rollout(
-                problem_id=request.problem_id,
-                context_id=request.context_id,
-                sample=request.sample,
-                response_ids=answers[i].ids,
-                logprobs=answers[i].logprobs,
-                finish=answers[i].finish,
-                policy_version=policy_version,
-                temperature=temperature,
-            )
-            for i, request in enumerate(requests)
-        ]
+        return rollouts_of(requests, made, policy_version=policy_version, temperature=temperature)
 
     def _spread(
         self, ask: Callable[[VllmClient, Request], Asked], requests: Sequence[Request]
@@ -255,14 +245,8 @@ def _as_completion(made: Any) -> Any:
                     tokens=[f"{SPELT}{token['token_id']}" for token in tokens],
                     token_logprobs=[token["logprob"] for token in tokens],
                 )
-            choices.append(
-                SimpleNamespace(
-                    finish_reason=choice["finish_reason"],
-                    token_ids=choice["token_ids"],
-                    logprobs=spelt,
-                    text=None,
-                )
-            )
+            finish, ids = choice["finish_reason"], choice["token_ids"]
+            choices.append(SimpleNamespace(finish_reason=finish, token_ids=ids, logprobs=spelt, text=None))
         return SimpleNamespace(choices=choices, prompt_token_ids=made["prompt_token_ids"])
     except (TypeError, KeyError, AttributeError):
         raise NonsenseError("is not one of /inference/v1/generate") from None

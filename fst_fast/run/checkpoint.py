@@ -33,6 +33,7 @@ FORMAT = 2  # format 1 held DeepSpeed's own files
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".tmp-"
+_ASIDE = f"{_TEMPORARY}old-"
 _HASHERS = 8
 
 
@@ -71,21 +72,22 @@ def commit(
     """Turn `tmp` into the checkpoint of `step`, then delete older ones except the `keep_last` newest and every
     `keep_every`th step (0: none). written_by: recorded in the manifest and returned by `written_by`.
 
-    Checkpoints of later steps are deleted too, since those steps are being run again. If a complete checkpoint of this
-    step exists, it stays and `tmp` is deleted: with the same configuration they are equal. Raises UserError on disk
-    errors, which leave the old checkpoints unchanged."""
+    Checkpoints of later steps are deleted too, since those steps are being run again. A complete checkpoint of this step
+    stays where `tmp` is equal to it, and is replaced where something has changed, such as the data or the logs. Raises
+    UserError on disk errors, which leave the old checkpoints unchanged."""
     assert keep_last >= 2, "keep_last must be at least 2: a damaged checkpoint needs a predecessor"
     root = run_dir / "checkpoints"
     final = root / f"step-{step:06d}"
+    replaced: Path | None = None
     with disk_errors(f"the checkpoint of step {step} cannot be written to {root}"):
         try:
             _write_manifest(run_dir, tmp, step, written_by or {})
             reach("save.manifest")
-            if final.exists() and find_damage(final) is None:
+            if final.exists() and find_damage(final) is None and _manifest(final) == _manifest(tmp):
                 shutil.rmtree(tmp)
             else:
                 if final.exists():
-                    _remove(final)
+                    replaced = _set_aside(final)  # until the new one is there; see `latest`
                 os.rename(tmp, final)
             fsync_folder(root)
             reach("save.rename")
@@ -100,7 +102,9 @@ def commit(
         ]
         for folder in _by_step(root):
             if folder not in kept:
-                _remove(folder)
+                shutil.rmtree(_set_aside(folder))
+        if replaced is not None:
+            shutil.rmtree(replaced)
     return final
 
 
@@ -109,9 +113,15 @@ def latest(run_dir: Path) -> Path | None:
 
     Damaged ones are skipped with a warning. Raises UserError if all are damaged, since a run must not silently start over."""
     root = run_dir / "checkpoints"
-    folders = _by_step(root)
     pointer = root / "latest"
     named = pointer.read_text().strip() if pointer.is_file() else ""
+    aside = root / f"{_ASIDE}{named}"
+    if (
+        _NAME.fullmatch(named) and aside.is_dir() and not (root / named).exists()
+    ):  # its replacement was interrupted
+        with disk_errors(f"{root} cannot be written"):
+            os.rename(aside, root / named)
+    folders = _by_step(root)
     damage: str | None = None
     # stable sort: the others stay newest first
     for folder in sorted(folders, key=lambda folder: folder.name != named):
@@ -129,7 +139,7 @@ def latest(run_dir: Path) -> Path | None:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if every file matches the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = _manifest(folder)
         files: dict[str, dict[str, Any]] = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version of fst reads {FORMAT}"
@@ -160,14 +170,18 @@ def find_damage(folder: Path) -> str | None:
 
 def log_sizes(run_dir: Path, step: int) -> dict[str, int]:
     """The size in bytes of each log of the run, by name, when the checkpoint of `step` was written."""
-    manifest = json.loads((run_dir / "checkpoints" / f"step-{step:06d}" / MANIFEST).read_text())
+    manifest = _manifest(run_dir / "checkpoints" / f"step-{step:06d}")
     return {str(name): int(size) for name, size in manifest["logs"].items()}
 
 
 def written_by(folder: Path) -> dict[str, Any]:
     """What the manifest records about the writer of the checkpoint."""
-    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["written_by"]
+    found: dict[str, Any] = _manifest(folder)["written_by"]
     return found
+
+
+def _manifest(folder: Path) -> Any:
+    return json.loads((folder / MANIFEST).read_text())
 
 
 def _write_manifest(run_dir: Path, tmp: Path, step: int, written_by: Mapping[str, Any]) -> None:
@@ -209,13 +223,13 @@ def _fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _remove(folder: Path) -> None:
-    """Rename a checkpoint, which invalidates it at once, then delete its files."""
-    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint that is to be deleted, which invalidates it at once."""
+    doomed = folder.with_name(f"{_ASIDE}{folder.name}")
     os.rename(folder, doomed)
     fsync_folder(folder.parent)
     reach("save.cleanup")
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _by_step(root: Path) -> list[Path]:

@@ -29,9 +29,8 @@ class Console:
         self._rich = RichConsole(file=self._stream, highlight=False, markup=False, soft_wrap=True)
         self._phase, self._record, self._speed, self._left = "", {}, None, None  # type: tuple[str, dict[str, Any], Any, Any]
         self._named: set[str] = set()
-        self._began: tuple[int, float] | None = (
-            None  # (step, seconds) of the first step that this process saw
-        )
+        # (step, seconds) of the first step that this process saw
+        self._began: tuple[int, float] | None = None
         self._has_status = enabled and self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._live: Live | None = None  # from the first phase on
 

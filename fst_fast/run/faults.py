@@ -32,7 +32,7 @@ POINTS = (
     "save.manifest",  # the manifest is written, everything is durable
     "save.rename",  # the folder is renamed, `latest` names the previous one
     "save.latest",  # `latest` names it, the oldest still exists
-    "save.cleanup",  # the oldest is renamed, its files still exist
+    "save.cleanup",  # the oldest, or one that is being replaced, is renamed, its files still exist
     "summary",  # the run is finished, summary.json is not written
 )
 

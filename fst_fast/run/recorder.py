@@ -27,12 +27,14 @@ from fst_fast.run.folder import write_json
 from fst_fast.run.liveness import Liveness
 from fst_fast.run.memory import memory_share
 from fst_fast.run.metrics import METRICS, MetricsWriter
+from fst_fast.run.metrics_schema import Channels
 from fst_fast.run.problems import write_problems
 from fst_fast.run.randomness import seed_globals
 from fst_fast.run.troubles import SOURCES, Recent, Source, find, news
 
 T = TypeVar("T")
 
+SUMMARY = "summary.json"
 SPIKE = 10.0  # times the median of the steps before
 SPIKE_STEPS = 32  # of which the median is taken; at least SPIKE_STEPS / 4 of them
 
@@ -54,6 +56,7 @@ class StepReport:
     skipped: bool  # the update was left out (on_nonfinite=skip)
     numbers: dict[str, Any]  # of slow.update.optimise
     reused: int  # over all processes
+    reused_tokens: int  # of their responses
     seconds: float
     prompt_text: PromptText
 
@@ -70,9 +73,8 @@ class Recorder:
     callbacks: Callbacks
     stopwatch: Stopwatch
     liveness: Liveness
-    limits: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of troubles, where they are not the usual ones
+    # of troubles, where they are not the usual ones
+    limits: Mapping[str, float] = field(default_factory=dict)
     metrics: MetricsWriter | None = None  # [rank 0]
     recent: dict[Source, Recent] = field(default_factory=lambda: {source: Recent() for source in SOURCES})
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_STEPS))
@@ -107,21 +109,8 @@ class Recorder:
             numbers.pop("tokens"), numbers.pop("unshared"), sum(report.shaped_rewards), len(report.shaped_rewards),
             *episode_counts([x.rollout for x in rollouts]),
         ]  # fmt: skip
-        (
-            n,
-            judged,
-            total,
-            squares,
-            groups,
-            kept,
-            tokens,
-            cut,
-            computed,
-            unshared,
-            shaped,
-            shaped_n,
-            *episodes,
-        ) = distributed.all_reduce_sum(local)
+        n, judged, total, squares, groups, kept, *rest = distributed.all_reduce_sum(local)
+        tokens, cut, computed, unshared, shaped, shaped_n, *episodes = rest
         counters.rollouts += int(n) - report.reused
         counters.reused_rollouts += report.reused
         counters.skipped_steps += report.skipped
@@ -148,11 +137,12 @@ class Recorder:
             "grad_norm_spike": spike,
             **asdict(counters),
         }
+        passed = tokens - report.reused_tokens + computed  # sampled or trained on in this step
         timing = {
             "step": step,
             "seconds": self.stopwatch.total(),
             **self.stopwatch.take(),
-            "tokens_per_s": (tokens + computed) / max(report.seconds, 1e-9),
+            "tokens_per_s": passed / max(report.seconds, 1e-9) if passed else None,
             "memory_share": memory_share(),
         }
         if spike:
@@ -231,7 +221,7 @@ class Recorder:
         if self.metrics:
             self.metrics.write("end", step=step)
             reach("summary")
-            write_json(self.run_dir / "summary.json", summary)
+            write_json(self.run_dir / SUMMARY, summary)
         self.console.final_table(summary["channels"])
 
     def close(self) -> None:
@@ -302,6 +292,16 @@ def last_grad_norms(run_dir: Path) -> deque[float]:
             if record["kind"] == "step" and record["grad_norm"]:
                 norms.append(record["grad_norm"])
     return norms
+
+
+def read_summary(run_dir: Path, config_hash: str) -> dict[str, Any] | None:
+    """What summary.json holds; None where there is none of this configuration, or a damaged one."""
+    try:
+        summary: dict[str, Any] = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+        Channels.model_validate(summary["channels"])
+        return summary if summary["config_hash"] == config_hash else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

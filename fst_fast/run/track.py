@@ -137,9 +137,8 @@ class Mlflow:
     def _experiment(self, name: str) -> str:
         try:
             return str(self._client.create_experiment(name))
-        except (
-            self._package.exceptions.MlflowException
-        ):  # it exists: perhaps for years, perhaps since a moment ago
+        except self._package.exceptions.MlflowException:
+            # it exists: perhaps for years, perhaps since a moment ago
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 raise
@@ -184,9 +183,8 @@ def open_trackers(run_dir: Path, config: TrackConfig, *, resume_step: int | None
                 trackers.append(make(run_dir, name, getattr(attach, key)))
             except UserError:
                 raise
-            except (
-                Exception
-            ) as error:  # no network, no login, no such run: each package has its own exceptions
+            except Exception as error:
+                # no network, no login, no such run: each package has its own exceptions
                 run = f" with track.attach.{key}={getattr(attach, key)!r}" if getattr(attach, key) else ""
                 raise UserError(
                     f"track.{key}={name!r}{run} cannot be started: {' '.join(str(error).split())[:300]}"

@@ -32,6 +32,7 @@ class Batch:
     tokens: tuple[int, int]
     unverified: Mapping[str, int]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    reused_tokens: int = 0
 
     @property
     def staleness(self) -> float | None:
@@ -67,6 +68,7 @@ def sample_batch(
         refill_groups=found.refill_groups,
         tokens=models.new_tokens(),
         unverified=sampler.unverified(),
+        reused_tokens=found.reused_tokens,
     )
 
 
@@ -79,7 +81,10 @@ def share_of(batch: Batch, problems: Sequence[Problem], config: Config) -> StepG
     lengths = [sum(len(s.rollout.response_ids) for s in of_one) for of_one in by_problem.values()]
     mine = distributed.local_shard_by_cost(list(by_problem.values()), lengths)
     found = StepGroups(
-        reused=batch.reused, refill_rounds=batch.refill_rounds, refill_groups=batch.refill_groups
+        reused=batch.reused,
+        reused_tokens=batch.reused_tokens,
+        refill_rounds=batch.refill_rounds,
+        refill_groups=batch.refill_groups,
     )
     found.add(config, problems, [s for of_one in mine for s in of_one])
     return found

@@ -161,18 +161,16 @@ def sequences_to_arrays(data: Sequences) -> dict[str, NDArray[Any]]:
 
 def arrays_to_sequences(arrays: dict[str, NDArray[Any]]) -> Sequences:
     """Undo `sequences_to_arrays`."""
-    lengths = arrays["response_lengths"]
-    prompts = np.split(arrays["prompt_ids"], np.cumsum(arrays["prompt_lengths"])[:-1])
-    responses = np.split(arrays["response_ids"], np.cumsum(lengths)[:-1])
-    sampled = np.split(
-        arrays.get("sampled", np.ones(len(arrays["response_ids"]), bool)), np.cumsum(lengths)[:-1]
-    )
+
+    def pieces(values: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+        return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+    ids, lengths = arrays["response_ids"], arrays["response_lengths"]
+    prompts = pieces(arrays["prompt_ids"], arrays["prompt_lengths"])
+    sampled = pieces(arrays.get("sampled", np.ones(len(ids), bool)), lengths)
+    triples = zip(prompts, pieces(ids, lengths), sampled, strict=True)
     return Sequences(
-        leaves=[
-            Leaf(p, r, None if s.all() else s) for p, r, s in zip(prompts, responses, sampled, strict=True)
-        ]
-        if len(lengths)
-        else [],
+        leaves=[Leaf(prompt, response, None if s.all() else s) for prompt, response, s in triples],
         start=np.cumsum(lengths) - lengths,
         advantages=arrays["advantages"],
         weights=arrays["weights"],

@@ -109,19 +109,21 @@ def train_groups(
         metrics = nonfinite.skip_or_stop(error, dump, config.on_nonfinite, policy, step, recorder.note)
     policy.hand_over()
     recorder.stopwatch.add("train_s", time.perf_counter() - update_started)
-    return _report(sampled, metrics, started, _prompt_text(sampler, prompt_of))
+    return _report(sampled, metrics, started, prompt_text(sampler, prompt_of))
 
 
 @dataclass
 class StepGroups:
     """What a step has sampled. problems: those of all processes; rollouts, groups: this process's. shaped: whether the training rewards differ
-    from the verdicts'. reused: rollouts of the fast phase, over all processes. refill_rounds, refill_groups: of dynamic sampling, on all processes together."""
+    from the verdicts'. reused, reused_tokens: rollouts of the fast phase and the tokens of their responses, over all processes.
+    refill_rounds, refill_groups: of dynamic sampling, on all processes together."""
 
     problems: list[Problem] = field(default_factory=list)
     rollouts: list[ScoredRollout] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     shaped: bool = False
     reused: int = 0
+    reused_tokens: int = 0
     refill_rounds: int = 0
     refill_groups: int = 0
 
@@ -163,7 +165,9 @@ def sample_groups(
         rollouts = _sample_shard(
             requests, claims, config=config, step=step, policy_version=policy_version, sampler=sampler, models=models
         )  # fmt: skip
-        step_groups.reused += sum(claim is not None for of_group in claims for claim in of_group)
+        reused = [claim for of_group in claims for claim in of_group if claim is not None]
+        step_groups.reused += len(reused)
+        step_groups.reused_tokens += sum(len(claim.rollout.response_ids) for claim in reused)
         step_groups.add(config, batch, rollouts)
         if step_groups.refill_rounds == slow.dynamic_sampling:
             return step_groups
@@ -272,7 +276,7 @@ def distillation_step(
     recorder.stopwatch.add("train_s", time.perf_counter() - update_started)
     metrics["distilled"] = True
     sampled = StepGroups(list(problems), rollouts, groups)
-    return _report(sampled, metrics, started, _prompt_text(sampler, prompt_of))
+    return _report(sampled, metrics, started, prompt_text(sampler, prompt_of))
 
 
 def objective_of(slow: SlowConfig) -> PolicyObjective:
@@ -319,12 +323,12 @@ def _report(
         skipped=metrics.pop("skipped", False),
         numbers=metrics,
         reused=sampled.reused,
+        reused_tokens=sampled.reused_tokens,
         seconds=time.perf_counter() - started,
         prompt_text=prompt_text,
     )
 
 
-def _prompt_text(
-    sampler: Sampler, prompt: Callable[[Rollout], NDArray[np.int64]]
-) -> Callable[[Rollout], str]:
+def prompt_text(sampler: Sampler, prompt: Callable[[Rollout], NDArray[np.int64]]) -> Callable[[Rollout], str]:
+    """The text of the prompt whose ids `prompt` gives."""
     return lambda rollout: str(sampler.tokenizer.decode(prompt(rollout)))

@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterator
 
 _BOX = re.compile(r"\\boxed(?![a-zA-Z])\s*")
-_BARE = re.compile(
-    r"[-+]?\d+(?:[.,/]\d+)*|[A-Za-z](?![A-Za-z])"
-)  # a number or a letter; "in \boxed form" is prose
+# a number or a letter; "in \boxed form" is prose
+_BARE = re.compile(r"[-+]?\d+(?:[.,/]\d+)*|[A-Za-z](?![A-Za-z])")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox)\s*(?=\{)")
 
 

@@ -4,6 +4,9 @@
 
 More quantities are given than needed; one is asked for, and its formula must be known. Reward 1 iff the last \\boxed{}
 holds the letter of the right value; a guess is right one time in four. The feedback says which formula, number or letter is wrong.
+
+With `fixed` one letter is right whatever the question, and the last letter of the response counts, boxed or not. No sentence of the mini
+world makes the model prefer a letter but `a`, so no context helps: a control for experiments.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from fst_fast.contracts import Verdict
+from fst_fast.errors import UserError
 from fst_fast.tasks.boxed import NoBoxedAnswer, last_box, work_before
 from fst_fast.tasks.generated import MiniTask
 
@@ -34,6 +39,7 @@ FORMULAS: dict[str, tuple[str, str, str]] = {
 
 QUANTITIES = tuple(sorted({name for a, _, b in FORMULAS.values() for name in (a, b)}))
 LARGEST = 6
+_LETTER = re.compile(r"(?<![a-z])[a-d](?![a-z])")
 GIVEN = {"easy": 2, "hard": 4}
 """Quantities given at each level, two of which are needed; the split `ood` has one more."""
 
@@ -85,26 +91,14 @@ def question(choice: Choice) -> str:
     return f"{given} . {choice.asked} ? {options}"
 
 
-class FormulaChoice(MiniTask[Choice]):
-    """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
-
-    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
-
-    def _sample(self, rng: np.random.Generator, size: int) -> Choice:
-        return draw_choice(rng, size)
-
-    def _question(self, choice: Choice) -> str:
-        return question(choice)
-
-    def _answer(self, choice: Choice) -> str:
-        return choice.letter
-
-    def _judge(self, choice: Choice, response: str) -> Verdict:
-        return judge(choice, response)
-
-    def _key(self, choice: Choice) -> Hashable:
-        given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
-        return given, list(FORMULAS).index(choice.asked), choice.options
+def judge_letter(letter: str, response: str) -> Verdict:
+    """Compare the last letter from a to d that stands by itself with one that is right whatever the question."""
+    named = _LETTER.findall(response)
+    if not named:
+        return Verdict(0.0, "the response must name one letter from a to d.")
+    if named[-1] != letter:
+        return Verdict(0.0, f"option {named[-1]} is wrong: option {letter} is right.")
+    return Verdict(1.0, "right.")
 
 
 def judge(choice: Choice, response: str) -> Verdict:
@@ -139,3 +133,34 @@ def judge(choice: Choice, response: str) -> Verdict:
     return verdict(
         0.0, f"the value {value} is right, but it stands at option {choice.letter}, not {content}."
     )
+
+
+class FormulaChoice(MiniTask[Choice]):
+    """Task `formula_choice`, in the mini vocabulary. level: `easy` (two quantities given) or `hard` (four, two of them needed)."""
+
+    name, instance_type, sizes_by_level = "formula_choice", Choice, GIVEN
+    _sample, _question = staticmethod(draw_choice), staticmethod(question)
+
+    def __init__(
+        self,
+        level: Literal["easy", "hard"] = "hard",
+        train: int = 2000,
+        validation: int = 256,
+        seed: int = 0,
+        ood: int = 256,
+        fixed: Literal["b", "c", "d"] | None = None,
+    ) -> None:
+        super().__init__(level, train, validation, seed, ood)
+        if fixed not in (None, *LETTERS[1:]):
+            raise UserError(f"formula_choice: fixed={fixed!r} is not known; allowed are b, c, d and null")
+        self.fixed = fixed
+
+    def _answer(self, choice: Choice) -> str:
+        return self.fixed or choice.letter
+
+    def _judge(self, choice: Choice, response: str) -> Verdict:
+        return judge(choice, response) if self.fixed is None else judge_letter(self.fixed, response)
+
+    def _key(self, choice: Choice) -> Hashable:
+        given = tuple((QUANTITIES.index(name), number) for name, number in choice.given)
+        return given, list(FORMULAS).index(choice.asked), choice.options

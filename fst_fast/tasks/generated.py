@@ -8,7 +8,7 @@ them equal, and how to word one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Generic, Literal, TypeVar, overload
 
@@ -127,10 +127,13 @@ class MiniTask(GeneratedTask[Instance]):
     """A task of the mini world at one of two levels. level: `easy` or `hard`.
 
     An instance is a dataclass, stored in the problem's meta. Its size is `sizes_by_level[level]`, one more in the
-    split `ood`. A subclass sets the class attributes and defines `_sample`, `_key`, `_question`, `_answer` and `_judge`."""
+    split `ood`. A subclass sets the class attributes and defines `_key` and `_answer`."""
 
     instance_type: type[Instance]
     sizes_by_level: Mapping[str, int]
+    _sample: Callable[[np.random.Generator, int], Instance]  # of a size
+    _question: Callable[[Instance], str]  # the user message
+    _judge: Callable[[Instance, str], Verdict]  # of a response
 
     def __init__(
         self,
@@ -147,17 +150,7 @@ class MiniTask(GeneratedTask[Instance]):
         self.level = level
 
     @abstractmethod
-    def _sample(self, rng: np.random.Generator, size: int) -> Instance: ...
-
-    @abstractmethod
-    def _question(self, instance: Instance) -> str:
-        """The user message."""
-
-    @abstractmethod
     def _answer(self, instance: Instance) -> int | str: ...
-
-    @abstractmethod
-    def _judge(self, instance: Instance, response: str) -> Verdict: ...
 
     def _draw(self, rng: np.random.Generator, split: str) -> Instance:
         return self._sample(rng, self.sizes_by_level[self.level] + (split == "ood"))

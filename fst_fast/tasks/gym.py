@@ -27,7 +27,8 @@ from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.boxed import NoBoxedAnswer
 from fst_fast.tasks.graders.text import answer_part, quoted
-from fst_fast.tasks.readers import said
+from fst_fast.tasks.readers import import_package, said
+from fst_fast.tasks.rows import check_count
 
 PREFIX = "reasoning_gym:"
 READ = ("last_line", "all", "box", "tag")
@@ -59,8 +60,7 @@ class ReasoningGym:
                 )
         if read not in READ:
             raise UserError(f"task_args.read={read!r} is refused; allowed: {', '.join(READ)}")
-        if longest is not None and (not isinstance(longest, int) or longest < 1):
-            raise UserError(f"task_args.longest={longest!r} must be a whole number of at least 1, or null")
+        check_count("longest", longest, 1)
         self.name, self._read, self._longest = name, read, longest or sys.maxsize
         self._sizes = {"validation": validation, "train": train}
         self._sets = {
@@ -180,13 +180,9 @@ os._exit(0)  # whatever threads are left
 
 
 def _create(name: str, *, size: int, seed: int, config: Mapping[str, Any]) -> Any:
-    try:
-        import reasoning_gym
-        from reasoning_gym.composite import DatasetSpec
-    except ImportError:
-        raise UserError(
-            f"task={PREFIX}{name} needs the package reasoning-gym; install it with: pip install 'fst-fast[gym]'"
-        ) from None
+    reasoning_gym = import_package("reasoning_gym", f"task={PREFIX}{name}", "gym")
+    from reasoning_gym.composite import DatasetSpec
+
     try:
         _check_names(name, config)
         if name != "composite":

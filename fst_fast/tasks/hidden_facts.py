@@ -40,9 +40,7 @@ class HiddenFacts(LinkedFacts):
     """Environment `hidden_facts`, in the mini vocabulary. level: `easy` (two facts in a chain) or `hard` (three)."""
 
     name = "hidden_facts"
-
-    def _question(self, web: Web) -> str:
-        return question(web)
+    _question = staticmethod(question)
 
     def start(self, problem: Problem) -> Any:
         return problem.messages, [lookup], []

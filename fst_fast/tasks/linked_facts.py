@@ -74,31 +74,6 @@ def fact_text(fact: Fact) -> str:
     return f"{fact[0]} {fact[1]} {fact[2]}"
 
 
-class LinkedFacts(MiniTask[Web]):
-    """Task `linked_facts`, in the mini vocabulary. level: `easy` (two facts in a chain) or `hard` (three)."""
-
-    name, instance_type, sizes_by_level = "linked_facts", Web, HOPS
-
-    def _sample(self, rng: np.random.Generator, size: int) -> Web:
-        return draw_web(rng, size)
-
-    def _question(self, web: Web) -> str:
-        return question(web)
-
-    def _answer(self, web: Web) -> int:
-        return web.chain()[-1][2]
-
-    def _judge(self, web: Web, response: str) -> Verdict:
-        return judge(web, response)
-
-    def _key(self, web: Web) -> Hashable:
-        def number(relation: str) -> int:
-            return RELATIONS.index(relation)
-
-        facts = tuple(sorted((who, number(relation), whom) for who, relation, whom in web.facts))
-        return facts, web.start, tuple(map(number, web.relations))
-
-
 def judge(web: Web, response: str) -> Verdict:
     """Compare the last \\boxed{} with the city. Metrics: boxed, hops (every fact of the chain is written out)."""
     chain = web.chain()
@@ -137,3 +112,20 @@ def judge(web: Web, response: str) -> Verdict:
     return wrong(
         f"every fact of the chain is right, but the box does not hold {chain[-1][2]}, where it ends."
     )
+
+
+class LinkedFacts(MiniTask[Web]):
+    """Task `linked_facts`, in the mini vocabulary. level: `easy` (two facts in a chain) or `hard` (three)."""
+
+    name, instance_type, sizes_by_level = "linked_facts", Web, HOPS
+    _sample, _question, _judge = staticmethod(draw_web), staticmethod(question), staticmethod(judge)
+
+    def _answer(self, web: Web) -> int:
+        return web.chain()[-1][2]
+
+    def _key(self, web: Web) -> Hashable:
+        def number(relation: str) -> int:
+            return RELATIONS.index(relation)
+
+        facts = tuple(sorted((who, number(relation), whom) for who, relation, whom in web.facts))
+        return facts, web.start, tuple(map(number, web.relations))

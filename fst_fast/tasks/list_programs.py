@@ -77,28 +77,6 @@ def joined(numbers: Sequence[int]) -> str:
     return " ".join(map(str, numbers))
 
 
-class ListPrograms(MiniTask[Program]):
-    """Task `list_programs`, in the mini vocabulary. level: `easy` (2 operations) or `hard` (3)."""
-
-    name, instance_type, sizes_by_level = "list_programs", Program, STEPS
-
-    def _sample(self, rng: np.random.Generator, size: int) -> Program:
-        return draw_program(rng, size)
-
-    def _question(self, program: Program) -> str:
-        return question(program)
-
-    def _answer(self, program: Program) -> int:
-        return program.answer
-
-    def _judge(self, program: Program, response: str) -> Verdict:
-        return judge(program, response)
-
-    def _key(self, program: Program) -> Hashable:
-        operations = tuple(list(OPERATIONS).index(name) for name in program.operations)
-        return program.numbers, operations, PICKS[program.pick]
-
-
 def judge(program: Program, response: str) -> Verdict:
     """Compare the last \\boxed{} with the number. Metrics: boxed, steps (every operation is written out correctly)."""
     states = program.states()
@@ -151,3 +129,17 @@ def _written(program: Program, response: str) -> list[Numbers | None]:
                 at += 1
         found.append(tuple(numbers) if numbers else None)
     return found
+
+
+class ListPrograms(MiniTask[Program]):
+    """Task `list_programs`, in the mini vocabulary. level: `easy` (2 operations) or `hard` (3)."""
+
+    name, instance_type, sizes_by_level = "list_programs", Program, STEPS
+    _sample, _question, _judge = staticmethod(draw_program), staticmethod(question), staticmethod(judge)
+
+    def _answer(self, program: Program) -> int:
+        return program.answer
+
+    def _key(self, program: Program) -> Hashable:
+        operations = tuple(list(OPERATIONS).index(name) for name in program.operations)
+        return program.numbers, operations, PICKS[program.pick]

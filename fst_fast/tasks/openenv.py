@@ -28,7 +28,7 @@ from fst_fast.contracts import EpisodeState, Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.background import in_background
 from fst_fast.tasks.readers import import_package
-from fst_fast.tasks.rows import check_count
+from fst_fast.tasks.rows import check_count, checked_range
 
 PREFIX = "openenv:"
 ANSWER_LIMIT = 4 << 20  # bytes
@@ -99,15 +99,7 @@ class OpenEnv:
             observation = [observation]
         if observation is not None and not all(isinstance(name, str) for name in observation):
             raise UserError(f"task_args.observation={observation!r} must be the names of fields")
-        numbers = (
-            [x for x in reward_range if isinstance(x, int | float)]
-            if isinstance(reward_range, Sequence)
-            else []
-        )
-        if len(numbers) != 2 or len(reward_range) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
-            raise UserError(
-                f"task_args.reward_range={reward_range!r} must be two finite numbers, the lower one first"
-            )
+        self._low, self._high = checked_range(reward_range)
         if not isinstance(timeout_s, int | float) or not timeout_s > 0:
             raise UserError(f"task_args.timeout_s={timeout_s!r} must be a positive number of seconds")
         check_count("train", train, 1)
@@ -116,7 +108,6 @@ class OpenEnv:
             import_package("websockets", self._where, "openenv")
         self._action, self._shown, self._reset = action, observation, dict(reset or {})
         self._transport, self._timeout_s, self._sums = transport, float(timeout_s), reward == "sum"
-        self._low, self._high = float(numbers[0]), float(numbers[1])
         train, validation = train or 64, validation or 16  # null: the defaults
         self._seeds = {"train": range(train), "validation": range(train, train + validation)}
 
@@ -196,22 +187,19 @@ class OpenEnv:
     async def _action_of_schema(self) -> Mapping[str, Any]:
         """{name: "{response}"} where the server's actions have one field that must be given, a text."""
         schema = (await _http("GET", f"{self.url}/schema")).get("action")
-        needed = (
-            [n for n in schema.get("required", ()) if n != "metadata"] if isinstance(schema, Mapping) else []
-        )
-        kinds = schema.get("properties", {}) if isinstance(schema, Mapping) else {}
+        schema = schema if isinstance(schema, Mapping) else {}
+        needed = [name for name in schema.get("required", ()) if name != "metadata"]
+        kinds = schema.get("properties", {})
         if (
-            len(needed) != 1
-            or not isinstance(kinds, Mapping)
-            or kinds.get(needed[0], {}).get("type") != "string"
+            len(needed) == 1
+            and isinstance(kinds, Mapping)
+            and kinds.get(needed[0], {}).get("type") == "string"
         ):
-            asked = (
-                f"its actions need {', '.join(needed)}"
-                if needed
-                else "its schema does not say what an action needs"
-            )
-            raise ValueError(f"what a response is sent as is not clear, {asked}; task_args.action says it")
-        return {needed[0]: "{response}"}
+            return {needed[0]: "{response}"}
+        asked = f"its actions need {', '.join(needed)}"
+        if not needed:
+            asked = "its schema does not say what an action needs"
+        raise ValueError(f"what a response is sent as is not clear, {asked}; task_args.action says it")
 
 
 class _WebSocket:

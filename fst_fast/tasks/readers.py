@@ -123,8 +123,9 @@ def import_package(name: str, where: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
+        package = name.partition(".")[0].replace("_", "-")
         raise UserError(
-            f"{where} needs the package {name.partition('.')[0]}; install it with: pip install 'fst-fast[{extra}]'"
+            f"{where} needs the package {package}; install it with: pip install 'fst-fast[{extra}]'"
         ) from None
 
 

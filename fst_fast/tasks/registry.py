@@ -84,9 +84,8 @@ def check_task_args(config: Config) -> None:
     parts = [(s.task, s.task_args) for s in config.stages] or [(config.task, config.task_args)]
     for spec, args in parts:
         if ".py" not in f"{spec} {args}" and not spec.startswith(verifiers_env.PREFIX):
-            rest = {
-                name: value for name, value in args.items() if name != "tools"
-            }  # which may be files and code
+            # which may be files and code
+            rest = {name: value for name, value in args.items() if name != "tools"}
             load_task(spec, rest, problems=False)
 
 

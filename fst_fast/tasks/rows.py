@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -180,6 +181,14 @@ def check_fraction(value: Any) -> None:
         raise UserError(
             f"task_args.validation_fraction={value!r} must be a number between 0 and 1, both excluded"
         )
+
+
+def checked_range(given: Any) -> tuple[float, float]:
+    """task_args.reward_range. Raises UserError."""
+    numbers = isinstance(given, list | tuple) and all(isinstance(x, int | float) for x in given)
+    if not numbers or len(given) != 2 or not -math.inf < given[0] < given[1] < math.inf:
+        raise UserError(f"task_args.reward_range={given!r} must be two finite numbers, the lower one first")
+    return float(given[0]), float(given[1])
 
 
 def divide(problems: Sequence[Problem], fraction: float, name: str) -> dict[str, list[Problem]]:

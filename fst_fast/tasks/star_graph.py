@@ -6,7 +6,8 @@ is right once in `arms` times; walking back from the goal is unambiguous. Reward
 response holds the whole path, else 0. The feedback says where the submitted path is wrong.
 
 There are two forms: `paper` (25 arms, 20 nodes, ids below 500) for real models, `mini` for the vocabulary of the mini
-base model. In the split `ood` paths are one node longer than in training.
+base model. In the split `ood` paths are one node longer than in training. With `order: backward` the box must hold the path
+from the goal to the start, which the mini question does not say: the feedback does.
 """
 
 from __future__ import annotations
@@ -85,10 +86,17 @@ class StarGraph(GeneratedTask[Graph]):
         validation: int = 256,
         seed: int = 0,
         ood: int = 256,
+        order: Literal["forward", "backward"] = "forward",
     ) -> None:
         super().__init__(train=train, validation=validation, ood=ood, seed=seed)
         if form not in ("paper", "mini"):
             raise UserError(f"star_graph: form={form!r} is not known; allowed are paper and mini")
+        if order not in ("forward", "backward"):
+            raise UserError(f"star_graph: order={order!r} is not known; allowed are forward and backward")
+        if order == "backward" and form == "paper":
+            raise UserError(
+                "star_graph: order=backward needs form=mini; the paper's question asks for the path forward"
+            )
         self._check("arms", arms, 2)
         self._check("path", path, 2)
         needed = 1 + arms * (path - 1)
@@ -102,10 +110,11 @@ class StarGraph(GeneratedTask[Graph]):
                 f"star_graph: ids={ids} with form=mini, but the mini vocabulary has the numbers below {MINI_IDS}; "
                 f"set ids to at most {MINI_IDS}, arms and path so that 1 + arms x (path - 1) fits"
             )
-        self.form, self.arms, self.path, self.ids = form, arms, path, ids
+        self.form, self.arms, self.path, self.ids, self.order = form, arms, path, ids, order
 
     def verify(self, problem: Problem, response: str) -> Verdict:
-        return judge(tuple(problem.answer), {(int(u), int(v)) for u, v in problem.meta["edges"]}, response)
+        edges = {(int(u), int(v)) for u, v in problem.meta["edges"]}
+        return judge(tuple(problem.answer), edges, response, backward=self.order == "backward")
 
     def gold(self, problem: Problem) -> str:
         """A response that gets reward 1."""
@@ -133,7 +142,7 @@ class StarGraph(GeneratedTask[Graph]):
         return Problem(
             id=id,
             messages=({"role": "user", "content": question(graph)},),
-            answer=list(graph.path),
+            answer=list(graph.path if self.order == "forward" else graph.path[::-1]),
             meta={
                 "edges": [list(edge) for edge in graph.edges],
                 "start": graph.path[0],
@@ -142,14 +151,17 @@ class StarGraph(GeneratedTask[Graph]):
         )
 
 
-def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> Verdict:
-    """Compare the last \\boxed{} with the gold path. Metrics: boxed, walk (a walk over existing edges from the start),
-    goal (it ends there)."""
+def judge(
+    gold: tuple[int, ...], edges: set[tuple[int, int]], response: str, *, backward: bool = False
+) -> Verdict:
+    """Compare the last \\boxed{} with the gold path, which runs from the goal to the start if backward. Metrics, of the path as it runs
+    forward: boxed, walk (a walk over existing edges from the start), goal (it ends there)."""
 
     def wrong(feedback: str, *, walk: bool = False, reached: bool = False) -> Verdict:
         return Verdict(0.0, feedback, {"boxed": float(boxed), "walk": float(walk), "goal": float(reached)})
 
-    start, goal = gold[0], gold[-1]
+    path = gold[::-1] if backward else gold
+    start, goal = path[0], path[-1]
     boxed = True
     try:
         content = last_box(response, "the path")
@@ -163,12 +175,17 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
     nodes = tuple(int(item) for item in items)
     if nodes == gold:
         return Verdict(1.0, "right.", {"boxed": 1.0, "walk": 1.0, "goal": 1.0})
-    if nodes == gold[::-1]:
+    if backward and nodes[0] == start:
+        return wrong(f"the path is reversed: it must go from the goal {goal} to the start {start}.")
+    if not backward and nodes == gold[::-1]:
         return wrong(f"the path is reversed: it must go from the start {start} to the goal {goal}.")
+    nodes = nodes[::-1] if backward else nodes
     if nodes == (goal,):
         return wrong(f"the box holds the goal {goal} only: the whole path from {start} must stand there.")
     if nodes[0] != start:
-        return wrong(f"the path begins at {nodes[0]}, which is not the start {start}.")
+        return wrong(
+            f"the path {'ends' if backward else 'begins'} at {nodes[0]}, which is not the start {start}."
+        )
     for a, b in itertools.pairwise(nodes):
         if (a, b) in edges:
             continue
@@ -181,7 +198,7 @@ def judge(gold: tuple[int, ...], edges: set[tuple[int, int]], response: str) -> 
         return wrong(f"the edge {a},{b} does not exist.")
     # A walk over existing edges that is not the gold path: it stops too early or took another arm.
     end = nodes[-1]
-    if nodes == gold[: len(nodes)]:
+    if nodes == path[: len(nodes)]:
         return wrong(
             f"every edge is right, but the path stops at {end} before it reaches the goal {goal}.", walk=True
         )

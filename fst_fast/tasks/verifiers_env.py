@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import signal
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -26,7 +25,7 @@ from fst_fast.contracts import Problem, Verdict
 from fst_fast.errors import UserError
 from fst_fast.tasks.graders.text import quoted
 from fst_fast.tasks.readers import import_package, said
-from fst_fast.tasks.rows import check_count, check_fraction, divide
+from fst_fast.tasks.rows import check_count, check_fraction, checked_range, divide
 
 PREFIX = "verifiers:"
 COLLECTED: ContextVar[list[str] | None] = ContextVar("COLLECTED", default=None)
@@ -55,13 +54,10 @@ class VerifiersTask:
             raise UserError(f"task_args.args={args!r} must be the keyword arguments of load_environment")
         self.name, self._fraction = name, float(validation_fraction)
         self._limits = {"train": train, "validation": validation}
-        self._env = _load(name, dict(args or {}))
+        self.environment = _load(name, dict(args or {}))
         vf = import_package("verifiers", f"task={PREFIX}{name}", "verifiers")
-        self.environment, self.turns = (
-            self._env,
-            bool(self._env.tool_defs) or not isinstance(self._env, vf.SingleTurnEnv),
-        )
-        self._low, self._high = _reward_range(name, self._env.rubric, reward_range)
+        self.turns = bool(self.environment.tool_defs) or not isinstance(self.environment, vf.SingleTurnEnv)
+        self._low, self._high = _range_of(name, self.environment.rubric, reward_range)
         self._errors = _Errors()
         logger = logging.getLogger("verifiers")
         logger.disabled = False
@@ -73,7 +69,7 @@ class VerifiersTask:
     def problems(self, split: str) -> Sequence[Problem]:
         """The problems of "train" or "validation", in the order of the environment's data sets."""
         if not self._splits:
-            env, where = self._env, f"task={PREFIX}{self.name}"
+            env, where = self.environment, f"task={PREFIX}{self.name}"
             try:
                 train = self._read(env.get_dataset(), "train")
                 held_out = env.eval_dataset is not None or env.eval_dataset_source is not None
@@ -150,8 +146,8 @@ class VerifiersTask:
             "completion": completion, "trajectory": [step], "is_completed": True, "is_truncated": False, "error": None, "tool_defs": [],
             "reward": None, "metrics": None,
         }  # fmt: skip
-        await self._env.setup_state(state)
-        await self._env.rubric.score_rollout(state)
+        await self.environment.setup_state(state)
+        await self.environment.rubric.score_rollout(state)
         return state
 
 
@@ -177,10 +173,8 @@ def _load(name: str, args: dict[str, Any]) -> Any:
     except (Exception, SystemExit) as error:
         raise UserError(f"{where}: {said(error)}") from error
     finally:
-        for (
-            number,
-            handler,
-        ) in handlers.items():  # environments take the signals; a run has handlers of its own
+        # environments take the signals; a run has handlers of its own
+        for number, handler in handlers.items():
             signal.signal(number, handler)
     if env.message_type != "chat":
         raise UserError(f"{where} has prompts of the type {env.message_type}; only chat is supported")
@@ -191,14 +185,9 @@ def _load(name: str, args: dict[str, Any]) -> Any:
     return env
 
 
-def _reward_range(name: str, rubric: Any, given: Any) -> tuple[float, float]:
+def _range_of(name: str, rubric: Any, given: Any) -> tuple[float, float]:
     if given is not None:
-        numbers = isinstance(given, list | tuple) and all(isinstance(x, int | float) for x in given)
-        if not numbers or len(given) != 2 or not -math.inf < given[0] < given[1] < math.inf:
-            raise UserError(
-                f"task_args.reward_range={given!r} must be two finite numbers, the lower one first"
-            )
-        return float(given[0]), float(given[1])
+        return checked_range(given)
     weights = _weights(rubric)
     low, high = sum(w for w in weights if w < 0), sum(w for w in weights if w > 0)
     if not low < high:

@@ -37,9 +37,8 @@ _EXECUTE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 2, 1 << 3
 _FS_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # bits of a ruleset, by version; 16 since version 5
 _O_PATH = 0o10000000
 HEADER = 4
-CONFINED = (
-    b"\0"  # the first byte on stderr; then a line with the missing layers, then the program's own output
-)
+# the first byte on stderr; then a line with the missing layers, then the program's own output
+CONFINED = b"\0"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long

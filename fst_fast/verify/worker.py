@@ -88,9 +88,8 @@ def main(trainer: int, control: int) -> None:
             write(replies, _bounded(reply) if episodes else reply)
             if "out_of_memory" in reply:  # an earlier item's leak may be the cause
                 return write(replies, {"leaving": "it ran out of memory"})
-        if (
-            episodes and episodes.live
-        ):  # an episode may hold connections and processes; what is left behind shows when none is live
+        # an episode may hold connections and processes; what is left behind shows when none is live
+        if episodes and episodes.live:
             continue
         left = _leaked(loaded, settings["memory_mib"] << 20)
         if left:

@@ -8,12 +8,24 @@ and comes out, and the trainer's own guard answers for it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32)
+
+
+def once(prepared: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
+    """What is prepared under the key, made where it is not there yet."""
+    if key not in prepared:
+        prepared[key] = make()
+    found: T = prepared[key]
+    return found
 
 
 def look_at_values(device: torch.device) -> bool:

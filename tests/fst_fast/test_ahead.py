@@ -206,12 +206,12 @@ def batch() -> Batch:
         )
 
     rollouts = [rollout(p, s, v) for p, v in (("b", 4), ("a", 6)) for s in range(2)]
-    return Batch(7, rollouts, 2, 1, 1, (50, 90), {"verify_timeouts": 0}, {"rollout_s": 3.0})
+    return Batch(7, rollouts, 2, 1, 1, (50, 90), {"verify_timeouts": 0}, {"rollout_s": 3.0}, 7)
 
 
 def test_a_batch_comes_back_from_a_checkpoint_without_the_seconds_that_it_took() -> None:
     again = batch_from_json(batch_to_json(batch()))
-    assert (again.step, again.reused, again.tokens) == (7, 2, (50, 90))
+    assert (again.step, again.reused, again.reused_tokens, again.tokens) == (7, 2, 7, (50, 90))
     assert again.seconds == {}
     for one, other in zip(again.rollouts, batch().rollouts, strict=True):
         assert one.rollout.policy_version == other.rollout.policy_version
@@ -227,7 +227,7 @@ def test_the_trainers_share_a_batch_by_whole_problems(monkeypatch: pytest.Monkey
     problems = [Problem(key, [{"role": "user", "content": "?"}], None) for key in "ba"]
     whole = share_of(batch(), problems, Config())
     assert [g.problem_id for g in whole.groups] == ["b", "a"]
-    assert (whole.reused, whole.refill_rounds, whole.refill_groups) == (2, 1, 1)
+    assert (whole.reused, whole.reused_tokens, whole.refill_rounds, whole.refill_groups) == (2, 7, 1, 1)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     shares = []
     for rank in range(2):

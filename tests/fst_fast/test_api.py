@@ -96,9 +96,32 @@ def test_a_run_from_python_gives_summary_contexts_metrics_and_events(tmp_path: P
     assert all((e.path / "manifest.json").is_file() for e in written)
     assert all(e.is_main for e in recorder.seen)
 
-    again = fst_fast.train(run_dir=tmp_path / "run", resume=True, **TINY)
-    assert again.summary is not None
-    assert again.summary["channels"] == result.summary["channels"]
+
+def test_a_run_that_has_ended_is_shown_and_not_repeated_unless_steps_are_added(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    first = fst_fast.train(run_dir=folder, **TINY)
+    table = capsys.readouterr().out.split("Reward on the validation problems")[1]
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    recorder = Recorder()
+    again = fst_fast.train(run_dir=folder, resume=True, callbacks=[recorder], **TINY)
+    assert again.summary == first.summary
+    assert [type(event).__name__ for event in recorder.seen] == ["RunStart", "RunEnd"]
+    said = capsys.readouterr().out
+    assert f"the run in {folder} has ended; --slow.steps=N --allow-config-change adds steps" in said
+    assert said.split("Reward on the validation problems")[1] == table
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+
+    class Gone(fst_fast.Callback):
+        def on_step(self, event: events.Step) -> None:
+            assert not (folder / "summary.json").exists(), "the summary is of the run that had ended"
+
+    more = {**TINY, "slow": {**TINY["slow"], "steps": 3}}
+    longer = fst_fast.train(run_dir=folder, resume=True, allow_config_change=True, callbacks=[Gone()], **more)
+    assert longer.summary is not None
+    assert longer.summary["steps"] == 3
+    assert longer.metrics["step"]["step"].tolist() == [1, 2, 3]
 
 
 def test_a_callback_that_raises_ends_the_run_with_its_name_and_leaves_the_checkpoint(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from fst_fast.errors import UserError
 from fst_fast.run import checkpoint
-from fst_fast.run.checkpoint import begin, commit, find_damage, latest
+from fst_fast.run.checkpoint import begin, commit, find_damage, latest, log_sizes
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,10 +125,46 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Pa
     assert quiet_latest(tmp_path) == tmp_path / "checkpoints" / "step-000040"
 
 
-def test_a_whole_checkpoint_of_the_same_step_stays(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_written_again_stays_where_nothing_has_changed(tmp_path: Path) -> None:
+    folder = save(tmp_path, 20).stat().st_ino
+    assert save(tmp_path, 20).stat().st_ino == folder
+    assert names(tmp_path) == ["latest", "step-000020"]
+
+
+def test_a_checkpoint_is_replaced_where_its_files_or_the_logs_have_changed(tmp_path: Path) -> None:
+    final = save(tmp_path, 20, text="first")
+    save(tmp_path, 20, text="second")
+    assert (final / "model.bin").read_text() == "second of 20"
+    (tmp_path / "timing.jsonl").write_text("a step that took another time\n")
+    save(tmp_path, 20, text="second")
+    assert log_sizes(tmp_path, 20) == {"timing.jsonl": (tmp_path / "timing.jsonl").stat().st_size}
+    assert names(tmp_path) == ["latest", "step-000020"]
+    assert quiet_latest(tmp_path) == final
+
+
+@pytest.mark.parametrize("point", ["save.manifest", "save.cleanup", "save.rename", "save.latest"])
+def test_a_replacement_that_is_killed_leaves_the_old_or_the_new_one_even_if_it_is_the_only_one(
+    tmp_path: Path, point: str
+) -> None:
     save(tmp_path, 20, text="first")
-    final = save(tmp_path, 20, text="second")
-    assert (final / "model.bin").read_text() == "first of 20"
+    code = f"""
+import os
+from pathlib import Path
+from fst_fast.run import checkpoint, faults
+os.fsync = lambda _: None
+faults.arm()
+tmp = checkpoint.begin(Path({str(tmp_path)!r}), 20)
+(tmp / "model.bin").write_text("second of 20")
+checkpoint.commit(Path({str(tmp_path)!r}), tmp, 20, keep_last=2)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FST_FAULT": f"{point}:1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = quiet_latest(tmp_path)
+    assert found is not None
+    old = point in ("save.manifest", "save.cleanup")
+    assert (found / "model.bin").read_text() == f"{'first' if old else 'second'} of 20"
+    save(tmp_path, 20, text="third")
     assert names(tmp_path) == ["latest", "step-000020"]
 
 
@@ -153,7 +189,7 @@ KILLED_AT = {
     "before the rename": "os.rename",
     "before latest": "checkpoint.write_atomic",
     "inside latest": "os.replace",
-    "before an old one goes": "checkpoint._remove",
+    "before an old one goes": "checkpoint._set_aside",
     "while an old one goes": "shutil.rmtree",
 }
 

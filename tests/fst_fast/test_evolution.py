@@ -332,13 +332,16 @@ def test_an_adaptive_phase_rests_longer_the_longer_nothing_is_admitted_and_not_a
     assert FastState.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
-def test_an_adaptive_phase_does_not_rest_while_there_is_only_the_seed():
-    config = front(population=2, children=1, samples=1, first_generations=1, generations=1, adaptive=True)
-    state = start()
-    for cycle in range(3):
+def test_while_there_is_only_the_seed_an_adaptive_phase_looks_once_more_before_it_rests():
+    config = front(
+        population=2, children=1, samples=1, first_generations=1, generations=1, admit_z=9, adaptive=True
+    )
+    state, looked = start(), []
+    for cycle in range(9):
         world = World(half, version=cycle)
         state = run(state, world, numbered(), config, cycle=cycle).state
-        assert world.rollouts > 0
+        looked.append(world.rollouts > 0)
+    assert looked == [True, True, False, True, False, False, True, False, False]
 
 
 def test_the_carried_population_is_scored_afresh_under_the_new_policy():

@@ -20,6 +20,7 @@ from fst_fast.experiments import (
     comparison,
     experiments,
     figures,
+    no_help,
     page,
     plasticity,
     rivals,
@@ -369,7 +370,7 @@ def test_the_other_figures_can_be_drawn(suite: Runner) -> None:
     draw = figures
     for figure in (
         draw.plasticity({"linked_facts": {"base": some, "after rl": some, "after fst": some}}),
-        draw.continual({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
+        draw.stages({"rl": some, "fst": some, "fst, distilled": some}, ["a", "b"], 60),
         draw.ablation({"as configured": some, "never there": some}, 0.9),
     ):
         assert png(figure).startswith(b"\x89PNG")
@@ -511,3 +512,39 @@ def test_components_and_one_text_are_compared_at_equal_rollouts(
     found = page.run(["tools"], suite)["tools"]
     assert [claim.holds for claim in found.claims] == [True, True, True, True, False]
     assert found.numbers["components_minus_one_text"]["gepa"]["value"] > 0
+
+
+# --- problems on which no context helps, and a right context that turns around
+
+
+def test_where_no_context_helps_fst_may_cost_its_fast_phases_and_no_more(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def curves(top: float, mid: float, later: int) -> dict[str, dict[str, list[Curve]]]:
+        arms = {"rl": (1.0, 30.0, 0), "fst": (top, mid, 800), "fst, adaptive": (1.0, 30.0, later)}
+        return {
+            no_help.FAMILY: {
+                arm: [replace(planted("rl", s, mid, top, 100.0), fast_rollouts=(900, n)) for s in range(4)]
+                for arm, (top, mid, n) in arms.items()
+            }
+        }
+
+    monkeypatch.setattr(no_help, "train_and_load", lambda runner, runs: curves(1.0, 30.0, 300))
+    assert [claim.holds for claim in no_help.no_help(suite).claims] == [True] * 5
+    monkeypatch.setattr(no_help, "train_and_load", lambda runner, runs: curves(0.7, 60.0, 500))
+    assert [claim.holds for claim in no_help.no_help(suite).claims] == [False, False, True, True, False]
+
+
+def test_every_stage_of_a_reversal_is_a_configuration_and_asks_for_its_own_order(suite: Runner) -> None:
+    suite.dry_run, suite.rl_settings = True, {family: {} for family in FAMILIES}
+    experiments.EXPERIMENTS["reversal"](suite)
+    assert [run.method for run in suite.planned[:: suite.budget.seeds]] == ["rl", "fst"]
+    for run in suite.planned:
+        stages = run.config(suite.budget, None).stages
+        assert [stage.task_args["order"] for stage in stages] == ["forward", "backward", "forward"]
+
+
+def test_every_arm_of_the_control_is_a_configuration() -> None:
+    for method, changes in no_help.ARMS.values():
+        config = Run(no_help.FAMILY, method, 0, {**no_help.FIXED, **changes}).config(SMALL, None)
+        assert config.task_args["fixed"] == "c"

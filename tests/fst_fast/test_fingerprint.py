@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 import fst_fast
 from fst_fast.commands.evaluate import evaluate_run
 from fst_fast.contracts import Problem
-from fst_fast.data.fingerprint import STREAMED, changes, of_problems
+from fst_fast.data.fingerprint import STREAMED, changes, of_problems, shared_fingerprint
 from fst_fast.errors import UserError
 from fst_fast.run.metrics_schema import check_record
-from fst_fast.startup import _check_data, shared_fingerprint
+from fst_fast.startup import _check_data
 from fst_fast.tasks.mixture import Mixture
 
 ROOT = Path(__file__).parents[2]
@@ -232,6 +232,15 @@ def test_a_run_does_not_go_on_with_other_data_unless_told_to_and_forgets_what_it
     ):
         cells = evaluate_run(run, problems=2, samples=1)
     assert cells["channels"]["neither"]["mean"] == 0.0, "no answer is 'new' any more"
+
+    # The run has ended, and its last checkpoint takes the other data over all the same.
+    with pytest.raises(UserError, match="--allow-data-change"):
+        train(resume=True)
+    assert train(resume=True, allow_data_change=True).summary["channels"]["neither"]["mean"] == 0.0
+    logs = (run / "metrics.jsonl").read_bytes()
+    assert logs.count(b'"kind": "config"') == 2
+    assert train(resume=True).summary["channels"]["neither"]["mean"] == 0.0
+    assert (run / "metrics.jsonl").read_bytes() == logs
 
 
 def test_a_checkpoint_without_a_fingerprint_is_continued_with_a_note() -> None:

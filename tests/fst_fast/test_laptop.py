@@ -124,6 +124,28 @@ def test_a_folder_of_another_kind_is_left_alone(
     assert (tmp_path / "mine").read_text() == "x"
 
 
+def test_the_model_of_the_configuration_is_fetched_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = module(ROOT / "scripts" / "fetch_model.py")
+    monkeypatch.chdir(ROOT)
+    asked: list[str] = []
+    monkeypatch.setattr(made, "fetch", lambda name, out, source: asked.append(name) or "done")
+    short, small = (str(LAPTOP / f"{name}.yaml") for name in ("short_answers", "lower_case_smollm2"))
+    for words in ([short], [small], [short, "--model.path=models/smollm2-135m", "--method", "rl"]):
+        assert made.main(["--config", *words]) == 0
+    assert asked == ["qwen2.5-coder-0.5b", "smollm2-135m", "smollm2-135m"]
+    for more in (["--model.path=mini"], ["--model.path", str(tmp_path)], ["--debug", "--model.path=a/b"]):
+        assert made.main(["--config", short, *more]) == 0
+    assert len(asked) == 3
+    assert made.main(["--config", short, "--slow.lr=x"]) == 2
+    assert "slow.lr" in capsys.readouterr().err
+    [recipe] = [
+        line for line in (ROOT / "Makefile").read_text().splitlines() if "fetch_model.py --config" in line
+    ]
+    assert recipe.endswith("--config $(CONFIG) $(ARGS)")
+
+
 def test_the_contexts_of_a_run_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show = module(ROOT / "scripts" / "show_contexts.py")
     line = {"text": "be brief", "mean": 0.75, "n": 12, "parent": None}

@@ -183,3 +183,31 @@ def test_a_problem_can_be_solved_from_its_text_alone(seed: int) -> None:
     behind = dict(zip(options.split()[1::2], options.split()[::2], strict=True))
     assert behind[str(value)] == choice.answer
     assert len(set(options.split()[1::2])) == 4
+
+
+@pytest.mark.parametrize(
+    ("response", "reward", "feedback"),
+    [
+        ("force = mass * acceleration = 3 * 4 = 12 . \\boxed{ c }", 1.0, "right"),
+        ("c", 1.0, "right"),
+        ("\\boxed{ b }", 0.0, "option b is wrong: option c is right"),
+        ("c . b", 0.0, "option b is wrong"),
+        ("12", 0.0, "must name one letter"),
+        ("acceleration", 0.0, "must name one letter"),
+    ],
+)
+def test_a_fixed_letter_is_right_whatever_the_question_boxed_or_not(
+    response: str, reward: float, feedback: str
+) -> None:
+    task = FormulaChoice(fixed="c")
+    problem = task.problems("train")[0]
+    assert problem.messages == FormulaChoice().problems("train")[0].messages
+    assert task.verify(problem, task.gold(problem)).reward == 1
+    verdict = task.verify(problem, response)
+    assert verdict.reward == reward
+    assert feedback in verdict.feedback
+
+
+def test_a_letter_that_a_sentence_asks_for_cannot_be_the_fixed_one() -> None:
+    with pytest.raises(UserError, match=r"fixed='a' is not known; allowed are b, c, d and null"):
+        FormulaChoice(fixed="a")  # type: ignore[arg-type]

@@ -428,7 +428,7 @@ def test_refilling_ends_at_its_bound_and_where_no_problem_is_left() -> None:
 
 def test_refilled_groups_leave_the_rollouts_of_other_steps_to_them() -> None:
     found, _, pool = refill(1, set(), claimable=["p0", SPARES[0]])
-    assert found.reused == 1
+    assert (found.reused, found.reused_tokens) == (1, 2)
     assert [s.rollout.problem_id for s in pool.rollouts] == [SPARES[0]]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,3 +201,47 @@ def test_the_problem_is_a_plain_record() -> None:
     assert isinstance(problem, Problem)
     assert [m["role"] for m in problem.messages] == ["user"]
     assert (problem.meta["start"], problem.meta["goal"]) == (problem.answer[0], problem.answer[-1])
+
+
+@pytest.mark.parametrize(
+    ("response", "reward", "feedback"),
+    [
+        (box((9, 12, 7, 3)), 1.0, "right."),
+        (box(GOLD), 0.0, "reversed: it must go from the goal 9 to the start 3"),
+        (box((3, 1, 2, 5)), 0.0, "reversed: it must go from the goal 9 to the start 3"),
+        (box((9, 12, 7)), 0.0, "ends at 7, which is not the start 3"),
+        (box((9, 7, 3)), 0.0, "7,9 does not exist: the path skips 12"),
+        (box((5, 2, 1, 3)), 0.0, "ends at 5, which is not the goal 9"),
+        (box((9,)), 0.0, "the goal 9 only"),
+    ],
+)
+def test_backward_the_path_goes_from_the_goal_to_the_start(
+    response: str, reward: float, feedback: str
+) -> None:
+    verdict = judge(GOLD[::-1], EDGES, response, backward=True)
+    assert verdict.reward == reward
+    assert feedback in verdict.feedback
+
+
+def test_the_order_changes_the_answer_and_not_the_question() -> None:
+    forward, backward = (StarGraph("mini", 5, 4, 40, order=order) for order in ("forward", "backward"))
+    a, b = (task.problems("train")[3] for task in (forward, backward))
+    assert a.messages == b.messages
+    assert a.answer == b.answer[::-1]
+    assert backward.verify(b, backward.gold(b)).reward == forward.verify(a, forward.gold(a)).reward == 1
+    assert backward.verify(b, forward.gold(a)).reward == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"form": "mini", "arms": 5, "path": 4, "ids": 40, "order": "both"},
+            "allowed are forward and backward",
+        ),
+        ({"order": "backward"}, "needs form=mini"),
+    ],
+)
+def test_an_order_that_is_not_there_is_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        StarGraph(**args)

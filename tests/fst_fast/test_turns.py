@@ -23,7 +23,8 @@ from fst_fast.policy import trained
 from fst_fast.policy.scoring import Batching
 from fst_fast.policy.trained import TrainedPolicy
 from fst_fast.rollout.prompt import Chat, messages_with_context
-from fst_fast.rollout.turns import common, leaves_of, observation_ids, rendered_ids, rewritten_turns
+from fst_fast.rollout.prompt_tree import common
+from fst_fast.rollout.turns import leaves_of, observation_ids, rendered_ids, rewritten_turns
 from fst_fast.slow.groups import make_groups
 from fst_fast.slow.slow_phase import objective_of
 from fst_fast.slow.update import Reference, micro_jobs, sequences

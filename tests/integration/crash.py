@@ -15,13 +15,15 @@ from typing import Any
 
 from tests.integration.launch import REPO, one_thread
 
-TINY = [
+SMALL = [
     "--slow.steps=4", "--slow.problems_per_step=2", "--slow.group_size=4", "--slow.lr=1e-3", "--slow.warmup_steps=0",
     "--fast.population=2", "--fast.cycle_steps=2", "--fast.anchor_size=2", "--fast.children=2", "--fast.samples=1",
-    "--fast.rollout_budget=16", "--task=list_programs",
+    "--fast.rollout_budget=16", "--eval.every=2", "--eval.problems=2", "--eval.final_problems=2", "--eval.samples=1",
+    "--eval.kl_problems=1", "--checkpoint.every=1",
+]  # fmt: skip
+TINY = [
+    *SMALL, "--task=list_programs", "--rollout.max_response_tokens=40",
     "--fast.seed_context=write the list after each operation . put the final answer in the box .",
-    "--eval.every=2", "--eval.problems=2", "--eval.final_problems=2", "--eval.samples=1", "--eval.kl_problems=1",
-    "--checkpoint.every=1", "--rollout.max_response_tokens=40",
 ]  # fmt: skip
 LAST = ("checkpoints", "step-000004", "model", "model.safetensors")
 
@@ -93,9 +95,11 @@ def start(
     return _started(_fst, (_argv(run_dir, more),), {"FST_FAULT": fault}, printed, hook), printed
 
 
-def fst(*argv: str, printed: Path, hook: Callable[[], None] | None = None) -> tuple[int, str]:
+def fst(
+    *argv: str, printed: Path, fault: str = "", hook: Callable[[], None] | None = None
+) -> tuple[int, str]:
     """One command of `fst`: its exit code and what it printed."""
-    child = _started(_fst, (list(argv),), {}, printed, hook)
+    child = _started(_fst, (list(argv),), {"FST_FAULT": fault}, printed, hook)
     child.join()
     assert child.exitcode is not None
     return child.exitcode, printed.read_text()
@@ -141,8 +145,8 @@ def until(child: Any, condition: Callable[[], bool]) -> None:
 
 
 def same(run_dir: Path, unbroken: Path, *, but_for: str = "") -> None:
-    """The two runs have written the same metrics and the same weights, byte for byte, and both have ended. but_for: a field that may
-    differ."""
+    """The two runs have written the same metrics, rollouts, contexts, problems and weights, byte for byte, and both have ended. but_for: a
+    field of the metrics that may differ."""
     assert (run_dir / "summary.json").is_file()
     one, other = (
         re.sub(rf'"{but_for}": "\w+"', "", (folder / "metrics.jsonl").read_text()) if but_for
@@ -150,4 +154,7 @@ def same(run_dir: Path, unbroken: Path, *, but_for: str = "") -> None:
         for folder in (run_dir, unbroken)
     )  # fmt: skip
     assert one == other
+    for name in ("rollouts.jsonl", "contexts.json", "problems.json"):
+        kept = [f.read_bytes() if f.exists() else None for f in (run_dir / name, unbroken / name)]
+        assert kept[0] == kept[1], name
     assert run_dir.joinpath(*LAST).read_bytes() == unbroken.joinpath(*LAST).read_bytes()

@@ -204,6 +204,7 @@ def test_pickles_and_code_in_a_run_folder_from_elsewhere_do_not_run(
 ) -> None:
     folder, mark = tmp_path / "run", tmp_path / "mark"
     shutil.copytree(finished[0], folder)
+    (folder / "summary.json").unlink()  # or there would be nothing to resume
     plant(folder, mark, instead=instead)
     commands = {
         "report": ["report", str(folder)],

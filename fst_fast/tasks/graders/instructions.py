@@ -22,26 +22,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
+from fst_fast.tasks.readers import import_package
 
 COUNTED: dict[str, tuple[str, Callable[[str], int]]] = {
     "words": ("words", lambda text: len(text.split())),
-    "sentences": ("sentences", lambda text: len(re.findall(r"[^.!?]*[\w][^.!?]*(?:[.!?]+|$)", text))),
+    "sentences": ("sentences", lambda text: _matches(r"[^.!?]*[\w][^.!?]*(?:[.!?]+|$)", text)),
     "paragraphs": ("paragraphs", lambda text: len([p for p in re.split(r"\n\s*\n", text) if p.strip()])),
-    "lines": (
-        "lines that are not empty",
-        lambda text: len([line for line in text.splitlines() if line.strip()]),
-    ),
+    "lines": ("lines that are not empty", lambda text: sum(bool(line.strip()) for line in text.splitlines())),
     "chars": ("characters", len),
-    "bullets": (
-        "bullet points",
-        lambda text: len(re.findall(r"^\s*(?:[-*+•]|\d+[.)])\s+\S", text, re.MULTILINE)),
-    ),
-    "sections": ("headed sections", lambda text: len(re.findall(r"^#{1,6}\s+\S", text, re.MULTILINE))),
-    "placeholders": (
-        "placeholders in square brackets",
-        lambda text: len(re.findall(r"\[[^\[\]\n]+\]", text)),
-    ),
+    "bullets": ("bullet points", lambda text: _matches(r"(?m)^\s*(?:[-*+•]|\d+[.)])\s+\S", text)),
+    "sections": ("headed sections", lambda text: _matches(r"(?m)^#{1,6}\s+\S", text)),
+    "placeholders": ("placeholders in square brackets", lambda text: _matches(r"\[[^\[\]\n]+\]", text)),
 }
 """kind -> what is counted, and how."""
 
@@ -123,17 +114,11 @@ def violation(constraint: Mapping[str, Any], text: str, problem: Problem) -> str
             }[form]
             return "" if good else f"The whole response must be in {form} case."
         case "starts":
-            return (
-                ""
-                if text.startswith(constraint["text"])
-                else f"The response must begin with {constraint['text']!r}."
-            )
+            good = text.startswith(constraint["text"])
+            return "" if good else f"The response must begin with {constraint['text']!r}."
         case "ends":
-            return (
-                ""
-                if text.endswith(constraint["text"])
-                else f"The response must end with {constraint['text']!r}."
-            )
+            good = text.endswith(constraint["text"])
+            return "" if good else f"The response must end with {constraint['text']!r}."
         case "quoted":
             good = len(text) > 1 and text[0] == text[-1] == '"'
             return "" if good else "The whole response must be in double quotes."
@@ -144,12 +129,12 @@ def violation(constraint: Mapping[str, Any], text: str, problem: Problem) -> str
         case "language":
             return _language(constraint["is"], text)
         case _:
-            prompt = str(problem.messages[-1]["content"]).strip()
-            return (
-                ""
-                if text.startswith(prompt)
-                else "The response must first repeat the request, word for word."
-            )
+            good = text.startswith(str(problem.messages[-1]["content"]).strip())
+            return "" if good else "The response must first repeat the request, word for word."
+
+
+def _matches(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
 
 
 def _count(what: str, n: int, bounds: Mapping[str, Any]) -> str:
@@ -164,7 +149,7 @@ def _count(what: str, n: int, bounds: Mapping[str, Any]) -> str:
 
 def _keywords(constraint: Mapping[str, Any], text: str) -> str:
     def times(word: str) -> int:
-        return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE))
+        return _matches(rf"(?i)(?<!\w){re.escape(word)}(?!\w)", text)
 
     said = [f"The word {word!r} is missing." for word in constraint.get("all", ()) if not times(word)]
     said += [f"The word {word!r} is not allowed." for word in constraint.get("none", ()) if times(word)]
@@ -188,15 +173,10 @@ def _json(text: str) -> str:
 
 
 def _language(code: str, text: str) -> str:
+    langdetect = import_package("langdetect", "the constraint language", "tasks")
+    langdetect.DetectorFactory.seed = 0  # it draws at random otherwise
     try:
-        from langdetect import DetectorFactory, LangDetectException, detect
-    except ImportError:
-        raise UserError(
-            "the constraint language needs the package langdetect; install it with: pip install 'fst-fast[tasks]'"
-        ) from None
-    DetectorFactory.seed = 0  # it draws at random otherwise
-    try:
-        found = str(detect(text)).partition("-")[0]
-    except LangDetectException:
+        found = str(langdetect.detect(text)).partition("-")[0]
+    except langdetect.LangDetectException:
         return f"The response must be in the language {code}; none was recognised."
     return "" if found == code else f"The response must be in the language {code}, it is in {found}."

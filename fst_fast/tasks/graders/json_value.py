@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
 from fst_fast.tasks.graders.text import quoted
+from fst_fast.tasks.readers import import_package
 
 
 class NoJson(ValueError):
@@ -61,12 +61,7 @@ class JsonSchema:
     alone: bool = True
 
     def __post_init__(self) -> None:
-        try:
-            import jsonschema
-        except ImportError:
-            raise UserError(
-                "the grader json_schema needs the package jsonschema; install it with: pip install 'fst-fast[tasks]'"
-            ) from None
+        jsonschema = import_package("jsonschema", "the grader json_schema", "tasks")
         if self.schema is not None:
             try:
                 jsonschema.validators.validator_for(self.schema).check_schema(self.schema)
@@ -136,10 +131,9 @@ class JsonEqual:
             if not isinstance(given, Mapping):
                 return f"{place} must be an object, not {quoted(json.dumps(given)[:80])}"
             missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
-            if missing or extra:
-                parts = [f"lacks {', '.join(sorted(missing))}"] * bool(missing) + [
-                    f"has {', '.join(sorted(extra))} too many"
-                ] * bool(extra)
+            parts = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+            parts += [f"has {', '.join(sorted(extra))} too many"] if extra else []
+            if parts:
                 return f"{place} {' and '.join(parts)}"
             found = (
                 self._difference(given[key], expected[key], f"{at}.{key}".lstrip(".")) for key in expected
@@ -152,15 +146,13 @@ class JsonEqual:
             return next(
                 (w for i, (a, b) in pairs if (w := self._difference(a, b, f"{at}[{i}]")) is not None), None
             )
-        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (given, expected))
-        same = (
-            math.isclose(given, expected, rel_tol=0, abs_tol=self.tolerance)
-            if numbers
-            else type(given) is type(expected) and given == expected
-        )
-        return (
-            None if same else f"{place} must be {json.dumps(expected)}, not {quoted(json.dumps(given)[:80])}"
-        )
+        if all(isinstance(x, int | float) and not isinstance(x, bool) for x in (given, expected)):
+            same = math.isclose(given, expected, rel_tol=0, abs_tol=self.tolerance)
+        else:
+            same = type(given) is type(expected) and given == expected
+        if same:
+            return None
+        return f"{place} must be {json.dumps(expected)}, not {quoted(json.dumps(given)[:80])}"
 
 
 def _path(parts: Any) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fst_fast.contracts import Problem, Verdict
-from fst_fast.errors import UserError
 from fst_fast.tasks.boxed import NoBoxedAnswer, last_box
 from fst_fast.tasks.graders.text import quoted
+from fst_fast.tasks.readers import import_package
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,7 @@ class Math:
     digits: int = 6
 
     def __post_init__(self) -> None:
-        try:
-            import math_verify  # noqa: F401
-        except ImportError:
-            raise UserError(
-                "the grader math needs the package math-verify; install it with: pip install 'fst-fast[tasks]'"
-            ) from None
+        import_package("math_verify", "the grader math", "tasks")
 
     def __call__(self, problem: Problem, response: str) -> Verdict:
         # The time limit is the verifying process's: math-verify's own needs a signal.

@@ -41,12 +41,8 @@ class Format:
         if self.ends:
             checks.append((text.endswith(self.ends), f"the response must end with {self.ends}"))
         if self.pattern:
-            checks.append(
-                (
-                    re.fullmatch(self.pattern, text, re.DOTALL) is not None,
-                    f"the response must have the form {self.pattern}",
-                )
-            )
+            fits = re.fullmatch(self.pattern, text, re.DOTALL) is not None
+            checks.append((fits, f"the response must have the form {self.pattern}"))
         checks += [
             (text.count(x) == 1, f"{x} must occur exactly once, not {text.count(x)} times") for x in self.once
         ]

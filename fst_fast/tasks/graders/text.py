@@ -186,11 +186,9 @@ class MultipleChoice:
             )
         if given not in self.choices.upper():
             return Verdict(0.0, f"{given} is none of the choices {', '.join(self.choices)}.")
-        return (
-            Verdict(1.0)
-            if given == expected
-            else Verdict(0.0, f"the choice {given} is wrong; {expected} is right.")
-        )
+        if given == expected:
+            return Verdict(1.0)
+        return Verdict(0.0, f"the choice {given} is wrong; {expected} is right.")
 
     def gold(self, problem: Problem) -> str | None:
         expected = self._expected(problem)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fst_kernels.cascade_decode.plan import CascadePlan
-from fst_kernels.checks import adjacent
+from fst_kernels.checks import adjacent, once
 from fst_kernels.cpu import TreeAttention, attend
 
 
@@ -53,9 +53,7 @@ def cascade_decode(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """out [S, Hq, D] and lse [S, Hq]. ValueError as plan.check_suffixes."""
-    if "cpu" not in plan.prepared:
-        plan.prepared["cpu"] = _arguments(plan)
-    arguments: TreeAttention = plan.prepared["cpu"]
+    arguments = once(plan.prepared, "cpu", lambda: _arguments(plan))
     out = torch.empty(q.shape)
     lse = torch.empty(q.shape[:2])
     wrong = attend(arguments, adjacent(q), k_pool, v_pool, out, lse, scale, window)

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fst_kernels.checks import once
+
 CHUNK = 512  # keys in a part, at most
 ALIGN = 64  # chunks of a node begin at multiples of this
 TILES = (16, 64)  # (query, head) rows that share one reading of a chunk: where 16 do, 16
@@ -195,10 +197,7 @@ class CascadePlan:
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """By rank, on the device: the parts of each sequence's nodes in order, [S, W] int32, and how many these are, [S] int32."""
-        if "parts" not in self.prepared:
-            self.prepared["parts"] = self._parts()
-        found: tuple[Tensor, Tensor] = self.prepared["parts"]
-        return found
+        return once(self.prepared, "parts", self._parts)
 
     def _parts(self) -> tuple[Tensor, Tensor]:
         chunks = -(-self.length // self.chunk)
@@ -225,10 +224,7 @@ class CascadePlan:
 
     def work(self, group: int, tiles: tuple[int, ...] = TILES) -> list[Work]:
         """The work lists for `group` query heads per KV head, one per size of tile (one or two, ascending), those without items left out."""
-        if ("work", group, tiles) not in self.prepared:
-            self.prepared["work", group, tiles] = self._work(group, tiles)
-        found: list[Work] = self.prepared["work", group, tiles]
-        return found
+        return once(self.prepared, ("work", group, tiles), lambda: self._work(group, tiles))
 
     def _work(self, group: int, tiles: tuple[int, ...]) -> list[Work]:
         chunks = -(-self.length // self.chunk)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fst_kernels.cascade_decode.partial import Sight, partial_attention, seen_attention
 from fst_kernels.cascade_decode.plan import CascadePlan
+from fst_kernels.checks import once
 
 LONG = 256  # keys; from here on a node is not copied
 
@@ -121,13 +122,6 @@ def _slots(table: Tensor, page: int, length: int) -> Tensor:  # [rows, P] -> [ro
     return table + key if not page else table[:, key // page] + key % page
 
 
-def schedule(plan: CascadePlan) -> Schedule:
-    if "schedule" not in plan.prepared:
-        plan.prepared["schedule"] = _schedule(plan)
-    found: Schedule = plan.prepared["schedule"]
-    return found
-
-
 def _schedule(plan: CascadePlan) -> Schedule:
     sequences, device = plan.sequences, plan.suffix_lengths.device
     table = plan.node_slots.cpu().long()
@@ -222,7 +216,7 @@ def cascade_decode(
     sequences, heads, dim = q.shape
     kv_heads, value_dim = k_pool.shape[1], v_pool.shape[2]
     group = heads // kv_heads
-    known: Schedule = schedule(plan)
+    known = once(plan.prepared, "schedule", lambda: _schedule(plan))
     own: Suffixes = plan.of_step("suffixes", lambda: _suffixes(plan, len(k_pool)))
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.reshape(sequences, kv_heads, group, dim)

@@ -46,9 +46,8 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     softcap: float | None
 
-    def logits(
-        self, hidden: Tensor, temperature: Temperature, out: Tensor | None
-    ) -> Tensor:  # [n, H] -> [n, V]
+    # [n, H] -> [n, V]
+    def logits(self, hidden: Tensor, temperature: Temperature, out: Tensor | None) -> Tensor:
         z = matmul(hidden, self.weight.t(), out)
         if self.bias is not None:
             z += self.bias

@@ -253,9 +253,8 @@ class RowValues(NamedTuple):
     lse: Tensor  # [n]
     ref_logprob: Tensor | None  # [l]
     kl: Tensor | None  # [n]
-    kept: Tensor | None = (
-        None  # [4, n] what recall() needs: peak and log of the sum relative to it, the policy's and the reference's
-    )
+    # [4, n] what recall() needs: peak and log of the sum relative to it, the policy's and the reference's
+    kept: Tensor | None = None
 
 
 class HeadRows(Protocol):

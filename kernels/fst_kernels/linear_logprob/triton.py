@@ -27,9 +27,8 @@ from fst_kernels.linear_logprob.triton_kernels import (
 )
 
 CHUNK_BYTES = 320 * 10**6
-RESIDENT_BYTES = (
-    16 * 10**6
-)  # hidden states that the product keeps in the L2 cache (40 MB on an A100, 50 MB on an H100) beside the weights
+# hidden states that the product keeps in the L2 cache (40 MB on an A100, 50 MB on an H100) beside the weights
+RESIDENT_BYTES = 16 * 10**6
 BLOCK = 1024  # columns of a row that the row kernels take at a time
 
 

@@ -15,9 +15,8 @@ from fst_kernels.sampling import cuda, reference
 
 class SampleOutput(NamedTuple):
     ids: Tensor  # [S] int64
-    logprob: (
-        Tensor  # [S] fp32, under the distribution that was sampled: temperature, truncation, renormalised
-    )
+    # [S] fp32, under the distribution that was sampled: temperature, truncation, renormalised
+    logprob: Tensor
     untruncated_logprob: Tensor  # [S] fp32, under temperature only
 
 

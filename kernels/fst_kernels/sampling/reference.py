@@ -66,10 +66,8 @@ def sample(
         greedy = temperature == 0
         temperature = torch.where(greedy, 1.0, temperature.float()).unsqueeze(1)
         scores = (logits - logits.amax(1, keepdim=True)) / temperature
-    elif temperature not in (
-        0,
-        1,
-    ):  # the distance to the maximum first: quotients of large logits would lose digits
+    elif temperature not in (0, 1):
+        # the distance to the maximum first: quotients of large logits would lose digits
         scores = (logits - logits.amax(1, keepdim=True)) / temperature
     log_p = torch.log_softmax(scores, -1)  # [S, V]
     if not isinstance(temperature, Tensor) and temperature == 0:

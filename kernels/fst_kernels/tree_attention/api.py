@@ -90,9 +90,8 @@ def tree_attention(
     if not torch.compiler.is_compiling():
         backend = choose_backend("tree_attention", backend, q.device, q.dtype)
         if backend in ("flex", "flash"):
-            from fst_kernels.tree_attention import (
-                flex,
-            )  # only here: it takes torch's compiler a second to import
+            # only here: it takes torch's compiler a second to import
+            from fst_kernels.tree_attention import flex
 
             out, lse = flex.attention(q, k, v, mask_of(ends), scale, window, backend)
             return (out, lse) if return_lse else out

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fst_kernels.checks import once
 from fst_kernels.tree_attention.mask import TreeMask
 
 
@@ -59,30 +60,28 @@ class Tiles:
 
 
 def key_blocks(mask: TreeMask, size: int) -> KeyBlocks:
-    key = ("key blocks", size)
-    if key not in mask.prepared:
+    def make() -> KeyBlocks:
         end = mask.subtree_end
         n = end.shape[1]
         padded = torch.nn.functional.pad(end, (0, -n % size)).view(len(end), -1, size)
         # A device tensor may hold anything: no range of queries must reach past the last token.
-        mask.prepared[key] = KeyBlocks(padded.amax(2).clamp(max=n), padded.amin(2).clamp(max=n))
-    found: KeyBlocks = mask.prepared[key]
-    return found
+        return KeyBlocks(padded.amax(2).clamp(max=n), padded.amin(2).clamp(max=n))
+
+    return once(mask.prepared, ("key blocks", size), make)
 
 
 def depths(mask: TreeMask, size: int) -> Depths:
     """The smallest and largest depth in each block of `size` tokens."""
-    key = ("depths", size)
-    if key not in mask.prepared:
-        depth = mask.depth
+    depth = mask.depth
+
+    def blocks(fill: int) -> Tensor:
         missing = -depth.shape[1] % size
+        return torch.nn.functional.pad(depth, (0, missing), value=fill).view(len(depth), -1, size)
 
-        def blocks(fill: int) -> Tensor:
-            return torch.nn.functional.pad(depth, (0, missing), value=fill).view(len(depth), -1, size)
+    def make() -> Depths:
+        return Depths(blocks(torch.iinfo(torch.int32).max).amin(2), blocks(-1).amax(2))
 
-        mask.prepared[key] = Depths(blocks(torch.iinfo(torch.int32).max).amin(2), blocks(-1).amax(2))
-    found: Depths = mask.prepared[key]
-    return found
+    return once(mask.prepared, ("depths", size), make)
 
 
 def list_width(mask: TreeMask, queries: int, keys: int) -> int:
@@ -111,11 +110,10 @@ def tile_total(mask: TreeMask, keys: int, queries: int) -> int:
 
 def units(mask: TreeMask, keys: int, queries: int, target: int) -> Units:
     """`target` units of work are wanted at least, if ranges have to be cut for it; parts are whole multiples of `queries` tokens."""
-    key = ("units", keys, queries, target)
-    if key not in mask.prepared:
-        mask.prepared[key] = _units(key_blocks(mask, keys).largest, keys, queries, target)
-    found: Units = mask.prepared[key]
-    return found
+    largest = key_blocks(mask, keys).largest
+    return once(
+        mask.prepared, ("units", keys, queries, target), lambda: _units(largest, keys, queries, target)
+    )
 
 
 def _units(largest: Tensor, keys: int, queries: int, target: int) -> Units:

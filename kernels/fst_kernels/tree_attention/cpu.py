@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fst_kernels.checks import once
 from fst_kernels.cpu import TreeAttention, attend
 from fst_kernels.tree_attention.mask import TreeMask
 from fst_kernels.tree_attention.reference import token_major
@@ -17,16 +18,14 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """As reference.forward: out [B,Hq,N,D], token-major underneath, and lse [B,Hq,N]."""
-    if "cpu" not in mask.prepared:
-        mask.prepared["cpu"] = _arguments(mask)
+    arguments = once(mask.prepared, "cpu", lambda: _arguments(mask))
     batch, heads, n, dim = q.shape
     q, k, v = (token_major(x) for x in (q, k, v))
     out, lse = torch.empty(q.shape), torch.empty(q.shape[:2])
-    wrong = attend(mask.prepared["cpu"], q, k, v, out, lse, scale, mask.binding(window))
+    wrong = attend(arguments, q, k, v, out, lse, scale, mask.binding(window))
     assert wrong < 0, f"token {wrong} of a mask that was checked"
-    return out.view(batch, n, heads, dim).transpose(1, 2), lse.view(batch, n, heads).transpose(
-        1, 2
-    ).contiguous()
+    lse = lse.view(batch, n, heads).transpose(1, 2).contiguous()
+    return out.view(batch, n, heads, dim).transpose(1, 2), lse
 
 
 def _arguments(mask: TreeMask) -> TreeAttention:

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from fst_kernels.checks import INTS, look_at_values
+from fst_kernels.checks import INTS, look_at_values, once
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,8 @@ class TreeMask:
         if len(self.subtree_end) == batch:
             return self
         assert len(self.subtree_end) == 1
-        if batch not in self.prepared:
-            self.prepared[batch] = TreeMask.from_subtree_end(self.subtree_end.expand(batch, -1))
-        repeated: TreeMask = self.prepared[batch]
-        return repeated
+        rows = self.subtree_end.expand(batch, -1)
+        return once(self.prepared, batch, lambda: TreeMask.from_subtree_end(rows))
 
 
 _LIVE: WeakValueDictionary[Any, TreeMask] = WeakValueDictionary()  # by the place and version of subtree_end
@@ -226,18 +224,16 @@ def mask_of(subtree_end: Tensor) -> TreeMask:
 def _preorder(parents: list[int]) -> tuple[list[int], list[int]]:
     """The tokens in depth-first preorder, siblings as they come, and the end of the subtree of each of these places."""
     n = len(parents)
-    below: list[list[int]] = [
-        [] for _ in range(n + 1)
-    ]  # the children of each token; at -1, the last, the roots
+    # the children of each token; at -1, the last, the roots
+    below: list[list[int]] = [[] for _ in range(n + 1)]
     for token, parent in enumerate(parents):
         if not -1 <= parent < n:
             raise ValueError(f"parents[{token}]={parent}; allowed: -1 (a root) to {n - 1}")
         below[parent].append(token)
     order: list[int] = []
     ends = [0] * n
-    open_: list[
-        tuple[int, int]
-    ] = []  # places whose subtree goes on, and how many tokens waited when it began
+    # places whose subtree goes on, and how many tokens waited when it began
+    open_: list[tuple[int, int]] = []
     waiting = below[-1][::-1]
     while waiting:
         token = waiting.pop()

@@ -32,7 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fst_kernels.checks import adjacent
+from fst_kernels.checks import adjacent, once
 from fst_kernels.tree_attention.mask import TreeMask
 
 LAUNCH_PAIRS = 2048  # (query, key) pairs that cost about as much as launching one block more
@@ -83,9 +83,8 @@ class Block:
     keys: Rows
     own: bool
     key_bias: Tensor | None = None  # [count, 1, 1, nk]: 0, and -inf at padded keys
-    nearness: Tensor | None = (
-        None  # [count, 1, nq, 1] int32, with `limit`: key visible where nearness < limit
-    )
+    # [count, 1, nq, 1] int32, with `limit`: key visible where nearness < limit
+    nearness: Tensor | None = None
     limit: Tensor | None = None  # [count, 1, 1, nk] int32: the key's depth + window; lowest at padded keys
 
     def bias(self) -> Tensor | None:
@@ -99,11 +98,8 @@ class Block:
 def blocks(mask: TreeMask, window: int | None = None) -> list[Block]:
     """All blocks of a mask, own blocks first, then by level: computed once, kept in the mask."""
     window = mask.binding(window)
-    key = ("blocks", window)
-    if key not in mask.prepared:
-        mask.prepared[key] = list(_blocks(mask) if window is None else _windowed_blocks(mask, window))
-    prepared: list[Block] = mask.prepared[key]
-    return prepared
+    made = _blocks(mask) if window is None else _windowed_blocks(mask, window)
+    return once(mask.prepared, ("blocks", window), lambda: list(made))
 
 
 def _blocks(mask: TreeMask) -> Iterator[Block]:
@@ -308,9 +304,8 @@ class Matmul:
         kind, kv_heads = lse.dtype, k.shape[1]
         dq, dk, dv = (torch.zeros_like(x, dtype=kind) for x in (q, k, v))
         for part, score in self._scores(q, k, causal, bias, scale):
-            queries, go, o = (
-                _grouped(x[:, :, part], kv_heads).to(kind) for x in (q, dout, out)
-            )  # [b,Hkv,G,n,D]
+            # [b,Hkv,G,n,D]
+            queries, go, o = (_grouped(x[:, :, part], kv_heads).to(kind) for x in (q, dout, out))
             weight = (score - _grouped(lse[:, :, part, None], kv_heads)).exp()
             dv += (weight.mT @ go).sum(2)
             dscore = weight * (go @ v[:, :, None].to(kind).mT - (go * o).sum(-1, keepdim=True)) * scale

@@ -298,11 +298,8 @@ def backward(
         smallest = blocks.key_blocks(mask, tile.keys).smallest
         work = blocks.units(mask, tile.keys, tile.queries, target)
         if window is None:
-            units, tables, total = (
-                work.units,
-                (work.units, work.units, work.units),
-                0,
-            )  # the tables are not read
+            # the tables are not read
+            units, tables, total = (work.units, (work.units, work.units, work.units), 0)
         else:
             near = tile_lists(mask, tile, target, window)
             units, tables, total = near.units, (near.tiles, near.bounds, near.counts), near.tiles.shape[1]
