@@ -1,11 +1,15 @@
 """What turns cost: steps of episodes of 6 turns against steps of single turns of as many tokens, in one run. A CPU is enough.
 
     python -m benchmarks.turns [--turns 6] [--tokens 16] [--steps 4] [--rounds 3] [--out benchmarks/results]
+    python -m benchmarks.turns --count [--turns 6] [--tokens 16] [--steps 1]      # tokens that sampling computes, nothing timed
 
 Both sides are whole runs of the mini model (method=rl): sampling, verification in child processes, update. Every turn has exactly
 `tokens` tokens; a single turn has as many as an episode samples and reads behind its prompt, so that both train on sequences of one length. The
 sides alternate; of each round the first step, which warms up, is left out. The ratio is that of seconds per computed token, in seconds of the
 wall clock and, which is to be trusted on a shared machine, in CPU seconds of the trainer's process.
+
+--count: the tokens that the engine computes in sampling the episodes, where it keeps their keys and values between turns, as it does, and
+where it reads each turn's whole prompt again. Samples share their prompts in both. The counts depend on the arguments alone.
 """
 
 from __future__ import annotations
@@ -66,19 +70,21 @@ class Clock(Callback):
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self._last: tuple[float, int] | None = None
+        self.sampled = 0  # computed by the engine so far
+        self._last: tuple[float, int, int] | None = None
 
     def on_step(self, event: Any) -> None:
         cpu, tokens = time.process_time(), event.record["tokens_computed"]
         if self._last is not None:
             spent = {key: event.timing[key] for key in ("rollout_s", "verify_s", "train_s")}
             row = {"cpu_s": cpu - self._last[0], "tokens": tokens - self._last[1], **spent}
+            row["sampling_tokens"] = self.sampled - self._last[2]
             self.rows.append({**row, "observed": event.record.get("observed_tokens") or 0.0})
-        self._last = time.process_time(), tokens
+        self._last = time.process_time(), tokens, self.sampled
 
 
-def steps(turns: int, tokens: int, count: int) -> list[dict[str, float]]:
-    """The rows of `count` steps; turns=1: of single turns."""
+def steps(turns: int, tokens: int, count: int, *, keeps: bool = True) -> list[dict[str, float]]:
+    """The rows of `count` steps; turns=1: of single turns. keeps: keys and values between turns."""
     import fst_fast
 
     config = {
@@ -90,25 +96,33 @@ def steps(turns: int, tokens: int, count: int) -> list[dict[str, float]]:
         "eval": {"every": 0, "problems": 1, "final_problems": 1, "samples": 1, "kl_problems": 1},
     }  # fmt: skip
     clock = Clock()
-    with tempfile.TemporaryDirectory() as folder, fixed_length(tokens):
+    with tempfile.TemporaryDirectory() as folder, fixed_length(tokens, clock, keeps):
         fst_fast.train(config, run_dir=Path(folder) / "run", callbacks=[clock])
     return clock.rows
 
 
 @contextmanager
-def fixed_length(tokens: int) -> Iterator[None]:
-    """Every response ends after exactly `tokens` tokens, whatever they are."""
+def fixed_length(tokens: int, clock: Clock, keeps: bool) -> Iterator[None]:
+    """Every response ends after exactly `tokens` tokens, whatever they are. clock: counts what engines compute. keeps: whether they keep keys."""
     from unittest.mock import patch
 
     from fst_fast.rollout import engine
 
-    original = engine.RolloutEngine.__init__
+    original, generate = engine.RolloutEngine.__init__, engine.RolloutEngine.generate
 
     def init(self: Any, *args: Any, **more: Any) -> None:
         original(self, *args, **{**more, "eos_ids": ()})
 
+    def counted(self: Any, *args: Any, **more: Any) -> Any:
+        if not keeps:
+            self.forget()
+        before = self.tokens_computed
+        rollouts = generate(self, *args, **more)
+        clock.sampled += self.tokens_computed - before
+        return rollouts
+
     stops = patch.object(engine, "StopTexts", lambda *_: lambda ids: len(ids) >= tokens)
-    with stops, patch.object(engine.RolloutEngine, "__init__", init):
+    with stops, patch.multiple(engine.RolloutEngine, __init__=init, generate=counted):
         yield
 
 
@@ -137,7 +151,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--count", action="store_true", help="count tokens, time nothing")
     args = parser.parse_args()
+    if args.count:
+        kept, again = (
+            sum(row["sampling_tokens"] for row in steps(args.turns, args.tokens, args.steps, keeps=keeps))
+            for keeps in (True, False)
+        )
+        print(json.dumps({"kept": kept, "read_again": again, "ratio": again / kept}))
+        return
     episodes: list[dict[str, float]] = []
     single: list[dict[str, float]] = []
     ratios = []
