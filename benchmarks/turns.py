@@ -103,17 +103,15 @@ def steps(turns: int, tokens: int, count: int, *, keeps: bool = True) -> list[di
 
 @contextmanager
 def fixed_length(tokens: int, clock: Clock, keeps: bool) -> Iterator[None]:
-    """Every response ends after exactly `tokens` tokens, whatever they are. clock: counts what engines compute."""
+    """Every response ends after exactly `tokens` tokens, whatever they are. clock: counts what engines compute. keeps: whether they keep keys."""
     from unittest.mock import patch
 
     from fst_fast.rollout import engine
 
-    original = engine.RolloutEngine.__init__
+    original, generate = engine.RolloutEngine.__init__, engine.RolloutEngine.generate
 
     def init(self: Any, *args: Any, **more: Any) -> None:
         original(self, *args, **{**more, "eos_ids": ()})
-
-    generate = engine.RolloutEngine.generate
 
     def counted(self: Any, *args: Any, **more: Any) -> Any:
         if not keeps:

@@ -36,7 +36,7 @@ from fst_fast.fast import pareto, racing
 from fst_fast.fast.budget import budget_over
 from fst_fast.fast.candidates import Candidates
 from fst_fast.fast.evaluations import Evaluations
-from fst_fast.fast.outcome import FastResult, Log, Rules, carried_unscored, conclude
+from fst_fast.fast.outcome import FastResult, Log, Rules, carried_unscored, conclude, with_room
 from fst_fast.fast.population import FastState, Lineage
 from fst_fast.fast.reflection import Reflector
 from fst_fast.fast.scoring import ScoreFn
@@ -74,6 +74,7 @@ def evolve(
     Cycle 0 is the first and runs config.first_generations generations, later ones config.generations. Never uses more
     than config.rollout_budget rollouts. A budget of config.budget that is used up ends the evolution, before a generation at the latest. If
     the reflector fails, the generation yields no children and the phase continues."""
+    state = with_room(state, fits, log, cycle)
     if ended := budget_over(config, state.spent, state.idle):
         log(f"fast phase of cycle {cycle} skipped: {ended}")
         return carried_unscored(state, config, cycle)

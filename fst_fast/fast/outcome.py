@@ -143,6 +143,20 @@ def child_lineage(child: Context, failures: Sequence[ScoredRollout], replies: Se
     return Lineage(child, admitted=False, failures=tuple(shown), reflection=cut(text, KEPT_REFLECTION_CHARS))
 
 
+def with_room(state: FastState, fits: Callable[[Context], bool], log: Log, cycle: int) -> FastState:
+    """The state without the contexts of the population that leave no room for a problem of this cycle, which were not there when they were
+    proposed; the seed context stays, as the run's problems must fit behind it."""
+    members = [context.id for context in state.members()]
+    kept = [i for i in members if i == state.seed_id or fits(state.contexts[i].context)]
+    if kept == members:
+        return state
+    log(
+        f"fast phase of cycle {cycle}: {len(members) - len(kept)} of {len(members)} contexts leave no room for a problem of this cycle "
+        "(rollout.max_prompt_tokens) and are dropped"
+    )
+    return dataclasses.replace(state, population=tuple(kept) or (state.seed_id,))
+
+
 def carried_unscored(state: FastState, config: FastConfig, cycle: int) -> FastResult:
     population = state.population_of(config.population)
     ids = tuple(context.id for context in population)

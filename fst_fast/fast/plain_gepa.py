@@ -20,7 +20,16 @@ from fst_fast.contracts import FULL_REWARD, Context, Problem, RolloutRequest, Sc
 from fst_fast.fast import pareto
 from fst_fast.fast.budget import budget_over
 from fst_fast.fast.evaluations import Evaluations
-from fst_fast.fast.outcome import FastResult, Log, Rules, Tally, carried_unscored, child_lineage, conclude
+from fst_fast.fast.outcome import (
+    FastResult,
+    Log,
+    Rules,
+    Tally,
+    carried_unscored,
+    child_lineage,
+    conclude,
+    with_room,
+)
 from fst_fast.fast.population import FastState
 from fst_fast.fast.reflection import ReflectionPrompt, Reflector, Refusal, ask
 from fst_fast.fast.scoring import ScoreFn
@@ -48,6 +57,7 @@ def evolve(
     clock: Callable[[], float] = lambda: 0.0,
 ) -> FastResult:
     """One fast phase, with the arguments and the result of `evolution.evolve`. The minibatch has fast.failures_shown problems."""
+    state = with_room(state, fits, log, cycle)
     if ended := budget_over(config, state.spent, state.idle):
         log(f"fast phase of cycle {cycle} skipped: {ended}")
         return carried_unscored(state, config, cycle)

@@ -60,7 +60,7 @@ GPUS = (
     _gpu("B200", 180, 2250, 75, 8.0, 900),
 )
 CPU_CORE = Machine(
-    "cpu", 0, product=12e9, product32=5.37e10, attention=4.92e10, attention_backward=2.59e10, bandwidth=1.08e10, operands=4.22e09, launch=1.73e-05, exps=2.88e07,
+    "cpu", 0, product=12e9, product32=6.71e10, attention=3.40e10, attention_backward=3.58e10, bandwidth=1.32e10, operands=3.07e09, launch=1.87e-05, exps=4.04e07,
     link=1e9, network=1e9, per_node=1, message=1e-4, gpu=False,
 )  # fmt: skip
 NAMES = (*(m.name for m in GPUS), "cpu")

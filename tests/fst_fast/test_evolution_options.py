@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fst_fast.config import FastConfig
 from fst_fast.config.derived import Size, rungs, wave_cost
-from fst_fast.fast import pareto
+from fst_fast.contracts import Context
+from fst_fast.fast import evolution, pareto, plain_gepa
+from fst_fast.fast.outcome import with_room
+from fst_fast.fast.population import Lineage
 from tests.fst_fast.test_evolution import (
     SEED,
     Scribe,
@@ -183,3 +190,32 @@ def test_a_crossover_shows_the_context_that_wins_the_most_problems_that_the_pare
         numbers = [int(text.rsplit(" ", 1)[1]) % 2 for text in partner.problems]
         assert set(numbers) == {int(partner.text == "odd")}
         assert partner.text in prompt.render()
+
+
+# -- contexts that have become too long ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evolver", ["waves", "gepa"])
+@pytest.mark.parametrize("budget", [600, 0], ids=["scored", "carried unscored"])
+def test_carried_contexts_that_leave_no_room_for_a_later_problem_are_dropped_and_not_sampled(evolver, budget):
+    """The problems of this cycle are longer than those for which the contexts were admitted; their prompts would end the run."""
+    long, short = (Context.of(f"{SEED} {word}") for word in ("long", "short"))
+    lineage = {c.id: Lineage(c, admitted=True) for c in (long, short)}
+    before = dataclasses.replace(
+        start(), population=(long.id, short.id, long.id), contexts={**start().contexts, **lineage}
+    )
+    world, said = World(half), []
+    evolve = plain_gepa.evolve if evolver == "gepa" else evolution.evolve
+    result = evolve(
+        before, anchor=problems(8), score=world, reflect=numbered(), config=FastConfig(rollout_budget=budget, population=3),
+        count_tokens=len, cycle=3, policy_version=0, seed=0, log=said.append, fits=lambda context: "long" not in context.text,
+    )  # fmt: skip
+    assert long not in result.population
+    asked = {context.id for call in world.calls for context, _, _ in call}
+    assert long.id not in asked
+    assert short.id in asked if budget else short in result.population
+    assert said[0].startswith(
+        "fast phase of cycle 3: 1 of 2 contexts leave no room for a problem of this cycle"
+    )
+    alone = dataclasses.replace(before, population=(long.id,))
+    assert with_room(alone, lambda context: False, said.append, 3).population == (before.seed_id,)
