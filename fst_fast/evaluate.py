@@ -140,6 +140,7 @@ def _judge(
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             paired=True,
+            remember=False,
         )
     new = iter(sampled)
     judged = []

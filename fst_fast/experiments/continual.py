@@ -99,6 +99,11 @@ def _through_stages(
     claims = [
         Claim("FST ends each stage at 90 % or more of the best method", shares, min(share) >= 0.9),
         Claim.counted(text, stalled, 1, len(stages)),
+        Claim(
+            "FST ends each stage at a reward of 90 % or more",
+            ", ".join(f"{reward:.1%}" for reward in own["fst"]),
+            min(own["fst"]) >= 0.9,
+        ),
     ]
     picture = figures.stages(curves, list(stages), each)
     return Result(numbers, [own_table, last_table], claims, {name: picture})

@@ -290,10 +290,14 @@ class Sampler:
         self._troubles = now
         return {"verify_timeouts": int(new[0]), "verify_failures": int(new[1])}
 
-    def spread(self, engine: Engine, requests: Sequence[RolloutRequest], **how: Any) -> list[ScoredRollout]:
-        """Like `local`, each process doing a share; every process gets the whole result. All processes must call it."""
+    def spread(
+        self, engine: Engine, requests: Sequence[RolloutRequest], *, remember: bool = True, **how: Any
+    ) -> list[ScoredRollout]:
+        """Like `local`, each process doing a share; every process gets the whole result. All processes must call it. remember: the lengths, for dealing
+        out later requests; not those of evaluations, which change nothing of what is trained."""
         expected = self.expected_tokens([r.problem for r in requests])
         mine = distributed.contiguous_shard_by_cost(requests, expected)
         scored = distributed.concat_shards(distributed.all_gather(self.local(engine, mine, **how)))
-        self.lengths.note(s.rollout for s in scored)
+        if remember:
+            self.lengths.note(s.rollout for s in scored)
         return scored

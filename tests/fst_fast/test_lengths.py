@@ -77,3 +77,19 @@ def test_long_problems_are_dealt_to_different_processes(monkeypatch: pytest.Monk
             )
     assert ("p0" in dealt[0]) != ("p2" in dealt[0])
     assert sorted(dealt[0] + dealt[1]) == [p.id for p in problems]
+
+
+def test_evaluations_leave_alone_how_training_is_dealt_out() -> None:
+    from fst_fast.contracts import RolloutRequest, ScoredRollout, Verdict
+    from fst_fast.rollout.sampler import Sampler
+
+    sampler = object.__new__(Sampler)
+    sampler.lengths = ResponseLengths({"a": 10.0})
+    sampler.local = lambda engine, requests, **how: [  # type: ignore[method-assign]
+        ScoredRollout(rollout(r.problem.id, 50), Verdict(1.0), "") for r in requests
+    ]
+    asked: Any = [RolloutRequest(Context.of("c"), problem("a"), 0)]
+    sampler.spread(None, asked, remember=False)  # type: ignore[arg-type]
+    assert sampler.lengths.known == {"a": 10.0}
+    sampler.spread(None, asked)  # type: ignore[arg-type]
+    assert sampler.lengths.known == {"a": 50.0}
