@@ -78,6 +78,8 @@ def take_steps(run: Run) -> dict[str, Any] | None:
         distilling = stage.distils(state.step)
         if not distilling and evolves_before(config, stage, state.step):
             run_fast_phase(run, stage)
+        elif stage.local_step(state.step) % config.fast.cycle_steps == 0:
+            state.reusable = ReusePool()  # what is left is for the problems of the cycle before
         if config.method == "gepa":
             spent = budget_over(config.fast, state.fast.spent, state.fast.idle)
             state.step = stage.end if spent else min(state.step + config.fast.cycle_steps, stage.end)

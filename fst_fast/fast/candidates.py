@@ -58,9 +58,8 @@ class Candidates:
             if config.merge
             else None
         )
-        if merged and (
-            reason := self.rules.refuses(merged[2])
-        ):  # two long components from different contexts
+        # Two long components, from different contexts, may be too long together.
+        if merged and (reason := self.rules.refuses(merged[2])):
             self.tried.add(merged[2])
             self.emit(Proposal, cycle=self.cycle, parent=merged[0], context=None, refused=reason)
             merged = None

@@ -31,7 +31,16 @@ CONFIG = "config.yaml"
 _PROBE = ".tmp-probe"
 _PROBE_BYTES = 1 << 16
 _ABSENT = object()
-FIXED = ("method ", "task ", "task_args", "model.", "fast.population ", "fast.seed_context ", "fast.evolver ")
+FIXED = (
+    "method ",
+    "task ",
+    "task_args",
+    "model.",
+    "fast.population ",
+    "fast.seed_context ",
+    "fast.components",
+    "fast.evolver ",
+)
 """Prefixes of changes that allow_config_change does not permit: the weights, the optimiser's state or the population
 depend on the old value."""
 NEW_DEFAULTS = (

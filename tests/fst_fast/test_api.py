@@ -183,3 +183,18 @@ def test_a_task_may_be_a_class_of_a_file_and_no_other_object(tmp_path: Path) -> 
             fst_fast.UserError, match=r"a task is a name, a text such as my_task\.py:MyTask, or a class"
         ):
             resolve_config(None, task=wrong)  # type: ignore[arg-type]
+
+
+def test_rollouts_of_the_only_fast_phase_are_reused_in_its_own_cycle_alone(tmp_path: Path) -> None:
+    """Ten of the seed context on each problem, eight in a group: two are left, and the second step has the same problems."""
+    fast = {"phases": "first", "samples": 10, "rollout_budget": 200, "first_generations": 1, "population": 2}
+    result = fst_fast.train(
+        run_dir=tmp_path / "run",
+        task_args={"form": "mini", "arms": 5, "path": 4, "ids": 40, "train": 4, "validation": 4},
+        slow=TINY["slow"] | {"group_size": 8},
+        fast=TINY["fast"] | fast,
+        eval=TINY["eval"] | {"every": 0},
+    )
+    assert result.metrics["cycle"]["fast_rollouts"][0] >= 40
+    first, second = result.metrics["step"]["reused_rollouts"]
+    assert first == second > 0

@@ -20,6 +20,7 @@ from fst_fast.experiments import (
     comparison,
     experiments,
     figures,
+    methods,
     no_help,
     page,
     plasticity,
@@ -548,3 +549,22 @@ def test_every_arm_of_the_control_is_a_configuration() -> None:
     for method, changes in no_help.ARMS.values():
         config = Run(no_help.FAMILY, method, 0, {**no_help.FIXED, **changes}).config(SMALL, None)
         assert config.task_args["fixed"] == "c"
+
+
+def test_a_setting_of_rl_that_could_not_be_judged_is_not_the_strongest(
+    suite: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def curves(runner: Runner, runs: Any) -> Any:
+        def of(run: Run, good: bool) -> Curve:
+            curve = planted("rl", run.seed, 30.0, 0.5 if good else 0.4, 100.0)
+            lost = run.changes.get("slow.lr") == methods.RL_RATES[0]
+            return replace(curve, reward=np.full_like(curve.reward, np.nan)) if lost else curve
+
+        return {
+            family: {name: [of(r, name == "1") for r in each] for name, each in settings.items()}
+            for family, settings in runs.items()
+        }
+
+    monkeypatch.setattr(methods, "train_and_load", curves)
+    suite.rl_settings = None
+    assert {rates["slow.lr"] for rates in methods.strongest_rl(suite).values()} == {methods.RL_RATES[1]}

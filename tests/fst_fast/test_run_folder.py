@@ -157,6 +157,7 @@ def test_more_stages_may_follow_and_no_other_change_of_them(tmp_path: Path, now:
         ("path: mini", "path: x", "model.path"),
         ("population: 4", "population: 2", "fast.population"),
         ("seed_context: go", "seed_context: stop", "fast.seed_context"),
+        ("seed_context: go", "seed_context: go, components: {system: go}", "fast.components"),
     ],
 )
 def test_what_the_checkpoints_depend_on_cannot_be_changed(
