@@ -308,8 +308,8 @@ def test_without_a_gain_no_claim_holds(suite: Runner, monkeypatch: pytest.Monkey
         f: {m: [planted("rl", s, 60.0, 0.6, 100.0) for s in range(3)] for m in ("rl", "fst", "gepa")}
         for f in SHOWN
     }
-    for methods in same.values():
-        for c in methods["fst"]:
+    for of_family in same.values():
+        for c in of_family["fst"]:
             c.cells["both"] = c.cells["context"]
     monkeypatch.setattr(comparison, "train_and_load", lambda runner, runs: same)
     results = [experiments.EXPERIMENTS[name](suite) for name in ("efficiency", "drift", "channels")]
