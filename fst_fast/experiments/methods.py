@@ -41,9 +41,8 @@ def strongest_rl(runner: Runner) -> dict[str, Changes]:
         if runner.dry_run:
             return {family: changes[0] for family, changes in options.items()}
         means = {f: [np.mean([c.peak() for c in each]) for each in curves[f].values()] for f in options}
-        means = {
-            f: np.nan_to_num(of_family, nan=-np.inf) for f, of_family in means.items()
-        }  # NaN: not judged
+        # What was not judged is not the strongest.
+        means = {f: np.nan_to_num(of_family, nan=-np.inf) for f, of_family in means.items()}
         return {family: changes[int(np.argmax(means[family]))] for family, changes in options.items()}
 
     rates = best({family: [{"slow.lr": rate} for rate in RL_RATES] for family in runner.families})
