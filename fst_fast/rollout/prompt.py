@@ -10,6 +10,7 @@ The template's own text makes special tokens; the text of messages never does (s
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -363,11 +364,13 @@ class PromptCache:
         self._openings: dict[str, Opening] = {}
         self._takes_tools = False  # not known yet
         self._ids: dict[tuple[str, str], NDArray[np.int64]] = {}
+        self._changing = threading.Lock()  # rollouts ahead are sampled in a thread of their own
 
     def ids(self, context: Context, problem: Problem) -> NDArray[np.int64]:
         """Token ids [P], read-only."""
         key = context.id, problem.id
-        if key not in self._ids:
+        ids = self._ids.get(key)
+        if ids is None:
             ids = self.prompt(context, problem)
             if len(ids) > self.max_prompt_tokens:
                 raise UserError(
@@ -375,10 +378,11 @@ class PromptCache:
                     f"rollout.max_prompt_tokens={self.max_prompt_tokens} allows at most {self.max_prompt_tokens}"
                 )
             ids.setflags(write=False)
-            if len(self._ids) >= self.capacity:
-                del self._ids[next(iter(self._ids))]
-            self._ids[key] = ids
-        return self._ids[key]
+            with self._changing:
+                if len(self._ids) >= self.capacity:
+                    del self._ids[next(iter(self._ids))]
+                self._ids[key] = ids
+        return ids
 
     def prompt(self, context: Context, problem: Problem) -> NDArray[np.int64]:
         """As `ids`, of any length, and not kept."""
